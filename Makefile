@@ -1,0 +1,55 @@
+# Every target uses the environment in .venv, which is made when it is missing and refreshed when
+# pyproject.toml or constraints.txt change. The pins matter: without them pip may fetch a torch
+# built for another accelerator, gigabytes of it.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check format wheel bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## run examples/quickstart.py
+	@$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.installed ## run the tests; more options in PYTEST_ARGS="-m 'not slow' -k split"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+check: $(VENV)/.installed ## lint, formatting, types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff check --quiet --select TID251 autopipe/passes/
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy --strict
+
+format: $(VENV)/.installed ## format the code and repair what ruff can repair
+	@$(BIN)/ruff check --fix --exit-zero
+	@$(BIN)/ruff format
+
+wheel: $(VENV)/.installed ## build dist/*.tar.gz, and from it dist/*.whl
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation --outdir dist
+
+bench: $(VENV)/.installed-bench ## run one benchmark: NAME=module of benchmarks/, BENCH_ARGS=...
+	@test -n "$(NAME)" || { echo "usage: make bench NAME=module [BENCH_ARGS=...]"; exit 2; }
+	@$(BIN)/python -m benchmarks.$(NAME) $(BENCH_ARGS)
+
+clean: ## delete what the other targets made, .venv included
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV)"
+	@$(PIP) install --editable '.[dev]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	@$(PIP) install --editable '.[bench]' -c constraints.txt
+	@touch $@

@@ -1,0 +1,83 @@
+"""The two ways in: `compile` a model, or `plan` one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from autopipe.errors import OptionError
+from autopipe.module import Pipeline
+from autopipe.options import check
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+
+def compile(
+    model: nn.Module | torch.export.ExportedProgram,
+    devices: int | Sequence[str | torch.device],
+    chunks: int,
+    *,
+    schedule: str = "gpipe",
+    remat: str | float = "full",
+    memory: int | str | None = None,
+    in_dims: Any = 0,
+    loss_fn: Callable[..., Tensor] | None = None,
+    backend: str = "eager",
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Pipeline:
+    """Make a micro-batch pipeline of a model (GPipe, arXiv 1811.06965).
+
+    Args:
+        model: any module (a GraphModule too), or an ExportedProgram with a dynamic batch dimension.
+            It is not changed, but that its parameters move to their stages' devices.
+        devices: how many stages, or one device for each. A count means ``cuda:0 … cuda:n-1``;
+            where there is no GPU, that many CPU workers.
+        chunks: M, the number of micro-batches that a batch is cut into (fewer for a batch with
+            fewer samples; it need not divide).
+        schedule: "gpipe": all micro-batches forward, then all backward.
+        remat: what stages keep from forward to backward: "full" only what they received, running
+            their forward again (GPipe section 2.3); "none" all that autograd would; "min-cut" what
+            functorch's partitioner chooses.
+        memory: must be None (not implemented).
+        in_dims: the batch dimension of the inputs, as for `torch.vmap`: an integer for all, None
+            for "not batched", a tuple by position or a dict by name.
+        loss_fn: for `Pipeline.step`: ``loss_fn(output, target)``.
+        backend: "eager".
+        args, kwargs: example inputs: compile now. Without them, on the first call.
+
+    Returns:
+        A `Pipeline`: a module with the model's own parameters and the same results.
+
+    Raises:
+        OptionError, DeviceError, UnsupportedError: an argument is wrong or not implemented.
+        CaptureError: the model cannot be captured faithfully.
+        CouplingError: the model mixes the samples of a batch.
+        InputError: the example inputs have no common batch size.
+        PartitionError: the model has too few calls for so many stages.
+    """
+    options = check(
+        devices=devices,
+        chunks=chunks,
+        schedule=schedule,
+        remat=remat,
+        memory=memory,
+        in_dims=in_dims,
+        loss_fn=loss_fn,
+        backend=backend,
+    )
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            "model is not a module",
+            expected="torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram",
+            found=type(model).__name__,
+        )
+    pipeline = Pipeline(model, options)
+    if args or kwargs:
+        pipeline.capture(*args, **(kwargs or {}))
+    return pipeline

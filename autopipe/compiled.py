@@ -1,0 +1,231 @@
+"""One captured model: its stages, and a runnable program per sequence of micro-batch sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from autopipe.errors import DeviceError, InputError
+from autopipe.passes.driver import Lowered, cut_in_space, cut_in_time
+from autopipe.passes.ir import Kind
+from autopipe.passes.phases import received_strides
+from autopipe.passes.trace import Look
+from autopipe.runtime.executor import Program
+from autopipe.runtime.load import load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+    from torch.utils._pytree import TreeSpec
+
+    from autopipe.options import Options
+    from autopipe.passes.ir import Split, StagePhases
+    from autopipe.runtime.transfer import Place
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A program that can run, and the passes' results that it was made from."""
+
+    program: Program
+    lowered: Lowered
+
+    @property
+    def differentiable(self) -> frozenset[str]:
+        return next(iter(self.lowered.phased.values())).differentiable
+
+    @property
+    def differentiated(self) -> frozenset[str]:
+        return next(iter(self.lowered.phased.values())).differentiated
+
+
+class Compiled:
+    """A model captured in one mode with one structure of inputs, cut into stages.
+
+    Args:
+        model: the user's module.
+        options: checked.
+        places: one worker per stage.
+        leaves: flattened example inputs.
+        spec: their structure.
+        dims: their batch dimensions.
+        batch: their number of samples.
+        progress: told what is being done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        places: tuple[Place, ...],
+        leaves: Sequence[Any],
+        spec: TreeSpec,
+        dims: Sequence[int | None],
+        batch: int,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        self.options = options
+        self.places = places
+        self.split: Split = cut_in_space(
+            model,
+            leaves,
+            spec,
+            dims,
+            stages=len(places),
+            batch=max(1, batch // options.chunks),
+            progress=progress,
+        )
+        captured = self.split.captured
+        self.parameters = tuple(i for i in captured.inputs if i.kind is Kind.PARAMETER)
+        self.calls = tuple(i for i in captured.inputs if i.kind is Kind.INPUT)
+        # A model that returns its own loss gets its gradient there; else any output may get one.
+        reduced = {o.name for o in captured.outputs if o.combine in ("sum", "mean")}
+        self.expected = frozenset(reduced or {o.name for o in captured.outputs})
+        self._programs: dict[Hashable, Ready] = {}
+        self._traced: dict[Hashable, StagePhases] = {}
+        self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
+
+    def tensor(self, kind: Kind, target: str) -> Tensor:
+        """A tensor of the model by its qualified name."""
+        if kind is Kind.CONSTANT:
+            return self.split.captured.constants[target]
+        if kind is Kind.PARAMETER:
+            return self.model.get_parameter(target)
+        return self.model.get_buffer(target)
+
+    def place_parameters(self) -> None:
+        """Move each parameter, in place, to the device of the stage that holds it.
+
+        Raises:
+            DeviceError: a parameter is on the meta device.
+        """
+        for stage, place in zip(self.split.stages, self.places, strict=True):
+            for item in stage.held:
+                if item.kind is not Kind.PARAMETER:
+                    continue
+                parameter = self.model.get_parameter(item.target)
+                if parameter.device == place.device:
+                    continue
+                if parameter.is_meta:
+                    raise DeviceError(
+                        "a parameter is on the meta device: it has no values to compute with",
+                        node=item.target,
+                        remedy="give the model values first: model.to_empty(device='cpu') and then"
+                        " initialise, or model.load_state_dict(..., assign=True)",
+                    )
+                parameter.data = parameter.data.to(place.device)
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.to(place.device)
+
+    def on(self, place: Place, kind: Kind, target: str, *, written: bool) -> Tensor:
+        """A tensor as a stage on `place` uses it; copies are kept while the original is the same.
+
+        A buffer that a stage writes to moves there for good.
+        """
+        tensor = self.tensor(kind, target)
+        if tensor.device == place.device:
+            return tensor.detach()
+        if written:
+            tensor.data = tensor.data.to(place.device)
+            return tensor.detach()
+        key = (target, place.device)
+        known = self._copies.get(key)
+        if known is None or known[0] != tensor._version or known[1] is not tensor:
+            copy = tensor.detach().to(place.device)
+            known = self._copies[key] = (tensor._version, tensor, copy)
+        return known[2]
+
+    def ready(
+        self,
+        sizes: tuple[int, ...],
+        leaves: Sequence[Any],
+        *,
+        grad: bool,
+        expected: frozenset[str],
+        progress: Callable[[str], None],
+    ) -> Ready:
+        """The program for these sizes, made now or before.
+
+        Args:
+            sizes: samples per micro-batch.
+            leaves: the call's flattened inputs.
+            grad: whether gradients are wanted.
+            expected: names of the outputs that a gradient will come for.
+            progress: told what is being done.
+        """
+        frozen = tuple((p.requires_grad, p.dtype) for p in map(self._parameter, self.parameters))
+        chunks = {size: self._input_looks(leaves, size) for size in dict.fromkeys(sizes)}
+        key = (
+            *(sizes, grad, expected, frozen, tuple(tuple(c.items()) for c in chunks.values())),
+            *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+        )
+        if key not in self._programs:
+            self._check_sizes(sizes)
+            constant = self._state_looks()
+            lowered = cut_in_time(
+                self.split,
+                sizes,
+                {size: constant | chunk for size, chunk in chunks.items()},
+                [p.device for p in self.places],
+                kind=self.options.schedule,
+                remat=self.options.remat,
+                grad=grad,
+                differentiated=expected,
+                traced=self._traced,
+                progress=progress,
+            )
+            self._programs[key] = Ready(self._load(lowered, sizes), lowered)
+        return self._programs[key]
+
+    def _parameter(self, item: Any) -> nn.Parameter:
+        return self.model.get_parameter(item.target)
+
+    def _input_looks(self, leaves: Sequence[Any], size: int) -> dict[str, Look]:
+        looks = {}
+        for item in self.calls:
+            tensor = leaves[item.index].detach()
+            if item.batch_dim is not None:
+                tensor = tensor.narrow(item.batch_dim, 0, size)
+            look = Look.of(tensor)._replace(requires_grad=leaves[item.index].requires_grad)
+            looks[item.name] = look.settled()
+        return looks
+
+    def _state_looks(self) -> dict[str, Look]:
+        return {
+            i.name: Look.of(self.tensor(i.kind, i.target))
+            for i in self.split.captured.inputs
+            if i.kind is not Kind.INPUT
+        }
+
+    def _check_sizes(self, sizes: Sequence[int]) -> None:
+        low, high = self.split.captured.batch_range
+        for size in sizes:
+            if size < low or (high is not None and size > high):
+                raise InputError(
+                    f"the model takes another branch for a micro-batch of {size} samples than the"
+                    " one that was captured",
+                    expected=f"{low} to {high if high is not None else 'any'} samples",
+                    found=str(size),
+                    remedy="use more chunks" if size > low else "use fewer chunks",
+                )
+
+    def _load(self, lowered: Lowered, sizes: tuple[int, ...]) -> Program:
+        generated = lowered.generated
+        names, filename = load(generated.source)
+        return Program(
+            forward=tuple(names[n] for n in generated.forward),
+            backward=tuple(names[n] for n in generated.backward),
+            places=self.places,
+            sizes=sizes,
+            draws={s: [k.draws for k in cut.stages] for s, cut in lowered.phased.items()},
+            strides={
+                (*key, size): strides
+                for size, cut in lowered.phased.items()
+                for key, strides in received_strides(cut).items()
+            },
+            filename=filename,
+        )

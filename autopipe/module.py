@@ -1,0 +1,332 @@
+"""`Pipeline`: the model's own module, run as a pipeline."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from autopipe.call import Call
+from autopipe.compiled import Compiled, Ready
+from autopipe.errors import InputError, OptionError, UnsupportedError
+from autopipe.options import Options, batch_dims, batch_size
+from autopipe.report.stages import StageView, views
+from autopipe.report.table import explain
+from autopipe.runtime import microbatch
+from autopipe.runtime.autograd import PipelineFunction
+from autopipe.runtime.memory import SavedBytes
+from autopipe.runtime.random import step_seed
+from autopipe.runtime.transfer import Place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+
+    from autopipe.passes.ir import Captured
+
+
+class Pipeline(nn.Module):
+    """A model that runs as a pipeline of stages; made by `autopipe.compile`.
+
+    Its parameters, buffers and submodules are the model's own objects, under the model's own
+    names, so that optimizers, checkpoints and hooks made for one work with the other.
+
+    The model is captured on the first call in each mode (train, eval), or by `capture`.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__()
+        # Not registered as a child, which would prefix every name: its registries are shared.
+        object.__setattr__(self, "model", model)
+        self._parameters = model._parameters
+        self._buffers = model._buffers
+        self._modules = model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.training = model.training
+        self.options = options
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget everything that was compiled."""
+        self._places = tuple(Place(d) for d in self.options.devices)
+        self._compiled: dict[Hashable, Compiled] = {}
+        self._structures: dict[Hashable, set[Hashable]] = {}
+        self._last: tuple[Compiled, Ready] | None = None
+        self.memory = SavedBytes(len(self._places))
+
+    # The model's own face
+
+    model: nn.Module
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own state dict, keys and values."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the model itself."""
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Pipeline:
+        """Switch the model (and so the pipeline) between training and evaluation."""
+        super().train(mode)
+        self.model.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Pipeline:
+        raise UnsupportedError(
+            "a pipeline's parameters lie where its stages need them",
+            remedy="move or cast the model before autopipe.compile, and choose devices there",
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_places", "_compiled", "_structures", "_last", "memory"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._parameters = self.model._parameters
+        self._buffers = self.model._buffers
+        self._modules = self.model._modules
+        self._reset()
+
+    # Running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on a batch, cut into micro-batches.
+
+        Returns:
+            What the model returns: same structure, same shapes; a loss is the whole batch's.
+
+        Raises:
+            InputError: inputs whose structure is not the captured one.
+            CaptureError, CouplingError, PartitionError: on a first call; see `autopipe.compile`.
+            StageError: a stage failed while it ran.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        compiled, ready, replan = self._prepare(args, kwargs, leaves, spec, strict=True)
+        compiled.place_parameters()
+        call = Call(compiled, ready, leaves, replan, step_seed(), self.memory)
+        if ready.program.backward:
+            values = PipelineFunction.apply(call, *call.wanted)
+        else:
+            values = call.forward()
+        return self._result(compiled, values, leaves, call.sizes)
+
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
+        """Forward, loss and backward of one batch; gradients are added to ``.grad``.
+
+        Args:
+            args, kwargs: the model's inputs.
+            target: second argument of the `loss_fn` given to `autopipe.compile`.
+
+        Returns:
+            The loss, detached: ``loss_fn(output, target)``; without a `loss_fn` the model's own,
+            its output's ``loss`` or its output itself.
+        """
+        output = self(*args, **kwargs)
+        if self.options.loss_fn is not None:
+            loss = self.options.loss_fn(output, target)
+        else:
+            loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", output)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise OptionError(
+                "step needs a loss",
+                expected="one number",
+                found=type(loss).__name__,
+                remedy="pass loss_fn to autopipe.compile, or use a model that returns its loss",
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def capture(self, *args: Any, **kwargs: Any) -> None:
+        """Compile for inputs like these now, in the current mode, without running.
+
+        Also the way to make a pipeline accept a further structure of inputs: a call with another
+        structure than the captured ones is otherwise an error.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        self._prepare(args, kwargs, leaves, spec, strict=False)
+
+    def _prepare(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        leaves: list[Any],
+        spec: pytree.TreeSpec,
+        *,
+        strict: bool,
+    ) -> tuple[Compiled, Ready, Callable[[frozenset[str]], Ready]]:
+        dims = batch_dims(self.options.in_dims, self.model, args, kwargs)
+        batch = batch_size(leaves, dims)
+        mode = tuple(m.training for m in self.model.modules())
+        structure = _structure(leaves, spec)
+        known = self._structures.setdefault(mode, set())
+        if strict and known and structure not in known:
+            raise _other_structure(next(iter(known)), structure)
+        shapes = tuple(_without(x.shape, d) for x, d in zip(leaves, dims) if isinstance(x, Tensor))
+        key = (mode, structure, shapes)
+        with _Progress(len(self._places)) as progress:
+            if key not in self._compiled:
+                self._compiled[key] = Compiled(
+                    self.model, self.options, self._places, leaves, spec, dims, batch, progress
+                )
+                known.add(structure)
+            compiled = self._compiled[key]
+            sizes = microbatch.sizes(batch, self.options.chunks)
+            tensors = [leaves[i.index] for i in compiled.calls]
+            tensors += [compiled.tensor(i.kind, i.target) for i in compiled.parameters]
+            grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+            casting = [
+                (kind, torch.get_autocast_dtype(kind))
+                for kind in ("cpu", "cuda")
+                if torch.is_autocast_enabled(kind)
+            ]
+
+            def replan(expected: frozenset[str]) -> Ready:
+                compiled.expected = expected
+                with ExitStack() as stack:  # backward runs outside of the call's autocast
+                    for kind, dtype in casting:
+                        stack.enter_context(torch.autocast(kind, dtype=dtype))
+                    return compiled.ready(
+                        sizes, leaves, grad=grad, expected=expected, progress=_silent
+                    )
+
+            ready = compiled.ready(
+                sizes,
+                leaves,
+                grad=grad,
+                expected=compiled.expected if grad else frozenset(),
+                progress=progress,
+            )
+        self._last = (compiled, ready)
+        return compiled, ready, replan
+
+    @staticmethod
+    def _result(
+        compiled: Compiled, values: Sequence[Tensor], leaves: Sequence[Any], sizes: Sequence[int]
+    ) -> Any:
+        captured = compiled.split.captured
+        if captured.epilogue is not None:
+            batch = [sum(sizes)] if _wants_batch(captured) else []
+            values = captured.epilogue(*values, *batch)
+        kinds: dict[str, Callable[[Any], Any]] = {
+            "value": lambda i: values[i],
+            "input": lambda i: leaves[i],
+            "parameter": compiled.model.get_parameter,
+            "constant": lambda x: x,
+        }
+        filled = [kinds[leaf.kind](leaf.value) for leaf in captured.leaves]
+        return pytree.tree_unflatten(filled, captured.out_spec)
+
+    # Looking inside
+
+    def _compiled_or_raise(self) -> tuple[Compiled, Ready]:
+        if self._last is None:
+            raise OptionError(
+                "nothing has been compiled yet",
+                remedy="call the pipeline once, or pass example inputs: compile(..., args=(x,))",
+            )
+        return self._last
+
+    @property
+    def captured(self) -> Captured:
+        """The captured forward graph that the last call used."""
+        return self._compiled_or_raise()[0].split.captured
+
+    @property
+    def stages(self) -> tuple[StageView, ...]:
+        """The stages: graph, code, boundary tensors, parameters, device, costs."""
+        compiled, ready = self._compiled_or_raise()
+        return views(compiled.split, ready.program.sizes, self.options.devices)
+
+    @property
+    def code(self) -> str:
+        """The source of the program that the last call ran."""
+        return self._compiled_or_raise()[1].lowered.generated.source
+
+    def explain(self) -> str:
+        """A table of the stages and what crosses between them."""
+        compiled, ready = self._compiled_or_raise()
+        return explain(compiled.split, ready.program.sizes, self.options)
+
+    def __repr__(self) -> str:
+        devices = ", ".join(map(str, self.options.devices))
+        return (
+            f"Pipeline({type(self.model).__name__}, devices=[{devices}],"
+            f" chunks={self.options.chunks}, schedule={self.options.schedule!r},"
+            f" remat={self.options.remat!r})"
+        )
+
+
+def _structure(leaves: Sequence[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:
+    """What a call must share with the captured one; sizes are free."""
+    looks = tuple(
+        (x.dtype, x.ndim) if isinstance(x, Tensor) else ("constant", repr(x)) for x in leaves
+    )
+    return (str(spec), looks)
+
+
+def _other_structure(expected: Any, found: Any) -> InputError:
+    return InputError(
+        "the inputs differ in structure from those that the pipeline was compiled for",
+        expected=_described(expected),
+        found=_described(found),
+        remedy="call it as it was compiled; pipe.capture(...) with these inputs makes it accept"
+        " them too",
+    )
+
+
+def _described(structure: Any) -> str:
+    spec, looks = structure
+    leaves = [f"{a} in {b} dimensions" if a != "constant" else b for a, b in looks]
+    return f"{spec} of {', '.join(map(str, leaves))}"
+
+
+def _without(shape: torch.Size, dim: int | None) -> tuple[int, ...]:
+    return tuple(n for d, n in enumerate(shape) if d != dim)
+
+
+def _wants_batch(captured: Captured) -> bool:
+    assert captured.epilogue is not None
+    return any(
+        n.op == "placeholder" and n.target == "batch_size" for n in captured.epilogue.graph.nodes
+    )
+
+
+def _silent(text: str) -> None:
+    """Progress that nobody watches."""
+
+
+class _Progress:
+    """A bar on the terminal once compiling takes longer than a second; nothing elsewhere."""
+
+    def __init__(self, stages: int) -> None:
+        self._stages = stages
+        self._bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __call__(self, text: str) -> None:
+        if self._bar is None:
+            self._bar = tqdm(
+                total=4 + self._stages,
+                desc="autopipe",
+                delay=1,
+                disable=None,
+                leave=False,
+                file=sys.stderr,
+            )
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

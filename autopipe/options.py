@@ -1,0 +1,217 @@
+"""What a user can ask for, checked once, before anything is traced."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopipe.errors import DeviceError, InputError, OptionError, UnsupportedError
+from autopipe.passes.phases import POLICIES
+from autopipe.passes.schedule import KNOWN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+EXECUTED = ("gpipe",)
+"""The schedules that the runtime runs (the simulator knows more)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options of `autopipe.compile`; see there."""
+
+    devices: tuple[torch.device, ...]
+    chunks: int
+    schedule: str
+    remat: str
+    in_dims: Any
+    loss_fn: Callable[..., Tensor] | None
+
+
+def check(
+    *,
+    devices: int | Sequence[str | torch.device],
+    chunks: int,
+    schedule: str,
+    remat: str | float,
+    memory: int | str | None,
+    in_dims: Any,
+    loss_fn: Callable[..., Tensor] | None,
+    backend: str,
+) -> Options:
+    """Turn what the user wrote into `Options`.
+
+    Raises:
+        OptionError, DeviceError, UnsupportedError: with what would be right.
+    """
+    if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
+        raise OptionError(
+            "chunks is the number of micro-batches that a batch is cut into",
+            expected="an integer of at least 1",
+            found=repr(chunks),
+        )
+    if schedule not in (*KNOWN, "auto"):
+        raise OptionError(
+            "unknown schedule", expected=f"one of {', '.join(EXECUTED)}", found=repr(schedule)
+        )
+    if schedule not in EXECUTED:
+        raise UnsupportedError(
+            f"the runtime does not execute schedule={schedule!r} yet",
+            expected=f"one of {', '.join(EXECUTED)}",
+            remedy='use schedule="gpipe"',
+        )
+    if remat == "auto" or (isinstance(remat, float) and 0 <= remat <= 1):
+        raise UnsupportedError(
+            f"remat={remat!r} is not implemented yet", remedy=f"use one of {', '.join(POLICIES)}"
+        )
+    if not isinstance(remat, str) or remat not in POLICIES:
+        raise OptionError("unknown remat", expected=f"one of {', '.join(POLICIES)}", found=repr(remat))
+    if memory is not None:
+        raise UnsupportedError(
+            "a memory limit is not implemented yet",
+            remedy="leave memory=None; pipe.memory shows what stages save",
+        )
+    if backend == "inductor":
+        raise UnsupportedError(
+            'backend="inductor" is not implemented yet', remedy='use backend="eager"'
+        )
+    if backend != "eager":
+        raise OptionError("unknown backend", expected="eager", found=repr(backend))
+    return Options(_devices(devices), chunks, schedule, remat, in_dims, loss_fn)
+
+
+def _devices(devices: int | Sequence[str | torch.device]) -> tuple[torch.device, ...]:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if isinstance(devices, int) and not isinstance(devices, bool):
+        if devices < 1:
+            raise OptionError("a pipeline needs a device", expected="at least 1", found=str(devices))
+        if gpus == 0:
+            return (torch.device("cpu"),) * devices
+        if devices > gpus:
+            raise DeviceError(
+                f"{devices} devices were asked for",
+                found=f"{gpus} GPU{'s' if gpus > 1 else ''}",
+                remedy='a list may name a GPU several times (devices=["cuda:0", "cuda:0"] puts two'
+                ' stages on one), or name CPU workers (["cpu", "cpu"])',
+            )
+        return tuple(torch.device("cuda", i) for i in range(devices))
+    if isinstance(devices, (str, torch.device)) or not hasattr(devices, "__iter__"):
+        raise OptionError(
+            "devices is a count or a list", expected='2 or ["cuda:0", "cuda:1"]', found=repr(devices)
+        )
+    listed = tuple(_device(d, gpus) for d in devices)
+    if not listed:
+        raise OptionError("a pipeline needs a device", expected="at least 1", found="an empty list")
+    return listed
+
+
+def _device(value: str | torch.device, gpus: int) -> torch.device:
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError("no such device", expected='"cpu" or "cuda:0"', found=repr(value)) from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "cuda" and (device.index or 0) < gpus:
+        return torch.device("cuda", device.index or 0)
+    raise DeviceError(
+        "no such device here",
+        expected='"cpu"' + (f' or "cuda:0" … "cuda:{gpus - 1}"' if gpus else " (there is no GPU)"),
+        found=repr(str(value)),
+    )
+
+
+def batch_dims(
+    in_dims: Any, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[int | None, ...]:
+    """For each leaf of ``(args, kwargs)``, the dimension that micro-batches cut, or None.
+
+    Args:
+        in_dims: an integer or None for all inputs; a tuple for the positional ones (keyword inputs
+            are then batched in dimension 0), its entries nested like the inputs if need be; or a
+            dict by argument name, in which what is left out is batched in dimension 0. Tensors
+            without dimensions are never batched.
+        model: for the names of its arguments.
+    """
+    if isinstance(in_dims, dict):
+        names = _argument_names(model, len(args))
+        unknown = set(in_dims) - set(names) - set(kwargs)
+        if unknown:
+            raise OptionError(
+                "in_dims names inputs that the call does not have",
+                expected=f"some of {sorted({*names, *kwargs})}",
+                found=str(sorted(unknown)),
+            )
+        of_args: Any = tuple(in_dims.get(n, 0) for n in names)
+        of_kwargs: Any = {n: in_dims.get(n, 0) for n in kwargs}
+    elif isinstance(in_dims, (tuple, list)):
+        of_args, of_kwargs = tuple(in_dims), 0
+    else:
+        of_args = of_kwargs = in_dims
+    found: list[int | None] = []
+    for leaf, dim in zip(
+        pytree.tree_leaves((args, kwargs)),
+        [*_spread(of_args, args, "args"), *_spread(of_kwargs, dict(kwargs), "kwargs")],
+        strict=True,
+    ):
+        if dim is None or not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            found.append(None)
+            continue
+        if not -leaf.ndim <= dim < leaf.ndim:
+            raise InputError(
+                f"in_dims asks for dimension {dim} of a tensor that has {leaf.ndim}",
+                found=f"shape {tuple(leaf.shape)}",
+            )
+        found.append(dim % leaf.ndim)
+    return tuple(found)
+
+
+def _argument_names(model: Any, count: int) -> list[str]:
+    forward = model.forward if isinstance(model, nn.Module) else model.module().forward
+    return list(inspect.signature(forward).parameters)[:count]
+
+
+def _spread(dims: Any, value: Any, where: str) -> list[int | None]:
+    """`dims` for every leaf of `value`, of whose structure it may be a prefix."""
+    if dims is None or isinstance(dims, int):
+        return [dims] * len(pytree.tree_leaves(value))
+    if isinstance(dims, (tuple, list)) and isinstance(value, (tuple, list)):
+        if len(dims) == len(value):
+            pairs = zip(dims, value, strict=True)
+            return [d for n, (a, b) in enumerate(pairs) for d in _spread(a, b, f"{where}[{n}]")]
+    elif isinstance(dims, dict) and isinstance(value, dict) and dims.keys() == value.keys():
+        return [d for k, v in value.items() for d in _spread(dims[k], v, f"{where}[{k!r}]")]
+    raise OptionError(
+        "in_dims does not fit the inputs",
+        expected=f"an integer, None or the structure of {where}",
+        found=repr(dims),
+    )
+
+
+def batch_size(leaves: Sequence[Any], dims: Sequence[int | None]) -> int:
+    """The number of samples, on which all batched inputs must agree."""
+    sizes = [x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None]
+    if not sizes:
+        raise InputError(
+            "no input has a batch dimension",
+            remedy="pass at least one batched tensor; in_dims says which dimension it is",
+        )
+    if len(set(sizes)) > 1:
+        shapes = [
+            f"{tuple(x.shape)} in dimension {d}"
+            for x, d in zip(leaves, dims, strict=True)
+            if d is not None
+        ]
+        raise InputError(
+            "the inputs differ in their number of samples",
+            found="; ".join(shapes),
+            remedy="say which inputs are not batched, for example in_dims={'mask': None}",
+        )
+    if sizes[0] == 0:
+        raise InputError("a batch without samples", found="0 samples")
+    return int(sizes[0])

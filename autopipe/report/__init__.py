@@ -1,0 +1,1 @@
+"""What a pipeline looks like to a person."""

@@ -1,0 +1,141 @@
+"""`pipe.stages[k]`: one stage, as something to look at and to run by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import sympy
+
+from autopipe.passes.ir import CALLER, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import fx
+
+    from autopipe.passes.ir import Route, Split, StageGraph
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A tensor that crosses into or out of a stage.
+
+    Attributes:
+        name: of the value, the same at both ends.
+        kind: "input" of the call, "activation", or a shared "parameter".
+        shape: sizes, as sympy expressions in the batch size B.
+        dtype: element type.
+        nbytes: bytes, as an expression in B.
+        source: the stage that makes or holds it; None for the caller.
+        targets: the stages that receive it.
+        returned: whether it is (part of) a result of the model.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[sympy.Expr, ...]
+    dtype: torch.dtype
+    nbytes: sympy.Expr
+    source: int | None
+    targets: tuple[int, ...]
+    returned: bool
+
+    @classmethod
+    def of(cls, route: Route) -> Boundary:
+        return cls(
+            name=route.name,
+            kind=route.kind,
+            shape=route.spec.shape,
+            dtype=route.spec.dtype,
+            nbytes=route.spec.nbytes,
+            source=None if route.source == CALLER else route.source,
+            targets=route.consumers,
+            returned=route.output is not None,
+        )
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        source = "caller" if self.source is None else f"stage {self.source}"
+        targets = [f"stage {k}" for k in self.targets] + ["caller"] * self.returned
+        shape = ", ".join(map(str, self.shape))
+        return f"{self.name}: {dtype}[{shape}] {source} -> {', '.join(targets)}"
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage costs, as sympy expressions in the batch size B.
+
+    Attributes:
+        flops: floating-point operations of its forward.
+        activation_bytes: bytes of new memory that its forward's calls make.
+        parameter_bytes: bytes of the parameters that it holds.
+        seconds: estimate of forward and backward on a rough device; only ratios mean anything.
+    """
+
+    flops: sympy.Expr
+    activation_bytes: sympy.Expr
+    parameter_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage.
+
+    Attributes:
+        index: position in the pipeline.
+        device: where it runs.
+        graph_module: its forward as fx; takes the held tensors, then `inputs`, returns `outputs`.
+        held: names of the graph's first placeholders: its parameters, buffers and constants.
+        parameters: qualified names of the parameters that live here.
+        inputs: what it receives.
+        outputs: what it returns.
+        cost: see `StageCost`.
+    """
+
+    index: int
+    device: torch.device
+    graph_module: fx.GraphModule = field(repr=False)
+    held: tuple[str, ...] = field(repr=False)
+    parameters: tuple[str, ...] = field(repr=False)
+    inputs: tuple[Boundary, ...]
+    outputs: tuple[Boundary, ...]
+    cost: StageCost
+
+    @property
+    def code(self) -> str:
+        """The graph as Python, with shapes and the model's own lines."""
+        return self.graph_module.print_readable(print_output=False)
+
+
+def views(
+    split: Split, sizes: Sequence[int], devices: Sequence[torch.device]
+) -> tuple[StageView, ...]:
+    """All stages of a split program."""
+    return tuple(_view(split, s, d) for s, d in zip(split.stages, devices, strict=True))
+
+
+def _view(split: Split, stage: StageGraph, device: torch.device) -> StageView:
+    costs = [
+        split.annotated.costs[n.name]
+        for n in stage.graph_module.graph.nodes
+        if n.name in split.annotated.costs
+    ]
+    parameters = [i for i in stage.held if i.kind is Kind.PARAMETER]
+    return StageView(
+        index=stage.index,
+        device=device,
+        graph_module=stage.graph_module,
+        held=tuple(i.name for i in stage.held),
+        parameters=tuple(i.target for i in parameters),
+        inputs=tuple(Boundary.of(split.routes[n]) for n in (*stage.lent, *stage.receives)),
+        outputs=tuple(Boundary.of(split.routes[n]) for n in stage.returns),
+        cost=StageCost(
+            flops=sympy.Add(*(c.flops for c in costs)),
+            activation_bytes=sympy.Add(*(c.activation_bytes for c in costs)),
+            parameter_bytes=sum(int(i.spec.nbytes) for i in parameters),
+            seconds=stage.seconds,
+        ),
+    )

@@ -1,0 +1,48 @@
+"""The pipeline as one node of the caller's autograd graph.
+
+Parameters are inputs of that node, so autograd itself accumulates into `.grad`, runs hooks and
+leaves frozen ones alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+class Step(Protocol):
+    """A call of the pipeline, as this room needs it."""
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Run the micro-batches forward; the combined outputs."""
+
+    def differentiable(self) -> Sequence[bool]:
+        """For each output, whether a gradient can flow back from it."""
+
+    def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensors that `apply` was given, from those of the outputs."""
+
+
+class PipelineFunction(torch.autograd.Function):
+    """`PipelineFunction.apply(step, *tensors)`: `tensors` are what gradients are wanted for."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.step = step
+        ctx.set_materialize_grads(False)
+        outputs = step.forward()
+        fixed = [o for o, d in zip(outputs, step.differentiable(), strict=True) if not d]
+        ctx.mark_non_differentiable(*fixed)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *ctx.step.backward(gradients))

@@ -1,0 +1,127 @@
+"""Random calls as functions of (seed, call, micro-batch).
+
+A draw seeds a generator from its key and uses it once. So a run draws the same numbers whatever
+the number of stages, the schedule or the thread, and rematerialization repeats what the forward
+drew. The step's seed is taken from torch's default generator, which `torch.manual_seed` governs.
+
+(Seeding costs about a microsecond. `torch.func`'s stateless Philox keys have no CPU kernels.)
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_local = threading.local()
+_default_generator_lock = threading.Lock()
+
+
+def step_seed() -> int:
+    """A seed for one step, drawn from torch's default CPU generator."""
+    return int(torch.randint(2**62, ()).item())
+
+
+def key(*parts: int) -> int:
+    """Mix integers into 64 bits (SplitMix64's finalizer, once per part)."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state
+
+
+class Kit:
+    """What the runtime lends to a stage's code for one micro-batch.
+
+    Args:
+        seed: of the step.
+        draws: for each of the stage's draws, the identity of the call that makes it.
+        microbatch: index of the micro-batch.
+    """
+
+    __slots__ = ("_draws", "_microbatch", "_seed")
+
+    def __init__(self, seed: int, draws: Sequence[tuple[int, int]], microbatch: int) -> None:
+        self._seed, self._draws, self._microbatch = seed, draws, microbatch
+
+    def draw(self, index: int, op: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the random operator `op` under the key of the stage's draw `index`."""
+        device = _device(op, args, kwargs)
+        seed = key(self._seed, *self._draws[index], self._microbatch)
+        overload = _with_generator(op)
+        if overload is not None:
+            generator = _generator(device)
+            generator.manual_seed(seed)
+            return overload(*args, **kwargs, generator=generator)
+        with _default_generator_lock:  # the operator knows only the process's own generator
+            default = _default_generator(device)
+            state = default.get_state()
+            try:
+                default.manual_seed(seed)
+                return op(*args, **kwargs)
+            finally:
+                default.set_state(state)
+
+    @staticmethod
+    def settled(tensor: Tensor) -> Tensor:
+        """The tensor, dense in the memory format that its strides suggest.
+
+        The rule is ATen's `suggest_memory_format` for four dimensions.
+        """
+        strides, sizes = tensor.stride(), tensor.shape
+        least, channels_last = 0, strides[1] != 0
+        for d in (1, 3, 2, 0):
+            if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
+                channels_last = False
+                break
+            least = strides[d] * max(sizes[d], 1)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return tensor.contiguous(memory_format=layout)
+
+
+def _device(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:
+    device = kwargs.get("device")
+    if device is None:
+        device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
+    return torch.device(device or "cpu")
+
+
+@functools.cache
+def _with_generator(op: Any) -> Any:
+    """The overload of `op` that takes a generator: itself, or the one that differs in that only."""
+    arguments = [a.name for a in op._schema.arguments]
+    if "generator" in arguments:
+        return op
+    packet = op.overloadpacket
+    for name in packet.overloads():
+        other = getattr(packet, name)
+        names = [a.name for a in other._schema.arguments]
+        if "generator" in names and [n for n in names if n != "generator"] == arguments:
+            return other
+    return None
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """A generator of this thread's own."""
+    generators: dict[torch.device, torch.Generator] = _local.__dict__
+    name = str(device)
+    if name not in generators:  # type: ignore[comparison-overlap]
+        setattr(_local, name, torch.Generator(device))
+    return getattr(_local, name)  # type: ignore[no-any-return]
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator

@@ -1,0 +1,108 @@
+"""Every name that torch does not promise to keep, in one room.
+
+Tried on torch 2.11 (CUDA 13.0) and torch 2.13 (CPU). When a new torch breaks autopipe, it breaks
+here: nothing else in the project imports from a module whose name starts with an underscore.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import sympy
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "FlopCounterMode",
+    "FunctionalTensorMode",
+    "OpOverload",
+    "flop_registry",
+    "from_functional",
+    "make_fx",
+    "min_cut_saved",
+    "preserve_node_meta",
+    "size_calls",
+    "static_fakes",
+    "storage_id",
+    "storage_id_of",
+    "to_functional",
+    "wrap_with_autocast",
+    "wrap_with_set_grad_enabled",
+]
+
+
+def static_fakes() -> FakeTensorMode:
+    """A fake tensor mode without symbolic sizes: shapes are plain integers.
+
+    Without a shape environment torch also keeps its native kernels for composite operators
+    (upsample, dropout, matmul) instead of Python decompositions, so that what is traced is what
+    eager would run, to the bit.
+    """
+    return FakeTensorMode(shape_env=None, allow_non_fake_inputs=True)
+
+
+def to_functional(tensor: Tensor) -> Tensor:
+    """Wrap for `FunctionalTensorMode`: in-place operators and views become pure ones."""
+    return FunctionalTensor.to_functional(tensor)
+
+
+def from_functional(tensor: Tensor) -> Tensor:
+    """The plain tensor inside, every pending in-place update applied."""
+    if not isinstance(tensor, FunctionalTensor):
+        return tensor
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Identity of the memory behind a (fake or real) tensor: equal for aliases."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def storage_id_of(node: fx.Node) -> int | None:
+    """`storage_id` of the tensor that `node` made when it was captured; None for non-tensors."""
+    value = node.meta.get("val")
+    return storage_id(value) if isinstance(value, Tensor) else None
+
+
+def min_cut_saved(
+    joint: fx.GraphModule, inputs: Sequence[Any], forward_outputs: int
+) -> set[str]:
+    """Names of the values functorch's min-cut partitioner keeps from forward to backward.
+
+    Args:
+        joint: joint graph; its placeholders are named ``primals_*`` and ``tangents_*``.
+        inputs: the fake tensors it was traced with.
+        forward_outputs: how many of its outputs, from the left, belong to the forward.
+    """
+    partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+    partition = min_cut_rematerialization_partition
+    forward, _ = partition(joint, list(inputs), num_fwd_outputs=forward_outputs)
+    output = next(node for node in forward.graph.nodes if node.op == "output")
+    kept = output.args[0][forward_outputs:]
+    return {node.name for node in kept if isinstance(node, fx.Node)}
+
+
+def size_calls(expr: sympy.Expr, batch: fx.Node) -> fx.Node:
+    """Append the arithmetic of a size expression in one symbol to `batch`'s graph."""
+    if expr.is_Symbol:
+        return batch
+    (symbol,) = expr.free_symbols
+    result = sympy_interp(PythonReferenceAnalysis, {symbol: fx.Proxy(batch)}, expr)
+    return result.node

@@ -1,0 +1,348 @@
+"""nn.Module + example inputs → `Captured`: one flat graph of ATen calls, its batch symbolic.
+
+torch.export does the tracing (non-strict). What it would do silently and wrongly is prevented
+here: two arguments that are one tensor would become one input, a batch of one would be baked in,
+a custom backward or a tensor hook would vanish from the gradient. The result is then put in the
+form that the later passes rely on (`normalize`), and its outputs are given a rule by which
+micro-batches combine (`combine`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import re
+import traceback
+import warnings
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from autopipe.errors import AutopipeError, CaptureError, InputError, UnsupportedError
+
+from . import combine, normalize
+from .ir import Captured, Input, Kind, Leaf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+TORCH = str(Path(torch.__file__).parent)
+OURS = str(Path(__file__).parent)
+PLAIN_LEAVES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def capture(
+    model: nn.Module | fx.GraphModule | torch.export.ExportedProgram,
+    leaves: Sequence[Any],
+    spec: pytree.TreeSpec,
+    batch_dims: Sequence[int | None],
+) -> Captured:
+    """Trace `model(*args, **kwargs)` once, with the batch dimension symbolic.
+
+    Args:
+        model: the model in the mode (train or eval) to capture; an ExportedProgram must have been
+            exported with a dynamic batch dimension.
+        leaves: the flattened ``(args, kwargs)``; what is no tensor becomes part of the graph.
+        spec: structure of ``(args, kwargs)``.
+        batch_dims: for each leaf the dimension that micro-batches cut, or None.
+
+    Returns:
+        A verified `Captured`; the model's own tensors are referred to by name.
+
+    Raises:
+        CaptureError: control flow that depends on data, a batch size fixed by the model, a custom
+            ``autograd.Function`` or a tensor hook (their gradients would be lost), a result that
+            is no tensor and no known container.
+        CouplingError: an output that no micro-batches can be combined to.
+    """
+    module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+    examples = _examples(module, leaves, batch_dims)
+    flat = _Flat(module, leaves, spec)
+    program = _export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
+    result = flat.result
+    assert result.spec is not None
+    graph, inputs, constants = normalize.normalize(
+        program, module, flat.prefix, _names(module, leaves, spec)
+    )
+    inputs = tuple(
+        dataclasses.replace(
+            item,
+            index=flat.tensor_positions[item.index],
+            batch_dim=batch_dims[flat.tensor_positions[item.index]],
+        )
+        if item.kind is Kind.INPUT
+        else item
+        for item in inputs
+    )
+    _check_batch(inputs)
+    graph_module, outputs, epilogue, value_leaves = combine.combine(graph, inputs)
+    filled = iter(value_leaves)
+    captured = Captured(
+        graph_module=graph_module,
+        inputs=inputs,
+        outputs=outputs,
+        constants=constants,
+        epilogue=epilogue,
+        leaves=tuple(
+            next(filled) if isinstance(leaf, _Hole) else Leaf("constant", leaf)
+            for leaf in result.leaves
+        ),
+        out_spec=result.spec,
+        batch_range=_batch_range(program),
+        notes=tuple(result.notes),
+    )
+    captured.verify()
+    return captured
+
+
+def _names(module: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
+    """What the user calls the tensors of a call: ``input_ids``, ``batch_mask`` for batch["mask"]."""
+    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+    parameters = list(inspect.signature(module.forward).parameters)
+    names = []
+    for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
+        if not isinstance(leaf, Tensor):
+            continue
+        first, *rest = (getattr(key, "key", getattr(key, "idx", "")) for key in path[1:])
+        if path[0].idx == 0:
+            first = parameters[first] if first < len(parameters) else f"arg{first}"
+        text = "_".join(map(str, (first, *rest)))
+        names.append(re.sub(r"[^0-9a-zA-Z_]", "_", text))
+    return names
+
+
+class _Hole:
+    """Stands for a tensor among the leaves of a result."""
+
+
+@dataclasses.dataclass
+class _Result:
+    """The model's result as its first trace saw it (kept apart: export forbids new attributes)."""
+
+    leaves: list[Any] = dataclasses.field(default_factory=list)
+    spec: pytree.TreeSpec | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+class _Flat(nn.Module):
+    """The model as a function from flat tensors to flat tensors, which is all export must know."""
+
+    prefix = "model."
+
+    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self.tensor_positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+        self._template = _Opaque([None if isinstance(x, Tensor) else x for x in leaves])
+        self._spec = _Opaque(spec)
+        self._result = _Result()
+
+    @property
+    def result(self) -> _Result:
+        return self._result
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = list(self._template.value)
+        for position, tensor in zip(self.tensor_positions, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
+        out = self.model(*args, **kwargs)
+        _register_dataclasses(out)
+        found, spec = pytree.tree_flatten(out, is_leaf=_is_cache)
+        result = self._result
+        result.leaves, result.spec, result.notes = [], spec, []
+        values = []
+        for leaf in found:
+            if isinstance(leaf, Tensor):
+                values.append(leaf)
+                result.leaves.append(_Hole())
+            elif _is_cache(leaf):
+                if kwargs.get("use_cache"):
+                    raise CaptureError(
+                        "the call asks for a key/value cache, which a pipeline does not return",
+                        found=type(leaf).__name__,
+                        remedy="call without use_cache=True",
+                    )
+                result.notes.append(f"left out of the result: {type(leaf).__name__}")
+                result.leaves.append(None)
+            elif isinstance(leaf, PLAIN_LEAVES):
+                result.leaves.append(leaf)
+            else:
+                raise CaptureError(
+                    "the model returns an object that is neither a tensor nor a known container",
+                    found=f"{type(leaf).__module__}.{type(leaf).__qualname__}",
+                    remedy="return tensors in tuples, lists, dicts, named tuples or dataclasses, or"
+                    " register the class with torch.utils._pytree.register_pytree_node",
+                )
+        return tuple(values)
+
+
+@dataclasses.dataclass
+class _Opaque:
+    """Keeps a container out of export's walk over a module's attributes."""
+
+    value: Any
+
+
+def _is_cache(value: Any) -> bool:
+    """A transformers key/value cache: returned by default, of no use in training."""
+    return any(c.__name__ == "Cache" and "transformers" in c.__module__ for c in type(value).__mro__)
+
+
+def _register_dataclasses(value: Any) -> None:
+    """Make plain dataclasses in a result known as containers."""
+    for leaf in pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and not _is_cache(leaf):
+            pytree.register_dataclass(type(leaf))
+            _register_dataclasses(leaf)
+
+
+def _examples(
+    module: nn.Module, leaves: Sequence[Any], batch_dims: Sequence[int | None]
+) -> list[Tensor]:
+    """Tensors to trace with: one object each, never fewer than two samples, on meta if need be."""
+    state = [*module.parameters(), *module.buffers()]
+    meta = any(t.is_meta for t in state)
+    examples = []
+    for leaf, dim in zip(leaves, batch_dims, strict=True):
+        if not isinstance(leaf, Tensor):
+            continue
+        example = leaf.detach().to("meta") if meta else leaf.detach().clone()
+        if dim is not None and example.shape[dim] < 2:
+            if example.shape[dim] == 0:
+                raise InputError("a batch without samples", found=f"shape {tuple(leaf.shape)}")
+            example = torch.cat([example, example], dim)
+        examples.append(example.requires_grad_(leaf.requires_grad))
+    return examples
+
+
+def _export(
+    flat: _Flat, examples: list[Tensor], dims: list[int | None]
+) -> torch.export.ExportedProgram:
+    shapes = tuple({} if d is None else {d: torch.export.Dim.AUTO} for d in dims)
+    try:
+        with _lossless(), _quiet(), torch.enable_grad():
+            return torch.export.export(
+                flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
+            )
+    except AutopipeError:
+        raise
+    except Exception as error:
+        raise _explain(error) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export logs whole graphs when it fails; its warnings are about its own future."""
+    loggers = [logging.getLogger(n) for n in ("torch.export", "torch.fx", "torch._dynamo")]
+    levels = [log.level for log in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for log in loggers:
+            log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for log, level in zip(loggers, levels, strict=True):
+                log.setLevel(level)
+
+
+@contextmanager
+def _lossless() -> Iterator[None]:
+    """Refuse what export would drop from the gradient without a word."""
+
+    def refuse_function(cls: type, *args: Any, **kwargs: Any) -> Any:
+        raise CaptureError(
+            "a custom autograd.Function: its backward would be lost in the captured graph",
+            source=_user_frame(traceback.extract_stack()),
+            found=f"{cls.__module__}.{cls.__qualname__}",
+            remedy="write it with differentiable operators (a straight-through estimator is"
+            " x + (f(x) - x).detach()), or leave it out of the pipelined model",
+        )
+
+    def refuse_hook(tensor: Tensor, hook: Any) -> Any:
+        raise CaptureError(
+            "a hook on a tensor inside the model: it would be lost in the captured graph",
+            source=_user_frame(traceback.extract_stack()),
+            found=f"Tensor.register_hook({getattr(hook, '__qualname__', hook)!s})",
+            remedy="remove the hook (module backward hooks count too), or apply the same change to"
+            " the parameters' gradients after backward()",
+        )
+
+    with ExitStack() as stack:
+        stack.enter_context(
+            mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function))
+        )
+        stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
+        yield
+
+
+def _user_frame(stack: traceback.StackSummary) -> str | None:
+    """``file:line`` of the innermost frame that is neither torch's nor ours."""
+    for frame in reversed(stack):
+        if not frame.filename.startswith((TORCH, OURS, "<")):
+            return f"{frame.filename}:{frame.lineno}"
+    return None
+
+
+def _explain(error: Exception) -> CaptureError:
+    """Say in one sentence what export says in pages."""
+    source = _user_frame(traceback.extract_tb(error.__traceback__))
+    kind, text = type(error).__name__, str(error)
+    first = next((line for line in text.splitlines() if line.strip()), kind)
+    if "DataDependent" in kind or "data-dependent" in text.lower():
+        return CaptureError(
+            "control flow that depends on the values of tensors cannot be captured",
+            source=source,
+            found=first,
+            remedy="compute both branches and choose with torch.where, or take the decision out of"
+            " the model and pass it in as a Python value",
+        )
+    return CaptureError(
+        "torch.export cannot capture the model",
+        source=source,
+        found=f"{kind}: {first}",
+        remedy="make torch.export.export(model, args, kwargs, strict=False) work first; the error"
+        " it raised is the cause of this one",
+    )
+
+
+def _check_batch(inputs: Sequence[Input]) -> None:
+    for item in inputs:
+        if item.kind is not Kind.INPUT or item.batch_dim is None:
+            continue
+        size = item.spec.shape[item.batch_dim]
+        if not size.free_symbols:
+            raise CaptureError(
+                "the model fixes the size of its batch dimension",
+                node=item.name,
+                expected=f"any size in dimension {item.batch_dim}",
+                found=f"always {size}",
+                remedy="take sizes from x.shape instead of writing them down; if this input is not"
+                " batched, say so with in_dims (None for it); an ExportedProgram must be exported"
+                " with a dynamic batch dimension",
+            )
+        if not size.is_Symbol:
+            raise UnsupportedError(
+                "the model allows only some batch sizes",
+                node=item.name,
+                found=f"a batch of {size}",
+            )
+
+
+def _batch_range(program: torch.export.ExportedProgram) -> tuple[int, int | None]:
+    """Micro-batch sizes that the traced branches hold for (2 as lower end is export's habit)."""
+    low, high = 1, None
+    for bounds in program.range_constraints.values():
+        if bounds.lower > 2:
+            low = max(low, int(bounds.lower))
+        if bounds.upper.is_finite and bounds.upper < 2**62:
+            high = int(bounds.upper) if high is None else min(high, int(bounds.upper))
+    return low, high

@@ -1,0 +1,233 @@
+"""Scheduled + Phased → Generated: the pipeline as Python source text.
+
+Three layers, each in terms of the one before:
+
+    F_1_b4, RBW_1_b4      what stage 1 computes on a micro-batch of 4: calls of ATen operators
+    forward_1             one micro-batch at stage 1: receive, compute, send, keep
+    device_1_forward      what the worker of device 1 does in a step: its list of actions
+
+The text needs nothing but torch and the `run` object that the runtime passes in, whose methods are
+the words it is written in (`autopipe.runtime.executor.Run`). It is what `pipe.code` prints and it
+is what runs. Functions take their arguments in a list and empty it, so that a value lives no
+longer than its last use.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from autopipe.errors import VerifyError
+
+from .ir import CALLER, Phased, Split, StagePhases
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from .schedule import Action, Scheduled
+
+HEADER = '''\
+"""{title}"""
+
+from math import inf, nan
+
+import torch
+from torch import device
+'''
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A program as text.
+
+    Attributes:
+        source: a Python module.
+        forward: names of its functions, one per device: the forward of a step.
+        backward: likewise, the backward; empty for inference.
+    """
+
+    source: str
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+
+    def verify(self) -> None:
+        code = compile(self.source, "<generated>", "exec")
+        defined = {c.co_name for c in code.co_consts if hasattr(c, "co_name")}
+        for name in (*self.forward, *self.backward):
+            if name not in defined:
+                raise VerifyError("a device without a program", expected=name)
+
+    def __str__(self) -> str:
+        return self.source
+
+
+def codegen(
+    scheduled: Scheduled,
+    phased: Mapping[int, Phased],
+    sizes: Sequence[int],
+    devices: Sequence[torch.device],
+) -> Generated:
+    """Write the program of one step.
+
+    Args:
+        scheduled: the order of actions.
+        phased: the cut stages, by micro-batch size.
+        sizes: samples in each micro-batch.
+        devices: one per stage.
+    """
+    split = next(iter(phased.values())).split
+    names = sorted({a.phase for row in scheduled.devices for a in row})
+    title = (
+        f"{scheduled.kind}: {scheduled.stages} stages, micro-batches of {', '.join(map(str, sizes))}"
+    )
+    parts = [HEADER.format(title=title)]
+    computes: dict[tuple[str, int, int], str] = {}
+    written: dict[tuple[int, str, torch.device], str] = {}
+    for size, cut in sorted(phased.items()):
+        for stage, device in zip(cut.stages, devices, strict=True):
+            for phase in names:
+                key = (id(stage.graph), phase, device)
+                if key not in written:  # identical stages share their functions
+                    written[key] = f"{phase}_{stage.index}_b{size}"
+                    parts.append(_compute(stage, phase, device, written[key]))
+                computes[phase, stage.index, size] = written[key]
+    for stage in next(iter(phased.values())).stages:
+        parts.append(_forward(split, stage))
+        if len(names) > 1:
+            parts.append(_backward(split, stage))
+    forward = [[a for a in row if a.phase == "F"] for row in scheduled.devices]
+    backward = [[a for a in row if a.phase != "F"] for row in scheduled.devices]
+    programs: dict[str, list[str]] = {"forward": [], "backward": []}
+    for way, rows in (("forward", forward), ("backward", backward)):
+        for i, row in enumerate(rows):
+            if row:
+                programs[way].append(f"device_{i}_{way}")
+                parts.append(_program(programs[way][-1], way, row, sizes, computes))
+    result = Generated(
+        "\n\n".join(parts), tuple(programs["forward"]), tuple(programs["backward"])
+    )
+    result.verify()
+    return result
+
+
+def _program(
+    name: str,
+    way: str,
+    actions: Sequence[Action],
+    sizes: Sequence[int],
+    computes: Mapping[tuple[str, int, int], str],
+) -> str:
+    lines = [f"def {name}(run):"]
+    for a in actions:
+        compute = computes[a.phase, a.stage, sizes[a.microbatch]]
+        lines.append(f"    {way}_{a.stage}(run, {a.microbatch}, {compute})")
+    return "\n".join(lines) + "\n"
+
+
+def _forward(split: Split, stage: StagePhases) -> str:
+    """One micro-batch forward: what to receive and where results go."""
+    k = stage.index
+    arguments = [f"*run.held({k})"]
+    arguments += [f'run.receive("{n}", {k}, m)' for n in stage.receives]
+    lines = [
+        f"def forward_{k}(run, m, compute):",
+        f"    results = compute(run.kit({k}, m), [{_listed(arguments)}])",
+    ]
+    position = 0
+    for name in stage.returns:
+        route = split.routes[name]
+        for to in (*route.consumers, *((CALLER,) if route.output is not None else ())):
+            lines.append(f'    run.send("{name}", {k}, {to}, m, results[{position}])')
+        position += 1
+    for name in stage.updates:
+        lines.append(f'    run.update("{name}", {k}, results[{position}])')
+        position += 1
+    if stage.saved:
+        lines.append(f"    run.keep({k}, m, results[{position}:])")
+    return "\n".join(lines) + "\n"
+
+
+def _backward(split: Split, stage: StagePhases) -> str:
+    """One micro-batch backward: the tangents to receive and where gradients go."""
+    k = stage.index
+    arguments = [f"*run.held({k})", f"*run.kept({k}, m)"]
+    arguments += [f'run.receive("grad {n}", {k}, m)' for n in stage.tangents]
+    lines = [
+        f"def backward_{k}(run, m, compute):",
+        f"    results = compute(run.kit({k}, m), [{_listed(arguments)}])",
+    ]
+    position = 0
+    for name in stage.own_grads:
+        lines.append(f'    run.accumulate("{name}", m, results[{position}])')
+        position += 1
+    for name in stage.sent_grads:
+        to = split.routes[name].gradient_to(k)
+        lines.append(f'    run.send("grad {name}", {k}, {to}, m, results[{position}])')
+        position += 1
+    return "\n".join(lines) + "\n"
+
+
+def _listed(arguments: Sequence[str]) -> str:
+    joined = ", ".join(arguments)
+    if len(joined) < 60:
+        return joined
+    return "\n        " + ",\n        ".join(arguments) + ",\n    "
+
+
+def _compute(stage: StagePhases, phase: str, device: torch.device, name: str) -> str:
+    """The calls of some phases as a function ``name(kit, args)``; `args` is emptied."""
+    by_name = {n.name: n for n in stage.graph.nodes}
+    kit, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
+    count = len(stage.held)
+    held, received = holders[:count], holders[count : count + len(stage.receives)]
+    tangents = holders[count + len(stage.receives) :]
+    saved = [by_name[n] for n in stage.saved]
+    results = stage.results()
+    if phase == "F":
+        arguments = [*held, *received]
+        values = [*results["returns"], *results["updates"], *saved]
+    else:
+        arguments = [*held, *saved, *tangents]
+        values = [*results["own_grads"], *results["sent_grads"]]
+    label_of = dict(zip(holders, [*stage.held, *stage.receives], strict=False))
+    graph = fx.Graph()
+    env = {kit: graph.placeholder(kit.name)}
+    for node in arguments:
+        env[node] = graph.placeholder(label_of.get(node, node.name))
+        env[node].meta = {"val": node.meta["val"]}
+    for node in stage.graph.nodes:
+        if stage.phase_of.get(node.name, "-") in phase:
+            env[node] = graph.node_copy(node, env.__getitem__)
+            _place(env[node], stage.device, device)
+    graph.output([env[v] if isinstance(v, fx.Node) else v for v in values])
+    return _text(graph, name)
+
+
+def _place(node: fx.Node, traced: torch.device, device: torch.device) -> None:
+    """A stage traced for one device of a kind may run on another one."""
+    if traced != device:
+        node.kwargs = {k: device if v == traced else v for k, v in node.kwargs.items()}
+
+
+def _text(graph: fx.Graph, name: str) -> str:
+    """fx writes the body (with shapes, and the model's own lines as comments); the head is ours."""
+    source = graph.python_code("self", verbose=True).src
+    parameters = [n.name for n in graph.nodes if n.op == "placeholder"][1:]
+    _, _, body = source.partition("\ndef forward(")
+    _, _, body = body.partition(":\n")
+    head = f"def {name}(kit, args):\n"
+    if parameters:
+        head += f"    {_wrapped(parameters)} = args\n    args.clear()\n"
+    body = re.sub(r"\n\s*# No stacktrace found for following nodes", "", body)
+    lines = [line.rstrip() for line in body.rstrip().splitlines()]
+    return head + "\n".join(lines) + "\n"
+
+
+def _wrapped(parameters: Sequence[str]) -> str:
+    if sum(map(len, parameters)) + 2 * len(parameters) < 80:
+        return ", ".join(parameters) + ("," if len(parameters) == 1 else "")
+    return "(\n        " + ",\n        ".join(parameters) + ",\n    )"

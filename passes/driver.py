@@ -1,0 +1,114 @@
+"""The straight line through the passes.
+
+    nn.Module ─capture─▶ Captured ─annotate─▶ Annotated ─split─▶ Split              `cut_in_space`
+    Split ─phases─▶ Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated             `cut_in_time`
+
+Every program is verified where it is made. With ``AUTOPIPE_DUMP=dir`` in the environment each is
+also written to that folder, numbered in the order in which it was made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .capture import capture
+from .codegen import Generated, codegen
+from .cost import annotate
+from .phases import phases
+from .schedule import Scheduled, schedule
+from .split import split
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+
+    import torch
+    from torch import nn
+    from torch.utils._pytree import TreeSpec
+
+    from .ir import Phased, Split, StagePhases
+    from .trace import Look
+
+_dumped = itertools.count(1)
+
+
+def cut_in_space(
+    model: nn.Module | torch.export.ExportedProgram,
+    leaves: Sequence[Any],
+    spec: TreeSpec,
+    batch_dims: Sequence[int | None],
+    *,
+    stages: int,
+    batch: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Split:
+    """Capture a model and cut it into stages; arguments as for `capture` and `split`."""
+    progress("capturing")
+    captured = capture(model, leaves, spec, batch_dims)
+    _dump("captured", captured)
+    progress("costing")
+    annotated = annotate(captured)
+    _dump("annotated", annotated)
+    progress("splitting")
+    result = split(annotated, stages, batch)
+    _dump("split", result)
+    return result
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A split program made runnable for one sequence of micro-batch sizes."""
+
+    phased: Mapping[int, Phased]
+    scheduled: Scheduled
+    generated: Generated
+
+
+def cut_in_time(
+    split: Split,
+    sizes: Sequence[int],
+    looks: Mapping[int, Mapping[str, Look]],
+    devices: Sequence[torch.device],
+    *,
+    kind: str,
+    remat: str,
+    grad: bool,
+    differentiated: frozenset[str],
+    traced: MutableMapping[Hashable, StagePhases],
+    progress: Callable[[str], None] = lambda text: None,
+) -> Lowered:
+    """Phases, schedule and source; `looks` by micro-batch size, the rest as for `phases`."""
+    phased = {
+        size: phases(
+            split,
+            size,
+            looks[size],
+            devices,
+            remat=remat,
+            grad=grad,
+            differentiated=differentiated,
+            traced=traced,
+            progress=progress,
+        )
+        for size in dict.fromkeys(sizes)
+    }
+    for cut in phased.values():
+        _dump("phased", cut)
+    backward = any(cut.differentiated for cut in phased.values())
+    scheduled = schedule(kind, len(devices), len(sizes), backward=backward)
+    _dump("scheduled", scheduled)
+    progress("writing the program")
+    generated = codegen(scheduled, phased, sizes, devices)
+    _dump("generated", generated, suffix="py")
+    return Lowered(phased, scheduled, generated)
+
+
+def _dump(name: str, program: object, suffix: str = "txt") -> None:
+    folder = os.environ.get("AUTOPIPE_DUMP")
+    if folder:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f"{next(_dumped):03d}-{name}.{suffix}").write_text(f"{program}\n")

@@ -1,0 +1,155 @@
+"""What several passes ask of an fx graph: sizes, looks, source lines, effects."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ._torch import size_calls
+from .ir import B, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+aten = torch.ops.aten
+
+
+def size(value: Any) -> sympy.Expr:
+    """A size as an expression in `B`: every symbol of a captured graph is the batch size."""
+    if isinstance(value, torch.SymInt):
+        expr = value.node.expr
+        return expr.xreplace(dict.fromkeys(expr.free_symbols, B))
+    return sympy.Integer(int(value))
+
+
+def spec_of(node: fx.Node) -> TensorSpec:
+    """What a node's tensor looks like."""
+    value = node.meta["val"]
+    return TensorSpec(node.name, tuple(map(size, value.shape)), value.dtype)
+
+
+def source_line(node: fx.Node) -> str | None:
+    """``file:line`` in the model of the call behind a node."""
+    lines = [
+        line.strip()
+        for line in (node.meta.get("stack_trace") or "").splitlines()
+        if line.strip().startswith("File ")
+    ]
+    if not lines:
+        return None
+    parts = lines[-1].split('"')
+    number = parts[2].split("line ")[-1].split(",")[0]
+    return f"{parts[1]}:{number}"
+
+
+def is_effect(node: fx.Node) -> bool:
+    """A call that matters even if nobody uses its result: it writes to one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return (schema is not None and schema.is_mutable) or node.target in HIDDEN_WRITES
+
+
+HIDDEN_WRITES = {  # operator → (positions written, position of the flag that makes it write)
+    aten.batch_norm.default: ((3, 4), 5),
+    aten.native_batch_norm.default: ((3, 4), 5),
+    aten.cudnn_batch_norm.default: ((3, 4), 5),
+    aten.miopen_batch_norm.default: ((3, 4), 5),
+    aten.instance_norm.default: ((3, 4), 5),
+}
+"""Operators that update running statistics although their schemas do not say so."""
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments of a call that it changes in place."""
+    if node.target in HIDDEN_WRITES:
+        positions, flag = HIDDEN_WRITES[node.target]
+        written = [node.args[p] for p in positions] if node.args[flag] else []
+    elif is_effect(node):
+        arguments = node.target._schema.arguments  # type: ignore[union-attr]
+        written = [
+            node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
+            for i, a in enumerate(arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
+    else:
+        written = []
+    flat = pytree.tree_leaves(written)
+    return [a for a in flat if isinstance(a, fx.Node)]
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Erase the calls that nobody uses and that change nothing.
+
+    (fx's own dead code elimination keeps random calls; a draw here depends on no other draw.)
+    """
+    for node in reversed(graph.nodes):
+        if node.op in ("call_function", "call_method") and not node.users and not is_effect(node):
+            graph.erase_node(node)
+
+
+def tensors_of(node: fx.Node) -> list[Tensor]:
+    """The (fake) tensors that a node makes: one, several, or none for a size."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return [v for v in value if isinstance(v, Tensor)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def is_size(node: fx.Node) -> bool:
+    """A node that computes a number from shapes, not a tensor."""
+    return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymBool))
+
+
+def add_call(
+    graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> fx.Node:
+    """Append a call to a captured graph, with its looks worked out on the spot."""
+    node = graph.call_function(target, args, kwargs)
+    fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    mode = next(t.fake_mode for n in node.all_input_nodes for t in tensors_of(n))
+    with mode:
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    for source in node.all_input_nodes:
+        if "stack_trace" in source.meta:
+            node.meta["stack_trace"] = source.meta["stack_trace"]
+    return node
+
+
+def batch_size_node(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorSpec]]) -> fx.Node:
+    """Append calls that read `B` off the shape of the first tensor that shows it.
+
+    Raises:
+        LookupError: no candidate's shape depends on `B`.
+    """
+    multiples = []
+    for node, spec in candidates:
+        for dim, expr in enumerate(spec.shape):
+            if expr == B:
+                return graph.call_function(aten.sym_size.int, (node, dim))
+            if expr.free_symbols and (expr / B).is_Integer:
+                multiples.append((node, dim, int(expr / B)))
+    if not multiples:
+        raise LookupError("no tensor shows the batch size")
+    node, dim, factor = multiples[0]
+    return size_calls(B // factor, graph.call_function(aten.sym_size.int, (node, dim)))
+
+
+def emit_size(value: Any, batch: Callable[[], fx.Node]) -> fx.Node | int:
+    """A size as a plain integer, or as calls on the node that holds the batch size."""
+    expr = size(value)
+    return int(expr) if expr.is_Integer else size_calls(expr, batch())
+
+
+def fingerprint(graph: fx.Graph) -> str:
+    """Equal for graphs that make the same calls on the same arguments, whatever their names."""
+    index = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    rows = [
+        f"{n.op} {n.target if n.op == 'call_function' else ''} {n.meta.get('autocast')}"
+        f" {fx.map_arg((n.args, n.kwargs), index.__getitem__)}"
+        for n in graph.nodes
+    ]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()

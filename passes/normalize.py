@@ -1,0 +1,200 @@
+"""The exporter's graph → the form the later passes rely on.
+
+Plain calls only (regions with gradients off or with autocast inlined), no assertions, one
+placeholder per tensor (tied parameters merged), every size in terms of one symbol, `B`.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autopipe.errors import CaptureError, UnsupportedError
+
+from ._torch import wrap_with_autocast, wrap_with_set_grad_enabled
+from .graphs import drop_dead, source_line, spec_of
+from .ir import Input, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+aten = torch.ops.aten
+
+ASSERTIONS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten._assert_async.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+
+
+def normalize(
+    program: torch.export.ExportedProgram, model: nn.Module, prefix: str, names: Sequence[str]
+) -> tuple[fx.Graph, tuple[Input, ...], Mapping[str, Tensor]]:
+    """Rewrite an exported program's graph.
+
+    Args:
+        program: its graph is not changed.
+        model: the module behind it, for the identity of its tensors.
+        prefix: what stands before the model's own names in the program's signature.
+        names: what to call the inputs of the call, in order.
+
+    Returns:
+        A graph of plain calls, its placeholders described, and the constants they refer to.
+    """
+    graph = fx.Graph()
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    inputs: list[Input] = []
+    constants: dict[str, Tensor] = {}
+    env: dict[fx.Node, Any] = {}
+    first_of: dict[int, fx.Node] = {}
+    calls = 0
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        spec = specs[node.name]
+        kind = _kind(spec.kind.name, node)
+        target, index = "", -1
+        if kind is Kind.INPUT:
+            index, calls = calls, calls + 1
+        elif kind is Kind.CONSTANT:
+            target = str(spec.target)
+            value = program.constants[target]
+            if not isinstance(value, Tensor):
+                raise UnsupportedError(
+                    "a constant of the model is no tensor",
+                    node=node.name,
+                    found=type(value).__name__,
+                )
+            constants[target] = value
+        else:
+            target = str(spec.target).removeprefix(prefix)
+            tensor = _tensor(model, kind, target)
+            if id(tensor) in first_of:  # tied: one tensor, one placeholder
+                env[node] = first_of[id(tensor)]
+                continue
+        new = graph.placeholder(_name(kind, target) if target else names[index])
+        new.meta = dict(node.meta)
+        env[node] = new
+        if kind in (Kind.PARAMETER, Kind.BUFFER):
+            first_of[id(tensor)] = new
+        inputs.append(Input(spec_of(new), kind, target, index))
+    result = _inline(program.graph_module, env, graph, detach=False, autocast=None)
+    graph.output(tuple(result))
+    unused = {n.name for n in graph.nodes if n.op == "placeholder" and not n.users}
+    kept = []
+    for item in inputs:  # inputs of the call stay: their gradients and structure are the user's
+        if item.name in unused and item.kind is not Kind.INPUT:
+            graph.erase_node(next(n for n in graph.nodes if n.name == item.name))
+        else:
+            kept.append(item)
+    drop_dead(graph)
+    return graph, tuple(kept), constants
+
+
+def _name(kind: Kind, target: str) -> str:
+    """The placeholder of a tensor that the model holds: p_, b_ or c_ and its qualified name."""
+    return f"{kind.value[0]}_{re.sub(r'[^0-9a-zA-Z]', '_', target)}"
+
+
+def _kind(name: str, node: fx.Node) -> Kind:
+    kinds = {
+        "PARAMETER": Kind.PARAMETER,
+        "BUFFER": Kind.BUFFER,
+        "CONSTANT_TENSOR": Kind.CONSTANT,
+        "USER_INPUT": Kind.INPUT,
+    }
+    if name not in kinds:
+        raise UnsupportedError(
+            "the model holds something that is neither tensor nor number",
+            node=node.name,
+            found=name.lower(),
+        )
+    return kinds[name]
+
+
+def _tensor(model: nn.Module, kind: Kind, target: str) -> Tensor:
+    return model.get_parameter(target) if kind is Kind.PARAMETER else model.get_buffer(target)
+
+
+def _inline(
+    module: fx.GraphModule,
+    env: dict[fx.Node, Any],
+    graph: fx.Graph,
+    *,
+    detach: bool,
+    autocast: tuple[Any, ...] | None,
+) -> list[Any]:
+    """Copy `module`'s calls to the end of `graph`; returns what it returns."""
+
+    def mapped(value: Any) -> Any:
+        return fx.map_arg(value, lambda n: env[n])
+
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or node.op == "get_attr":
+            continue
+        if node.op == "output":
+            results = list(mapped(node.args[0]))
+            return [_detached(graph, r) if detach else r for r in results]
+        if node.target in ASSERTIONS:
+            continue
+        if node.target in (wrap_with_set_grad_enabled, wrap_with_autocast):
+            env[node] = _region(module, node, mapped, graph, autocast)
+        elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
+            env[node] = env[node.args[0]][node.args[1]]
+        elif node.op != "call_function" or isinstance(
+            node.target, torch._ops.HigherOrderOperator
+        ):
+            raise CaptureError(
+                "an operator that contains graphs of its own cannot be pipelined",
+                node=node.name,
+                source=source_line(node),
+                found=str(node.target),
+                remedy="write torch.cond, scan and the like with plain operators (torch.where)",
+            )
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+            if autocast is not None:
+                env[node].meta["autocast"] = autocast
+    raise AssertionError("a graph without output")
+
+
+def _region(
+    module: fx.GraphModule,
+    node: fx.Node,
+    mapped: Callable[[Any], Any],
+    graph: fx.Graph,
+    autocast: tuple[Any, ...] | None,
+) -> list[Any]:
+    """Inline a region that export outlined because gradients or autocast were switched in it."""
+    if node.target is wrap_with_set_grad_enabled:
+        enabled, body, *args = node.args
+        detach = not enabled
+    else:
+        *autocast_args, body, args = *node.args[:4], node.args[4], node.args[5:]
+        autocast, detach = tuple(autocast_args), False
+    assert isinstance(body, fx.Node)
+    inner = getattr(module, str(body.target))
+    holes = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    return _inline(
+        inner,
+        dict(zip(holes, mapped(tuple(args)), strict=True)),
+        graph,
+        detach=detach,
+        autocast=autocast,
+    )
+
+
+def _detached(graph: fx.Graph, value: Any) -> Any:
+    """What leaves a region without gradients carries none."""
+    if not isinstance(value, fx.Node) or not isinstance(value.meta["val"], Tensor):
+        return value
+    node = graph.call_function(aten.detach.default, (value,))
+    node.meta = dict(value.meta)
+    return node

@@ -1,0 +1,360 @@
+"""Split → Phased: each stage's joint graph cut into F, R, B and W (the cut in time).
+
+    F  forward: what the stage's results and its buffers' new values need
+    R  rematerialize: what the backward needs, needs no tangent, and F did not keep
+    B  what the gradients of received values need: the stages before are waiting for it
+    W  the rest: gradients of the stage's own parameters; nobody is waiting
+
+All four are reachability in one graph. What F keeps is the only choice, and a *policy* makes it:
+
+    none     whatever the backward uses, as autograd does
+    full     only what the stage received; the backward runs the forward again (GPipe, section 2.3)
+    min-cut  what functorch's min-cut partitioner keeps: cheap calls run again, products are kept
+
+A call that R repeats stands twice in the graph, so that every node belongs to one phase.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from operator import getitem
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from autopipe.errors import InputError
+
+from ._torch import min_cut_saved, storage_id_of
+from .graphs import source_line, spec_of
+from .ir import Phased, Split, StageGraph, StagePhases, at_batch
+from .trace import Joint, Look, forward_looks, trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+
+aten = torch.ops.aten
+
+POLICIES = ("full", "none", "min-cut")
+"""Values of the option `remat` that are implemented."""
+
+
+def phases(
+    split: Split,
+    size: int,
+    looks: Mapping[str, Look],
+    devices: Sequence[torch.device],
+    *,
+    remat: str,
+    grad: bool,
+    differentiated: frozenset[str],
+    traced: MutableMapping[Hashable, StagePhases],
+    progress: Callable[[str], None] = lambda text: None,
+) -> Phased:
+    """Trace and cut every stage at one micro-batch size.
+
+    Args:
+        split: the stages.
+        size: samples in the micro-batch.
+        looks: of every placeholder of the captured graph, at this size.
+        devices: one per stage; kernels are chosen for them.
+        remat: one of `POLICIES`.
+        grad: False for inference: the forward alone, traced under no_grad.
+        differentiated: outputs for which a gradient will come, if one can.
+        traced: stages cut so far, by everything they depend on; identical ones are traced once.
+        progress: told about each stage.
+
+    Raises:
+        InputError: a batch norm would see a single value per channel.
+    """
+    _check_statistics(split, size)
+    known = {name: (look, devices[0]) for name, look in looks.items()}
+    inputs: list[list[Look]] = []
+    memo: dict[Hashable, tuple[Look, ...]] = {}
+    for stage, device in zip(split.stages, devices, strict=True):
+        inputs.append([_arrived(known[n], device) for n in stage.signature])
+        key: Hashable = (stage.fingerprint, tuple(inputs[-1]), device.type, _autocast(device))
+        if key not in memo:
+            memo[key] = forward_looks(stage, inputs[-1], device, grad=grad)
+        known |= {n: (look, device) for n, look in zip(stage.returns, memo[key], strict=True)}
+    differentiable = frozenset(o.name for o in split.captured.outputs if known[o.name][0].requires_grad)
+    differentiated &= differentiable
+    arriving = {n: (_dense(known[n][0]), known[n][1]) for n in differentiated}
+    cut: list[StagePhases] = []
+    for stage, device in reversed(list(zip(split.stages, devices, strict=True))):
+        places = _tangents(split, stage, arriving)
+        tangents = [(kind, i, _arrived(arriving[n], device)) for kind, i, n in places]
+        held_and_received = inputs[stage.index]
+        key = (
+            *(stage.fingerprint, tuple(held_and_received), tuple(tangents)),
+            *(device.type, remat, grad, _autocast(device)),
+        )
+        if key not in traced:
+            progress(f"tracing stage {stage.index}")
+            joint = trace(stage, held_and_received, tangents, device, grad=grad)
+            traced[key] = cut_joint(stage, joint, remat, device)
+        phased = _named(traced[key], stage, [n for *_, n in places])
+        cut.insert(0, phased)
+        for name, node in zip(
+            phased.sent_grads, phased.results()["sent_grads"], strict=True
+        ):
+            arriving[name] = (Look.of(node.meta["val"]), device)
+    result = Phased(split, size, remat, differentiable, differentiated, tuple(cut))
+    result.verify()
+    return result
+
+
+def received_strides(phased: Phased) -> dict[tuple[str, int], tuple[int, ...]]:
+    """What each stage was traced to receive: (what, stage) → strides, gradients included."""
+    strides = {}
+    for stage in phased.stages:
+        _, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
+        rest = holders[len(stage.held) :]
+        whats = [*stage.receives, *(f"grad {n}" for n in stage.tangents)]
+        for what, node in zip(whats, rest, strict=True):
+            strides[what, stage.index] = node.meta["val"].stride()
+    return strides
+
+
+def _arrived(known: tuple[Look, torch.device], device: torch.device) -> Look:
+    """A tensor's looks where it is used: a copy between devices makes it dense."""
+    look, source = known
+    return look if source == device else look.settled()
+
+
+def _dense(look: Look) -> Look:
+    """The gradient of an output arrives contiguous."""
+    dense = torch.empty(look.shape, device="meta").stride()
+    return look._replace(stride=dense, requires_grad=False)
+
+
+def _check_statistics(split: Split, size: int) -> None:
+    """Eager refuses to normalise over a single value; so must a micro-batch."""
+    for node in split.captured.graph_module.graph.nodes:
+        if node.target is not aten.batch_norm.default or not node.args[5]:
+            continue
+        shape = [at_batch(s, size) for s in spec_of(node).shape]
+        if math.prod(shape) == shape[1]:
+            raise InputError(
+                f"batch norm in training needs more than one value per channel, and a micro-batch"
+                f" of {size} has one",
+                node=node.name,
+                source=source_line(node),
+                remedy="use fewer chunks or a larger batch",
+            )
+
+
+def _autocast(device: torch.device) -> Hashable:
+    enabled = torch.is_autocast_enabled(device.type)
+    return enabled and torch.get_autocast_dtype(device.type)
+
+
+def _tangents(
+    split: Split, stage: StageGraph, arriving: Mapping[str, Any]
+) -> list[tuple[str, int, str]]:
+    """The gradients that will reach `stage`: of what it returns, and sums of what others share."""
+    inputs = stage.signature
+    result = [("return", i, n) for i, n in enumerate(stage.returns) if n in arriving]
+    for i, name in enumerate(inputs):
+        route = split.routes.get(name)
+        if route is None or name not in arriving:
+            continue
+        last = route.holders[-1] == stage.index
+        if not last or route.output is not None:
+            result.append(("input", i, name))
+    return result
+
+
+def _named(core: StagePhases, stage: StageGraph, tangents: list[str]) -> StagePhases:
+    """A cut stage under the names of one that is identical to it."""
+    rename = dict(zip(core.held + core.receives, stage.signature, strict=True))
+    return dataclasses.replace(
+        core,
+        index=stage.index,
+        held=tuple(stage.signature[: len(core.held)]),
+        receives=stage.receives,
+        tangents=tuple(tangents),
+        returns=stage.returns,
+        updates=tuple(rename[n] for n in core.updates),
+        own_grads=tuple(rename[n] for n in core.own_grads),
+        sent_grads=tuple(rename[n] for n in core.sent_grads),
+        draws=tuple((stage.origins[call], nth) for call, nth in core.draws),
+    )
+
+
+def cut_joint(
+    stage: StageGraph, joint: Joint, remat: str, device: torch.device
+) -> StagePhases:
+    """Cut one joint graph into F, R, B and W by reachability (its draws are not yet named)."""
+    kit, *holders = [n for n in joint.graph.nodes if n.op == "placeholder"]
+    names = stage.signature
+    count = len(names) - len(stage.receives)
+    held, rest = holders[:count], holders[count:]
+    received, tangents = rest[: len(stage.receives)], rest[len(stage.receives) :]
+    results = list(joint.graph.output_node().args[0])
+    ending = len(stage.returns) + len(joint.updates)
+    forward = _ancestors(results[:ending])
+    forward |= {n for n in joint.graph.nodes if n.target is getitem and n.args[0] in forward}
+    late = _descendants(tangents)
+    if remat == "full" or not tangents:
+        saved = set(received)
+    elif remat == "none":
+        saved = forward | set(received)
+    else:
+        saved = _min_cut(joint.graph, kit, ending) - late - set(held)
+    forward |= _ancestors(list(saved))
+    changing = {storage_id_of(held[i]) for i in joint.updates}
+    saved = {n for n in saved if n in received or storage_id_of(n) not in changing}
+    rebuild = _Rebuild(forward, late, saved)
+    rebuild.placeholders([kit, *held], received, tangents, {held[i] for i in joint.updates})
+    graph = rebuild.calls(joint.graph, results[:ending], results[ending:])
+    own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
+    awaited = _ancestors(list(graph.output_node().args[0])[ending + len(own_grads) :])
+    return StagePhases(
+        index=stage.index,
+        graph=graph,
+        phase_of=rebuild.phase_of
+        | {n.name: "B" for n in awaited if rebuild.phase_of.get(n.name) == "W"},
+        saved=tuple(rebuild.kept),
+        held=tuple(names[:count]),
+        receives=stage.receives,
+        tangents=(),
+        returns=stage.returns,
+        updates=tuple(names[i] for i in joint.updates),
+        own_grads=own_grads,
+        sent_grads=tuple(names[i] for i in joint.grads if i >= len(stage.held)),
+        draws=joint.draws,
+        device=device,
+    )
+
+
+def _min_cut(graph: fx.Graph, kit: fx.Node, forward_results: int) -> set[fx.Node]:
+    """What functorch's partitioner keeps. It is shown the calls behind the kit's methods."""
+    copy = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node is kit:
+            continue
+        if node.op != "call_method":
+            env[node] = copy.node_copy(node, env.__getitem__)
+            continue
+        _, *arguments = node.args
+        if node.target == "draw":
+            target, arguments = arguments[1], arguments[2:]
+        else:
+            target = aten.clone.default
+        arguments, kwargs = fx.map_arg((arguments, node.kwargs), env.__getitem__)
+        env[node] = copy.create_node(
+            "call_function", target, tuple(arguments), kwargs, name=node.name
+        )
+        env[node].meta = dict(node.meta)
+    fakes = [n.meta["val"] for n in copy.nodes if n.op == "placeholder"]
+    kept = min_cut_saved(fx.GraphModule({}, copy), fakes, forward_results)
+    return {node for node in graph.nodes if node is not kit and env[node].name in kept}
+
+
+def _ancestors(results: Sequence[Any]) -> set[fx.Node]:
+    """The calls and placeholders that `results` need, themselves included."""
+    found: set[fx.Node] = set()
+    todo = [r for r in results if isinstance(r, fx.Node)]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def _descendants(sources: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = list(sources)
+    while todo:
+        node = todo.pop()
+        if node not in found and node.op != "output":
+            found.add(node)
+            todo.extend(node.users)
+    return found
+
+
+class _Rebuild:
+    """Writes a joint graph anew, with R's calls spelled out just before their use.
+
+    Attributes:
+        phase_of: the phase of every call written so far (W stands for B or W).
+        kept: names of what the backward takes from F, in the order of first use.
+    """
+
+    def __init__(self, forward: set[fx.Node], late: set[fx.Node], saved: set[fx.Node]) -> None:
+        self.forward, self.late, self.saved = forward, late, saved
+        self.graph = fx.Graph()
+        self.early: dict[fx.Node, fx.Node] = {}  # what F knows a value as
+        self.again: dict[fx.Node, fx.Node] = {}  # what the backward knows it as
+        self.kept: dict[str, None] = {}
+        self.phase_of: dict[str, str] = {}
+
+    def placeholders(
+        self,
+        lasting: Sequence[fx.Node],
+        received: Sequence[fx.Node],
+        tangents: Sequence[fx.Node],
+        written: set[fx.Node],
+    ) -> None:
+        """`lasting` ones are there in every phase, but for the buffers that F has `written` to."""
+        for node in [*lasting, *received, *tangents]:
+            self.early[node] = self.graph.node_copy(node)
+        for node in [*(n for n in lasting if n not in written), *tangents]:
+            self.again[node] = self.early[node]
+        self.written = {node: self._before(node) for node in written}
+
+    def _before(self, node: fx.Node) -> fx.Node:
+        """F's copy of a buffer that it is about to change."""
+        copy = self.graph.call_function(aten.clone.default, (self.early[node],))
+        copy.meta = dict(node.meta)
+        self.phase_of[copy.name] = "F"
+        return copy
+
+    def calls(
+        self, joint: fx.Graph, forward_results: Sequence[Any], gradients: Sequence[Any]
+    ) -> fx.Graph:
+        calls = [n for n in joint.nodes if n.op in ("call_function", "call_method")]
+        for node in calls:
+            if node in self.forward:
+                self.early[node] = self._write(node, self.early.__getitem__, "F")
+        for node in calls:
+            if node in self.late:
+                for source in node.all_input_nodes:
+                    self.recall(source)
+                self.again[node] = self._write(node, self.again.__getitem__, "W")
+        results = [self.early[r] for r in forward_results] + [self.recall(g) for g in gradients]
+        self.graph.output(tuple(results))
+        for node in reversed(self.graph.nodes):  # an unused part of a result, an old buffer
+            if node.op == "call_function" and not node.users:
+                del self.phase_of[node.name]
+                self.graph.erase_node(node)
+        return self.graph
+
+    def _write(self, node: fx.Node, argument: Callable[[fx.Node], fx.Node], phase: str) -> fx.Node:
+        new = self.graph.node_copy(node, argument)
+        self.phase_of[new.name] = phase
+        return new
+
+    def recall(self, node: fx.Node) -> fx.Node:
+        """The backward's version of a value: kept, or computed again (depth first, no recursion:
+        a stage's forward may be thousands of calls deep)."""
+        todo = [node]
+        while todo:
+            top = todo[-1]
+            if top in self.again:
+                todo.pop()
+            elif top in self.written:
+                self.again[top] = self.written[top]
+                self.kept[self.written[top].name] = None
+            elif top in self.saved and not isinstance(top.meta["val"], (tuple, list)):
+                self.again[top] = self.early[top]
+                self.kept[self.early[top].name] = None
+            elif missing := [n for n in top.all_input_nodes if n not in self.again]:
+                todo += missing
+            else:
+                self.again[top] = self._write(top, self.again.__getitem__, "R")
+        return self.again[node]

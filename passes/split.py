@@ -1,0 +1,261 @@
+"""Annotated → Split: K stage graphs with explicit boundary values (the cut in space).
+
+The captured order of calls is cut into K contiguous runs by `partition.cut`, on plain arrays. What
+this file adds is where a cut is allowed, and the signatures of the stages. A cut may not fall
+
+- between a value with several results and the calls that unpack it, nor
+- inside the life of a tensor that is changed in place: from the first call that knows its memory
+  to the last one that writes to it, all stay in one stage, so that no stage ever sees another
+  stage's memory change.
+
+Sizes are not sent: each stage reads the batch size off a tensor it has.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from autopipe.errors import PartitionError, UnsupportedError
+
+from ._torch import storage_id_of
+from .cost import seconds
+from .graphs import (
+    batch_size_node,
+    emit_size,
+    fingerprint,
+    is_size,
+    source_line,
+    spec_of,
+    written_arguments,
+)
+from .ir import (
+    CALLER,
+    Annotated,
+    Captured,
+    Input,
+    Kind,
+    Route,
+    Split,
+    StageGraph,
+    at_batch,
+)
+from .partition import cut
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+SLACK = 0.03
+"""How far above the least possible bottleneck a cut may lie if fewer bytes cross it. Costs are not
+known better than that, and a cut between layers saves memory and reads better."""
+
+
+def split(annotated: Annotated, stages: int, batch: int) -> Split:
+    """Cut a captured graph into `stages` stage graphs.
+
+    Args:
+        annotated: the graph and its costs.
+        stages: K ≥ 1.
+        batch: micro-batch size at which stages are balanced.
+
+    Raises:
+        PartitionError: fewer than K runs of calls can be formed.
+    """
+    graph = annotated.captured.graph_module.graph
+    calls = [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
+    time = [seconds(annotated.costs[n.name], batch) for n in calls]
+    try:
+        positions = cut(
+            time, stages, allowed=_allowed(calls, annotated.captured.inputs), crossing=_crossing(calls, batch), slack=SLACK
+        )
+    except PartitionError as error:
+        raise PartitionError(
+            f"the model cannot be cut into {stages} stages",
+            expected=f"at least {stages} runs of calls that nothing holds together",
+            found=f"{len(calls)} calls; {error.found or error.problem}",
+            remedy="use fewer devices",
+        ) from error
+    bounds = [0, *positions, len(calls)]
+    stage_of = {
+        node: k
+        for k in range(stages)
+        for node in calls[bounds[k] : bounds[k + 1]]
+    }
+    times = [sum(time[bounds[k] : bounds[k + 1]]) for k in range(stages)]
+    return build(annotated, stage_of, times)
+
+
+def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], times: Sequence[float]) -> Split:
+    """The stage graphs for a given assignment of calls to stages (`times`: seconds per stage)."""
+    captured = annotated.captured
+    inputs = {i.name: i for i in captured.inputs}
+    users = _users(captured.graph_module.graph, stage_of)
+    outputs = {o.name: i for i, o in enumerate(captured.outputs)}
+    routes: dict[str, Route] = {}
+    held: dict[int, list[Input]] = defaultdict(list)
+    lent: dict[int, list[str]] = defaultdict(list)
+    receives: dict[int, list[str]] = defaultdict(list)
+    returns: dict[int, list[str]] = defaultdict(list)
+    for node, needed in users.items():
+        item = inputs.get(node.name)
+        stages = sorted(needed)
+        if item is not None and item.kind in (Kind.BUFFER, Kind.CONSTANT):
+            for k in stages:  # read-only copies: `_allowed` keeps a written one in one stage
+                held[k].append(item)
+            continue
+        if item is None:
+            source, kind = stage_of[node], "activation"
+            consumers = [k for k in stages if k != source]
+            if not consumers and node.name not in outputs:
+                continue
+            returns[source].append(node.name)
+        elif item.kind is Kind.PARAMETER:
+            source, kind, consumers = stages[0], "parameter", stages[1:]
+            held[source].append(item)
+            if not consumers:
+                continue
+        else:
+            source, kind, consumers = CALLER, "input", stages
+        routes[node.name] = Route(
+            spec_of(node), kind, source, tuple(consumers), outputs.get(node.name)
+        )
+        for k in consumers:
+            (lent if kind == "parameter" else receives)[k].append(node.name)
+    result = Split(
+        annotated,
+        tuple(
+            _stage(captured, stage_of, k, held[k], lent[k], receives[k], returns[k], times[k])
+            for k in range(len(times))
+        ),
+        routes,
+    )
+    result.verify()
+    return result
+
+
+def _users(graph: fx.Graph, stage_of: Mapping[fx.Node, int]) -> dict[fx.Node, set[int]]:
+    """For each tensor, in graph order, the stages that use it (its own if it is an output)."""
+    users: dict[fx.Node, set[int]] = {n: set() for n in graph.nodes if n.op != "output"}
+    sized: set[int] = set()
+    for node, k in stage_of.items():
+        for source in node.all_input_nodes:
+            users[source].add(k)
+            if is_size(source):
+                sized.add(k)
+    for node in graph.output_node().args[0]:
+        users[node].add(stage_of[node])
+    users = {n: s for n, s in users.items() if not is_size(n)}
+    batched = [n for n in users if isinstance(n.meta["val"], Tensor) and spec_of(n).batch_dim is not None]
+    for k in sized:  # a stage that needs the batch size needs a tensor to read it off
+        if not any(k in users[n] and stage_of.get(n) != k for n in batched):
+            users[batched[0]].add(k)
+    return {n: s for n, s in users.items() if s}
+
+
+def _stage(
+    captured: Captured,
+    stage_of: Mapping[fx.Node, int],
+    k: int,
+    held: Sequence[Input],
+    lent: Sequence[str],
+    receives: Sequence[str],
+    returns: Sequence[str],
+    time: float,
+) -> StageGraph:
+    """Copy stage k's calls into a graph of their own."""
+    graph = captured.graph_module.graph
+    by_name = {n.name: n for n in graph.nodes}
+    stage = fx.Graph()
+    env: dict[fx.Node, Any] = {}
+    for name in [*(i.name for i in held), *lent, *receives]:
+        env[by_name[name]] = stage.placeholder(name)
+        env[by_name[name]].meta = dict(by_name[name].meta)
+    batch: list[fx.Node] = []
+
+    def batch_node() -> fx.Node:
+        if not batch:
+            tensors = [n for n in env if isinstance(n.meta["val"], Tensor)]
+            batch.append(batch_size_node(stage, [(env[n], spec_of(n)) for n in tensors]))
+        return batch[0]
+
+    def argument(node: fx.Node) -> Any:
+        if is_size(node) and node not in env:
+            env[node] = emit_size(node.meta["val"], batch_node)
+        return env[node]
+
+    for node in graph.nodes:
+        if stage_of.get(node) == k:
+            env[node] = stage.node_copy(node, argument)
+    stage.output(tuple(env[by_name[name]] for name in returns))
+    position = {env[n]: i for i, n in enumerate(graph.nodes) if stage_of.get(n) == k}
+    for i, node in enumerate(stage.nodes):
+        node.meta["custom"] = {"call": i}  # fx carries this into the graphs traced from here
+    return StageGraph(
+        index=k,
+        graph_module=fx.GraphModule({}, stage, f"Stage{k}"),
+        held=tuple(held),
+        lent=tuple(lent),
+        receives=tuple(receives),
+        returns=tuple(returns),
+        origins=tuple(position.get(n, -1) for n in stage.nodes),
+        fingerprint=fingerprint(stage),
+        seconds=time,
+    )
+
+
+def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
+    """For each position 0…N: may a stage start there?"""
+    position = {n: i for i, n in enumerate(calls)}
+    first: dict[int, int] = {}
+    blocked = [0] * (len(calls) + 2)
+    fixed = {i.name for i in inputs if i.kind is not Kind.BUFFER}
+
+    def hold(start: int, end: int) -> None:
+        """Keep calls start…end together."""
+        if end > start:
+            blocked[start + 1] += 1
+            blocked[end + 1] -= 1
+
+    for i, node in enumerate(calls):
+        for storage in map(storage_id_of, [*node.all_input_nodes, node]):
+            if storage is not None:
+                first.setdefault(storage, i)
+        for written in written_arguments(node):
+            if written.name in fixed:
+                raise UnsupportedError(
+                    "the model changes one of its inputs or parameters in place",
+                    node=node.name,
+                    source=source_line(node),
+                    found=f"{node.target} writes to {written.name}",
+                    remedy="work on a copy: x = x.clone()",
+                )
+            storage = storage_id_of(written)
+            if storage is not None:
+                hold(first[storage], i)
+        if isinstance(node.meta.get("val"), (tuple, list)):
+            hold(i, max((position[u] for u in node.users if u in position), default=i))
+    allowed, depth = [], 0
+    for p in range(len(calls) + 1):
+        depth += blocked[p]
+        allowed.append(depth == 0)
+    return allowed
+
+
+def _crossing(calls: Sequence[fx.Node], batch: int) -> list[float]:
+    """For each position 0…N: bytes of the tensors made before it and used after it."""
+    position = {n: i for i, n in enumerate(calls)}
+    change = [0.0] * (len(calls) + 2)
+    for i, node in enumerate(calls):
+        if isinstance(node.meta.get("val"), Tensor):
+            last = max((position[u] for u in node.users if u in position), default=i)
+            if last > i:
+                nbytes = at_batch(spec_of(node).nbytes, batch)
+                change[i + 1] += nbytes
+                change[last + 1] -= nbytes
+    total, crossing = 0.0, []
+    for p in range(len(calls) + 1):
+        total += change[p]
+        crossing.append(total)
+    return crossing

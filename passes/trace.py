@@ -1,0 +1,259 @@
+"""One stage graph, at one micro-batch size → its joint forward and backward as one pure graph.
+
+The stage runs on fake tensors with plain integer sizes, autograd runs on top of it, and everything
+the two dispatch is recorded below them by make_fx, through AOTAutograd's functional tensors, which
+turn in-place calls and views into pure ones. What is recorded is therefore what eager autograd
+would have executed, kernel by kernel and in its order.
+
+`torch.autograd.grad` is asked for what a stage owes its neighbours: the tangents of its results,
+and, for a value that later stages use too, their running sum as the tangent *of the input itself*.
+Autograd adds such a tangent before any contribution of this stage, which is exactly the order in
+which it would sum the contributions in the whole graph.
+
+(AOTAutograd's own joint export guesses the strides of tangents and drops the tangents of results
+that alias an input; both are known here, so its pieces are used without its wrapping.)
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ._torch import (
+    FunctionalTensorMode,
+    OpOverload,
+    from_functional,
+    make_fx,
+    preserve_node_meta,
+    static_fakes,
+    to_functional,
+)
+from .graphs import drop_dead
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .ir import StageGraph
+
+aten = torch.ops.aten
+
+
+class Look(NamedTuple):
+    """A tensor as tracing needs to know it: concrete sizes, and whether a gradient flows to it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Look:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
+
+    def fake(self, device: torch.device) -> Tensor:
+        """A tensor that looks so (to be called under a fake mode)."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+    def settled(self) -> Look:
+        """The same after a copy: dense strides in the same order of dimensions."""
+        meta = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        return self._replace(stride=torch.empty_like(meta).stride())
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A traced stage. Placeholders: held, received, tangents. Results: returns, updates, grads.
+
+    Attributes:
+        graph: the joint graph, pure.
+        updates: positions, among held, of the buffers whose new values are returned.
+        grads: positions, among held then received, whose gradients are returned.
+        draws: for each keyed draw, the position of its call in the stage graph, and which of that
+            call's draws it is.
+    """
+
+    graph: fx.Graph
+    updates: tuple[int, ...]
+    grads: tuple[int, ...]
+    draws: tuple[tuple[int, int], ...]
+
+
+def forward_looks(
+    stage: StageGraph, inputs: Sequence[Look], device: torch.device, *, grad: bool
+) -> tuple[Look, ...]:
+    """What a stage's results look like, given its held and received tensors; without tracing."""
+    with static_fakes(), _uncached_autocast(), torch.set_grad_enabled(grad):
+        plain = [look.fake(device) for look in inputs]
+        with FunctionalTensorMode():
+            leaves = [
+                to_functional(x).requires_grad_(grad and look.requires_grad)
+                for x, look in zip(plain, inputs, strict=True)
+            ]
+            results = _StageRun(stage.graph_module, device).run(*leaves)
+            return tuple(
+                Look.of(from_functional(r))._replace(requires_grad=r.requires_grad)
+                for r in results
+            )
+
+
+def trace(
+    stage: StageGraph,
+    inputs: Sequence[Look],
+    arriving: Sequence[tuple[str, int, Look]],
+    device: torch.device,
+    *,
+    grad: bool,
+) -> Joint:
+    """Trace a stage.
+
+    Args:
+        stage: its graph is run as it is, with devices in it replaced by `device`.
+        inputs: looks of held, then received tensors.
+        arriving: for each tangent that will come ("return" or "input", position, its look).
+        device: where the stage will run; kernels are chosen for it.
+        grad: False traces the forward alone, under no_grad.
+    """
+    updates: list[int] = []
+    grads: list[int] = []
+    wanted = [i for i, look in enumerate(inputs) if grad and look.requires_grad]
+
+    def joint(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
+        before = list(primals)
+        with FunctionalTensorMode():
+            outer = [to_functional(x) for x in primals]
+            leaves = [
+                x.detach().requires_grad_() if i in wanted else x for i, x in enumerate(outer)
+            ]
+            with torch.set_grad_enabled(grad):
+                results = _StageRun(stage.graph_module, device).run(*leaves)
+            gradients: Sequence[Tensor | None] = ()
+            if arriving and wanted:
+                known = {"return": results, "input": leaves}
+                with torch.autocast(device.type, enabled=False):
+                    gradients = torch.autograd.grad(
+                        [known[kind][i] for kind, i, _ in arriving],
+                        [leaves[i] for i in wanted],
+                        [to_functional(t) for t in tangents],
+                        allow_unused=True,
+                    )
+            plain = [from_functional(r.detach()) for r in results]
+            now = [from_functional(x) for x in outer]
+            updates[:] = [i for i, x in enumerate(now) if x is not before[i]]
+            pairs = [(i, from_functional(g)) for i, g in zip(wanted, gradients) if g is not None]
+        grads[:] = [i for i, _ in pairs]
+        return plain + [now[i] for i in updates] + [g for _, g in pairs]
+
+    with static_fakes(), preserve_node_meta(), _uncached_autocast():
+        primals = [look.fake(device) for look in inputs]
+        tangents_ = [look.fake(device) for _, _, look in arriving]
+        module = make_fx(joint, _allow_non_fake_inputs=True)(primals, tangents_)
+    return Joint(module.graph, tuple(updates), tuple(grads), _tidy(module.graph))
+
+
+class _StageRun(fx.Interpreter):  # type: ignore[misc]
+    """Runs a stage graph with devices replaced and autocast regions entered."""
+
+    def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
+        super().__init__(module)
+        self.device = device
+
+    def run_node(self, node: fx.Node) -> Any:
+        region = node.meta.get("autocast")
+        if region is None:
+            return super().run_node(node)
+        kind, dtype, enabled, _ = region
+        del kind  # the region was captured elsewhere; it holds for the stage's own device
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
+            return super().run_node(node)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        def here(value: Any) -> Any:
+            return self.device if isinstance(value, torch.device) else value
+
+        args, kwargs = pytree.tree_map(here, (args, kwargs))
+        if "device" in kwargs and kwargs["device"] is None:
+            kwargs = {**kwargs, "device": self.device}
+        elif _makes_tensors(target) and "device" not in kwargs:
+            kwargs = {**kwargs, "device": self.device}
+        return super().call_function(target, args, kwargs)
+
+
+def _makes_tensors(target: Any) -> bool:
+    """A factory such as arange, whose device is the default one unless it is told."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not any(a.name == "device" for a in schema.arguments):
+        return False
+    return not any("Tensor" in str(a.type) for a in schema.arguments)
+
+
+def _uncached_autocast() -> Any:
+    """Keep fake casts of parameters out of autocast's cache while tracing under it."""
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            return torch.autocast(kind, dtype=dtype, cache_enabled=False)
+    return nullcontext()
+
+
+KIT = "kit"
+"""First placeholder of every joint graph: what the runtime lends to a stage's code. Its methods
+are `draw` (a random call, keyed) and `settled` (a tensor in the memory format that it suggests)."""
+
+PICKY = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
+"""Kernels that want their tensors dense in the memory format which those suggest."""
+
+
+def _tidy(graph: fx.Graph) -> tuple[tuple[int, int], ...]:
+    """Drop what does nothing below autograd, and hand two kinds of calls to the runtime's kit.
+
+    Random calls become keyed draws: what they draw depends on the key and on nothing else, so that
+    a repetition draws the same and no order of execution matters.
+
+    A group norm's argument is settled. The strides of dimensions of size one are arbitrary, and
+    fakes choose others than kernels do: with one sample the norm was traced as if its argument were
+    dense in a memory format which the real one does not even suggest. When it runs, the question
+    is asked again, as eager would.
+
+    Returns:
+        The keys of the draws: (position of the call in the stage graph, which of its draws).
+    """
+    with graph.inserting_before(next(iter(graph.nodes))):
+        kit = graph.placeholder(KIT)
+    keys: list[tuple[int, int]] = []
+    for node in list(graph.nodes):
+        if node.target in (aten.detach.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+        elif is_random(node):
+            call = node.meta["custom"]["call"]
+            with graph.inserting_before(node):
+                drawn = graph.call_method(
+                    "draw", (kit, len(keys), node.target, *node.args), node.kwargs
+                )
+            keys.append((call, sum(k[0] == call for k in keys)))
+            drawn.meta = dict(node.meta)
+            node.replace_all_uses_with(drawn)
+        elif node.target in PICKY:
+            for source in node.all_input_nodes:
+                looks = source.meta["val"]
+                if looks.ndim == 4 and 1 in looks.shape:
+                    with graph.inserting_before(node):
+                        settled = graph.call_method("settled", (kit, source))
+                    settled.meta = dict(source.meta)
+                    node.replace_input_with(source, settled)
+    drop_dead(graph)
+    return tuple(keys)
+
+
+def is_random(node: fx.Node) -> bool:
+    """A call that draws random numbers (attention with dropout 0 does not, though it could)."""
+    target = node.target
+    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    given = {a.name: a.default_value for a in target._schema.arguments}
+    given |= dict(zip(given, node.args, strict=False)) | node.kwargs
+    return given.get("dropout_p") != 0.0
