@@ -198,6 +198,7 @@ def _compute(stage: StagePhases, phase: str, device: torch.device, name: str) ->
     env = {kit: graph.placeholder(kit.name)}
     for node in arguments:
         env[node] = graph.placeholder(label_of.get(node, node.name))
+        env[node].target = env[node].name  # fx has made the name unique, not the target
         env[node].meta = {"val": node.meta["val"]}
     for node in stage.graph.nodes:
         if stage.phase_of.get(node.name, "-") in phase:

@@ -202,7 +202,9 @@ def cut_joint(
     elif remat == "none":
         saved = forward | set(received)
     else:
-        saved = _min_cut(joint.graph, kit, ending) - late - set(held)
+        # The partitioner merges equal calls first, so its choice may lack a received value that
+        # a call merged away here still starts from.
+        saved = (_min_cut(joint.graph, kit, ending) - late - set(held)) | set(received)
     forward |= _ancestors(list(saved))
     changing = {storage_id_of(held[i]) for i in joint.updates}
     saved = {n for n in saved if n in received or storage_id_of(n) not in changing}

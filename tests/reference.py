@@ -78,7 +78,7 @@ def over_chunks(
             values = captured.epilogue(*combined, *([batch] if wants else []))
         kinds = {
             "value": lambda i: values[i],
-            "input": lambda i: leaves[i],
+            "input": lambda i: state[next(c.name for c in captured.inputs if c.index == i)],
             "parameter": model.get_parameter,
             "constant": lambda x: x,
         }

@@ -38,11 +38,14 @@ def run(
             tasks[0]()
         return
     failures: list[BaseException] = []
+    threads_per_call = torch.get_num_threads()
 
     def work(index: int) -> None:
         try:
             if cores is not None:
                 os.sched_setaffinity(0, cores[index])
+            # OpenMP counts per thread; sums are split by that count, so it is part of the numbers.
+            torch.set_num_threads(threads_per_call)
             with _bare():
                 tasks[index]()
         except Aborted:
