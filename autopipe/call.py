@@ -134,9 +134,7 @@ class Call:
                     buffers[item.name] = tensor
                 tensors.append(tensor)
             for name in stage.lent:
-                tensors.append(
-                    compiled.on(place, Kind.PARAMETER, targets[name], written=False)
-                )
+                tensors.append(compiled.on(place, Kind.PARAMETER, targets[name], written=False))
             held.append(tensors)
         run = Run(ready.program, held, buffers, self.seed, self.memory)
         for item in compiled.calls:
@@ -184,5 +182,3 @@ class Call:
             return None
         how = "sum" if item.batch_dim is None else "cat"
         return microbatch.gather(how, item.batch_dim, here, self.sizes)
-
-

@@ -77,6 +77,7 @@ class Compiled:
             dims,
             stages=len(places),
             batch=max(1, batch // options.chunks),
+            whole=options.chunks == 1,
             progress=progress,
         )
         captured = self.split.captured

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from autopipe.runtime.random import step_seed
 from autopipe.runtime.transfer import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from autopipe.passes.ir import Captured
 
@@ -54,7 +54,7 @@ class Pipeline(nn.Module):
         """Forget everything that was compiled."""
         self._places = tuple(Place(d) for d in self.options.devices)
         self._compiled: dict[Hashable, Compiled] = {}
-        self._structures: dict[Hashable, set[Hashable]] = {}
+        self._structures: dict[Hashable, set[_Structure]] = {}
         self._last: tuple[Compiled, Ready] | None = None
         self.memory = SavedBytes(len(self._places))
 
@@ -113,7 +113,7 @@ class Pipeline(nn.Module):
         compiled.place_parameters()
         call = Call(compiled, ready, leaves, replan, step_seed(), self.memory)
         if ready.program.backward:
-            values = PipelineFunction.apply(call, *call.wanted)
+            values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
         else:
             values = call.forward()
         return self._result(compiled, values, leaves, call.sizes)
@@ -165,11 +165,13 @@ class Pipeline(nn.Module):
         dims = batch_dims(self.options.in_dims, self.model, args, kwargs)
         batch = batch_size(leaves, dims)
         mode = tuple(m.training for m in self.model.modules())
-        structure = _structure(leaves, spec)
+        structure = _Structure.of(leaves, spec)
         known = self._structures.setdefault(mode, set())
         if strict and known and structure not in known:
             raise _other_structure(next(iter(known)), structure)
-        shapes = tuple(_without(x.shape, d) for x, d in zip(leaves, dims) if isinstance(x, Tensor))
+        shapes = tuple(
+            _without(x.shape, d) for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)
+        )
         key = (mode, structure, shapes)
         with _Progress(len(self._places)) as progress:
             if key not in self._compiled:
@@ -265,15 +267,22 @@ class Pipeline(nn.Module):
         )
 
 
-def _structure(leaves: Sequence[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:
+class _Structure(NamedTuple):
     """What a call must share with the captured one; sizes are free."""
-    looks = tuple(
-        (x.dtype, x.ndim) if isinstance(x, Tensor) else ("constant", repr(x)) for x in leaves
-    )
-    return (str(spec), looks)
+
+    spec: pytree.TreeSpec
+    looks: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def of(cls, leaves: Sequence[Any], spec: pytree.TreeSpec) -> _Structure:
+        looks = ((x.dtype, x.ndim) if isinstance(x, Tensor) else ("", repr(x)) for x in leaves)
+        return cls(spec, tuple(looks))
+
+    def __hash__(self) -> int:
+        return hash((str(self.spec), self.looks))
 
 
-def _other_structure(expected: Any, found: Any) -> InputError:
+def _other_structure(expected: _Structure, found: _Structure) -> InputError:
     return InputError(
         "the inputs differ in structure from those that the pipeline was compiled for",
         expected=_described(expected),
@@ -283,10 +292,19 @@ def _other_structure(expected: Any, found: Any) -> InputError:
     )
 
 
-def _described(structure: Any) -> str:
-    spec, looks = structure
-    leaves = [f"{a} in {b} dimensions" if a != "constant" else b for a, b in looks]
-    return f"{spec} of {', '.join(map(str, leaves))}"
+def _described(structure: _Structure) -> str:
+    """A call as one would write it, tensors by dtype and number of dimensions."""
+
+    class Shown(str):
+        __repr__ = str.__str__
+
+    shown = [
+        Shown(f"{str(a).removeprefix('torch.')} {b}-d" if isinstance(b, int) else b)
+        for a, b in structure.looks
+    ]
+    args, kwargs = pytree.tree_unflatten(shown, structure.spec)
+    parts = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
+    return f"pipe({', '.join(parts)})"
 
 
 def _without(shape: torch.Size, dim: int | None) -> tuple[int, ...]:
@@ -304,6 +322,12 @@ def _silent(text: str) -> None:
     """Progress that nobody watches."""
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """tqdm without its monitor, which is a thread that stays for good."""
+
+    monitor_interval = 0
+
+
 class _Progress:
     """A bar on the terminal once compiling takes longer than a second; nothing elsewhere."""
 
@@ -316,7 +340,7 @@ class _Progress:
 
     def __call__(self, text: str) -> None:
         if self._bar is None:
-            self._bar = tqdm(
+            self._bar = _Bar(
                 total=4 + self._stages,
                 desc="autopipe",
                 delay=1,

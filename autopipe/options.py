@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from autopipe.passes.phases import POLICIES
 from autopipe.passes.schedule import KNOWN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
 EXECUTED = ("gpipe",)
 """The schedules that the runtime runs (the simulator knows more)."""
@@ -70,7 +71,9 @@ def check(
             f"remat={remat!r} is not implemented yet", remedy=f"use one of {', '.join(POLICIES)}"
         )
     if not isinstance(remat, str) or remat not in POLICIES:
-        raise OptionError("unknown remat", expected=f"one of {', '.join(POLICIES)}", found=repr(remat))
+        raise OptionError(
+            "unknown remat", expected=f"one of {', '.join(POLICIES)}", found=repr(remat)
+        )
     if memory is not None:
         raise UnsupportedError(
             "a memory limit is not implemented yet",
@@ -89,7 +92,9 @@ def _devices(devices: int | Sequence[str | torch.device]) -> tuple[torch.device,
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if isinstance(devices, int) and not isinstance(devices, bool):
         if devices < 1:
-            raise OptionError("a pipeline needs a device", expected="at least 1", found=str(devices))
+            raise OptionError(
+                "a pipeline needs a device", expected="at least 1", found=str(devices)
+            )
         if gpus == 0:
             return (torch.device("cpu"),) * devices
         if devices > gpus:
@@ -100,9 +105,11 @@ def _devices(devices: int | Sequence[str | torch.device]) -> tuple[torch.device,
                 ' stages on one), or name CPU workers (["cpu", "cpu"])',
             )
         return tuple(torch.device("cuda", i) for i in range(devices))
-    if isinstance(devices, (str, torch.device)) or not hasattr(devices, "__iter__"):
+    if isinstance(devices, (str, int)) or not isinstance(devices, Sequence):
         raise OptionError(
-            "devices is a count or a list", expected='2 or ["cuda:0", "cuda:1"]', found=repr(devices)
+            "devices is a count or a list",
+            expected='2 or ["cuda:0", "cuda:1"]',
+            found=repr(devices),
         )
     listed = tuple(_device(d, gpus) for d in devices)
     if not listed:
@@ -114,7 +121,9 @@ def _device(value: str | torch.device, gpus: int) -> torch.device:
     try:
         device = torch.device(value)
     except (RuntimeError, TypeError) as error:
-        raise DeviceError("no such device", expected='"cpu" or "cuda:0"', found=repr(value)) from error
+        raise DeviceError(
+            "no such device", expected='"cpu" or "cuda:0"', found=repr(value)
+        ) from error
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type == "cuda" and (device.index or 0) < gpus:

@@ -16,7 +16,12 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.traceback import preserve_node_meta
+from torch.fx.traceback import (
+    get_current_meta,
+    has_preserved_node_meta,
+    preserve_node_meta,
+    set_stack_trace,
+)
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -32,6 +37,7 @@ __all__ = [
     "FlopCounterMode",
     "FunctionalTensorMode",
     "OpOverload",
+    "attribute",
     "flop_registry",
     "from_functional",
     "make_fx",
@@ -57,6 +63,13 @@ def static_fakes() -> FakeTensorMode:
     return FakeTensorMode(shape_env=None, allow_non_fake_inputs=True)
 
 
+def attribute(call: int, stack_trace: str | None) -> None:
+    """While tracing: what is recorded from now on belongs to this call of the traced graph."""
+    if has_preserved_node_meta():
+        get_current_meta()["custom"] = {"call": call}
+        set_stack_trace([stack_trace] if stack_trace else [])
+
+
 def to_functional(tensor: Tensor) -> Tensor:
     """Wrap for `FunctionalTensorMode`: in-place operators and views become pure ones."""
     return FunctionalTensor.to_functional(tensor)
@@ -66,7 +79,7 @@ def from_functional(tensor: Tensor) -> Tensor:
     """The plain tensor inside, every pending in-place update applied."""
     if not isinstance(tensor, FunctionalTensor):
         return tensor
-    torch._sync(tensor)
+    torch._sync(tensor)  # type: ignore[no-untyped-call, attr-defined]
     return torch._from_functional_tensor(tensor.elem)
 
 
@@ -81,9 +94,7 @@ def storage_id_of(node: fx.Node) -> int | None:
     return storage_id(value) if isinstance(value, Tensor) else None
 
 
-def min_cut_saved(
-    joint: fx.GraphModule, inputs: Sequence[Any], forward_outputs: int
-) -> set[str]:
+def min_cut_saved(joint: fx.GraphModule, inputs: Sequence[Any], forward_outputs: int) -> set[str]:
     """Names of the values functorch's min-cut partitioner keeps from forward to backward.
 
     Args:
@@ -104,5 +115,5 @@ def size_calls(expr: sympy.Expr, batch: fx.Node) -> fx.Node:
     if expr.is_Symbol:
         return batch
     (symbol,) = expr.free_symbols
-    result = sympy_interp(PythonReferenceAnalysis, {symbol: fx.Proxy(batch)}, expr)
+    result: fx.Proxy = sympy_interp(PythonReferenceAnalysis, {symbol: fx.Proxy(batch)}, expr)
     return result.node

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import logging
 import re
 import traceback
 import warnings
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -27,13 +27,12 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import AutopipeError, CaptureError, InputError, UnsupportedError
 
 from . import combine, normalize
+from .graphs import is_users
 from .ir import Captured, Input, Kind, Leaf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-TORCH = str(Path(torch.__file__).parent)
-OURS = str(Path(__file__).parent)
 PLAIN_LEAVES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -42,6 +41,8 @@ def capture(
     leaves: Sequence[Any],
     spec: pytree.TreeSpec,
     batch_dims: Sequence[int | None],
+    *,
+    whole: bool = False,
 ) -> Captured:
     """Trace `model(*args, **kwargs)` once, with the batch dimension symbolic.
 
@@ -51,6 +52,7 @@ def capture(
         leaves: the flattened ``(args, kwargs)``; what is no tensor becomes part of the graph.
         spec: structure of ``(args, kwargs)``.
         batch_dims: for each leaf the dimension that micro-batches cut, or None.
+        whole: there will only ever be one micro-batch, so that nothing need be combined.
 
     Returns:
         A verified `Captured`; the model's own tensors are referred to by name.
@@ -81,7 +83,7 @@ def capture(
         for item in inputs
     )
     _check_batch(inputs)
-    graph_module, outputs, epilogue, value_leaves = combine.combine(graph, inputs)
+    graph_module, outputs, epilogue, value_leaves = combine.combine(graph, inputs, whole=whole)
     filled = iter(value_leaves)
     captured = Captured(
         graph_module=graph_module,
@@ -102,17 +104,18 @@ def capture(
 
 
 def _names(module: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
-    """What the user calls the tensors of a call: ``input_ids``, ``batch_mask`` for batch["mask"]."""
+    """What the user calls a call's tensors: ``input_ids``, ``batch_mask`` for batch["mask"]."""
     args, kwargs = pytree.tree_unflatten(list(leaves), spec)
     parameters = list(inspect.signature(module.forward).parameters)
     names = []
     for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
         if not isinstance(leaf, Tensor):
             continue
-        first, *rest = (getattr(key, "key", getattr(key, "idx", "")) for key in path[1:])
-        if path[0].idx == 0:
-            first = parameters[first] if first < len(parameters) else f"arg{first}"
-        text = "_".join(map(str, (first, *rest)))
+        where: list[Any] = [getattr(key, "key", getattr(key, "idx", "")) for key in path]
+        if where[0] == 0:  # args, not kwargs
+            n = where[1]
+            where[1] = parameters[n] if n < len(parameters) else f"arg{n}"
+        text = "_".join(map(str, where[1:]))
         names.append(re.sub(r"[^0-9a-zA-Z_]", "_", text))
     return names
 
@@ -193,7 +196,9 @@ class _Opaque:
 
 def _is_cache(value: Any) -> bool:
     """A transformers key/value cache: returned by default, of no use in training."""
-    return any(c.__name__ == "Cache" and "transformers" in c.__module__ for c in type(value).__mro__)
+    return any(
+        c.__name__ == "Cache" and "transformers" in c.__module__ for c in type(value).__mro__
+    )
 
 
 def _register_dataclasses(value: Any) -> None:
@@ -240,18 +245,16 @@ def _export(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export logs whole graphs when it fails; its warnings are about its own future."""
-    loggers = [logging.getLogger(n) for n in ("torch.export", "torch.fx", "torch._dynamo")]
-    levels = [log.level for log in loggers]
+    """Export logs and prints whole graphs when it fails; its warnings are of its own future."""
+    level = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for log in loggers:
-            log.setLevel(logging.CRITICAL)
+        logging.disable(logging.CRITICAL)
         try:
-            yield
+            with redirect_stderr(io.StringIO()):
+                yield
         finally:
-            for log, level in zip(loggers, levels, strict=True):
-                log.setLevel(level)
+            logging.disable(level)
 
 
 @contextmanager
@@ -287,7 +290,7 @@ def _lossless() -> Iterator[None]:
 def _user_frame(stack: traceback.StackSummary) -> str | None:
     """``file:line`` of the innermost frame that is neither torch's nor ours."""
     for frame in reversed(stack):
-        if not frame.filename.startswith((TORCH, OURS, "<")):
+        if is_users(frame.filename):
             return f"{frame.filename}:{frame.lineno}"
     return None
 
@@ -309,8 +312,9 @@ def _explain(error: Exception) -> CaptureError:
         "torch.export cannot capture the model",
         source=source,
         found=f"{kind}: {first}",
-        remedy="make torch.export.export(model, args, kwargs, strict=False) work first; the error"
-        " it raised is the cause of this one",
+        remedy="see whether the model itself runs on these inputs; if so, make"
+        " torch.export.export(model, args, kwargs, strict=False) work first (the error it raised is"
+        " the cause of this one)",
     )
 
 

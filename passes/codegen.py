@@ -81,9 +81,8 @@ def codegen(
     """
     split = next(iter(phased.values())).split
     names = sorted({a.phase for row in scheduled.devices for a in row})
-    title = (
-        f"{scheduled.kind}: {scheduled.stages} stages, micro-batches of {', '.join(map(str, sizes))}"
-    )
+    batch = ", ".join(map(str, sizes))
+    title = f"{scheduled.kind}: {scheduled.stages} stages, micro-batches of {batch}"
     parts = [HEADER.format(title=title)]
     computes: dict[tuple[str, int, int], str] = {}
     written: dict[tuple[int, str, torch.device], str] = {}
@@ -107,9 +106,7 @@ def codegen(
             if row:
                 programs[way].append(f"device_{i}_{way}")
                 parts.append(_program(programs[way][-1], way, row, sizes, computes))
-    result = Generated(
-        "\n\n".join(parts), tuple(programs["forward"]), tuple(programs["backward"])
-    )
+    result = Generated("\n\n".join(parts), tuple(programs["forward"]), tuple(programs["backward"]))
     result.verify()
     return result
 
@@ -193,7 +190,9 @@ def _compute(stage: StagePhases, phase: str, device: torch.device, name: str) ->
     else:
         arguments = [*held, *saved, *tangents]
         values = [*results["own_grads"], *results["sent_grads"]]
-    label_of = dict(zip(holders, [*stage.held, *stage.receives], strict=False))
+    tangent_names = [f"grad_{n}" for n in stage.tangents]
+    labels = [*stage.held, *stage.receives, *tangent_names]
+    label_of = dict(zip(holders, labels, strict=True))
     graph = fx.Graph()
     env = {kit: graph.placeholder(kit.name)}
     for node in arguments:

@@ -23,7 +23,7 @@ from torch import fx
 from autopipe.errors import CouplingError
 
 from .graphs import add_call, drop_dead, emit_size, is_size, size, source_line, spec_of, tensors_of
-from .ir import Input, Kind, Leaf, Output
+from .ir import Input, Kind, Leaf, Output, results_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,13 +48,14 @@ MEAN, SUM = 1, 2  # ATen's numbers for `reduction`
 
 
 def combine(
-    graph: fx.Graph, inputs: Sequence[Input]
+    graph: fx.Graph, inputs: Sequence[Input], *, whole: bool = False
 ) -> tuple[fx.GraphModule, tuple[Output, ...], fx.GraphModule | None, list[Leaf]]:
     """Give every result of a captured graph a rule of combination.
 
     Args:
         graph: normalized; changed in place (its owner is capture).
         inputs: its placeholders.
+        whole: only one micro-batch will ever run, so every result is its.
 
     Returns:
         The graph as it runs per micro-batch; its outputs; the epilogue, if any; and for each of
@@ -63,7 +64,7 @@ def combine(
     Raises:
         CouplingError: samples of the batch are mixed by something else than a final reduction.
     """
-    return _Combine(graph, inputs).run()
+    return _Combine(graph, inputs, whole=whole).run()
 
 
 def classify(graph: fx.Graph, inputs: Sequence[Input]) -> dict[fx.Node, str]:
@@ -107,10 +108,10 @@ def _check_coupling(node: fx.Node, kinds: Mapping[fx.Node, str]) -> None:
 class _Combine:
     """The cut, as one walk: outputs collected in order, the epilogue built beside them."""
 
-    def __init__(self, graph: fx.Graph, inputs: Sequence[Input]) -> None:
+    def __init__(self, graph: fx.Graph, inputs: Sequence[Input], *, whole: bool) -> None:
         self.graph = graph
         self.inputs = {i.name: i for i in inputs}
-        self.kinds = classify(graph, inputs)
+        self.kinds = dict.fromkeys(graph.nodes, "static") if whole else classify(graph, inputs)
         self.outputs: dict[fx.Node, Output] = {}
         self.epilogue = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}  # main graph → epilogue
@@ -118,7 +119,7 @@ class _Combine:
 
     def run(self) -> tuple[fx.GraphModule, tuple[Output, ...], fx.GraphModule | None, list[Leaf]]:
         output = self.graph.output_node()
-        results = list(output.args[0])
+        results = results_of(self.graph)
         leaves: list[Leaf] = []
         finals: dict[fx.Node, fx.Node] = {}
         needs_epilogue = any(self.kinds[r] == "reduced" for r in results)
@@ -194,7 +195,8 @@ class _Combine:
         Formulas: a sum is the sum of sums; a mean over equally many elements per sample is the
         mean of means weighted by samples; a mean over what is not ignored is Σ sums / Σ counts.
         """
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        target: Any = node.target
+        names = [a.name for a in target._schema.arguments]
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         how = given.get("reduction", MEAN) if "reduction" in names else None
         if node.target in SUMS or how == SUM:
@@ -209,11 +211,12 @@ class _Combine:
     def counted_mean(self, node: fx.Node, given: dict[str, Any]) -> fx.Node:
         """Cross entropy and its kin: the mean over targets that are not `ignore_index`, by class
         weight. A chunk with nothing to count adds 0 to both sums."""
+        operator: Any = node.target
         target, weight = given["target"], given.get("weight")
         if target.meta["val"].is_floating_point():  # class probabilities: nothing is ignored
             return self.yields(node, "mean")
         ignore = given.get("ignore_index", -100)
-        total = add_call(self.graph, node.target, **given | {"reduction": SUM})
+        total = add_call(self.graph, operator, **given | {"reduction": SUM})
         kept = add_call(self.graph, aten.ne.Scalar, target, ignore)
         if weight is not None:
             index = add_call(self.graph, aten.where.ScalarOther, kept, target, 0)

@@ -110,15 +110,18 @@ def _flops(node: fx.Node) -> sympy.Expr:
     composite = target.has_kernel_for_dispatch_key("CompositeImplicitAutograd")
     if target.overloadpacket not in flop_registry and not (composite and operands > 1):
         return sympy.Integer(0)  # element-wise work counts none; a product needs two operands
-    points = []
-    for batch in PROBES:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _stand_in(n, batch))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            target(*args, **kwargs)
-        points.append((batch, counter.get_total_flops()))
+    points = [(batch, _flops_at(node, batch)) for batch in PROBES]
     if len({flops for _, flops in points}) == 1:
         return sympy.Integer(points[0][1])
     return sympy.interpolate(points, B)
+
+
+def _flops_at(node: fx.Node, batch: int) -> int:
+    target: Any = node.target
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _stand_in(n, batch))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        target(*args, **kwargs)
+    return int(counter.get_total_flops())
 
 
 def _stand_in(node: fx.Node, batch: int) -> Any:

@@ -43,11 +43,12 @@ def cut_in_space(
     *,
     stages: int,
     batch: int,
+    whole: bool,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Split:
     """Capture a model and cut it into stages; arguments as for `capture` and `split`."""
     progress("capturing")
-    captured = capture(model, leaves, spec, batch_dims)
+    captured = capture(model, leaves, spec, batch_dims, whole=whole)
     _dump("captured", captured)
     progress("costing")
     annotated = annotate(captured)

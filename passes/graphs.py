@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 aten = torch.ops.aten
+
+TORCH = str(Path(torch.__file__).parent)
+OURS = str(Path(__file__).parent.parent)
 
 
 def size(value: Any) -> sympy.Expr:
@@ -33,18 +38,27 @@ def spec_of(node: fx.Node) -> TensorSpec:
     return TensorSpec(node.name, tuple(map(size, value.shape)), value.dtype)
 
 
+def users_trace(trace: str | None) -> str | None:
+    """A stack trace without the frames below the user's innermost one.
+
+    ``self.linear(x)`` is where a reader looks, not the inside of `torch.nn.Linear`.
+    """
+    frames = re.split(r'^\s*(?=File ")', trace or "", flags=re.MULTILINE)
+    files = [re.match(r'File "(.+?)"', frame) for frame in frames]
+    last = max((i for i, f in enumerate(files) if f and is_users(f.group(1))), default=None)
+    return trace if last is None else "  ".join(["", *frames[1 : last + 1]])
+
+
 def source_line(node: fx.Node) -> str | None:
     """``file:line`` in the model of the call behind a node."""
-    lines = [
-        line.strip()
-        for line in (node.meta.get("stack_trace") or "").splitlines()
-        if line.strip().startswith("File ")
-    ]
-    if not lines:
-        return None
-    parts = lines[-1].split('"')
-    number = parts[2].split("line ")[-1].split(",")[0]
-    return f"{parts[1]}:{number}"
+    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    users = [f"{file}:{line}" for file, line in frames if is_users(file)]
+    return users[-1] if users else None
+
+
+def is_users(file: str) -> bool:
+    """A source file that is neither torch's nor ours."""
+    return not file.startswith((TORCH, OURS, "<"))
 
 
 def is_effect(node: fx.Node) -> bool:
@@ -104,14 +118,12 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymBool))
 
 
-def add_call(
-    graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> fx.Node:
+def add_call(graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Node:
     """Append a call to a captured graph, with its looks worked out on the spot."""
     node = graph.call_function(target, args, kwargs)
     fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    mode = next(t.fake_mode for n in node.all_input_nodes for t in tensors_of(n))
-    with mode:
+    known: Any = next(t for n in node.all_input_nodes for t in tensors_of(n))
+    with known.fake_mode:
         node.meta["val"] = target(*fake_args, **fake_kwargs)
     for source in node.all_input_nodes:
         if "stack_trace" in source.meta:

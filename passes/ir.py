@@ -5,7 +5,7 @@
     Split      K stage graphs and the values that cross between them (cut in space)
     Phased     each stage's joint forward+backward graph, cut into F R B W (cut in time)
 
-(`Scheduled` and `Generated`, which know nothing of tensors, stand beside the passes that make them.)
+(`Scheduled` and `Generated`, which hold no graphs, stand beside the passes that make them.)
 
 All are frozen. Sizes are sympy expressions in the batch size `B`; facts are fields with units in
 their names. `verify()` raises `VerifyError` on a program that breaks the rules of its level, and
@@ -36,6 +36,12 @@ B = sympy.Symbol("B", integer=True, positive=True)
 def at_batch(expr: sympy.Expr | int, batch: int) -> int:
     """The integer that a size expression takes at one batch size."""
     return expr if isinstance(expr, int) else int(sympy.sympify(expr).subs(B, batch))
+
+
+def results_of(graph: fx.Graph) -> list[Any]:
+    """What a graph returns: nodes, now and then a constant."""
+    returned: Any = graph.output_node().args[0]
+    return list(returned)
 
 
 def require(condition: bool, problem: str, **facts: str | None) -> None:
@@ -124,7 +130,9 @@ class Output:
 
     def verify(self) -> None:
         require(
-            self.combine in ("cat", "sum", "mean", "same"), "unknown combination", found=self.combine
+            self.combine in ("cat", "sum", "mean", "same"),
+            "unknown combination",
+            found=self.combine,
         )
         require(
             (self.combine == "cat") == (self.dim is not None),
@@ -179,7 +187,7 @@ class Captured:
             expected=str([i.name for i in self.inputs]),
             found=str(placeholders),
         )
-        returned = [n.name for n in graph.output_node().args[0]]
+        returned = [n.name for n in results_of(graph)]
         require(
             returned == [o.name for o in self.outputs],
             "the graph's results and outputs differ",
@@ -434,7 +442,7 @@ class StagePhases:
 
     def results(self) -> dict[str, list[Any]]:
         """The joint graph's results, grouped: returns, updates, own_grads, sent_grads."""
-        values = list(self.graph.output_node().args[0])
+        values = results_of(self.graph)
         groups: dict[str, list[Any]] = {}
         for group in ("returns", "updates", "own_grads", "sent_grads"):
             count = len(getattr(self, group))

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from autopipe.errors import CaptureError, UnsupportedError
 
 from ._torch import wrap_with_autocast, wrap_with_set_grad_enabled
-from .graphs import drop_dead, source_line, spec_of
+from .graphs import drop_dead, source_line, spec_of, users_trace
 from .ir import Input, Kind
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def normalize(
                 env[node] = first_of[id(tensor)]
                 continue
         new = graph.placeholder(_name(kind, target) if target else names[index])
-        new.meta = dict(node.meta)
+        new.meta = _facts(node)
         env[node] = new
         if kind in (Kind.PARAMETER, Kind.BUFFER):
             first_of[id(tensor)] = new
@@ -148,9 +148,7 @@ def _inline(
             env[node] = _region(module, node, mapped, graph, autocast)
         elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
             env[node] = env[node.args[0]][node.args[1]]
-        elif node.op != "call_function" or isinstance(
-            node.target, torch._ops.HigherOrderOperator
-        ):
+        elif node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
                 "an operator that contains graphs of its own cannot be pipelined",
                 node=node.name,
@@ -160,6 +158,7 @@ def _inline(
             )
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
+            env[node].meta = _facts(node)
             if autocast is not None:
                 env[node].meta["autocast"] = autocast
     raise AssertionError("a graph without output")
@@ -177,8 +176,8 @@ def _region(
         enabled, body, *args = node.args
         detach = not enabled
     else:
-        *autocast_args, body, args = *node.args[:4], node.args[4], node.args[5:]
-        autocast, detach = tuple(autocast_args), False
+        autocast, body, args = node.args[:4], node.args[4], list(node.args[5:])
+        detach = False
     assert isinstance(body, fx.Node)
     inner = getattr(module, str(body.target))
     holes = [n for n in inner.graph.nodes if n.op == "placeholder"]
@@ -189,6 +188,13 @@ def _region(
         detach=detach,
         autocast=autocast,
     )
+
+
+def _facts(node: fx.Node) -> dict[str, Any]:
+    """What later passes ask of a node: its looks and where the model made it."""
+    facts = {"val": node.meta["val"]} if "val" in node.meta else {}
+    trace = users_trace(node.meta.get("stack_trace"))
+    return facts | ({"stack_trace": trace} if trace else {})
 
 
 def _detached(graph: fx.Graph, value: Any) -> Any:

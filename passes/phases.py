@@ -28,7 +28,7 @@ from autopipe.errors import InputError
 
 from ._torch import min_cut_saved, storage_id_of
 from .graphs import source_line, spec_of
-from .ir import Phased, Split, StageGraph, StagePhases, at_batch
+from .ir import Phased, Split, StageGraph, StagePhases, at_batch, results_of
 from .trace import Joint, Look, forward_looks, trace
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ def phases(
         if key not in memo:
             memo[key] = forward_looks(stage, inputs[-1], device, grad=grad)
         known |= {n: (look, device) for n, look in zip(stage.returns, memo[key], strict=True)}
-    differentiable = frozenset(o.name for o in split.captured.outputs if known[o.name][0].requires_grad)
+    differentiable = frozenset(
+        o.name for o in split.captured.outputs if known[o.name][0].requires_grad
+    )
     differentiated &= differentiable
     arriving = {n: (_dense(known[n][0]), known[n][1]) for n in differentiated}
     cut: list[StagePhases] = []
@@ -96,9 +98,7 @@ def phases(
             traced[key] = cut_joint(stage, joint, remat, device)
         phased = _named(traced[key], stage, [n for *_, n in places])
         cut.insert(0, phased)
-        for name, node in zip(
-            phased.sent_grads, phased.results()["sent_grads"], strict=True
-        ):
+        for name, node in zip(phased.sent_grads, phased.results()["sent_grads"], strict=True):
             arriving[name] = (Look.of(node.meta["val"]), device)
     result = Phased(split, size, remat, differentiable, differentiated, tuple(cut))
     result.verify()
@@ -183,16 +183,14 @@ def _named(core: StagePhases, stage: StageGraph, tangents: list[str]) -> StagePh
     )
 
 
-def cut_joint(
-    stage: StageGraph, joint: Joint, remat: str, device: torch.device
-) -> StagePhases:
+def cut_joint(stage: StageGraph, joint: Joint, remat: str, device: torch.device) -> StagePhases:
     """Cut one joint graph into F, R, B and W by reachability (its draws are not yet named)."""
     kit, *holders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     names = stage.signature
     count = len(names) - len(stage.receives)
     held, rest = holders[:count], holders[count:]
     received, tangents = rest[: len(stage.receives)], rest[len(stage.receives) :]
-    results = list(joint.graph.output_node().args[0])
+    results = results_of(joint.graph)
     ending = len(stage.returns) + len(joint.updates)
     forward = _ancestors(results[:ending])
     forward |= {n for n in joint.graph.nodes if n.target is getitem and n.args[0] in forward}
@@ -212,7 +210,7 @@ def cut_joint(
     rebuild.placeholders([kit, *held], received, tangents, {held[i] for i in joint.updates})
     graph = rebuild.calls(joint.graph, results[:ending], results[ending:])
     own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
-    awaited = _ancestors(list(graph.output_node().args[0])[ending + len(own_grads) :])
+    awaited = _ancestors(results_of(graph)[ending + len(own_grads) :])
     return StagePhases(
         index=stage.index,
         graph=graph,

@@ -41,6 +41,7 @@ from .ir import (
     Split,
     StageGraph,
     at_batch,
+    results_of,
 )
 from .partition import cut
 
@@ -68,7 +69,11 @@ def split(annotated: Annotated, stages: int, batch: int) -> Split:
     time = [seconds(annotated.costs[n.name], batch) for n in calls]
     try:
         positions = cut(
-            time, stages, allowed=_allowed(calls, annotated.captured.inputs), crossing=_crossing(calls, batch), slack=SLACK
+            time,
+            stages,
+            allowed=_allowed(calls, annotated.captured.inputs),
+            crossing=_crossing(calls, batch),
+            slack=SLACK,
         )
     except PartitionError as error:
         raise PartitionError(
@@ -78,11 +83,7 @@ def split(annotated: Annotated, stages: int, batch: int) -> Split:
             remedy="use fewer devices",
         ) from error
     bounds = [0, *positions, len(calls)]
-    stage_of = {
-        node: k
-        for k in range(stages)
-        for node in calls[bounds[k] : bounds[k + 1]]
-    }
+    stage_of = {node: k for k in range(stages) for node in calls[bounds[k] : bounds[k + 1]]}
     times = [sum(time[bounds[k] : bounds[k + 1]]) for k in range(stages)]
     return build(annotated, stage_of, times)
 
@@ -144,10 +145,12 @@ def _users(graph: fx.Graph, stage_of: Mapping[fx.Node, int]) -> dict[fx.Node, se
             users[source].add(k)
             if is_size(source):
                 sized.add(k)
-    for node in graph.output_node().args[0]:
+    for node in results_of(graph):
         users[node].add(stage_of[node])
     users = {n: s for n, s in users.items() if not is_size(n)}
-    batched = [n for n in users if isinstance(n.meta["val"], Tensor) and spec_of(n).batch_dim is not None]
+    batched = [
+        n for n in users if isinstance(n.meta["val"], Tensor) and spec_of(n).batch_dim is not None
+    ]
     for k in sized:  # a stage that needs the batch size needs a tensor to read it off
         if not any(k in users[n] and stage_of.get(n) != k for n in batched):
             users[batched[0]].add(k)
@@ -190,8 +193,6 @@ def _stage(
             env[node] = stage.node_copy(node, argument)
     stage.output(tuple(env[by_name[name]] for name in returns))
     position = {env[n]: i for i, n in enumerate(graph.nodes) if stage_of.get(n) == k}
-    for i, node in enumerate(stage.nodes):
-        node.meta["custom"] = {"call": i}  # fx carries this into the graphs traced from here
     return StageGraph(
         index=k,
         graph_module=fx.GraphModule({}, stage, f"Stage{k}"),

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from ._torch import (
     FunctionalTensorMode,
     OpOverload,
+    attribute,
     from_functional,
     make_fx,
     preserve_node_meta,
@@ -94,10 +95,9 @@ def forward_looks(
                 to_functional(x).requires_grad_(grad and look.requires_grad)
                 for x, look in zip(plain, inputs, strict=True)
             ]
-            results = _StageRun(stage.graph_module, device).run(*leaves)
+            results = _run(stage, leaves, device)
             return tuple(
-                Look.of(from_functional(r))._replace(requires_grad=r.requires_grad)
-                for r in results
+                Look.of(from_functional(r))._replace(requires_grad=r.requires_grad) for r in results
             )
 
 
@@ -130,21 +130,25 @@ def trace(
                 x.detach().requires_grad_() if i in wanted else x for i, x in enumerate(outer)
             ]
             with torch.set_grad_enabled(grad):
-                results = _StageRun(stage.graph_module, device).run(*leaves)
-            gradients: Sequence[Tensor | None] = ()
+                results = _run(stage, leaves, device)
+            gradients: list[tuple[int, Tensor | None]] = []
             if arriving and wanted:
                 known = {"return": results, "input": leaves}
-                with torch.autocast(device.type, enabled=False):
-                    gradients = torch.autograd.grad(
+                with (
+                    torch.autocast(device.type, enabled=False),
+                    torch.autograd.set_multithreading_enabled(False),
+                ):
+                    found = torch.autograd.grad(
                         [known[kind][i] for kind, i, _ in arriving],
                         [leaves[i] for i in wanted],
                         [to_functional(t) for t in tangents],
                         allow_unused=True,
                     )
+                gradients = list(zip(wanted, found, strict=True))
             plain = [from_functional(r.detach()) for r in results]
             now = [from_functional(x) for x in outer]
             updates[:] = [i for i, x in enumerate(now) if x is not before[i]]
-            pairs = [(i, from_functional(g)) for i, g in zip(wanted, gradients) if g is not None]
+            pairs = [(i, from_functional(g)) for i, g in gradients if g is not None]
         grads[:] = [i for i, _ in pairs]
         return plain + [now[i] for i in updates] + [g for _, g in pairs]
 
@@ -155,32 +159,58 @@ def trace(
     return Joint(module.graph, tuple(updates), tuple(grads), _tidy(module.graph))
 
 
-class _StageRun(fx.Interpreter):  # type: ignore[misc]
-    """Runs a stage graph with devices replaced and autocast regions entered."""
+def _run(stage: StageGraph, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Run a stage graph on `device`, attributing what is recorded to the calls that cause it."""
+    env: dict[fx.Node, Any] = {}
+    known: set[Any] = set()
+    source = iter(inputs)
+    for position, node in enumerate(stage.graph_module.graph.nodes):
+        if node.op == "placeholder":
+            env[node] = next(source)
+        elif node.op == "output":
+            return [env[n] for n in node.args[0]]
+        else:
+            origin = (position, node.meta.get("stack_trace"))
+            attribute(*origin)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            with _region(node, device):
+                env[node] = node.target(*_moved(args, device), **_placed(node, kwargs, device))
+            for tensor in pytree.tree_leaves(env[node]):
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                    _attribute_backward(tensor.grad_fn, origin, known)
+    raise AssertionError("a graph without output")
 
-    def __init__(self, module: fx.GraphModule, device: torch.device) -> None:
-        super().__init__(module)
-        self.device = device
 
-    def run_node(self, node: fx.Node) -> Any:
-        region = node.meta.get("autocast")
-        if region is None:
-            return super().run_node(node)
-        kind, dtype, enabled, _ = region
-        del kind  # the region was captured elsewhere; it holds for the stage's own device
-        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
-            return super().run_node(node)
+def _attribute_backward(function: Any, origin: tuple[int, str | None], known: set[Any]) -> None:
+    """Autograd's new functions belong to the call that made them: so will what they record."""
+    todo = [function]
+    while todo:
+        top = todo.pop()
+        if top is not None and top not in known:
+            known.add(top)
+            top.register_prehook(lambda _: attribute(*origin))
+            todo += [f for f, _ in top.next_functions]
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        def here(value: Any) -> Any:
-            return self.device if isinstance(value, torch.device) else value
 
-        args, kwargs = pytree.tree_map(here, (args, kwargs))
-        if "device" in kwargs and kwargs["device"] is None:
-            kwargs = {**kwargs, "device": self.device}
-        elif _makes_tensors(target) and "device" not in kwargs:
-            kwargs = {**kwargs, "device": self.device}
-        return super().call_function(target, args, kwargs)
+def _region(node: fx.Node, device: torch.device) -> Any:
+    """The autocast region a call was captured in, for the device that the stage runs on."""
+    if "autocast" not in node.meta:
+        return nullcontext()
+    _, dtype, enabled, _ = node.meta["autocast"]
+    return torch.autocast(device.type, dtype, enabled, cache_enabled=False)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Arguments with every device in them replaced by `device`."""
+    return pytree.tree_map(lambda v: device if isinstance(v, torch.device) else v, value)
+
+
+def _placed(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Keyword arguments likewise; a factory that names no device would use the default one."""
+    kwargs = _moved(kwargs, device)
+    if kwargs.get("device") is None and _makes_tensors(node.target):
+        kwargs["device"] = device
+    return kwargs
 
 
 def _makes_tensors(target: Any) -> bool:
@@ -246,6 +276,8 @@ def _tidy(graph: fx.Graph) -> tuple[tuple[int, int], ...]:
                     settled.meta = dict(source.meta)
                     node.replace_input_with(source, settled)
     drop_dead(graph)
+    for node in graph.nodes:
+        node.meta.pop("custom", None)
     return tuple(keys)
 
 

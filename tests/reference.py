@@ -40,7 +40,9 @@ def over_chunks(
     captured: Captured, model: nn.Module, leaves: list[Any], chunks: int, *, grad: bool = True
 ) -> Truth:
     """Forward and backward of the captured graph, chunk by chunk, in the order 0 … M-1."""
-    batch = next(leaves[i.index].shape[i.batch_dim] for i in captured.inputs if i.batch_dim is not None)
+    batch = next(
+        leaves[i.index].shape[i.batch_dim] for i in captured.inputs if i.batch_dim is not None
+    )
     sizes = [len(c) for c in torch.arange(batch).tensor_split(chunks) if len(c)]
     state: dict[str, Tensor] = {}
     for item in captured.inputs:
@@ -86,7 +88,7 @@ def over_chunks(
         result = pytree.tree_unflatten(filled, captured.out_spec)
     if grad:
         objective(result).backward()
-        for m, size in enumerate(sizes):
+        for m in range(len(sizes)):
             roots, tangents = [], []
             for output, value, whole in zip(captured.outputs, outputs[m], combined, strict=True):
                 if whole.grad is None or not value.requires_grad:

@@ -32,10 +32,10 @@ def _trace_once():
     traces: dict[Any, Any] = {}
     capture, trace = driver.capture, phases.trace
 
-    def capture_once(model: nn.Module, leaves: Any, spec: Any, dims: Any) -> Any:
-        key = (type(model), repr(model), str(spec), tuple(dims), *_looks(leaves))
+    def capture_once(model: nn.Module, leaves: Any, spec: Any, dims: Any, *, whole: bool) -> Any:
+        key = (type(model), repr(model), str(spec), tuple(dims), whole, *_looks(leaves))
         if key not in captures:
-            captures[key] = capture(model, leaves, spec, dims)
+            captures[key] = capture(model, leaves, spec, dims, whole=whole)
         return captures[key]
 
     def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:
@@ -140,9 +140,7 @@ def test_equal_to_the_model_itself(name: str, chunks: int) -> None:
     pipe = autopipe.compile(model, devices=3, chunks=chunks)
     found = _run(pipe, model, inputs, 10)
     result, gradients = _eager(name, 10)
-    for a, b in zip(
-        pytree.tree_leaves(found.result), pytree.tree_leaves(result), strict=False
-    ):
+    for a, b in zip(pytree.tree_leaves(found.result), pytree.tree_leaves(result), strict=False):
         if isinstance(b, Tensor):
             assert (a - b).abs().max() <= ROUNDING * max(1.0, b.abs().max().item())
     scale = max(g.abs().max() for g in gradients.values() if g is not None)

@@ -10,7 +10,7 @@ Key = tuple[str, int, int]
 """(what, for which stage, of which micro-batch)."""
 
 
-class Aborted(Exception):
+class AbortError(Exception):
     """Another worker has failed; whoever waits gives up."""
 
 
@@ -37,7 +37,7 @@ class Mailbox:
             while self._waiting[kind] >= self._capacity and not self._aborted:
                 self._changed.wait()
             if self._aborted:
-                raise Aborted
+                raise AbortError
             self._messages[key] = message
             self._waiting[kind] += 1
             self._changed.notify_all()
@@ -48,14 +48,14 @@ class Mailbox:
             while key not in self._messages and not self._aborted:
                 self._changed.wait()
             if self._aborted:
-                raise Aborted
+                raise AbortError
             self._waiting[key[:2]] -= 1
             message = self._messages.pop(key)
             self._changed.notify_all()
             return message
 
     def abort(self) -> None:
-        """Wake everybody; every call from now on raises `Aborted`."""
+        """Wake everybody; every call from now on raises `AbortError`."""
         with self._changed:
             self._aborted = True
             self._messages.clear()

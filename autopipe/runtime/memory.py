@@ -43,7 +43,9 @@ class SavedBytes:
         for stage in self.stages:
             stage.peak = stage.now
 
-    def kept(self, program: Any, stage: int, size: int, saved: list[Tensor], held: Iterable[Tensor]) -> int:
+    def kept(
+        self, program: Any, stage: int, size: int, saved: list[Tensor], held: Iterable[Tensor]
+    ) -> int:
         """Note that a micro-batch's values are kept; returns their bytes.
 
         Shapes are static, so the first micro-batch of a size speaks for all of its program.

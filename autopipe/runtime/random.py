@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_local = threading.local()
 _default_generator_lock = threading.Lock()
 
 
@@ -111,13 +110,21 @@ def _with_generator(op: Any) -> Any:
     return None
 
 
+class _Generators(threading.local):
+    """One generator per device, of this thread's own."""
+
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, torch.Generator] = {}
+
+
+_generators = _Generators()
+
+
 def _generator(device: torch.device) -> torch.Generator:
-    """A generator of this thread's own."""
-    generators: dict[torch.device, torch.Generator] = _local.__dict__
-    name = str(device)
-    if name not in generators:  # type: ignore[comparison-overlap]
-        setattr(_local, name, torch.Generator(device))
-    return getattr(_local, name)  # type: ignore[no-any-return]
+    known = _generators.by_device
+    if device not in known:
+        known[device] = torch.Generator(device)
+    return known[device]
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

@@ -31,8 +31,8 @@ class Place:
         self.compute: torch.cuda.Stream | None = None
         self.copy: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self.compute = torch.cuda.Stream(device)
-            self.copy = torch.cuda.Stream(device)
+            self.compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.copy = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def send(tensor: Tensor, source: Place, target: torch.device) -> Parcel:
@@ -73,7 +73,5 @@ def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
         a == b or n == 1 for a, b, n in zip(own, strides, tensor.shape, strict=True)
     ):
         return tensor
-    result = torch.empty_strided(
-        tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
-    )
+    result = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
     return result.copy_(tensor)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .mailbox import Aborted
+from .mailbox import AbortError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +48,7 @@ def run(
             torch.set_num_threads(threads_per_call)
             with _bare():
                 tasks[index]()
-        except Aborted:
+        except AbortError:
             pass
         except BaseException as error:
             failures.append(error)

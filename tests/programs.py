@@ -1,0 +1,157 @@
+"""From a model and a call to the program that each pass makes of it, step by step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from autopipe.options import batch_dims
+from autopipe.passes import phases
+from autopipe.passes.capture import capture
+from autopipe.passes.cost import annotate
+from autopipe.passes.ir import Annotated, Captured, Input, Kind, Phased, Split, StageGraph
+from autopipe.passes.split import split
+from autopipe.passes.trace import Look
+from tests.models import MODELS
+
+CPU = torch.device("cpu")
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def captured_of(model: nn.Module, *args: Any, in_dims: Any = 0, **kwargs: Any) -> Captured:
+    """Capture `model(*args, **kwargs)`."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return capture(model, leaves, spec, batch_dims(in_dims, model, args, kwargs))
+
+
+def split_of(model: nn.Module, stages: int, *args: Any, batch: int = 2, **kwargs: Any) -> Split:
+    """Capture, cost and cut."""
+    return split(annotate(captured_of(model, *args, **kwargs)), stages, batch)
+
+
+def phased_of(
+    cut: Split,
+    model: nn.Module,
+    size: int,
+    call: Call,
+    *,
+    remat: str = "full",
+    grad: bool = True,
+    differentiated: Sequence[str] | None = None,
+    traced: dict[Any, Any] | None = None,
+) -> Phased:
+    """Cut a split program in time, for the CPU, from the first `size` samples of a call."""
+    looks = {
+        i.name: Look.of(t)._replace(requires_grad=t.requires_grad)
+        for i, t in zip(cut.captured.inputs, tensors(cut.captured, model, call, size), strict=True)
+    }
+    wanted = (o.name for o in cut.captured.outputs) if differentiated is None else differentiated
+    return phases.phases(
+        cut,
+        size,
+        looks,
+        [CPU] * len(cut.stages),
+        remat=remat,
+        grad=grad,
+        differentiated=frozenset(wanted),
+        traced={} if traced is None else traced,
+    )
+
+
+def tensors(captured: Captured, model: nn.Module, call: Call, size: int | None = None) -> list[Any]:
+    """What to call the captured graph with: the model's own tensors and those of a call."""
+    leaves = pytree.tree_leaves(call)
+    return [_tensor(captured, model, leaves, item, size) for item in captured.inputs]
+
+
+def _tensor(
+    captured: Captured, model: nn.Module, leaves: Sequence[Any], item: Input, size: int | None
+) -> Tensor:
+    if item.kind is Kind.PARAMETER:
+        return model.get_parameter(item.target)
+    if item.kind is Kind.BUFFER:
+        return model.get_buffer(item.target)
+    if item.kind is Kind.CONSTANT:
+        return captured.constants[item.target]
+    leaf: Tensor = leaves[item.index]
+    if size is None or item.batch_dim is None:
+        return leaf
+    return leaf.narrow(item.batch_dim, 0, size)
+
+
+def run_stages(cut: Split, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run the stage graphs by hand, one after another, passing on names only.
+
+    Args:
+        cut: the stages.
+        values: name → tensor, for the placeholders of the captured graph.
+
+    Returns:
+        `values` and everything that a stage returned.
+    """
+    known = dict(values)
+    for stage in cut.stages:
+        results = stage.graph_module(*(known[n] for n in stage.signature))
+        known |= dict(zip(stage.returns, results, strict=True))
+    return known
+
+
+def copied(module: fx.GraphModule, name: str = "Copy") -> fx.GraphModule:
+    """A copy to break on purpose (nodes keep their names and looks)."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule({}, graph, name)
+
+
+def node(graph: fx.Graph, name: str) -> fx.Node:
+    return next(n for n in graph.nodes if n.name == name)
+
+
+def calls(graph: fx.Graph, target: Callable[..., Any] | None = None) -> list[fx.Node]:
+    """The computing nodes of a graph, or those of one operator."""
+    found = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
+    return found if target is None else [n for n in found if n.target is target]
+
+
+def sole_stage(model: nn.Module, *args: Any, **kwargs: Any) -> StageGraph:
+    """A model as one stage."""
+    (stage,) = split_of(model, 1, *args, **kwargs).stages
+    return stage
+
+
+@functools.cache
+def known(name: str) -> tuple[nn.Module, Any, Annotated]:
+    """A model of `tests.models`: itself, its inputs by batch size, and its costed capture."""
+    model, inputs = MODELS[name].make()
+    args, kwargs = inputs(4)
+    return model, inputs, annotate(captured_of(model, *args, **kwargs))
+
+
+def user_line(function: Callable[..., Any], text: str) -> str:
+    """``file:line`` of the line of `function`'s source file in which `text` stands, once."""
+    path = Path(function.__code__.co_filename)
+    (number,) = [n for n, line in enumerate(path.read_text().splitlines(), 1) if text in line]
+    return f"{path}:{number}"
+
+
+__all__ = [
+    "CPU",
+    "Call",
+    "calls",
+    "captured_of",
+    "copied",
+    "known",
+    "node",
+    "phased_of",
+    "run_stages",
+    "sole_stage",
+    "split_of",
+    "tensors",
+    "user_line",
+]
