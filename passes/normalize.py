@@ -80,12 +80,12 @@ def normalize(
                 env[node] = first_of[id(tensor)]
                 continue
         new = graph.placeholder(_name(kind, target) if target else names[index])
-        new.meta = _facts(node)
+        new.meta = _facts(node) | {"kind": kind}
         env[node] = new
         if kind in (Kind.PARAMETER, Kind.BUFFER):
             first_of[id(tensor)] = new
         inputs.append(Input(spec_of(new), kind, target, index))
-    result = _inline(program.graph_module, env, graph, detach=False, autocast=None)
+    result = _inline(program.graph_module, env, graph, autocast=None)
     graph.output(tuple(result))
     unused = {n.name for n in graph.nodes if n.op == "placeholder" and not n.users}
     kept = []
@@ -128,8 +128,8 @@ def _inline(
     env: dict[fx.Node, Any],
     graph: fx.Graph,
     *,
-    detach: bool,
     autocast: tuple[Any, ...] | None,
+    without_grad: bool = False,
 ) -> list[Any]:
     """Copy `module`'s calls to the end of `graph`; returns what it returns."""
 
@@ -140,12 +140,11 @@ def _inline(
         if node.op == "placeholder" or node.op == "get_attr":
             continue
         if node.op == "output":
-            results = list(mapped(node.args[0]))
-            return [_detached(graph, r) if detach else r for r in results]
+            return list(mapped(node.args[0]))
         if node.target in ASSERTIONS:
             continue
         if node.target in (wrap_with_set_grad_enabled, wrap_with_autocast):
-            env[node] = _region(module, node, mapped, graph, autocast)
+            env[node] = _region(module, node, mapped, graph, autocast, without_grad)
         elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
             env[node] = env[node.args[0]][node.args[1]]
         elif node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -170,24 +169,39 @@ def _region(
     mapped: Callable[[Any], Any],
     graph: fx.Graph,
     autocast: tuple[Any, ...] | None,
+    without_grad: bool,
 ) -> list[Any]:
-    """Inline a region that export outlined because gradients or autocast were switched in it."""
+    """Inline a region that export outlined because gradients or autocast were switched in it.
+
+    Where gradients were off, the region is given detached values. Then nothing in it has a
+    gradient, not even what it writes to in place; and what it only passes through keeps its own.
+    """
     if node.target is wrap_with_set_grad_enabled:
         enabled, body, *args = node.args
-        detach = not enabled
+        if enabled and without_grad:
+            raise UnsupportedError(
+                "gradients are switched on inside a region where they are off",
+                node=node.name,
+                source=source_line(node),
+                remedy="leave the no_grad region first",
+            )
+        without_grad = without_grad or not enabled
     else:
         autocast, body, args = node.args[:4], node.args[4], list(node.args[5:])
-        detach = False
     assert isinstance(body, fx.Node)
     inner = getattr(module, str(body.target))
     holes = [n for n in inner.graph.nodes if n.op == "placeholder"]
-    return _inline(
+    given = list(mapped(tuple(args)))
+    values = [_detached(graph, v) for v in given] if without_grad else given
+    original = dict(zip(values, given, strict=True))
+    results = _inline(
         inner,
-        dict(zip(holes, mapped(tuple(args)), strict=True)),
+        dict(zip(holes, values, strict=True)),
         graph,
-        detach=detach,
         autocast=autocast,
+        without_grad=without_grad,
     )
+    return [original.get(r, r) for r in results]
 
 
 def _facts(node: fx.Node) -> dict[str, Any]:
@@ -198,9 +212,15 @@ def _facts(node: fx.Node) -> dict[str, Any]:
 
 
 def _detached(graph: fx.Graph, value: Any) -> Any:
-    """What leaves a region without gradients carries none."""
+    """A value without its gradient; buffers and integers have none."""
     if not isinstance(value, fx.Node) or not isinstance(value.meta["val"], Tensor):
+        return value
+    if value.meta.get("kind") is Kind.BUFFER or not _can_have_grad(value.meta["val"]):
         return value
     node = graph.call_function(aten.detach.default, (value,))
     node.meta = dict(value.meta)
     return node
+
+
+def _can_have_grad(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -240,10 +240,10 @@ def _min_cut(graph: fx.Graph, kit: fx.Node, forward_results: int) -> set[fx.Node
             env[node] = copy.node_copy(node, env.__getitem__)
             continue
         _, *arguments = node.args
-        if node.target == "draw":
-            target, arguments = arguments[1], arguments[2:]
-        else:
-            target = aten.clone.default
+        target: Any = aten.clone.default
+        if node.target != "settled":  # the operator stands before its arguments
+            start = {"draw": 1, "recording": 0}[node.target]
+            target, arguments = arguments[start], arguments[start + 1 :]
         arguments, kwargs = fx.map_arg((arguments, node.kwargs), env.__getitem__)
         env[node] = copy.create_node(
             "call_function", target, tuple(arguments), kwargs, name=node.name

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import getitem
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -232,7 +233,11 @@ def _uncached_autocast() -> Any:
 
 KIT = "kit"
 """First placeholder of every joint graph: what the runtime lends to a stage's code. Its methods
-are `draw` (a random call, keyed) and `settled` (a tensor in the memory format that it suggests)."""
+are `draw` (a random call, keyed), `settled` (a tensor in the memory format that it suggests) and
+`recording` (a call with gradients on)."""
+
+RNN_WORKSPACE = 22
+"""Position of oneDNN's workspace among the arguments of its LSTM backward."""
 
 PICKY = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
 """Kernels that want their tensors dense in the memory format which those suggest."""
@@ -267,6 +272,8 @@ def _tidy(graph: fx.Graph) -> tuple[tuple[int, int], ...]:
             keys.append((call, sum(k[0] == call for k in keys)))
             drawn.meta = dict(node.meta)
             node.replace_all_uses_with(drawn)
+        elif node.target is aten.mkldnn_rnn_layer_backward.default:
+            _give_workspace(graph, kit, node)
         elif node.target in PICKY:
             for source in node.all_input_nodes:
                 looks = source.meta["val"]
@@ -279,6 +286,25 @@ def _tidy(graph: fx.Graph) -> tuple[tuple[int, int], ...]:
     for node in graph.nodes:
         node.meta.pop("custom", None)
     return tuple(keys)
+
+
+def _give_workspace(graph: fx.Graph, kit: fx.Node, backward: fx.Node) -> None:
+    """Hand oneDNN's LSTM backward its workspace, the fourth result of the forward.
+
+    The fake forward has none to save, and the real one makes it only while gradients are on.
+    """
+    output: Any = backward.args[7]
+    forward = output.args[0]
+    if forward.op == "call_function":
+        with graph.inserting_before(forward):
+            recording = graph.call_method("recording", (kit, forward.target, *forward.args))
+        recording.meta = dict(forward.meta)
+        forward.replace_all_uses_with(recording)
+        forward = recording
+    with graph.inserting_before(backward):
+        workspace = graph.call_function(getitem, (forward, 3))
+    workspace.meta = {"val": backward.meta["val"][0]}
+    backward.update_arg(RNN_WORKSPACE, workspace)
 
 
 def is_random(node: fx.Node) -> bool:

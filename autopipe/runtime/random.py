@@ -72,6 +72,12 @@ class Kit:
                 default.set_state(state)
 
     @staticmethod
+    def recording(op: Any, *args: Any) -> Any:
+        """Call an operator that returns what its backward needs only while gradients are on."""
+        with torch.enable_grad():
+            return op(*args)
+
+    @staticmethod
     def settled(tensor: Tensor) -> Tensor:
         """The tensor, dense in the memory format that its strides suggest.
 
