@@ -174,6 +174,7 @@ def batch_dims(
         if not -leaf.ndim <= dim < leaf.ndim:
             raise InputError(
                 f"in_dims asks for dimension {dim} of a tensor that has {leaf.ndim}",
+                expected="a dimension of every batched input; None for those that are not",
                 found=f"shape {tuple(leaf.shape)}",
             )
         found.append(dim % leaf.ndim)

@@ -97,6 +97,3 @@ def assert_agrees(pipe: autopipe.Pipeline, *args: Any, **kwargs: Any) -> Any:
 def pipelined(model: nn.Module, **options: Any) -> autopipe.Pipeline:
     """Two stages, three micro-batches, unless `options` says otherwise."""
     return autopipe.compile(model, **{"devices": 2, "chunks": 3} | options)
-
-
-__all__ = ["assert_agrees", "assert_close", "fresh", "objective", "pipelined"]

@@ -24,10 +24,13 @@ CPU = torch.device("cpu")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def captured_of(model: nn.Module, *args: Any, in_dims: Any = 0, **kwargs: Any) -> Captured:
+def captured_of(
+    model: nn.Module, *args: Any, in_dims: Any = 0, whole: bool = False, **kwargs: Any
+) -> Captured:
     """Capture `model(*args, **kwargs)`."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    return capture(model, leaves, spec, batch_dims(in_dims, model, args, kwargs))
+    dims = batch_dims(in_dims, model, args, kwargs)
+    return capture(model, leaves, spec, dims, whole=whole)
 
 
 def split_of(model: nn.Module, stages: int, *args: Any, batch: int = 2, **kwargs: Any) -> Split:
@@ -138,20 +141,3 @@ def user_line(function: Callable[..., Any], text: str) -> str:
     path = Path(function.__code__.co_filename)
     (number,) = [n for n, line in enumerate(path.read_text().splitlines(), 1) if text in line]
     return f"{path}:{number}"
-
-
-__all__ = [
-    "CPU",
-    "Call",
-    "calls",
-    "captured_of",
-    "copied",
-    "known",
-    "node",
-    "phased_of",
-    "run_stages",
-    "sole_stage",
-    "split_of",
-    "tensors",
-    "user_line",
-]

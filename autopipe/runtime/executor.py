@@ -73,6 +73,7 @@ class Run:
         self._places = self.program.places
         self._mailbox = Mailbox(len(self._places))
         self._summed: set[str] = set()
+        self._borrowed: set[int] = set()
         self._start: list[torch.cuda.Event] = []
 
     # What the caller does
@@ -80,6 +81,7 @@ class Run:
     def give(self, what: str, stage: int, microbatch: int, tensor: Tensor) -> None:
         """Hand a stage a tensor from outside, to be taken by its `receive`."""
         self.given[what, stage, microbatch] = tensor
+        self._borrowed.add(tensor.untyped_storage().data_ptr())
 
     def execute(self, way: str) -> None:
         """Run the forward or the backward of the step to its end.
@@ -167,8 +169,9 @@ class Run:
 
     def keep(self, stage: int, m: int, saved: list[Tensor]) -> None:
         """Keep values for the backward."""
+        size = self.program.sizes[m]
         nbytes = self.memory.kept(
-            self.program, stage, self.program.sizes[m], saved, self.held_tensors[stage]
+            self.program, stage, size, saved, self.held_tensors[stage], self._borrowed
         )
         self._saved[stage, m] = (saved, nbytes)
 

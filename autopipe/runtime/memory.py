@@ -1,6 +1,7 @@
 """Bytes that stages keep between forward and backward, counted while they are kept.
 
-Counted are distinct storages, without those of the parameters and buffers that are there anyway.
+Counted are distinct storages, whole even if only a view of one is kept, without those of parameters
+and buffers; of the caller's own batch, the part that a micro-batch is.
 """
 
 from __future__ import annotations
@@ -44,17 +45,36 @@ class SavedBytes:
             stage.peak = stage.now
 
     def kept(
-        self, program: Any, stage: int, size: int, saved: list[Tensor], held: Iterable[Tensor]
+        self,
+        program: Any,
+        stage: int,
+        size: int,
+        saved: list[Tensor],
+        held: Iterable[Tensor],
+        borrowed: set[int],
     ) -> int:
         """Note that a micro-batch's values are kept; returns their bytes.
 
         Shapes are static, so the first micro-batch of a size speaks for all of its program.
+
+        Args:
+            program, stage, size: what the count is known by.
+            saved: the values.
+            held: tensors that are there anyway; their memory counts nothing.
+            borrowed: addresses of the caller's memory: of a batch, a micro-batch counts its part.
         """
         key = (program, stage, size)
         if key not in self._known:
             theirs = {t.untyped_storage().data_ptr() for t in held}
-            sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
-            self._known[key] = sum(n for p, n in sizes.items() if p not in theirs)
+            sizes: dict[int, int] = {}
+            for tensor in saved:
+                storage = tensor.untyped_storage()
+                address = storage.data_ptr()
+                if address in borrowed:
+                    sizes[tensor.data_ptr()] = tensor.nbytes
+                elif address not in theirs:
+                    sizes[address] = storage.nbytes()
+            self._known[key] = sum(sizes.values())
         nbytes = self._known[key]
         with self._lock:
             counter = self.stages[stage]

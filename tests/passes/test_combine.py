@@ -1,0 +1,341 @@
+"""How micro-batch results become the batch's: every rule against eager on the whole batch.
+
+A batch of seven in three micro-batches (3, 2, 2), two stages, double precision: a mean of means,
+or a mean over what is not ignored, would be off in the first digit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autopipe.errors import CouplingError
+from tests.agreement import assert_agrees, pipelined
+from tests.programs import captured_of
+
+C = 6
+BATCH = 7
+WEIGHT = torch.linspace(0.2, 2.0, C, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Model(nn.Module):
+    """``f(logits, *rest)`` of a small network's logits."""
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, C))
+        self.f = f
+
+    def forward(self, x: Tensor, *rest: Any) -> Any:
+        return self.f(self.body(x), *rest)
+
+
+def inputs(size: int = BATCH, *shape: int) -> Tensor:
+    return torch.randn(size, *(shape or (C,))).requires_grad_()
+
+
+def combinations(model: nn.Module, *args: Any) -> list[str]:
+    return [o.combine for o in captured_of(model, *args).outputs]
+
+
+def agrees(f: Callable[..., Any], *rest: Any) -> None:
+    """With batches that do not divide, that divide, and that are smaller than `chunks`."""
+    pipe = pipelined(Model(f))
+    for size in (BATCH, 6, 2):
+        assert_agrees(pipe, inputs(size), *(r[:size] for r in rest))
+
+
+# ------------------------------------------------------------------------------- sums and means
+
+
+REDUCTIONS: dict[str, Callable[..., Any]] = {
+    "mean": lambda y: y.mean(),
+    "sum": lambda y: y.sum(),
+    "mean of means": lambda y: y.mean(1).mean(),
+    "mean over the batch": lambda y: y.mean(0),
+    "sum over the batch, kept": lambda y: y.sum(0, keepdim=True),
+    "mean of a flat view": lambda y: y.reshape(-1).mean(),
+    "mean of what a sample repeats": lambda y: y[:, None].expand(-1, 3, -1).mean(),
+    "mse": lambda y: F.mse_loss(y, y.detach() * 2 + 1),
+    "mse, summed": lambda y: F.mse_loss(y, y.detach() * 2 + 1, reduction="sum"),
+    "l1": lambda y: F.l1_loss(y, y.detach() * 2 + 1),
+    "huber": lambda y: F.huber_loss(y, y.detach() * 2 + 1),
+    "binary cross entropy": lambda y: F.binary_cross_entropy(y.sigmoid(), y.detach().sigmoid()),
+    "with logits": lambda y: F.binary_cross_entropy_with_logits(y, y.detach().sigmoid()),
+    "divergence per sample": lambda y: F.kl_div(
+        y.log_softmax(-1), y.detach().square().softmax(-1), reduction="batchmean"
+    ),
+    "triplet": lambda y: F.triplet_margin_loss(y, y * 2, y + 3),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions(name: str) -> None:
+    agrees(REDUCTIONS[name])
+
+
+ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "exp of a mean": lambda y: y.mean().exp(),
+    "root of a sum of squares": lambda y: y.square().sum().sqrt(),
+    "weighted sum of two losses": lambda y: 0.3 * y.square().mean() + 0.7 * y.abs().sum(),
+    "product of two losses": lambda y: (y.mean() + 1) * y.sum(),
+    "ratio of sums": lambda y: (y * (y > 0)).sum() / (y > 0).sum(),
+    "sum by the number of samples": lambda y: y.sum() / y.shape[0],
+    "several results": lambda y: (y.mean(), y, y.sum() + y.mean(), y.argmax(-1)),
+    "share of hits": lambda y: y.mean() + (y.argmax(-1) == 0).double().mean(),
+    "a reduced value twice": lambda y: (lambda m: (m, m * 2))(y.mean()),
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic_on_reduced_values_is_the_whole_batchs(name: str) -> None:
+    agrees(ARITHMETIC[name])
+
+
+def test_parameters_used_after_the_reduction() -> None:
+    class Head(Model):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return self.body(self.body(x).mean(0)).square().sum()
+
+    pipe = pipelined(Head(lambda: None))
+    assert_agrees(pipe, inputs())
+
+
+def test_a_penalty_that_does_not_depend_on_the_batch() -> None:
+    class Penalised(Model):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            penalty = sum(p.square().sum() for p in self.body.parameters())
+            return self.body(x).mean() + 0.1 * penalty
+
+    pipe = pipelined(Penalised(lambda: None))
+    assert_agrees(pipe, inputs())
+
+
+def test_the_rule_of_each_result() -> None:
+    model = Model(lambda y: (y, y.sum(), y.mean(), torch.ones(3)))
+    assert combinations(model, inputs()) == ["cat", "sum", "mean", "same"]
+
+
+def test_results_are_concatenated_where_the_batch_is() -> None:
+    model = Model(lambda y: (y, y.t(), y[None].expand(2, -1, -1)))
+    captured = captured_of(model, inputs())
+    assert [o.dim for o in captured.outputs] == [0, 1, 1]
+    agrees(model.f)
+
+
+# ------------------------------------------------------------------------------- cross entropy
+
+
+def targets(size: int = BATCH) -> Tensor:
+    return torch.randint(0, C, (size,))
+
+
+def sparse_targets() -> Tensor:
+    """The first micro-batch has nothing to count, the second one target, the third all."""
+    labels = targets()
+    labels[:4] = -100
+    return labels
+
+
+CROSS_ENTROPIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "class weights": {"weight": WEIGHT},
+    "label smoothing": {"label_smoothing": 0.1},
+    "class weights, label smoothing": {"weight": WEIGHT, "label_smoothing": 0.1},
+    "another ignored class": {"ignore_index": 2},
+    "another ignored class, weights": {"ignore_index": 2, "weight": WEIGHT},
+}
+
+
+@pytest.mark.parametrize("name", CROSS_ENTROPIES)
+@pytest.mark.parametrize("make", [targets, sparse_targets])
+def test_cross_entropy(name: str, make: Callable[[], Tensor]) -> None:
+    options = CROSS_ENTROPIES[name]
+    labels = make()
+    if "ignore_index" in options:
+        labels = torch.where(labels < 0, options["ignore_index"], labels)
+    agrees(lambda y, t: F.cross_entropy(y, t, **options), labels)
+
+
+def test_cross_entropy_with_nothing_to_count_at_all() -> None:
+    """Nothing divided by nothing, as in eager: nan, and nan for every gradient."""
+    pipe = pipelined(Model(lambda y, t: F.cross_entropy(y, t)))
+    found = assert_agrees(pipe, inputs(), torch.full((BATCH,), -100))
+    assert found.isnan()
+
+
+@pytest.mark.parametrize("name", ["plain", "sum", "class weights", "class weights, label smoothing"])
+def test_cross_entropy_with_probabilities_as_target(name: str) -> None:
+    options = CROSS_ENTROPIES[name]
+    agrees(lambda y, t: F.cross_entropy(y, t, **options), torch.rand(BATCH, C).softmax(-1))
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+def test_cross_entropy_of_every_position(weight: Tensor | None) -> None:
+    """Targets of shape (batch, positions), of which each sample ignores another number."""
+    labels = torch.randint(0, C, (BATCH, 4))
+    for n in range(BATCH):
+        labels[n, : n % 5] = -100
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        logits = torch.stack([y, y * 2, y + 1, y.sin()], -1)
+        return F.cross_entropy(logits, t, weight=weight)
+
+    agrees(loss, labels)
+
+
+def test_cross_entropy_of_flat_positions() -> None:
+    """As language models do it: (batch, positions, classes) flattened, shifted by one."""
+    labels = torch.randint(0, C, (BATCH, 4))
+    labels[:3] = -100
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        logits = torch.stack([y, y * 2, y + 1, y.sin()], 1)
+        return F.cross_entropy(logits[:, :-1].reshape(-1, C), t[:, 1:].reshape(-1))
+
+    agrees(loss, labels)
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+def test_negative_log_likelihood(weight: Tensor | None) -> None:
+    agrees(lambda y, t: F.nll_loss(y.log_softmax(-1), t, weight=weight), sparse_targets())
+
+
+def test_weights_that_are_learned() -> None:
+    class Weighted(Model):
+        def __init__(self) -> None:
+            super().__init__(lambda: None)
+            self.weight = nn.Parameter(WEIGHT.clone())
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+            return F.cross_entropy(self.body(x), t, weight=self.weight.detach().exp())
+
+    assert_agrees(pipelined(Weighted()), inputs(), sparse_targets())
+
+
+# ------------------------------------------------------------------------------- what mixes samples
+
+
+COUPLED: dict[str, Callable[[Tensor], Any]] = {
+    "less the mean": lambda y: y - y.mean(0),
+    "less the mean, detached": lambda y: y - y.mean(0).detach(),
+    "times a mean": lambda y: (y * y.mean()).sum(),
+    "less the first": lambda y: y - y[0],
+    "normalised over the batch": lambda y: F.normalize(y, dim=0),
+    "masked if any": lambda y: y * (y > 0).any(),
+    "softmax": lambda y: y.softmax(0),
+    "log softmax": lambda y: y.log_softmax(0),
+    "cumulated": lambda y: y.cumsum(0),
+    "sorted": lambda y: y.sort(0).values,
+    "ranked": lambda y: y * y.argsort(0),
+    "flipped": lambda y: y.flip(0),
+    "rolled": lambda y: y.roll(1, 0),
+    "all but the first": lambda y: y[1:],
+    "differences": lambda y: y.diff(dim=0),
+    "shuffled": lambda y: y[torch.randperm(y.shape[0])],
+    "gathered from others": lambda y: y.gather(0, y.argsort(1) % y.shape[0]),
+    "similarities": lambda y: y @ y.T,
+    "sum of similarities": lambda y: (y @ y.T).sum(),
+    "weighted by similarities": lambda y: (y @ y.T) @ y,
+    "contrastive": lambda y: F.cross_entropy(y @ y.T, torch.arange(y.shape[0])),
+    "all pairs": lambda y: (y[:, None] - y[None]).square().sum(-1).mean(),
+    "distances": lambda y: torch.cdist(y, y).sum(),
+    "attention among samples": lambda y: F.scaled_dot_product_attention(y[None], y[None], y[None]),
+    "layer norm over the batch": lambda y: F.layer_norm(y.t(), (y.shape[0],)),
+    "convolved over the batch": lambda y: F.conv1d(
+        y.t()[None], torch.ones(C, C, 3, dtype=y.dtype), padding=1
+    ),
+    "covariance": lambda y: y.T @ y,
+    "doubled": lambda y: torch.cat([y, y * 2], 0),
+    "repeated": lambda y: y.repeat(2, 1),
+    "regrouped": lambda y: y.reshape(C, y.shape[0]),
+    "numbered": lambda y: y + torch.arange(y.shape[0])[:, None],
+    "by the number of samples": lambda y: y / y.shape[0],
+    "by the number of samples, summed": lambda y: (y / y.shape[0]).square().sum(),
+    "maximum": lambda y: y.max(),
+    "maximum over the batch": lambda y: y.amax(0),
+    "median": lambda y: y.median(),
+    "variance": lambda y: y.var(),
+    "deviation over the batch": lambda y: y.std(0),
+    "norm": lambda y: y.norm(),
+    "product": lambda y: y.prod(),
+    "log of summed exponentials": lambda y: y.logsumexp(0),
+    "the first sample": lambda y: y[0],
+    "the last sample": lambda y: y[-1:],
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_what_mixes_samples_is_refused(name: str) -> None:
+    """Micro-batches would compute something else: an error before anything runs (promise 6)."""
+    f = COUPLED[name]
+    with pytest.raises(CouplingError) as caught:
+        pipelined(Model(f))(inputs())
+    assert caught.value.node
+    path, _, line = str(caught.value.source).rpartition(":")
+    assert path == __file__
+    lines = (at for g in (f, Model.forward) for *_, at in g.__code__.co_lines())
+    assert int(line) in lines  # torch keeps the frames of functions called `forward`
+    assert "what to do: " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["less the mean", "softmax", "contrastive", "maximum", "numbered"])
+def test_with_a_single_micro_batch_samples_may_mix(name: str) -> None:
+    pipe = pipelined(Model(COUPLED[name]), chunks=1)
+    assert_agrees(pipe, inputs())
+
+
+UNCOUPLED: dict[str, Callable[[Tensor], Any]] = {
+    "softmax over classes": lambda y: y.softmax(-1),
+    "less its own mean": lambda y: y - y.mean(1, keepdim=True),
+    "normalised per sample": lambda y: F.normalize(y, dim=1),
+    "cumulated per sample": lambda y: y.cumsum(1),
+    "sorted per sample": lambda y: y.sort(1).values,
+    "shifted per sample": lambda y: y.roll(1, 1) + y.flip(1),
+    "layer norm": lambda y: F.layer_norm(y, (C,)),
+    "group norm": lambda y: F.group_norm(y[:, :, None], 2),
+    "outer product per sample": lambda y: y[:, :, None] @ y[:, None, :],
+    "attention per sample": lambda y: F.scaled_dot_product_attention(*[y.view(-1, 1, 3, 2)] * 3),
+    "picked per sample": lambda y: y[torch.arange(y.shape[0]), y.argmax(-1)],
+    "gathered per sample": lambda y: y.gather(1, y.argsort(1)),
+    "repeated in place": lambda y: y.repeat_interleave(2, 0),
+    "transposed and back": lambda y: y.t().softmax(0).t(),
+    "two per sample": lambda y: y.view(y.shape[0] * 2, -1).sum(-1),
+    "sequence first": lambda y: y.view(-1, 3, 2).transpose(0, 1).softmax(0),
+    "added to zeros of its size": lambda y: y + torch.zeros(y.shape[0], C),
+    "convolved per sample": lambda y: F.conv1d(y[:, None], torch.ones(1, 1, 3, dtype=y.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", UNCOUPLED)
+def test_what_keeps_samples_apart_is_not_refused(name: str) -> None:
+    agrees(UNCOUPLED[name])
+
+
+def test_reductions_of_inputs_without_batch_are_not_refused() -> None:
+    pipe = pipelined(Model(lambda y, table: y - table.mean(0) + table.max()), in_dims=(0, None))
+    assert_agrees(pipe, inputs(), inputs(9))
+
+
+def test_a_reduction_without_known_sum_says_what_to_do() -> None:
+    with pytest.raises(CouplingError, match="no known sum") as caught:
+        pipelined(Model(lambda y: y.max()))(inputs())
+    assert re.search(r"node: max", str(caught.value))
+    assert "aten.max" in str(caught.value)
+    assert "return the unreduced values" in str(caught.value)
