@@ -1,10 +1,21 @@
 """autopipe: any PyTorch model as a micro-batch pipeline, in one line."""
 
-from autopipe.api import compile
+from autopipe.api import compile, plan
 from autopipe.module import Pipeline
 from autopipe.passes.partition import CostGraph, Partition, partition
 from autopipe.passes.simulate import Timeline, simulate
+from autopipe.planner import Plan
 
 __version__ = "0.1.0"
 
-__all__ = ["CostGraph", "Partition", "Pipeline", "Timeline", "compile", "partition", "simulate"]
+__all__ = [
+    "CostGraph",
+    "Partition",
+    "Pipeline",
+    "Plan",
+    "Timeline",
+    "compile",
+    "partition",
+    "plan",
+    "simulate",
+]

@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from autopipe.errors import OptionError
 from autopipe.module import Pipeline
-from autopipe.options import check
+from autopipe.options import batch_dims, batch_size, check
+from autopipe.passes.driver import cut_in_space
+from autopipe.planner import Plan
+from autopipe.planner import plan as make_plan
+from autopipe.runtime import microbatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -81,3 +86,56 @@ def compile(
     if args or kwargs:
         pipeline.capture(*args, **(kwargs or {}))
     return pipeline
+
+
+def plan(
+    model: nn.Module | torch.export.ExportedProgram,
+    devices: int | Sequence[str | torch.device],
+    chunks: int,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    schedule: str = "gpipe",
+    remat: str | float = "full",
+    memory: int | str | None = None,
+    in_dims: Any = 0,
+) -> Plan:
+    """How `compile` would cut a model: captured and costed, but not traced, placed or run.
+
+    Weights are not needed: a model built under ``torch.device("meta")`` does.
+
+    Args:
+        model, devices, chunks, schedule, remat, memory, in_dims: as for `compile`.
+        args, kwargs: example inputs.
+
+    Returns:
+        The `Plan`: stages, boundary tensors, costs, predicted timeline.
+
+    Raises:
+        As `compile` does.
+    """
+    options = check(
+        devices=devices,
+        chunks=chunks,
+        schedule=schedule,
+        remat=remat,
+        memory=memory,
+        in_dims=in_dims,
+        loss_fn=None,
+        backend="eager",
+    )
+    module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+    kwargs = kwargs or {}
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    dims = batch_dims(in_dims, module, args, kwargs)
+    sizes = microbatch.sizes(batch_size(leaves, dims), chunks)
+    split = cut_in_space(
+        module,
+        leaves,
+        spec,
+        dims,
+        stages=len(options.devices),
+        batch=min(sizes),
+        whole=chunks == 1,
+    )
+    return make_plan(split, sizes, options)

@@ -15,8 +15,8 @@ from autopipe.call import Call
 from autopipe.compiled import Compiled, Ready
 from autopipe.errors import InputError, OptionError, UnsupportedError
 from autopipe.options import Options, batch_dims, batch_size
+from autopipe.planner import Plan, plan
 from autopipe.report.stages import StageView, views
-from autopipe.report.table import explain
 from autopipe.runtime import microbatch
 from autopipe.runtime.autograd import PipelineFunction
 from autopipe.runtime.memory import SavedBytes
@@ -253,10 +253,15 @@ class Pipeline(nn.Module):
         """The source of the program that the last call ran."""
         return self._compiled_or_raise()[1].lowered.generated.source
 
-    def explain(self) -> str:
-        """A table of the stages and what crosses between them."""
+    @property
+    def plan(self) -> Plan:
+        """Who runs what, with predicted costs and timeline; `print` it for a table."""
         compiled, ready = self._compiled_or_raise()
-        return explain(compiled.split, ready.program.sizes, self.options)
+        return plan(compiled.split, ready.program.sizes, self.options)
+
+    def explain(self) -> str:
+        """The plan as a table: the stages and what crosses between them."""
+        return str(self.plan)
 
     def __repr__(self) -> str:
         devices = ", ".join(map(str, self.options.devices))

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
 B = sympy.Symbol("B")
-"""The batch size of whatever runs: the whole batch, or one micro-batch. (Without assumptions, so that
-``expr.subs("B", 8)`` means this symbol.)"""
+"""The batch size of whatever runs: the whole batch, or one micro-batch.
+
+It carries no assumptions, so that ``expr.subs("B", 8)`` means this symbol."""
 
 
 def at_batch(expr: sympy.Expr | int, batch: int) -> int:

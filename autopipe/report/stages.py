@@ -121,7 +121,7 @@ def _view(split: Split, stage: StageGraph, device: torch.device) -> StageView:
     costs = [
         split.annotated.costs[n.name]
         for n in stage.graph_module.graph.nodes
-        if n.name in split.annotated.costs
+        if n.op == "call_function" and n.name in split.annotated.costs  # not a received value
     ]
     parameters = [i for i in stage.held if i.kind is Kind.PARAMETER]
     return StageView(

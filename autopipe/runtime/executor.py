@@ -74,6 +74,7 @@ class Run:
         self._mailbox = Mailbox(len(self._places))
         self._summed: set[str] = set()
         self._borrowed: set[int] = set()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._start: list[torch.cuda.Event] = []
 
     # What the caller does
@@ -92,9 +93,9 @@ class Run:
         functions = self.program.forward if way == "forward" else self.program.backward
         devices = [p.device for p in self._places]
         self._mailbox = Mailbox(len(devices))
-        self._start = [  # what the caller's streams hold so far: workers wait for it
-            torch.cuda.current_stream(d).record_event() for d in {*devices} if d.type == "cuda"
-        ]
+        # What the caller's streams hold so far, workers wait for; what workers made, the caller's.
+        self._streams = {d: torch.cuda.current_stream(d) for d in devices if d.type == "cuda"}
+        self._start = [stream.record_event() for stream in self._streams.values()]
         tasks = [partial(self._work, f, p) for f, p in zip(functions, self._places, strict=True)]
         try:
             workers.run(tasks, self._mailbox.abort, workers.cores_for(devices))
@@ -106,7 +107,10 @@ class Run:
             raise
         for place in self._places:
             if place.compute is not None:
-                torch.cuda.current_stream(place.device).wait_stream(place.compute)
+                self._streams[place.device].wait_stream(place.compute)
+        for tensor in (*self.results.values(), *self.gradients.values()):
+            if tensor.device in self._streams:
+                tensor.record_stream(self._streams[tensor.device])
 
     def _work(self, function: Callable[[Run], None], place: transfer.Place) -> None:
         if place.compute is None:
@@ -147,9 +151,7 @@ class Run:
         key = (what, stage, m)
         tensor = self.given.pop(key, None)
         if tensor is not None:
-            if place.compute is not None and tensor.is_cuda:
-                tensor.record_stream(place.compute)
-            tensor = tensor.to(place.device, non_blocking=True)
+            tensor = transfer.fetch(tensor, place, self._streams)
         else:
             tensor = transfer.receive(self._mailbox.take(key), place)
         strides = self.program.strides.get((what, stage, self.program.sizes[m]))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 
@@ -38,9 +40,9 @@ class Place:
 def send(tensor: Tensor, source: Place, target: torch.device) -> Parcel:
     """Start moving a tensor made on `source`'s compute stream; the current stream is that one."""
     if source.compute is None:
-        if tensor.device == target:
-            return Parcel(tensor, None)
-        return Parcel(tensor.to(target, non_blocking=True), None)
+        moved = tensor.to(target, non_blocking=True)
+        event = torch.cuda.current_stream(target).record_event() if moved.is_cuda else None
+        return Parcel(moved, event)
     if tensor.device == target:
         return Parcel(tensor, source.compute.record_event())
     assert source.copy is not None
@@ -61,6 +63,27 @@ def receive(parcel: Parcel, place: Place) -> Tensor:
     elif ready is not None:
         ready.synchronize()
     return tensor
+
+
+def fetch(
+    tensor: Tensor, place: Place, streams: Mapping[torch.device, torch.cuda.Stream]
+) -> Tensor:
+    """Bring a tensor of the caller's to `place`; `streams` are those that the caller works on.
+
+    `place`'s compute stream waits for the caller's work already (`Run.execute`); a copy from one
+    GPU to another is made on the caller's stream, behind that work.
+    """
+    if place.compute is None:
+        return tensor.to(place.device)
+    if not tensor.is_cuda:
+        return tensor.to(place.device, non_blocking=True)
+    if tensor.device == place.device:
+        tensor.record_stream(place.compute)
+        return tensor
+    stream = streams.get(tensor.device) or torch.cuda.default_stream(tensor.device)
+    with torch.cuda.stream(stream):
+        moved = tensor.to(place.device, non_blocking=True)
+        return receive(Parcel(moved, stream.record_event()), place)
 
 
 def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

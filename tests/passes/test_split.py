@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import PartitionError, UnsupportedError
@@ -25,9 +25,10 @@ STAGES = range(1, 7)
 
 
 def stages_of(cut: Split) -> Iterator[tuple[StageGraph, list[Any]]]:
-    """Each stage with its calls, but for those that work out sizes."""
+    """Each stage with its calls, but for those that work out sizes, which it makes itself."""
     for stage in cut.stages:
-        yield stage, [n for n in calls(stage.graph_module.graph) if not is_size(n)]
+        nodes = zip(stage.graph_module.graph.nodes, stage.origins, strict=True)
+        yield stage, [n for n, origin in nodes if origin >= 0]
 
 
 # ------------------------------------------------------------------------------- the models
@@ -133,12 +134,13 @@ def test_calls_in_place_stay_with_the_memory_that_they_change(name: str) -> None
     graph = annotated.captured.graph_module.graph
     written = [n for n in calls(graph) if getattr(n.target, "_schema", None) and n.target._schema.is_mutable]
     if name == "resnet":
-        assert {n.target for n in written} >= {aten.relu_.default, aten.add_.Tensor}
+        assert {n.target for n in written} >= {aten.add_.Tensor}
     for count in _possible(name):
         cut = split(annotated, count, 2)
         home = {n.name: s.index for s, own in stages_of(cut) for n in own}
         for node in written:
             target = node.args[0]
+            assert isinstance(target, fx.Node)
             if target.op == "placeholder":
                 assert [s.index for s in cut.stages if target.name in s.signature] == [home[node.name]]
                 continue
@@ -260,13 +262,13 @@ def test_sizes_are_read_off_multiples_of_the_batch() -> None:
 
 class WritesToItsInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        x.mul_(2)  # the line that writes
+        x.mul_(2)  # a write to its input
         return torch.tanh(x)
 
 
 class WritesToAViewOfItsInput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        x[:, 0].zero_()  # the line that writes to a view
+        x[:, 0].zero_()  # a write to a view
         return torch.tanh(x)
 
 
@@ -277,22 +279,22 @@ class WritesToItsParameter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            self.weight.mul_(2)  # the line that writes to a parameter
+            self.weight.mul_(2)  # a write to a parameter
         return torch.tanh(x * self.weight)
 
 
 @pytest.mark.parametrize(
-    ("model", "line"),
+    ("model", "what"),
     [
-        (WritesToItsInput, "that writes"),
-        (WritesToAViewOfItsInput, "that writes to a view"),
-        (WritesToItsParameter, "that writes to a parameter"),
+        (WritesToItsInput, "its input"),
+        (WritesToAViewOfItsInput, "a view"),
+        (WritesToItsParameter, "a parameter"),
     ],
 )
-def test_writing_to_inputs_and_parameters_is_refused(model: type[nn.Module], line: str) -> None:
+def test_writing_to_inputs_and_parameters_is_refused(model: type[nn.Module], what: str) -> None:
     with pytest.raises(UnsupportedError, match="changes one of its inputs or parameters") as caught:
         split_of(model(), 1, torch.randn(4, 4))
-    assert caught.value.source == user_line(model.forward, f"# the line {line}\n".strip() + "")
+    assert caught.value.source == user_line(model.forward, f"# a write to {what}")
     assert "clone" in str(caught.value)
 
 
@@ -305,10 +307,10 @@ class Accumulates(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         total = torch.zeros_like(x)
-        half = total[:, :2]
         total += self.layer(x)
+        half = total[:, :2]
         half.mul_(3)
-        y = torch.tanh(total)
+        y = torch.relu_(torch.tanh(total))
         total.add_(y)
         return torch.sin(torch.cos(total)) + half.sum(1, keepdim=True)
 
