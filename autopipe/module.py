@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from autopipe.call import Call
 from autopipe.compiled import Compiled, Ready
-from autopipe.errors import InputError, OptionError, UnsupportedError
+from autopipe.errors import OptionError, UnsupportedError
 from autopipe.options import Options, batch_dims, batch_size
 from autopipe.planner import Plan, plan
+from autopipe.progress import Progress, silent
 from autopipe.report.stages import StageView, views
 from autopipe.runtime import microbatch
 from autopipe.runtime.autograd import PipelineFunction
 from autopipe.runtime.memory import SavedBytes
 from autopipe.runtime.random import step_seed
 from autopipe.runtime.transfer import Place
+from autopipe.structure import Structure, other_structure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -54,7 +54,7 @@ class Pipeline(nn.Module):
         """Forget everything that was compiled."""
         self._places = tuple(Place(d) for d in self.options.devices)
         self._compiled: dict[Hashable, Compiled] = {}
-        self._structures: dict[Hashable, set[_Structure]] = {}
+        self._structures: dict[Hashable, set[Structure]] = {}
         self._last: tuple[Compiled, Ready] | None = None
         self.memory = SavedBytes(len(self._places))
 
@@ -165,15 +165,15 @@ class Pipeline(nn.Module):
         dims = batch_dims(self.options.in_dims, self.model, args, kwargs)
         batch = batch_size(leaves, dims)
         mode = tuple(m.training for m in self.model.modules())
-        structure = _Structure.of(leaves, spec)
+        structure = Structure.of(leaves, spec)
         known = self._structures.setdefault(mode, set())
         if strict and known and structure not in known:
-            raise _other_structure(next(iter(known)), structure)
+            raise other_structure(next(iter(known)), structure)
         shapes = tuple(
             _without(x.shape, d) for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)
         )
         key = (mode, structure, shapes)
-        with _Progress(len(self._places)) as progress:
+        with Progress(len(self._places)) as progress:
             if key not in self._compiled:
                 self._compiled[key] = Compiled(
                     self.model, self.options, self._places, leaves, spec, dims, batch, progress
@@ -197,7 +197,7 @@ class Pipeline(nn.Module):
                     for kind, dtype in casting:
                         stack.enter_context(torch.autocast(kind, dtype=dtype))
                     return compiled.ready(
-                        sizes, leaves, grad=grad, expected=expected, progress=_silent
+                        sizes, leaves, grad=grad, expected=expected, progress=silent
                     )
 
             ready = compiled.ready(
@@ -272,46 +272,6 @@ class Pipeline(nn.Module):
         )
 
 
-class _Structure(NamedTuple):
-    """What a call must share with the captured one; sizes are free."""
-
-    spec: pytree.TreeSpec
-    looks: tuple[tuple[Any, Any], ...]
-
-    @classmethod
-    def of(cls, leaves: Sequence[Any], spec: pytree.TreeSpec) -> _Structure:
-        looks = ((x.dtype, x.ndim) if isinstance(x, Tensor) else ("", repr(x)) for x in leaves)
-        return cls(spec, tuple(looks))
-
-    def __hash__(self) -> int:
-        return hash((str(self.spec), self.looks))
-
-
-def _other_structure(expected: _Structure, found: _Structure) -> InputError:
-    return InputError(
-        "the inputs differ in structure from those that the pipeline was compiled for",
-        expected=_described(expected),
-        found=_described(found),
-        remedy="call it as it was compiled; pipe.capture(...) with these inputs makes it accept"
-        " them too",
-    )
-
-
-def _described(structure: _Structure) -> str:
-    """A call as one would write it, tensors by dtype and number of dimensions."""
-
-    class Shown(str):
-        __repr__ = str.__str__
-
-    shown = [
-        Shown(f"{str(a).removeprefix('torch.')} {b}-d" if isinstance(b, int) else b)
-        for a, b in structure.looks
-    ]
-    args, kwargs = pytree.tree_unflatten(shown, structure.spec)
-    parts = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
-    return f"pipe({', '.join(parts)})"
-
-
 def _without(shape: torch.Size, dim: int | None) -> tuple[int, ...]:
     return tuple(n for d, n in enumerate(shape) if d != dim)
 
@@ -321,41 +281,3 @@ def _wants_batch(captured: Captured) -> bool:
     return any(
         n.op == "placeholder" and n.target == "batch_size" for n in captured.epilogue.graph.nodes
     )
-
-
-def _silent(text: str) -> None:
-    """Progress that nobody watches."""
-
-
-class _Bar(tqdm):  # type: ignore[type-arg]
-    """tqdm without its monitor, which is a thread that stays for good."""
-
-    monitor_interval = 0
-
-
-class _Progress:
-    """A bar on the terminal once compiling takes longer than a second; nothing elsewhere."""
-
-    def __init__(self, stages: int) -> None:
-        self._stages = stages
-        self._bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __call__(self, text: str) -> None:
-        if self._bar is None:
-            self._bar = _Bar(
-                total=4 + self._stages,
-                desc="autopipe",
-                delay=1,
-                disable=None,
-                leave=False,
-                file=sys.stderr,
-            )
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update()
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

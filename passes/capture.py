@@ -11,27 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import io
-import logging
 import re
-import traceback
-import warnings
-from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import AutopipeError, CaptureError, InputError, UnsupportedError
+from autopipe.errors import CaptureError, InputError, UnsupportedError
 
 from . import combine, normalize
-from .graphs import is_users
+from .export import export
 from .ir import Captured, Input, Kind, Leaf
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 PLAIN_LEAVES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -66,7 +60,7 @@ def capture(
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     examples = _examples(module, leaves, batch_dims)
     flat = _Flat(module, leaves, spec)
-    program = _export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
+    program = export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
     result = flat.result
     assert result.spec is not None
     graph, inputs, constants = normalize.normalize(
@@ -226,100 +220,6 @@ def _examples(
             example = torch.cat([example, example], dim)
         examples.append(example.requires_grad_(leaf.requires_grad))
     return examples
-
-
-def _export(
-    flat: _Flat, examples: list[Tensor], dims: list[int | None]
-) -> torch.export.ExportedProgram:
-    shapes = tuple({} if d is None else {d: torch.export.Dim.AUTO} for d in dims)
-    try:
-        with _lossless(), _quiet(), torch.enable_grad():
-            return torch.export.export(
-                flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
-            )
-    except AutopipeError:
-        raise
-    except Exception as error:
-        raise _explain(error) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Export logs and prints whole graphs when it fails; its warnings are of its own future."""
-    level = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            with redirect_stderr(io.StringIO()):
-                yield
-        finally:
-            logging.disable(level)
-
-
-@contextmanager
-def _lossless() -> Iterator[None]:
-    """Refuse what export would drop from the gradient without a word."""
-
-    apply: Any = torch.autograd.Function.apply
-
-    def refuse_function(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.startswith("torch._library"):  # an operator's registered derivative
-            return apply.__func__(cls, *args, **kwargs)
-        raise CaptureError(
-            "a custom autograd.Function: its backward would be lost in the captured graph",
-            source=_user_frame(traceback.extract_stack()),
-            found=f"{cls.__module__}.{cls.__qualname__}",
-            remedy="write it with differentiable operators (a straight-through estimator is"
-            " x + (f(x) - x).detach()), or leave it out of the pipelined model",
-        )
-
-    def refuse_hook(tensor: Tensor, hook: Any) -> Any:
-        raise CaptureError(
-            "a hook on a tensor inside the model: it would be lost in the captured graph",
-            source=_user_frame(traceback.extract_stack()),
-            found=f"Tensor.register_hook({getattr(hook, '__qualname__', hook)!s})",
-            remedy="remove the hook (module backward hooks count too), or apply the same change to"
-            " the parameters' gradients after backward()",
-        )
-
-    with ExitStack() as stack:
-        stack.enter_context(
-            mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function))
-        )
-        stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
-        yield
-
-
-def _user_frame(stack: traceback.StackSummary) -> str | None:
-    """``file:line`` of the innermost frame that is neither torch's nor ours."""
-    for frame in reversed(stack):
-        if is_users(frame.filename):
-            return f"{frame.filename}:{frame.lineno}"
-    return None
-
-
-def _explain(error: Exception) -> CaptureError:
-    """Say in one sentence what export says in pages."""
-    source = _user_frame(traceback.extract_tb(error.__traceback__))
-    kind, text = type(error).__name__, str(error)
-    first = next((line for line in text.splitlines() if line.strip()), kind)
-    if "DataDependent" in kind or "data-dependent" in text.lower():
-        return CaptureError(
-            "control flow that depends on the values of tensors cannot be captured",
-            source=source,
-            found=first,
-            remedy="compute both branches and choose with torch.where, or take the decision out of"
-            " the model and pass it in as a Python value",
-        )
-    return CaptureError(
-        "torch.export cannot capture the model",
-        source=source,
-        found=f"{kind}: {first}",
-        remedy="see whether the model itself runs on these inputs; if so, make"
-        " torch.export.export(model, args, kwargs, strict=False) work first (the error it raised is"
-        " the cause of this one)",
-    )
 
 
 def _check_batch(inputs: Sequence[Input]) -> None:

@@ -15,141 +15,40 @@ their names. `verify()` raises `VerifyError` on a program that breaks the rules 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from autopipe.errors import VerifyError
+from .spec import B, Input, Kind, Leaf, Output, TensorSpec, at_batch, require, results_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from torch.utils._pytree import TreeSpec
 
-B = sympy.Symbol("B")
-"""The batch size of whatever runs: the whole batch, or one micro-batch.
-
-It carries no assumptions, so that ``expr.subs("B", 8)`` means this symbol."""
-
-
-def at_batch(expr: sympy.Expr | int, batch: int) -> int:
-    """The integer that a size expression takes at one batch size."""
-    return expr if isinstance(expr, int) else int(sympy.sympify(expr).subs(B, batch))
-
-
-def results_of(graph: fx.Graph) -> list[Any]:
-    """What a graph returns: nodes, now and then a constant."""
-    returned: Any = graph.output_node().args[0]
-    return list(returned)
-
-
-def require(condition: bool, problem: str, **facts: str | None) -> None:
-    """One rule of a program level; breaking it is a bug in the pass before."""
-    if not condition:
-        raise VerifyError(problem, **facts)
-
-
-class Kind(str, Enum):
-    """Where a value that no node computes comes from."""
-
-    PARAMETER = "parameter"
-    BUFFER = "buffer"
-    CONSTANT = "constant"
-    INPUT = "input"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor known by its looks: shape (each size an expression in `B`) and dtype."""
-
-    name: str
-    shape: tuple[sympy.Expr, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> sympy.Expr:
-        return sympy.Mul(*self.shape)
-
-    @property
-    def nbytes(self) -> sympy.Expr:
-        """Bytes, as an expression in `B`."""
-        return self.numel * self.dtype.itemsize
-
-    @property
-    def batch_dim(self) -> int | None:
-        """The first dimension whose size depends on `B`, or None."""
-        return next((d for d, s in enumerate(self.shape) if s.free_symbols), None)
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.name}: {dtype}[{', '.join(map(str, self.shape))}]"
-
-
-@dataclass(frozen=True)
-class Input:
-    """A placeholder of the captured graph.
-
-    Attributes:
-        spec: its looks.
-        kind: parameter, buffer, constant or input of a call.
-        target: qualified name in the model, or key in `Captured.constants`; "" for inputs.
-        index: position among the call's flattened leaves; -1 for everything else.
-        batch_dim: the dimension that is cut into micro-batches; None where there is none.
-    """
-
-    spec: TensorSpec
-    kind: Kind
-    target: str = ""
-    index: int = -1
-    batch_dim: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-
-@dataclass(frozen=True)
-class Output:
-    """A tensor that every micro-batch yields, and how the M of them make one.
-
-    combine: "cat" along `dim`; "sum"; "mean" weighted by the micro-batches' sizes; "same" where
-    the value does not depend on the batch (its gradient is shared out by size).
-    """
-
-    spec: TensorSpec
-    combine: str
-    dim: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    def verify(self) -> None:
-        require(
-            self.combine in ("cat", "sum", "mean", "same"),
-            "unknown combination",
-            found=self.combine,
-        )
-        require(
-            (self.combine == "cat") == (self.dim is not None),
-            "a concatenation needs a dimension, nothing else has one",
-            node=self.name,
-        )
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One leaf of the model's result: `kind` is "value" (index into the final values), "input"
-    (index into the call's leaves), "parameter" (qualified name) or "constant" (the object)."""
-
-    kind: str
-    value: Any
+__all__ = [
+    "CALLER",
+    "PHASES",
+    "Annotated",
+    "B",
+    "Captured",
+    "Input",
+    "Kind",
+    "Leaf",
+    "NodeCost",
+    "Output",
+    "Phased",
+    "Route",
+    "Split",
+    "StageGraph",
+    "StagePhases",
+    "TensorSpec",
+    "at_batch",
+    "require",
+    "results_of",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -527,7 +426,3 @@ class Phased:
     @staticmethod
     def _letter(stage: StagePhases, node: fx.Node) -> str:
         return stage.phase_of.get(node.name, " ")
-
-
-def names(items: Iterable[Input | Output | Route]) -> tuple[str, ...]:
-    return tuple(item.name for item in items)

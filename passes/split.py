@@ -22,6 +22,7 @@ from autopipe.errors import PartitionError, UnsupportedError
 
 from ._torch import storage_id_of
 from .cost import seconds
+from .cuts import cut
 from .graphs import (
     batch_size_node,
     emit_size,
@@ -43,7 +44,6 @@ from .ir import (
     at_batch,
     results_of,
 )
-from .partition import cut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

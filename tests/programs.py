@@ -113,7 +113,8 @@ def copied(module: fx.GraphModule, name: str = "Copy") -> fx.GraphModule:
 
 
 def node(graph: fx.Graph, name: str) -> fx.Node:
-    return next(n for n in graph.nodes if n.name == name)
+    found: fx.Node = next(n for n in graph.nodes if n.name == name)
+    return found
 
 
 def calls(graph: fx.Graph, target: Callable[..., Any] | None = None) -> list[fx.Node]:

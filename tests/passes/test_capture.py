@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.utils import checkpoint
 from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
 
 from autopipe.errors import AutopipeError, CaptureError, InputError, OptionError
 from autopipe.passes.ir import Kind
 from tests.agreement import assert_agrees, assert_close, pipelined
 from tests.models import Tied
-from tests.programs import calls, captured_of, user_line
+from tests.programs import calls, captured_of, node, user_line
 
 D = 6
 BATCH = 7
@@ -55,7 +55,7 @@ def parameters(model: nn.Module, *args: Any) -> list[str]:
     return [i.target for i in captured_of(model, *args).inputs if i.kind is Kind.PARAMETER]
 
 
-# ------------------------------------------------------------------------------- the model's tensors
+# ------------------------------------------------------------------------------- the state
 
 
 def test_a_tied_parameter_is_one_placeholder() -> None:
@@ -69,8 +69,8 @@ def test_a_tied_parameter_is_one_placeholder() -> None:
     assert len(tied) == 1
     names = [i.name for i in captured.inputs if i.kind is Kind.PARAMETER]
     assert len(names) == len(set(names)) == len(list(model.parameters()))
-    user_count = len(next(n for n in captured.graph_module.graph.nodes if n.name == tied[0].name).users)
-    assert user_count == 1 + 3 + 1  # the embedding, once more in each layer, the head
+    placeholder = node(captured.graph_module.graph, tied[0].name)
+    assert len(placeholder.users) == 1 + 3 + 1  # the embedding, again in each layer, the head
 
 
 def test_a_parameter_that_is_not_used_is_no_placeholder() -> None:
@@ -161,9 +161,7 @@ Pair = collections.namedtuple("Pair", ["left", "right"])
 
 
 def test_inputs_in_containers() -> None:
-    model = Model(
-        lambda s, x, d, *, more: s.last(x * d["a"]) * d["b"][0] + more.left - more.right
-    )
+    model = Model(lambda s, x, d, *, more: s.last(x * d["a"]) * d["b"][0] + more.left - more.right)
     found = assert_agrees(
         pipelined(model),
         batch(),
@@ -201,9 +199,7 @@ def test_inputs_are_named_as_the_user_names_them() -> None:
             return ids * part["left"] * part["rest"][1] * mask * extra.left
 
     x = batch()
-    names = input_names(
-        Named(), x, {"left": x, "rest": [1.5, x]}, extra=Pair(x, 2), mask=x
-    )
+    names = input_names(Named(), x, {"left": x, "rest": [1.5, x]}, extra=Pair(x, 2), mask=x)
     assert names[:3] == ["ids", "part_left", "part_rest_1"]
     assert sorted(names[3:]) == ["extra_left", "mask"]
 
@@ -453,7 +449,7 @@ def uses_function(s: Any, x: Tensor) -> Tensor:
 
 
 def test_a_custom_backward_is_refused() -> None:
-    with pytest.raises(CaptureError, match="custom autograd.Function") as caught:
+    with pytest.raises(CaptureError, match=r"custom autograd\.Function") as caught:
         captured_of(Model(uses_function), batch())
     assert caught.value.found == f"{__name__}.Straight"
     assert caught.value.source == user_line(uses_function, "# the line " + "to name")

@@ -180,7 +180,9 @@ def test_cross_entropy_with_nothing_to_count_at_all() -> None:
     assert found.isnan()
 
 
-@pytest.mark.parametrize("name", ["plain", "sum", "class weights", "class weights, label smoothing"])
+@pytest.mark.parametrize(
+    "name", ["plain", "sum", "class weights", "class weights, label smoothing"]
+)
 def test_cross_entropy_with_probabilities_as_target(name: str) -> None:
     options = CROSS_ENTROPIES[name]
     agrees(lambda y, t: F.cross_entropy(y, t, **options), torch.rand(BATCH, C).softmax(-1))

@@ -266,9 +266,7 @@ def test_split_with_a_value_that_its_source_does_not_return() -> None:
 def test_split_with_an_output_without_a_route() -> None:
     name = captured().outputs[0].name
     routes = {n: r for n, r in cut().routes.items() if n != name}
-    broken(
-        dataclasses.replace(cut(), routes=routes), "an output without a route", f"node: {name}"
-    )
+    broken(dataclasses.replace(cut(), routes=routes), "an output without a route", f"node: {name}")
     broken(with_route(name, output=None), "an output without a route", f"node: {name}")
     broken(with_route(name, output=1), "an output without a route", f"node: {name}")
 

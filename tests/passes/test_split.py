@@ -38,7 +38,9 @@ def stages_of(cut: Split) -> Iterator[tuple[StageGraph, list[Any]]]:
 def test_every_call_is_in_exactly_one_stage(name: str) -> None:
     _, _, annotated = known(name)
     nodes = list(annotated.captured.graph_module.graph.nodes)
-    expected = Counter(n.name for n in calls(annotated.captured.graph_module.graph) if not is_size(n))
+    expected = Counter(
+        n.name for n in calls(annotated.captured.graph_module.graph) if not is_size(n)
+    )
     for count in _possible(name):
         cut = split(annotated, count, 2)
         assert [s.index for s in cut.stages] == list(range(count))
@@ -129,10 +131,13 @@ def test_boundaries_are_consistent(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet", "bert", "integer_boundary"])
 def test_calls_in_place_stay_with_the_memory_that_they_change(name: str) -> None:
     """Every call that knows a written tensor before its last write is in the writer's stage."""
-    model, inputs, annotated = known(name)
-    del model, inputs
+    _, _, annotated = known(name)
     graph = annotated.captured.graph_module.graph
-    written = [n for n in calls(graph) if getattr(n.target, "_schema", None) and n.target._schema.is_mutable]
+    written = [
+        n
+        for n in calls(graph)
+        if getattr(n.target, "_schema", None) and n.target._schema.is_mutable
+    ]
     if name == "resnet":
         assert {n.target for n in written} >= {aten.add_.Tensor}
     for count in _possible(name):
@@ -142,7 +147,9 @@ def test_calls_in_place_stay_with_the_memory_that_they_change(name: str) -> None
             target = node.args[0]
             assert isinstance(target, fx.Node)
             if target.op == "placeholder":
-                assert [s.index for s in cut.stages if target.name in s.signature] == [home[node.name]]
+                assert [s.index for s in cut.stages if target.name in s.signature] == [
+                    home[node.name]
+                ]
                 continue
             assert home[target.name] == home[node.name]
             before = [u for u in target.users if u < node and u.name in home]
@@ -319,13 +326,10 @@ class Accumulates(nn.Module):
 def test_memory_of_its_own_may_be_written_to(count: int) -> None:
     model, x = Accumulates(), torch.randn(4, 4)
     cut = split_of(model, count, x)
-    homes = {
-        s.index for s, own in stages_of(cut) for n in own if n.target._schema.is_mutable
-    }
+    homes = {s.index for s, own in stages_of(cut) for n in own if n.target._schema.is_mutable}
     assert len(homes) == 1
     with torch.no_grad():
-        values = dict(zip((i.name for i in cut.captured.inputs), tensors(cut.captured, model, ((x,), {})), strict=True))
-        found = run_stages(cut, values)
+        found = run_stages(cut, _values(cut.captured, model, ((x,), {})))
         assert torch.equal(found[cut.captured.outputs[0].name], model(x))
 
 
@@ -333,7 +337,7 @@ def test_memory_of_its_own_may_be_written_to(count: int) -> None:
 
 
 def test_a_tied_parameter_lives_in_its_first_stage() -> None:
-    model, inputs, annotated = known("tied")
+    model, _, annotated = known("tied")
     cut = split(annotated, 4, 2)
     (shared,) = [r for r in cut.routes.values() if r.kind == "parameter"]
     assert shared.source == 0
@@ -341,7 +345,6 @@ def test_a_tied_parameter_lives_in_its_first_stage() -> None:
     assert [shared.name in s.lent for s in cut.stages] == [False, True, True, True]
     item = next(i for i in cut.captured.inputs if i.name == shared.name)
     assert model.get_parameter(item.target) is model.head.weight
-    del inputs
 
 
 def test_a_value_for_every_later_stage_is_sent_once_to_each() -> None:

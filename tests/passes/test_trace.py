@@ -64,7 +64,9 @@ def check(
     for n, result in enumerate(results):
         assert torch.equal(found[n], result), f"result {n}"
         assert found[n].stride() == result.stride(), f"result {n}"
-    changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if not torch.equal(a, b)]
+    changed = [
+        i for i, (a, b) in enumerate(zip(before, after, strict=True)) if not torch.equal(a, b)
+    ]
     assert set(changed) <= set(joint.updates)
     for n, i in enumerate(joint.updates, len(results)):
         assert torch.equal(found[n], after[i]), f"new value of {stage.signature[i]}"
@@ -278,7 +280,7 @@ def test_only_the_tangents_that_come_are_followed() -> None:
     everything = tangents(stage.graph_module(*values))
     assert len(check(stage, values, everything).grads) == 4
     only = check(stage, values, everything[1:])
-    assert [stage.signature[i] for i in only.grads] == ["y"] or len(only.grads) == 1
+    assert only.grads == (len(values) - 1,)
 
 
 def test_without_gradients_only_the_forward_is_traced() -> None:
@@ -430,7 +432,9 @@ def test_attention_with_dropout_draws_once() -> None:
 
 def test_devices_in_the_graph_are_replaced() -> None:
     """Traced for meta, whatever device the model was captured on."""
-    model = Call(lambda s, x: s.layer(x) + torch.ones(x.shape[0], 6, device="cpu") + torch.arange(6))
+    model = Call(
+        lambda s, x: s.layer(x) + torch.ones(x.shape[0], 6, device="cpu") + torch.arange(6)
+    )
     stage = sole_stage(model, x())
     values = values_of(model, stage, x())
     joint = trace(stage, looks_of(values), [], torch.device("meta"), grad=False)

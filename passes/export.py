@@ -1,0 +1,120 @@
+"""torch.export, quiet, lossless, and with errors that a person can read."""
+
+from __future__ import annotations
+
+import io
+import logging
+import traceback
+import warnings
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from autopipe.errors import AutopipeError, CaptureError
+
+from .graphs import is_users
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def export(
+    flat: nn.Module, examples: list[Tensor], dims: list[int | None]
+) -> torch.export.ExportedProgram:
+    """Export a module of flat tensors, each symbolic in its entry of `dims`.
+
+    Raises:
+        CaptureError: what the exporter cannot do, or would do with a loss.
+    """
+    shapes = tuple({} if d is None else {d: torch.export.Dim.AUTO} for d in dims)
+    try:
+        with _lossless(), _quiet(), torch.enable_grad():
+            return torch.export.export(
+                flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
+            )
+    except AutopipeError:
+        raise
+    except Exception as error:
+        raise _explain(error) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export logs and prints whole graphs when it fails; its warnings are of its own future."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            with redirect_stderr(io.StringIO()):
+                yield
+        finally:
+            logging.disable(level)
+
+
+@contextmanager
+def _lossless() -> Iterator[None]:
+    """Refuse what export would drop from the gradient without a word."""
+
+    apply: Any = torch.autograd.Function.apply
+
+    def refuse_function(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("torch._library"):  # an operator's registered derivative
+            return apply.__func__(cls, *args, **kwargs)
+        raise CaptureError(
+            "a custom autograd.Function: its backward would be lost in the captured graph",
+            source=_user_frame(traceback.extract_stack()),
+            found=f"{cls.__module__}.{cls.__qualname__}",
+            remedy="write it with differentiable operators (a straight-through estimator is"
+            " x + (f(x) - x).detach()), or leave it out of the pipelined model",
+        )
+
+    def refuse_hook(tensor: Tensor, hook: Any) -> Any:
+        raise CaptureError(
+            "a hook on a tensor inside the model: it would be lost in the captured graph",
+            source=_user_frame(traceback.extract_stack()),
+            found=f"Tensor.register_hook({getattr(hook, '__qualname__', hook)!s})",
+            remedy="remove the hook (module backward hooks count too), or apply the same change to"
+            " the parameters' gradients after backward()",
+        )
+
+    with ExitStack() as stack:
+        stack.enter_context(
+            mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function))
+        )
+        stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
+        yield
+
+
+def _user_frame(stack: traceback.StackSummary) -> str | None:
+    """``file:line`` of the innermost frame that is neither torch's nor ours."""
+    for frame in reversed(stack):
+        if is_users(frame.filename):
+            return f"{frame.filename}:{frame.lineno}"
+    return None
+
+
+def _explain(error: Exception) -> CaptureError:
+    """Say in one sentence what export says in pages."""
+    source = _user_frame(traceback.extract_tb(error.__traceback__))
+    kind, text = type(error).__name__, str(error)
+    first = next((line for line in text.splitlines() if line.strip()), kind)
+    if "DataDependent" in kind or "data-dependent" in text.lower():
+        return CaptureError(
+            "control flow that depends on the values of tensors cannot be captured",
+            source=source,
+            found=first,
+            remedy="compute both branches and choose with torch.where, or take the decision out of"
+            " the model and pass it in as a Python value",
+        )
+    return CaptureError(
+        "torch.export cannot capture the model",
+        source=source,
+        found=f"{kind}: {first}",
+        remedy="see whether the model itself runs on these inputs; if so, make"
+        " torch.export.export(model, args, kwargs, strict=False) work first (the error it raised is"
+        " the cause of this one)",
+    )

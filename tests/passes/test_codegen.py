@@ -1,0 +1,341 @@
+"""The generated program: what prints is what runs, and it says what it does.
+
+Golden files hold text that is ours to choose. `pytest tests/passes --golden` writes them anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import linecache
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autopipe.errors import StageError, VerifyError
+from autopipe.passes.codegen import Generated, codegen
+from autopipe.passes.schedule import schedule
+from autopipe.runtime.executor import Run
+from autopipe.runtime.load import load
+from autopipe.runtime.random import Kit
+from tests.agreement import pipelined
+from tests.golden.mlp import Mlp
+from tests.programs import CPU, phased_of, split_of, user_line
+
+Golden = Callable[[str, str], None]
+
+written_with_torch = pytest.mark.skipif(
+    not torch.__version__.startswith("2.13"),
+    reason="the golden program holds the ATen calls of torch 2.13",
+)
+
+
+class Layers(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+class Lookup(nn.Module):
+    """Fails at run time where an index is out of range, which no shape tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table = nn.Linear(6, 6), nn.Embedding(10, 6)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        x = x * 2
+        return x + self.table(ids)  # the line that fails
+
+
+def failing(chunks: int = 3) -> tuple[Any, StageError]:
+    """A pipeline whose second stage has failed in its last micro-batch, and the error."""
+    pipe = pipelined(Lookup(), chunks=chunks)
+    x, ids = torch.randn(6, 6), torch.zeros(6, dtype=torch.long)
+    pipe(x, ids)
+    ids[-1] = 10
+    with pytest.raises(StageError) as caught:
+        pipe(x, ids)
+    return pipe, caught.value
+
+
+# ------------------------------------------------------------------------------- golden files
+
+
+@written_with_torch
+def test_golden_program(golden: Golden) -> None:
+    pipe = pipelined(Mlp(), chunks=2)
+    pipe(torch.randn(4, 4), torch.zeros(4, dtype=torch.long))
+    golden("program", pipe.code)
+
+
+@written_with_torch
+def test_golden_program_for_inference(golden: Golden) -> None:
+    pipe = pipelined(Mlp().eval(), chunks=2)
+    with torch.no_grad():
+        pipe(torch.randn(4, 4), torch.zeros(4, dtype=torch.long))
+    golden("program_inference", pipe.code)
+
+
+def test_golden_schedules(golden: Golden) -> None:
+    tables = [
+        schedule("gpipe", 4, 6),
+        schedule("gpipe", 2, 3, backward=False),
+        schedule("1f1b", 4, 6),
+        schedule("1f1b", 3, 2),
+    ]
+    golden("schedules", "\n\n".join(map(str, tables)))
+
+
+def test_golden_explain(golden: Golden) -> None:
+    pipe = pipelined(Mlp())
+    pipe(torch.randn(7, 4), torch.zeros(7, dtype=torch.long))
+    golden("explain", pipe.explain())
+
+
+# ------------------------------------------------------------------------------- text that runs
+
+
+def test_the_program_that_prints_is_the_one_that_runs() -> None:
+    """Under the file name of a traceback's frames, linecache holds exactly `pipe.code`."""
+    pipe, error = failing()
+    frames = traceback.extract_tb(error.__cause__.__traceback__)  # type: ignore[union-attr]
+    names = {f.filename for f in frames if f.filename.startswith("<autopipe")}
+    assert len(names) == 1
+    assert "".join(linecache.getlines(names.pop())) == pipe.code
+
+
+def test_a_traceback_shows_the_generated_line() -> None:
+    pipe, error = failing()
+    text = "".join(traceback.format_exception(error.__cause__))  # type: ignore[arg-type]
+    (line,) = {x.strip() for x in pipe.code.splitlines() if "aten.embedding.default" in x}
+    assert line.partition("  #")[0] in text
+    assert "in forward_1" in text
+    assert "in device_1_forward" in text
+
+
+def test_an_error_names_stage_micro_batch_node_and_source() -> None:
+    pipe, error = failing()
+    assert (error.stage, error.microbatch, error.phase) == (1, 2, "F")
+    assert re.search(rf"^    {error.node}: .* = torch.ops.aten.embedding", pipe.code, re.MULTILINE)
+    assert error.source == user_line(Lookup.forward, "# the line " + "that fails")
+    assert isinstance(error.__cause__, IndexError)
+    assert str(error).startswith("stage 1, micro-batch 2 failed: IndexError: index out of range")
+
+
+def test_linecache_keeps_the_program_when_files_are_checked() -> None:
+    names, filename = load("def answer():\n    return 42\n")
+    linecache.checkcache()
+    assert linecache.getline(filename, 2) == "    return 42\n"
+    assert names["answer"]() == 42
+    assert names["answer"].__code__.co_filename == filename
+
+
+def test_loading_the_same_text_twice_keeps_one_file() -> None:
+    _, first = load("x = 1\n")
+    _, again = load("x = 1\n")
+    _, other = load("x = 2\n")
+    assert first == again != other
+
+
+def test_the_same_model_gives_the_same_text() -> None:
+    codes = []
+    for _ in range(2):
+        pipe = pipelined(Mlp())
+        pipe(torch.randn(7, 4), torch.zeros(7, dtype=torch.long))
+        codes.append(pipe.code)
+    assert codes[0] == codes[1]
+
+
+# ------------------------------------------------------------------------------- what it is made of
+
+
+def program(*, chunks: int = 3, grad: bool = True) -> str:
+    pipe = pipelined(Mlp(), chunks=chunks)
+    with torch.set_grad_enabled(grad):
+        pipe(torch.randn(7, 4), torch.zeros(7, dtype=torch.long))
+    return str(pipe.code)
+
+
+def functions(source: str) -> dict[str, ast.FunctionDef]:
+    return {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
+
+
+def test_the_text_needs_torch_and_a_run_only() -> None:
+    tree = ast.parse(program())
+    imported = {
+        getattr(n, "module", None) or n.names[0].name
+        for n in ast.walk(tree)
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+    }
+    assert imported == {"math", "torch"}
+
+
+def test_its_words_are_methods_of_a_run_and_a_kit() -> None:
+    words: dict[str, set[str]] = {"run": set(), "kit": set()}
+    for n in ast.walk(ast.parse(program())):
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in words:
+            words[n.value.id].add(n.attr)
+    assert words["run"] == {
+        "held",
+        "kit",
+        "receive",
+        "send",
+        "update",
+        "keep",
+        "kept",
+        "accumulate",
+    }
+    assert all(callable(getattr(Run, w)) for w in words["run"])
+    assert words["kit"] == {"draw"}
+    assert all(callable(getattr(Kit, w)) for w in words["kit"])
+
+
+def test_devices_run_their_list_of_actions() -> None:
+    """device_k_way calls way_k once per micro-batch, in the order of the schedule."""
+    made = functions(program())
+    for device in (0, 1):
+        for way, phase in (("forward", "F"), ("backward", "RBW")):
+            lines = [ast.unparse(s) for s in made[f"device_{device}_{way}"].body]
+            assert lines == [
+                f"{way}_{device}(run, {m}, {phase}_{device}_b{size})"
+                for m, size in enumerate((3, 2, 2))
+            ]
+
+
+def test_inference_has_no_backward() -> None:
+    made = functions(program(grad=False))
+    assert not [n for n in made if "backward" in n or n.startswith(("R", "B", "W"))]
+    assert "run.keep" not in program(grad=False)
+
+
+def test_identical_stages_share_their_functions() -> None:
+    pipe = pipelined(Layers(5), devices=5, chunks=2)
+    pipe(torch.randn(4, 6)).sum().backward()
+    made = functions(pipe.code)
+    assert sorted(n for n in made if n.startswith(("F", "RBW"))) == [
+        "F_0_b2",
+        "F_1_b2",
+        "RBW_0_b2",
+        "RBW_1_b2",
+    ]
+    assert {f"forward_{k}" for k in range(5)} <= made.keys()
+
+
+def test_functions_take_their_arguments_out_of_the_list() -> None:
+    """So that nothing but the function keeps them alive; and they compute what the graph says."""
+    model, x = Layers(2), torch.randn(4, 6)
+    cut = split_of(model, 2, x)
+    phased = phased_of(cut, model, 4, ((x,), {}))
+    source = codegen(schedule("gpipe", 2, 1), {4: phased}, [4], [CPU, CPU]).source
+    names, _ = load(source)
+    held = [p.detach() for p in model.layers[0].parameters()]
+    arguments = [*held, x]
+    with torch.no_grad():
+        (expected,) = cut.stages[0].graph_module(*arguments)
+        result, kept = names["F_0_b4"](Kit(0, (), 0), arguments)
+    assert arguments == []
+    assert torch.equal(result, expected)
+    assert kept is x
+
+
+def test_values_are_let_go_after_their_last_use() -> None:
+    """Every value but the results is set to None in the line that uses it last."""
+    for name, function in functions(program()).items():
+        if not name.startswith(("F_", "RBW_")):
+            continue
+        *body, last = function.body
+        assert isinstance(last, ast.Return)
+        returned = {n.id for n in ast.walk(last) if isinstance(n, ast.Name)}
+        made, dropped, used = set(), set(), set()
+        for n in body[2:]:
+            if isinstance(n, ast.Assign) and ast.unparse(n.value) == "None":
+                dropped |= {t.id for t in n.targets if isinstance(t, ast.Name)}
+                continue
+            target = n.targets[0] if isinstance(n, ast.Assign) else getattr(n, "target", None)
+            assert isinstance(target, ast.Name)
+            made.add(target.id)
+            value = n.value  # type: ignore[attr-defined]
+            used |= {x.id for x in ast.walk(value) if isinstance(x, ast.Name)} - {"torch", "device"}
+        assert made - returned <= dropped
+        assert used - returned <= dropped
+
+
+def test_stages_traced_for_one_device_run_on_another() -> None:
+    class Makes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.ones(x.shape[0], 6)
+
+    model, x = Makes(), torch.randn(4, 6)
+    phased = phased_of(split_of(model, 1, x), model, 4, ((x,), {}), grad=False)
+    plan = schedule("gpipe", 1, 1, backward=False)
+    here = codegen(plan, {4: phased}, [4], [CPU]).source
+    there = codegen(plan, {4: phased}, [4], [torch.device("cuda", 3)]).source
+    assert "device(type='cpu')" in here
+    assert "device(type='cuda', index=3)" in there
+    assert "device(type='cpu')" not in there
+
+
+def test_constants_that_are_no_numbers_of_python() -> None:
+    class Constants(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.masked_fill(x > 0, float("-inf")).clamp(max=float("inf"))
+            return torch.nan_to_num(F.pad(y, (1, 1), value=float("nan")), neginf=-1e30).double()
+
+    pipe = pipelined(Constants())
+    x = torch.randn(7, 6)
+    assert torch.equal(pipe(x), Constants()(x))
+    assert "inf" in pipe.code
+    assert "torch.float64" in pipe.code
+
+
+# ------------------------------------------------------------------------------- rules, dumps
+
+
+def test_generated_text_without_a_device_program() -> None:
+    sound = Generated("def device_0_forward(run):\n    pass\n", ("device_0_forward",), ())
+    sound.verify()
+    for broken in (
+        dataclasses.replace(sound, source=""),
+        dataclasses.replace(sound, forward=("device_0_forward", "device_1_forward")),
+        dataclasses.replace(sound, backward=("device_0_backward",)),
+    ):
+        with pytest.raises(VerifyError, match="a device without a program") as caught:
+            broken.verify()
+        assert "device_" in str(caught.value)
+    with pytest.raises(SyntaxError):
+        dataclasses.replace(sound, source="def device_0_forward(run:").verify()
+    assert str(sound) == sound.source
+
+
+def test_every_program_is_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOPIPE_DUMP", str(tmp_path / "dump"))
+    pipe = pipelined(Mlp())
+    pipe(torch.randn(7, 4), torch.zeros(7, dtype=torch.long))
+    files = sorted((tmp_path / "dump").iterdir())
+    assert [f.name.split("-")[1] for f in files] == [
+        "captured.txt",
+        "annotated.txt",
+        "split.txt",
+        "phased.txt",  # micro-batches of three,
+        "phased.txt",  # and of two
+        "scheduled.txt",
+        "generated.py",
+    ]
+    assert files[-1].read_text().rstrip() == pipe.code.rstrip()
+    assert files[0].read_text().rstrip() == str(pipe.captured).rstrip()
+    assert all(f.stat().st_size > 100 for f in files)

@@ -1,0 +1,215 @@
+"""Bytes kept between forward and backward: counted by hand, and by autograd's own hooks."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopipe.runtime.executor import Run
+from autopipe.runtime.memory import SavedBytes
+from tests.agreement import pipelined
+
+WIDTH, BATCH, CHUNKS = 8, 8, 4
+SIZE = BATCH // CHUNKS
+ROW = WIDTH * 4
+"""Bytes of one sample between layers."""
+
+
+class Layers(nn.Module):
+    def __init__(self, count: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def kept(memory: SavedBytes, saved: list[Tensor], held: list[Tensor], **more: Any) -> int:
+    borrowed = more.get("borrowed", set())
+    return memory.kept(more.get("program", "p"), 0, more.get("size", 2), saved, held, borrowed)
+
+
+# ------------------------------------------------------------------------------- the counter
+
+
+def test_bytes_are_added_and_taken_away() -> None:
+    memory = SavedBytes(2)
+    first = memory.kept("p", 0, 2, [torch.zeros(10)], [], set())
+    other = memory.kept("p", 1, 2, [torch.zeros(5, dtype=torch.float64)], [], set())
+    again = memory.kept("p", 0, 2, [torch.zeros(10)], [], set())
+    assert (first, other, again) == (40, 40, 40)
+    assert [s.now for s in memory.stages] == [80, 40]
+    memory.released(0, first)
+    assert [(s.now, s.peak) for s in memory.stages] == [(40, 80), (40, 40)]
+    memory.released(0, again)
+    memory.released(1, other)
+    assert [(s.now, s.peak) for s in memory.stages] == [(0, 80), (0, 40)]
+    memory.reset()
+    assert [(s.now, s.peak) for s in memory.stages] == [(0, 0), (0, 0)]
+
+
+def test_a_new_peak_starts_from_what_is_held() -> None:
+    memory = SavedBytes(1)
+    kept(memory, [torch.zeros(10)], [])
+    memory.reset()
+    assert memory.stages[0].peak == 40
+
+
+def test_memory_counts_once_and_whole() -> None:
+    """Views share their storage; a slice keeps all of it alive."""
+    value = torch.zeros(100)
+    memory = SavedBytes(1)
+    assert kept(memory, [value, value.view(10, 10), value[:3]], []) == 400
+    assert kept(memory, [value[:3]], [], program="q") == 400
+
+
+def test_parameters_and_their_views_do_not_count() -> None:
+    weight = nn.Parameter(torch.zeros(4, 6))
+    memory = SavedBytes(1)
+    assert kept(memory, [weight.detach().t(), torch.zeros(6)], [weight]) == 24
+
+
+def test_of_the_callers_batch_a_micro_batch_counts_its_part() -> None:
+    batch = torch.zeros(8, 6)
+    memory = SavedBytes(1)
+    part = batch[2:4]
+    borrowed = {batch.untyped_storage().data_ptr()}
+    assert kept(memory, [part, part.view(-1)], [], borrowed=borrowed) == 2 * 6 * 4
+
+
+def test_each_size_and_program_is_counted_for_itself() -> None:
+    memory = SavedBytes(1)
+    assert kept(memory, [torch.zeros(3)], [], size=3) == 12
+    assert kept(memory, [torch.zeros(2)], [], size=2) == 8
+    assert kept(memory, [torch.zeros(30)], [], size=3, program="q") == 120
+    assert memory.stages[0].per_microbatch == {3: 120, 2: 8}
+
+
+# ------------------------------------------------------------------------------- a pipeline's
+
+
+def saved_by_autograd(model: nn.Module, x: Tensor) -> int:
+    """Bytes of distinct memory that eager autograd saves for a forward, parameters aside."""
+    theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in theirs:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(sizes.values())
+
+
+def test_full_keeps_boundary_inputs_and_nothing_else() -> None:
+    pipe = pipelined(Layers(), chunks=CHUNKS, remat="full")
+    loss = pipe(torch.randn(BATCH, WIDTH)).sum()
+    for stage in pipe.memory.stages:
+        assert stage.per_microbatch == {SIZE: SIZE * ROW}
+        assert stage.now == stage.peak == CHUNKS * SIZE * ROW  # GPipe: all are in flight
+    loss.backward()
+    assert [s.now for s in pipe.memory.stages] == [0, 0]
+
+
+def test_none_keeps_what_autograd_would() -> None:
+    model = Layers()
+    pipe = pipelined(model, chunks=CHUNKS, remat="none")
+    pipe(torch.randn(BATCH, WIDTH)).sum().backward()
+    first, last = Layers(2), Layers(2)
+    assert [[len(s.parameters)] for s in pipe.stages] == [[4], [4]]
+    x = torch.randn(SIZE, WIDTH)
+    assert pipe.memory.stages[0].per_microbatch[SIZE] == saved_by_autograd(first, x)
+    assert pipe.memory.stages[1].per_microbatch[SIZE] == saved_by_autograd(last, x)
+
+
+def test_policies_in_order() -> None:
+    peaks = {}
+    for remat in ("full", "min-cut", "none"):
+        pipe = pipelined(Layers(8), chunks=CHUNKS, remat=remat)
+        pipe(torch.randn(BATCH, WIDTH)).sum().backward()
+        peaks[remat] = sum(s.peak for s in pipe.memory.stages)
+    assert peaks["full"] < peaks["none"]
+    assert peaks["full"] <= peaks["min-cut"] <= peaks["none"]
+
+
+def test_uneven_micro_batches() -> None:
+    pipe = pipelined(Layers(), chunks=3, remat="full")
+    pipe(torch.randn(7, WIDTH)).sum()
+    assert pipe.memory.stages[1].per_microbatch == {3: 3 * ROW, 2: 2 * ROW}
+    assert pipe.memory.stages[1].peak == 7 * ROW
+
+
+def test_inference_keeps_nothing() -> None:
+    pipe = pipelined(Layers(), chunks=CHUNKS, remat="none")
+    with torch.no_grad():
+        result = pipe(torch.randn(BATCH, WIDTH))
+    assert result.shape == (BATCH, WIDTH)
+    assert [(s.now, s.peak) for s in pipe.memory.stages] == [(0, 0), (0, 0)]
+
+
+def test_a_forward_whose_backward_never_comes() -> None:
+    pipe = pipelined(Layers(), chunks=CHUNKS, remat="none")
+    loss = pipe(torch.randn(BATCH, WIDTH)).sum()
+    assert all(s.now > 0 for s in pipe.memory.stages)
+    del loss
+    gc.collect()
+    assert [s.now for s in pipe.memory.stages] == [0, 0]
+
+
+def test_two_forwards_are_counted_together() -> None:
+    pipe = pipelined(Layers(), chunks=CHUNKS, remat="full")
+    first = pipe(torch.randn(BATCH, WIDTH)).sum()
+    second = pipe(torch.randn(BATCH, WIDTH)).sum()
+    once = CHUNKS * SIZE * ROW
+    assert [s.now for s in pipe.memory.stages] == [2 * once] * 2
+    second.backward()
+    assert [s.now for s in pipe.memory.stages] == [once] * 2
+    first.backward()
+    assert [(s.now, s.peak) for s in pipe.memory.stages] == [(0, 2 * once)] * 2
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "min-cut"])
+def test_nothing_that_was_kept_is_left(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    keep = Run.keep
+
+    def watch(self: Run, stage: int, m: int, saved: list[Tensor]) -> None:
+        seen.extend(weakref.ref(t) for t in saved)
+        keep(self, stage, m, saved)
+
+    monkeypatch.setattr(Run, "keep", watch)
+    pipe = pipelined(Layers(), chunks=CHUNKS, remat=remat)
+    x = torch.randn(BATCH, WIDTH)
+    pipe(x).sum().backward()
+    gc.collect()
+    assert seen
+    assert [r for r in seen if r() is not None] == []
+
+
+def test_steps_do_not_grow() -> None:
+    pipe = pipelined(Layers(), chunks=CHUNKS, remat="none")
+    x = torch.randn(BATCH, WIDTH)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    for _ in range(2):
+        pipe(x).sum().backward()
+    before = tensors()
+    for _ in range(20):
+        pipe(x).sum().backward()
+    assert tensors() == before

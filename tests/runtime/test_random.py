@@ -1,0 +1,192 @@
+"""Draws are functions of (seed, call, micro-batch), whatever thread makes them and how often."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from autopipe.runtime.random import Kit, key, step_seed
+
+aten = torch.ops.aten
+X = torch.full((40, 30), 0.5)
+
+WITH_GENERATOR: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "bernoulli": (aten.bernoulli.p, (X, 0.3)),
+    "bernoulli of probabilities": (aten.bernoulli.default, (X,)),
+    "rand": (aten.rand.default, ([40, 30],)),
+    "randn": (aten.randn.default, ([40, 30],)),
+    "randint": (aten.randint.low, (3, 90, [40, 30])),
+    "randperm": (aten.randperm.default, (1000,)),
+    "multinomial": (aten.multinomial.default, (X, 20)),
+    "normal": (aten.normal.Tensor_float, (X, 2.0)),
+}
+WITHOUT: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "dropout": (aten.native_dropout.default, (X, 0.5, True)),
+    "attention": (
+        aten._scaled_dot_product_attention_math.default,
+        (X[None], X[None], X[None], None, 0.5),
+    ),
+}
+OPS = WITH_GENERATOR | WITHOUT
+each_op = pytest.mark.parametrize("name", OPS)
+
+
+def draw(name: str, *, seed: int = 5, call: int = 0, m: int = 0) -> Tensor:
+    op, args = OPS[name]
+    drawn = Kit(seed, [(n, 0) for n in range(4)], m).draw(call, op, *args)
+    result: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
+    return result
+
+
+# ------------------------------------------------------------------------------- keys
+
+
+def test_keys_are_splitmix64() -> None:
+    """The generator's first outputs from the seeds 0 and 1234567, as published."""
+    assert key(0) == 0xE220A8397B1DCDAF
+    assert key(1234567) == 6457827717110365317
+
+
+def test_keys_of_different_parts_differ() -> None:
+    keys = [key(*parts) for parts in itertools.product(range(9), repeat=4)]
+    assert len(set(keys)) == 9**4
+    assert all(0 <= k < 2**64 for k in keys)
+    assert key(1, 2) != key(2, 1) != key(1) != key(1, 2, 0)
+
+
+def test_a_steps_seed_comes_from_the_default_generator() -> None:
+    torch.manual_seed(3)
+    seeds = [step_seed() for _ in range(5)]
+    torch.manual_seed(3)
+    assert [step_seed() for _ in range(5)] == seeds
+    assert len(set(seeds)) == 5
+    torch.manual_seed(4)
+    assert step_seed() not in seeds
+
+
+# ------------------------------------------------------------------------------- draws
+
+
+@each_op
+def test_a_repetition_draws_the_same(name: str) -> None:
+    first = draw(name)
+    draw(name, m=1)  # whatever was drawn in between
+    torch.rand(3)
+    assert torch.equal(draw(name), first)
+
+
+@each_op
+def test_another_seed_call_or_micro_batch_draws_something_else(name: str) -> None:
+    others = [draw(name, seed=6), draw(name, call=1), draw(name, m=1)]
+    for a, b in itertools.combinations([draw(name), *others], 2):
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", WITH_GENERATOR)
+def test_a_draw_is_the_operators_own_under_the_key(name: str) -> None:
+    op, args = OPS[name]
+    generator = torch.Generator().manual_seed(key(5, 0, 0, 2))
+    overload = op
+    if "generator" not in [a.name for a in op._schema.arguments]:
+        names = {"rand": "generator", "randn": "generator", "randint": "low_generator"}
+        overload = getattr(op.overloadpacket, names.get(name, "generator"))
+    assert torch.equal(draw(name, m=2), overload(*args, generator=generator))
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_operators_without_generator_draw_under_the_key_too(name: str) -> None:
+    op, args = OPS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(key(5, 0, 0, 2))
+        expected = op(*args)
+    assert torch.equal(draw(name, m=2), expected[0])
+
+
+@each_op
+def test_the_default_generator_is_left_alone(name: str) -> None:
+    before = torch.get_rng_state()
+    draw(name)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_default_generator_is_left_alone_by_a_draw_that_fails() -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError):
+        Kit(0, [(0, 0)], 0).draw(0, aten.native_dropout.default, X, 2.0, True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def in_threads(functions: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=f, daemon=True) for f in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(t.is_alive() for t in threads)
+
+
+@each_op
+def test_the_thread_does_not_matter(name: str) -> None:
+    expected = [draw(name, m=m) for m in range(12)]
+    found: dict[int, list[Tensor]] = {}
+    together = threading.Barrier(4)
+
+    def work(worker: int) -> None:
+        together.wait(10)
+        order = range(12) if worker % 2 else reversed(range(12))
+        made = {m: draw(name, m=m) for m in order}
+        found[worker] = [made[m] for m in range(12)]
+
+    before = torch.get_rng_state()
+    in_threads([lambda w=w: work(w) for w in range(4)])  # type: ignore[misc]
+    assert sorted(found) == list(range(4))
+    for values in found.values():
+        assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_of_different_micro_batches_are_unrelated() -> None:
+    """Correlations of 1200 numbers each are of the order of 1/√1200 ≈ 0.03."""
+    rows = torch.stack([draw("randn", m=m).flatten() for m in range(8)])
+    related = torch.corrcoef(rows) - torch.eye(8)
+    assert related.abs().max() < 0.15
+    assert rows.mean().abs() < 0.05
+    assert abs(rows.std().item() - 1) < 0.05
+
+
+# ------------------------------------------------------------------------------- the kit's words
+
+
+def layouts() -> list[Tensor]:
+    base = torch.randn(2, 6, 4, 3)
+    shapes = [(2, 6, 4, 3), (1, 6, 4, 3), (2, 1, 4, 3), (1, 1, 4, 3), (2, 6, 1, 1), (1, 6, 1, 3)]
+    made = [torch.randn(s) for s in shapes]
+    made += [torch.randn(s).to(memory_format=torch.channels_last) for s in shapes]
+    made += [base.transpose(1, 2), base.transpose(2, 3), base.permute(0, 2, 3, 1), base[:, ::2]]
+    made += [base[:1].permute(0, 2, 3, 1), base[..., :1], base[:, :1].expand(-1, 6, -1, -1)]
+    return made
+
+
+@pytest.mark.parametrize("tensor", layouts(), ids=lambda t: f"{tuple(t.shape)}-{t.stride()}")
+def test_settled_is_dense_in_the_format_that_aten_suggests(tensor: Tensor) -> None:
+    """Truth: an operator that asks ATen for the suggested format and makes its result in it."""
+    found = Kit.settled(tensor)
+    assert torch.equal(found, tensor)
+    suggested = aten.upsample_nearest2d.default(tensor, list(tensor.shape[2:]))
+    pairs = zip(tensor.shape, found.stride(), suggested.stride(), strict=True)
+    assert all(own == theirs for size, own, theirs in pairs if size > 1)
+    assert Kit.settled(found) is found
+
+
+def test_recording_calls_with_gradients_on() -> None:
+    seen = []
+    with torch.no_grad():
+        Kit.recording(lambda x: seen.append((x, torch.is_grad_enabled())), 3)
+        seen.append((0, torch.is_grad_enabled()))
+    assert seen == [(3, True), (0, False)]

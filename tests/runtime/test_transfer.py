@@ -1,0 +1,125 @@
+"""Handing tensors over: what is copied, what is not. (Streams need a GPU.)"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from autopipe.runtime import transfer
+from tests.agreement import assert_agrees, pipelined
+
+CPU = torch.device("cpu")
+
+ONE = torch.randn(4, 1, 6)
+UNCHANGED = {
+    "the same strides": (torch.randn(4, 6), (6, 1)),
+    "transposed, as expected": (torch.randn(6, 4).t(), (1, 4)),
+    "other strides where there is one only": (ONE, (6, 999, 1)),
+    "one sample": (torch.randn(1, 6), (77, 1)),
+    "no dimensions": (torch.tensor(3.0), ()),
+    "expanded, as expected": (torch.randn(1, 6).expand(4, 6), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_a_tensor_that_fits_is_handed_on_as_it_is(name: str) -> None:
+    tensor, strides = UNCHANGED[name]
+    assert transfer.laid_out(tensor, strides) is tensor
+
+
+CHANGED = {
+    "transposed": (torch.randn(4, 6), (1, 4)),
+    "made dense": (torch.randn(6, 4).t(), (6, 1)),
+    "every second": (torch.randn(4, 12)[:, ::2], (6, 1)),
+    "expanded before": (torch.randn(1, 6).expand(4, 6), (6, 1)),
+    "channels last": (torch.randn(2, 3, 4, 5), (60, 1, 15, 3)),
+    "integers": (torch.arange(24).view(4, 6), (1, 4)),
+    "halves": (torch.randn(4, 6).half(), (1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_tensor_that_does_not_fit_is_copied(name: str) -> None:
+    tensor, strides = CHANGED[name]
+    before = tensor.clone()
+    found = transfer.laid_out(tensor, strides)
+    assert found.stride() == strides
+    assert found.dtype == tensor.dtype
+    assert torch.equal(found, tensor)
+    found.zero_()
+    assert torch.equal(tensor, before)
+
+
+def test_between_workers_on_the_cpu_nothing_is_copied() -> None:
+    place = transfer.Place(CPU)
+    assert place.compute is None
+    assert place.copy is None
+    tensor = torch.randn(4, 6)
+    parcel = transfer.send(tensor, place, CPU)
+    assert parcel.ready is None
+    assert transfer.receive(parcel, place) is tensor
+
+
+def test_to_another_device_a_copy_is_sent() -> None:
+    tensor = torch.randn(4, 6)
+    parcel = transfer.send(tensor, transfer.Place(CPU), torch.device("meta"))
+    assert parcel.tensor.is_meta
+    assert parcel.tensor.shape == tensor.shape
+
+
+class Odd(torch.nn.Module):
+    """What crosses between its stages is transposed, strided or expanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = torch.cat([x, x * 2], 1)[:, ::2].t()
+        x = x[:, :, None].expand(-1, -1, 3).transpose(0, 1)
+        return self.last(x.transpose(1, 2).tanh()).sum(1)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 5, 6, 7])
+def test_boundary_tensors_may_have_any_strides(devices: int) -> None:
+    pipe = pipelined(Odd().double(), devices=devices)
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    found = assert_agrees(pipe, x)
+    assert found.shape == (7, 6)
+
+
+@pytest.mark.gpu
+def test_streams_between_stages_on_one_gpu() -> None:
+    gpu = torch.device("cuda", 0)
+    source, target = transfer.Place(gpu), transfer.Place(gpu)
+    assert source.compute is not None
+    with torch.cuda.stream(source.compute):
+        tensor = torch.randn(1000, 1000, device=gpu)
+        product = tensor @ tensor
+        parcel = transfer.send(product, source, gpu)
+    assert parcel.tensor is product
+    assert parcel.ready is not None
+    assert target.compute is not None
+    with torch.cuda.stream(target.compute):
+        total = transfer.receive(parcel, target).sum()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(total, (tensor @ tensor).sum())
+
+
+@pytest.mark.gpu
+def test_from_a_gpu_to_the_cpu_and_back() -> None:
+    gpu, cpu = transfer.Place(torch.device("cuda", 0)), transfer.Place(CPU)
+    assert gpu.compute is not None
+    with torch.cuda.stream(gpu.compute):
+        tensor = torch.randn(1000, 1000, device=gpu.device)
+        parcel = transfer.send(tensor * 2, gpu, CPU)
+    arrived = transfer.receive(parcel, cpu)
+    assert torch.equal(arrived, (tensor * 2).cpu())
+    back = transfer.send(arrived, cpu, gpu.device)
+    with torch.cuda.stream(gpu.compute):
+        again = transfer.receive(back, gpu) / 2
+    torch.cuda.synchronize()
+    assert torch.equal(again, tensor)

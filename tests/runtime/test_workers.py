@@ -1,0 +1,222 @@
+"""One thread per device for the length of a program: failures, leftovers, cores.
+
+No test sleeps: tasks wait for one another through events.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from autopipe.runtime import workers
+from autopipe.runtime.mailbox import AbortError, Mailbox
+
+LIMIT = 10.0
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) == before
+
+
+def nothing() -> None:
+    """An abort that nobody needs."""
+
+
+def test_every_task_runs_in_a_thread_of_its_own() -> None:
+    together = threading.Barrier(3)
+    seen: dict[int, str] = {}
+
+    def task(index: int) -> None:
+        together.wait(LIMIT)  # so all three are alive at once
+        seen[index] = threading.current_thread().name
+
+    workers.run([lambda i=i: task(i) for i in range(3)], nothing, None)  # type: ignore[misc]
+    assert seen == {i: f"autopipe-worker-{i}" for i in range(3)}
+
+
+def test_a_single_task_needs_no_thread() -> None:
+    seen: list[threading.Thread] = []
+    workers.run([lambda: seen.append(threading.current_thread())], nothing, None)
+    assert seen == [threading.current_thread()]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_tasks_run_without_gradients_and_autocast(count: int) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def task() -> None:
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+
+    with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        workers.run([task] * count, nothing, None)
+        assert torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(False, False)] * count
+
+
+def test_tasks_use_as_many_threads_per_operator_as_their_caller() -> None:
+    """Sums are split by that number: it is part of the numbers."""
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            workers.run([lambda: seen.append(torch.get_num_threads())] * 2, nothing, None)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1, 2, 2]
+
+
+def test_the_first_failure_wins() -> None:
+    """The second one comes of the abort that the first one caused."""
+    aborted = threading.Event()
+
+    def first() -> None:
+        raise ValueError("the cause")
+
+    def second() -> None:
+        assert aborted.wait(LIMIT)
+        raise RuntimeError("a consequence")
+
+    for tasks in ([first, second], [second, first]):
+        aborted.clear()
+        with pytest.raises(ValueError, match="the cause"):
+            workers.run(tasks, aborted.set, None)
+
+
+def test_a_failure_ends_everybody_who_waits() -> None:
+    mailbox = Mailbox(1)
+    ended: list[type[BaseException]] = []
+
+    def waits(key: Any) -> None:
+        try:
+            mailbox.take(key)
+        except AbortError:
+            ended.append(AbortError)
+            raise
+
+    def fails() -> None:
+        raise KeyError("gone")
+
+    tasks = [lambda k=k: waits(("x", k, 0)) for k in range(3)]  # type: ignore[misc]
+    with pytest.raises(KeyError, match="gone"):
+        workers.run([*tasks, fails], mailbox.abort, None)
+    assert ended == [AbortError] * 3
+
+
+def test_a_failure_keeps_its_traceback() -> None:
+    def fails() -> None:
+        raise ValueError("here")
+
+    with pytest.raises(ValueError, match="here") as caught:
+        workers.run([fails, nothing], nothing, None)
+    assert "fails" in [entry.name for entry in caught.traceback]
+
+
+def test_a_task_that_exits_is_a_failure_too() -> None:
+    def leaves() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        workers.run([leaves, nothing], nothing, None)
+
+
+def test_an_abort_alone_is_no_failure() -> None:
+    """Whoever aborted knows why; the others just stop."""
+
+    def stops() -> None:
+        raise AbortError
+
+    done: list[int] = []
+    workers.run([stops, lambda: done.append(1)], nothing, None)
+    assert done == [1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_an_interrupted_caller_takes_its_workers_down() -> None:
+    aborted = threading.Event()
+    caller = threading.main_thread()
+    if threading.current_thread() is not caller:
+        pytest.skip("signals go to the main thread")
+
+    def interrupts() -> None:
+        signal.pthread_kill(int(caller.ident or 0), signal.SIGINT)
+        assert aborted.wait(LIMIT)
+
+    def waits() -> None:
+        aborted.wait(LIMIT)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            workers.run([interrupts, waits], aborted.set, None)
+        told = aborted.is_set()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        aborted.set()
+    assert told
+
+
+# ------------------------------------------------------------------------------- cores
+
+
+def test_each_worker_runs_on_its_cores() -> None:
+    own = os.sched_getaffinity(0)
+    cores = [{core} for core in sorted(own)[:2]] * 2
+    seen: dict[int, set[int]] = {}
+
+    def task(index: int) -> None:
+        seen[index] = os.sched_getaffinity(0)
+
+    workers.run([lambda i=i: task(i) for i in range(2)], nothing, cores)  # type: ignore[misc]
+    assert seen == {0: cores[0], 1: cores[1]}
+    assert os.sched_getaffinity(0) == own
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(cores: set[int], threads: int) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "count", "expected"),
+    [
+        ({0, 1}, 1, 2, [{0}, {1}]),
+        ({3, 5, 9}, 1, 2, [{3}, {5}]),
+        ({0, 1, 2, 3}, 2, 2, [{0, 1}, {2, 3}]),
+        ({0, 1, 2, 3, 4, 5}, 2, 3, [{0, 1}, {2, 3}, {4, 5}]),
+        ({0}, 1, 2, None),  # too few: the system decides
+        ({0, 1}, 2, 2, None),
+        ({0, 1}, 1, 3, None),
+        ({0, 1, 2, 3}, 1, 1, None),  # nobody to share with
+    ],
+)
+def test_cores_are_shared_out_if_there_are_enough(
+    machine: Any, cores: set[int], threads: int, count: int, expected: list[set[int]] | None
+) -> None:
+    machine(cores, threads)
+    assert workers.cores_for([CPU] * count) == expected
+
+
+def test_cores_are_left_alone_where_a_gpu_works(machine: Any) -> None:
+    machine({0, 1, 2, 3}, 1)
+    assert workers.cores_for([CPU, torch.device("cuda", 0)]) is None
+
+
+def test_cores_are_left_alone_where_the_system_cannot_pin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert workers.cores_for([CPU, CPU]) is None
