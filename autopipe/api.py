@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from autopipe.errors import OptionError
 from autopipe.module import Pipeline
@@ -15,6 +14,7 @@ from autopipe.passes.driver import cut_in_space
 from autopipe.planner import Plan
 from autopipe.planner import plan as make_plan
 from autopipe.runtime import microbatch
+from autopipe.structure import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +126,7 @@ def plan(
     )
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     kwargs = kwargs or {}
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = flatten(args, kwargs)
     dims = batch_dims(in_dims, module, args, kwargs)
     sizes = microbatch.sizes(batch_size(leaves, dims), chunks)
     split = cut_in_space(

@@ -21,7 +21,7 @@ from autopipe.runtime.autograd import PipelineFunction
 from autopipe.runtime.memory import SavedBytes
 from autopipe.runtime.random import step_seed
 from autopipe.runtime.transfer import Place
-from autopipe.structure import Structure, other_structure
+from autopipe.structure import Structure, flatten, other_structure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -108,7 +108,7 @@ class Pipeline(nn.Module):
             CaptureError, CouplingError, PartitionError: on a first call; see `autopipe.compile`.
             StageError: a stage failed while it ran.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = flatten(args, kwargs)
         compiled, ready, replan = self._prepare(args, kwargs, leaves, spec, strict=True)
         compiled.place_parameters()
         call = Call(compiled, ready, leaves, replan, step_seed(), self.memory)
@@ -150,7 +150,7 @@ class Pipeline(nn.Module):
         Also the way to make a pipeline accept a further structure of inputs: a call with another
         structure than the captured ones is otherwise an error.
         """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = flatten(args, kwargs)
         self._prepare(args, kwargs, leaves, spec, strict=False)
 
     def _prepare(

@@ -8,9 +8,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import InputError
+from autopipe.passes.capture import register_dataclasses
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+
+def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of a call and their structure; dataclasses count as containers."""
+    register_dataclasses((args, kwargs))
+    return pytree.tree_flatten((args, dict(kwargs)))
 
 
 class Structure(NamedTuple):

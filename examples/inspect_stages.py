@@ -7,22 +7,22 @@ Nothing here needs a GPU, and the last part not even weights.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import transformers
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 import autopipe
+from autopipe.report.stages import StageView
 
 
-def gpt2(layers: int, width: int, **sizes: Any) -> GPT2LMHeadModel:
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, **sizes)
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=6, n_embd=64, n_head=2, vocab_size=256, n_positions=32)
     return GPT2LMHeadModel(config).eval()
 
 
-def describe(stage: autopipe.StageView) -> None:
+def describe(stage: StageView) -> None:
     print(f"stage {stage.index} on {stage.device}: {len(stage.parameters)} parameters,", end=" ")
     print(f"{stage.parameters[0]} ... {stage.parameters[-1]}")
     for boundary in stage.inputs:
@@ -30,7 +30,7 @@ def describe(stage: autopipe.StageView) -> None:
     for boundary in stage.outputs:
         print(f"  out  {boundary}")
     flops = stage.cost.flops
-    print(f"  forward flops       {flops} = {flops.subs('B', 8):,} at B = 8")
+    print(f"  forward flops       {flops}, at B = 8: {int(flops.subs('B', 8)):,}")
     print(f"  activation bytes    {stage.cost.activation_bytes}\n")
 
 
@@ -57,8 +57,7 @@ def by_hand(pipe: autopipe.Pipeline, inputs: dict[str, Tensor]) -> tuple[Tensor,
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    model = gpt2(4, 64, vocab_size=256, n_positions=32)
+    model = gpt2()
     ids = torch.randint(256, (8, 32))
     pipe = autopipe.compile(model, ["cpu"] * 3, 4, kwargs={"input_ids": ids, "labels": ids})
 
@@ -66,10 +65,10 @@ def main() -> None:
     for stage in pipe.stages:
         describe(stage)
 
-    print("== The beginning of stage 2's graph as Python: pipe.stages[2].code\n")
-    body = [line for line in pipe.stages[2].code.splitlines() if line.strip()]
-    first = next(i for i, line in enumerate(body) if "torch.ops" in line)
-    print("\n".join(line[:110] for line in body[first - 1 : first + 7]))
+    print("== The first calls of stage 2: pipe.stages[2].code (B goes by the exporter's name here)\n")
+    lines = pipe.stages[2].code.splitlines()
+    calls = [line.split(";")[0].strip() for line in lines if "torch.ops" in line]
+    print("\n".join(calls[:6]))
 
     print("\n== The stage graphs by hand, at another batch size than they were captured with\n")
     ids = torch.randint(256, (5, 32))
@@ -83,8 +82,10 @@ def main() -> None:
 
     print("\n== A plan for a model without weights: autopipe.plan\n")
     with torch.device("meta"):
-        large, tokens = gpt2(36, 1280), torch.zeros(32, 1024, dtype=torch.long)
-    plan = autopipe.plan(large, ["cpu"] * 4, 8, kwargs={"input_ids": tokens, "labels": tokens})
+        config = BertConfig(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16)
+        large = BertForMaskedLM(config)
+    tokens = torch.zeros(32, 512, dtype=torch.long)
+    plan = autopipe.plan(large, ["cpu"] * 4, 8, kwargs={"input_ids": tokens})
     print(plan)
     print(f"\n{plan.timeline}")
     assert plan.balance > 0.9

@@ -100,18 +100,27 @@ def capture(
 def _names(module: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
     """What the user calls a call's tensors: ``input_ids``, ``batch_mask`` for batch["mask"]."""
     args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-    parameters = list(inspect.signature(module.forward).parameters)
+    parameters = [
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     names = []
     for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
         if not isinstance(leaf, Tensor):
             continue
-        where: list[Any] = [getattr(key, "key", getattr(key, "idx", "")) for key in path]
+        where: list[Any] = [_part(key) for key in path]
         if where[0] == 0:  # args, not kwargs
             n = where[1]
             where[1] = parameters[n] if n < len(parameters) else f"arg{n}"
         text = "_".join(map(str, where[1:]))
         names.append(re.sub(r"[^0-9a-zA-Z_]", "_", text))
     return names
+
+
+def _part(key: Any) -> Any:
+    """One step of the way to a leaf: a dict's key, a list's index, a field's name."""
+    return next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a))
 
 
 class _Hole:
@@ -151,7 +160,7 @@ class _Flat(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
         out = self.model(*args, **kwargs)
-        _register_dataclasses(out)
+        register_dataclasses(out)
         found, spec = pytree.tree_flatten(out, is_leaf=_is_cache)
         result = self._result
         result.leaves, result.spec, result.notes = [], spec, []
@@ -195,12 +204,12 @@ def _is_cache(value: Any) -> bool:
     )
 
 
-def _register_dataclasses(value: Any) -> None:
-    """Make plain dataclasses in a result known as containers."""
+def register_dataclasses(value: Any) -> None:
+    """Make plain dataclasses among inputs or results known as containers."""
     for leaf in pytree.tree_leaves(value):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and not _is_cache(leaf):
             pytree.register_dataclass(type(leaf))
-            _register_dataclasses(leaf)
+            register_dataclasses(leaf)
 
 
 def _examples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import traceback
 import warnings
 from contextlib import ExitStack, contextmanager, redirect_stderr
@@ -81,7 +82,20 @@ def _lossless() -> Iterator[None]:
             " the parameters' gradients after backward()",
         )
 
+    enter: Any = torch.inference_mode.__enter__
+
+    def refuse_inference(mode: Any) -> Any:
+        caller = sys._getframe(1).f_code.co_filename
+        if not is_users(caller):  # fake tensors use it for themselves
+            return enter(mode)
+        raise CaptureError(
+            "inference mode inside the model: it would be lost in the captured graph",
+            source=_user_frame(traceback.extract_stack()),
+            remedy="use torch.no_grad() there",
+        )
+
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.inference_mode, "__enter__", refuse_inference))
         stack.enter_context(
             mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function))
         )

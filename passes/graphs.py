@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +148,8 @@ def batch_size_node(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorS
     if not multiples:
         raise LookupError("no tensor shows the batch size")
     node, dim, factor = multiples[0]
-    return size_calls(B // factor, graph.call_function(aten.sym_size.int, (node, dim)))
+    multiple = graph.call_function(aten.sym_size.int, (node, dim))
+    return graph.call_function(operator.floordiv, (multiple, factor))
 
 
 def emit_size(value: Any, batch: Callable[[], fx.Node]) -> fx.Node | int:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from autopipe.errors import CaptureError, UnsupportedError
 
-from ._torch import wrap_with_autocast, wrap_with_set_grad_enabled
+from ._torch import HigherOrderOperator, wrap_with_autocast, wrap_with_set_grad_enabled
 from .graphs import drop_dead, source_line, spec_of, users_trace
 from .ir import Input, Kind
 
@@ -79,7 +79,8 @@ def normalize(
             if id(tensor) in first_of:  # tied: one tensor, one placeholder
                 env[node] = first_of[id(tensor)]
                 continue
-        new = graph.placeholder(_name(kind, target) if target else names[index])
+        new = graph.placeholder(_name(kind, target) if target else _safe(names[index]))
+        new.target = new.name  # fx has made the name unique, not the target
         new.meta = _facts(node) | {"kind": kind}
         env[node] = new
         if kind in (Kind.PARAMETER, Kind.BUFFER):
@@ -101,6 +102,14 @@ def normalize(
 def _name(kind: Kind, target: str) -> str:
     """The placeholder of a tensor that the model holds: p_, b_ or c_ and its qualified name."""
     return f"{kind.value[0]}_{re.sub(r'[^0-9a-zA-Z]', '_', target)}"
+
+
+RESERVED = {"args", "compute", "device", "inf", "kit", "m", "nan", "results", "run", "torch"}
+"""Words that generated programs use for something else."""
+
+
+def _safe(name: str) -> str:
+    return f"{name}_" if name in RESERVED else name
 
 
 def _kind(name: str, node: fx.Node) -> Kind:
@@ -147,7 +156,7 @@ def _inline(
             env[node] = _region(module, node, mapped, graph, autocast, without_grad)
         elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
             env[node] = env[node.args[0]][node.args[1]]
-        elif node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+        elif node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
             raise CaptureError(
                 "an operator that contains graphs of its own cannot be pipelined",
                 node=node.name,

@@ -57,6 +57,7 @@ class Rebuild:
     def calls(
         self, joint: fx.Graph, forward_results: Sequence[Any], gradients: Sequence[Any]
     ) -> fx.Graph:
+        """Write all calls and the results: F's, then the gradients."""
         calls = [n for n in joint.nodes if n.op in ("call_function", "call_method")]
         for node in calls:
             if node in self.forward:

@@ -211,7 +211,9 @@ def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
     position = {n: i for i, n in enumerate(calls)}
     first: dict[int, int] = {}
     blocked = [0] * (len(calls) + 2)
-    fixed = {i.name for i in inputs if i.kind is not Kind.BUFFER}
+    names = {i.name for i in inputs if i.kind in (Kind.PARAMETER, Kind.INPUT)}
+    placeholders = [n for c in calls for n in c.all_input_nodes if n.op == "placeholder"]
+    fixed = {storage_id_of(n) for n in placeholders if n.name in names}
 
     def hold(start: int, end: int) -> None:
         """Keep calls start…end together."""
@@ -224,7 +226,7 @@ def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
             if storage is not None:
                 first.setdefault(storage, i)
         for written in written_arguments(node):
-            if written.name in fixed:
+            if storage_id_of(written) in fixed:
                 raise UnsupportedError(
                     "the model changes one of its inputs or parameters in place",
                     node=node.name,

@@ -25,7 +25,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from autopipe.errors import CaptureError
+
 from ._torch import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
     FunctionalTensorMode,
     OpOverload,
     attribute,
@@ -35,7 +39,7 @@ from ._torch import (
     static_fakes,
     to_functional,
 )
-from .graphs import drop_dead
+from .graphs import drop_dead, source_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -175,11 +179,25 @@ def _run(stage: StageGraph, inputs: Sequence[Tensor], device: torch.device) -> l
             attribute(*origin)
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             with _region(node, device):
-                env[node] = node.target(*_moved(args, device), **_placed(node, kwargs, device))
+                env[node] = _call(node, _moved(args, device), _placed(node, kwargs, device))
             for tensor in pytree.tree_leaves(env[node]):
                 if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                     _attribute_backward(tensor.grad_fn, origin, known)
     raise AssertionError("a graph without output")
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    target: Any = node.target
+    try:
+        return target(*args, **kwargs)
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise CaptureError(
+            "a shape that depends on the values of tensors cannot be pipelined",
+            node=node.name,
+            source=source_line(node),
+            found=str(target),
+            remedy="keep the shape and mask instead: torch.where(mask, x, 0) for x[mask]",
+        ) from error
 
 
 def _attribute_backward(function: Any, origin: tuple[int, str | None], known: set[Any]) -> None:

@@ -58,15 +58,18 @@ def run(
         threading.Thread(target=work, args=(i,), name=f"autopipe-worker-{i}", daemon=True)
         for i in range(len(tasks))
     ]
-    for thread in threads:
-        thread.start()
+    started = []
     try:
+        for thread in threads:
+            started.append(thread)
+            thread.start()
         for thread in threads:
             thread.join()
     except BaseException:  # Ctrl-C in the caller: take the workers down with it
         abort()
-        for thread in threads:
-            thread.join()
+        for thread in started:
+            if thread.ident is not None:
+                thread.join()
         raise
     if failures:
         raise failures[0]
