@@ -18,7 +18,7 @@ demo: $(VENV)/.installed ## run examples/quickstart.py
 	@$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.installed ## run the tests; more options in PYTEST_ARGS="-m 'not slow' -k split"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 check: $(VENV)/.installed ## lint, formatting, types
 	@$(BIN)/ruff check

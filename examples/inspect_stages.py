@@ -65,7 +65,7 @@ def main() -> None:
     for stage in pipe.stages:
         describe(stage)
 
-    print("== The first calls of stage 2: pipe.stages[2].code (B goes by the exporter's name here)\n")
+    print("== The first calls of stage 2: pipe.stages[2].code\n")
     lines = pipe.stages[2].code.splitlines()
     calls = [line.split(";")[0].strip() for line in lines if "torch.ops" in line]
     print("\n".join(calls[:6]))

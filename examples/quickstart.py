@@ -114,7 +114,8 @@ def main() -> None:
 
     print("== Training the pipeline\n")
     losses = train(pipe, optimizer, options.steps)
-    kept = ", ".join(f"stage {k} {s.peak / 2**20:.2f} MiB" for k, s in enumerate(pipe.memory.stages))
+    counted = enumerate(pipe.memory.stages)
+    kept = ", ".join(f"stage {k} {s.peak / 2**20:.2f} MiB" for k, s in counted)
     print(f"\nkept from forward to backward, at most at once: {kept}")
 
     print("\n== Training the plain model from the same weights\n")
