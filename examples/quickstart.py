@@ -124,6 +124,7 @@ def main() -> None:
     difference = max(abs(a - b) for a, b in zip(losses, expected, strict=False))
     print(f"\nlargest difference in the first {len(expected)} losses: {difference:.1e}")
     assert difference < 1e-4
+    assert options.steps < 10 or losses[-1] < losses[0] / 1.5
 
 
 if __name__ == "__main__":

@@ -71,9 +71,10 @@ def main() -> None:
             assert b.name not in [received.name for received in pipe.stages[k].inputs]
     assert skips
 
-    print("\n== The same gradients as the model's own\n")
+    print("\n== The same gradients as the model's own, run over the same micro-batches in turn\n")
     F.mse_loss(pipe(noisy, time).sample, noise).backward()
-    F.mse_loss(plain(noisy, time).sample, noise).backward()
+    for x, t, target in zip(*(y.tensor_split(CHUNKS) for y in (noisy, time, noise)), strict=True):
+        (F.mse_loss(plain(x, t).sample, target) * len(x) / BATCH).backward()
     pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters(), strict=True)]
     largest = max(q.abs().max().item() for _, q in pairs)
     difference = max((p - q).abs().max().item() for p, q in pairs)
@@ -91,7 +92,7 @@ def main() -> None:
         optimizer.step()
         losses.append(loss.item())
         print(f"step {step:2}   loss {loss.item():.4f}")
-    assert losses[-1] < losses[0]
+    assert steps < 2 or losses[-1] < losses[0]
 
 
 if __name__ == "__main__":
