@@ -102,22 +102,23 @@ class Compiled:
         """Move each parameter, in place, to the device of the stage that holds it.
 
         Raises:
-            DeviceError: a parameter is on the meta device.
+            DeviceError: a parameter or buffer is on the meta device.
         """
         for stage, place in zip(self.split.stages, self.places, strict=True):
             for item in stage.held:
-                if item.kind is not Kind.PARAMETER:
+                if item.kind is Kind.CONSTANT:
                     continue
-                parameter = self.model.get_parameter(item.target)
-                if parameter.device == place.device:
-                    continue
+                parameter = self.tensor(item.kind, item.target)
                 if parameter.is_meta:
                     raise DeviceError(
-                        "a parameter is on the meta device: it has no values to compute with",
+                        f"a {item.kind} is on the meta device: it has no values to compute with",
                         node=item.target,
                         remedy="give the model values first: model.to_empty(device='cpu') and then"
-                        " initialise, or model.load_state_dict(..., assign=True)",
+                        " initialise, or model.load_state_dict(..., assign=True) (which leaves out"
+                        " buffers that are not persistent)",
                     )
+                if item.kind is Kind.BUFFER or parameter.device == place.device:
+                    continue
                 parameter.data = parameter.data.to(place.device)
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.to(place.device)

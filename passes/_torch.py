@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import (
     get_current_meta,
     has_preserved_node_meta,
@@ -55,6 +56,7 @@ __all__ = [
     "static_fakes",
     "storage_id",
     "storage_id_of",
+    "symbolic_fakes",
     "to_functional",
     "wrap_with_autocast",
     "wrap_with_set_grad_enabled",
@@ -69,6 +71,11 @@ def static_fakes() -> FakeTensorMode:
     eager would run, to the bit.
     """
     return FakeTensorMode(shape_env=None, allow_non_fake_inputs=True)
+
+
+def symbolic_fakes() -> FakeTensorMode:
+    """A fake tensor mode in which torch.export can make sizes symbolic."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
 def attribute(call: int, stack_trace: str | None) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,12 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import CaptureError, InputError, UnsupportedError
 
 from . import combine, normalize
+from ._torch import symbolic_fakes
 from .export import export
 from .ir import Captured, Input, Kind, Leaf
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 PLAIN_LEAVES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -58,9 +60,10 @@ def capture(
         CouplingError: an output that no micro-batches can be combined to.
     """
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
-    examples = _examples(module, leaves, batch_dims)
+    examples = _examples(leaves, batch_dims)
     flat = _Flat(module, leaves, spec)
-    program = export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
+    with _off_meta(module, examples):
+        program = export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
     result = flat.result
     assert result.spec is not None
     graph, inputs, constants = normalize.normalize(
@@ -212,17 +215,47 @@ def register_dataclasses(value: Any) -> None:
             register_dataclasses(leaf)
 
 
-def _examples(
-    module: nn.Module, leaves: Sequence[Any], batch_dims: Sequence[int | None]
-) -> list[Tensor]:
-    """Tensors to trace with: one object each, never fewer than two samples, on meta if need be."""
-    state = [*module.parameters(), *module.buffers()]
-    meta = any(t.is_meta for t in state)
+@contextmanager
+def _off_meta(module: nn.Module, examples: list[Tensor]) -> Iterator[None]:
+    """While a model on meta is traced, fakes on the CPU stand for its tensors (and the examples).
+
+    What the model makes beside its own tensors, such as ``torch.tensor(3.0, device=x.device)``,
+    would otherwise be captured on meta too: a constant without a value.
+    """
+    holders: list[dict[str, Any]] = [
+        h for m in module.modules() for h in (m._parameters, m._buffers)
+    ]
+    originals = [(h, n, t) for h in holders for n, t in h.items() if t is not None and t.is_meta]
+    if not originals:
+        yield
+        return
+    fakes: dict[int, Tensor] = {}  # tied tensors stay tied
+    with symbolic_fakes():
+        for _, _, tensor in originals:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, tensor.requires_grad)
+            fakes.setdefault(id(tensor), fake)
+        examples[:] = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).requires_grad_(x.requires_grad)
+            for x in examples
+        ]
+    try:
+        for holder, name, tensor in originals:
+            holder[name] = fakes[id(tensor)]
+        yield
+    finally:
+        for holder, name, tensor in originals:
+            holder[name] = tensor
+
+
+def _examples(leaves: Sequence[Any], batch_dims: Sequence[int | None]) -> list[Tensor]:
+    """Tensors to trace with: one object each, never fewer than two samples."""
     examples = []
     for leaf, dim in zip(leaves, batch_dims, strict=True):
         if not isinstance(leaf, Tensor):
             continue
-        example = leaf.detach().to("meta") if meta else leaf.detach().clone()
+        example = leaf.detach().clone()
         if dim is not None and example.shape[dim] < 2:
             if example.shape[dim] == 0:
                 raise InputError("a batch without samples", found=f"shape {tuple(leaf.shape)}")

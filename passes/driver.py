@@ -100,6 +100,7 @@ def cut_in_time(
         _dump("phased", cut)
     backward = any(cut.differentiated for cut in phased.values())
     scheduled = schedule(kind, len(devices), len(sizes), backward=backward)
+    scheduled.verify()
     _dump("scheduled", scheduled)
     progress("writing the program")
     generated = codegen(scheduled, phased, sizes, devices)

@@ -138,3 +138,39 @@ def test_a_stage_does_not_count_the_cost_of_what_it_receives() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
     plan = autopipe.plan(model, 3, 2, args=(torch.ones(4, 4),))
     assert [s.cost.flops.subs("B", 1) for s in plan.stages] == [2 * 2 * 4 * 4] * 3
+
+
+def test_constants_of_a_model_captured_on_meta() -> None:
+    """Tensors made in the forward of a meta model were captured on meta too, without a value."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x) / torch.tensor(3.0, device=x.device)
+            return self.last(torch.tanh(x)) + torch.arange(4.0, device=self.last.weight.device)
+
+    torch.manual_seed(0)
+    values, x = Scaled(), torch.randn(6, 4)
+    with torch.device("meta"):
+        model = Scaled()
+    pipe = autopipe.compile(model, ["cpu"] * 2, 3, args=(x,))
+    assert all(p.is_meta for p in model.parameters()), "capture leaves the model alone"
+    pipe.load_state_dict(values.state_dict(), assign=True)
+    assert torch.allclose(pipe(x), values(x), atol=1e-6)
+    pipe(x).sum().backward()
+    values(x).sum().backward()
+    for p, q in zip(model.parameters(), values.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6)
+
+
+def test_gpt2_captured_on_meta() -> None:
+    values, inputs = gpt2()
+    with torch.device("meta"):
+        model, _ = gpt2()
+    pipe = autopipe.compile(model, ["cpu"] * 2, 2, kwargs=inputs(4)[1])
+    pipe.load_state_dict(values.state_dict(), assign=True)
+    model.tie_weights()
+    assert torch.allclose(pipe(**inputs(4)[1]).loss, values(**inputs(4)[1]).loss)

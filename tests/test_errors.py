@@ -226,3 +226,15 @@ def test_more_devices_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(errors.DeviceError, match=r'devices=\["cuda:0", "cuda:0"\]'):
         autopipe.compile(mlp(), 2, 2)
+
+
+def test_meta_buffers_need_values() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    pipe = autopipe.compile(model, 1, 2, args=(X,))
+    for module in model:
+        for name, parameter in list(module.named_parameters()):
+            setattr(module, name, nn.Parameter(torch.ones(parameter.shape)))
+    with pytest.raises(errors.DeviceError, match="a buffer is on the meta device") as caught:
+        pipe(X)
+    assert caught.value.node == "1.running_mean"
