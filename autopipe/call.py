@@ -117,9 +117,6 @@ class Call:
     def _new_run(self, ready: Ready, before: dict[str, Tensor]) -> Run:
         """A run with its tensors in place; `before` replaces buffers, which stay as they are."""
         compiled, split = self.compiled, self.compiled.split
-        written = {
-            n for cut in ready.lowered.phased.values() for s in cut.stages for n in s.updates
-        }
         buffers: dict[str, Tensor] = {}
         held = []
         targets = {i.name: i.target for i in compiled.parameters}
@@ -128,9 +125,9 @@ class Call:
             for item in stage.held:
                 tensor = before.get(item.name)
                 if tensor is None:
-                    changed = item.name in written
-                    tensor = compiled.on(place, item.kind, item.target, written=changed)
-                if item.name in written:
+                    written = item.name in ready.updates
+                    tensor = compiled.on(place, item.kind, item.target, written=written)
+                if item.name in ready.updates:
                     buffers[item.name] = tensor
                 tensors.append(tensor)
             for name in stage.lent:
@@ -156,16 +153,13 @@ class Call:
         values = []
         for output in self.compiled.split.captured.outputs:
             parts = [run.results.pop((output.name, m)) for m in range(len(self.sizes))]
-            if output.dim is not None:
-                self._extents[output.name] = [p.shape[output.dim] for p in parts]
-            else:
-                self._extents[output.name] = []
-            if device is not None:
-                parts = [p.to(device, non_blocking=True) for p in parts]
+            dim = output.dim
+            self._extents[output.name] = [] if dim is None else [p.shape[dim] for p in parts]
+            parts = [p.to(device, non_blocking=True) for p in parts]
             values.append(microbatch.gather(output.combine, output.dim, parts, self.sizes))
         return values
 
-    def _output_device(self) -> torch.device | None:
+    def _output_device(self) -> torch.device:
         """Where results go: to the inputs' GPU, as the model itself would put them; else to the
         last stage's device."""
         last = self.compiled.places[-1].device

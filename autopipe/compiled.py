@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,12 @@ class Ready:
 
     program: Program
     lowered: Lowered
+
+    @cached_property
+    def updates(self) -> frozenset[str]:
+        """Names of the buffers that the forward writes to."""
+        cuts = self.lowered.phased.values()
+        return frozenset(n for cut in cuts for stage in cut.stages for n in stage.updates)
 
     @property
     def differentiable(self) -> frozenset[str]:

@@ -1,8 +1,8 @@
 """One thread per device, for the length of one program.
 
 Threads are started for each forward and each backward and are gone when it returns: starting one
-costs less than 0.1 ms, and in exchange nothing outlives a step, so there is nothing to shut down, to copy
-or to pickle, and an exception leaves no thread behind. One device needs no thread at all.
+costs less than 0.1 ms, and in exchange nothing outlives a step: there is nothing to shut down, to
+copy or to pickle, and an exception leaves no thread behind. One device needs no thread at all.
 """
 
 from __future__ import annotations
