@@ -29,6 +29,8 @@ def compile(
     remat: str | float = "full",
     memory: int | str | None = None,
     in_dims: Any = 0,
+    out_reduce: str | None = None,
+    batch_norm: str = "deferred",
     loss_fn: Callable[..., Tensor] | None = None,
     backend: str = "eager",
     args: tuple[Any, ...] = (),
@@ -50,6 +52,11 @@ def compile(
         memory: must be None (not implemented).
         in_dims: the batch dimension of the inputs, as for `torch.vmap`: an integer for all, None
             for "not batched", a tuple by position or a dict by name.
+        out_reduce: how micro-batches make the whole batch's where a result is one number and its
+            rule cannot be derived from the graph: "mean" (weighted by samples) or "sum".
+        batch_norm: each micro-batch is normalised by its own statistics (GPipe section 2.2).
+            "deferred": running statistics, and other buffers written in the forward, change once
+            a step, as if the whole batch had been seen at once; "micro": once per micro-batch.
         loss_fn: for `Pipeline.step`: ``loss_fn(output, target)``.
         backend: "eager".
         args, kwargs: example inputs: compile now. Without them, on the first call.
@@ -71,6 +78,8 @@ def compile(
         remat=remat,
         memory=memory,
         in_dims=in_dims,
+        out_reduce=out_reduce,
+        batch_norm=batch_norm,
         loss_fn=loss_fn,
         backend=backend,
     )
@@ -99,13 +108,16 @@ def plan(
     remat: str | float = "full",
     memory: int | str | None = None,
     in_dims: Any = 0,
+    out_reduce: str | None = None,
+    batch_norm: str = "deferred",
 ) -> Plan:
     """How `compile` would cut a model: captured and costed, but not traced, placed or run.
 
     Weights are not needed: a model built under ``torch.device("meta")`` does.
 
     Args:
-        model, devices, chunks, schedule, remat, memory, in_dims: as for `compile`.
+        model, devices, chunks, schedule, remat, memory, in_dims, out_reduce, batch_norm: as for
+            `compile`.
         args, kwargs: example inputs.
 
     Returns:
@@ -121,6 +133,8 @@ def plan(
         remat=remat,
         memory=memory,
         in_dims=in_dims,
+        out_reduce=out_reduce,
+        batch_norm=batch_norm,
         loss_fn=None,
         backend="eager",
     )
@@ -137,5 +151,7 @@ def plan(
         stages=len(options.devices),
         batch=min(sizes),
         whole=chunks == 1,
+        batch_norm=batch_norm,
+        out_reduce=out_reduce,
     )
     return make_plan(split, sizes, options)

@@ -65,7 +65,7 @@ class Call:
         self.run = run = self._new_run(self.ready, {})
         if self.ready.program.backward:
             self._versions = [t._version for t in self.wanted]
-            self._before = {name: b.clone() for name, b in run.buffers.items()}
+            self._before |= {name: b.clone() for name, b in run.buffers.items()}
         run.execute("forward")
         return tuple(self._combined(run))
 
@@ -120,6 +120,7 @@ class Call:
         buffers: dict[str, Tensor] = {}
         held = []
         targets = {i.name: i.target for i in compiled.parameters}
+        changing = {target for target, _ in split.captured.updates}
         for stage, place in zip(split.stages, compiled.places, strict=True):
             tensors = []
             for item in stage.held:
@@ -127,6 +128,9 @@ class Call:
                 if tensor is None:
                     written = item.name in ready.updates
                     tensor = compiled.on(place, item.kind, item.target, written=written)
+                    if item.target in changing and ready.program.backward:
+                        # Written at the end of the forward, and read again by its recomputation.
+                        tensor = self._before[item.name] = tensor.clone()
                 if item.name in ready.updates:
                     buffers[item.name] = tensor
                 tensors.append(tensor)

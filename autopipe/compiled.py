@@ -85,14 +85,17 @@ class Compiled:
             stages=len(places),
             batch=max(1, batch // options.chunks),
             whole=options.chunks == 1,
+            batch_norm=options.batch_norm,
+            out_reduce=options.out_reduce,
             progress=progress,
         )
         captured = self.split.captured
         self.parameters = tuple(i for i in captured.inputs if i.kind is Kind.PARAMETER)
         self.calls = tuple(i for i in captured.inputs if i.kind is Kind.INPUT)
         # A model that returns its own loss gets its gradient there; else any output may get one.
-        reduced = {o.name for o in captured.outputs if o.combine in ("sum", "mean")}
-        self.expected = frozenset(reduced or {o.name for o in captured.outputs})
+        results = [o for o in captured.outputs if not o.internal]
+        reduced = {o.name for o in results if o.combine in ("sum", "mean")}
+        self.expected = frozenset(reduced or {o.name for o in results})
         self._programs: dict[Hashable, Ready] = {}
         self._traced: dict[Hashable, StagePhases] = {}
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}

@@ -215,9 +215,10 @@ class Pipeline(nn.Module):
         compiled: Compiled, values: Sequence[Tensor], leaves: Sequence[Any], sizes: Sequence[int]
     ) -> Any:
         captured = compiled.split.captured
-        if captured.epilogue is not None:
-            batch = [sum(sizes)] if _wants_batch(captured) else []
-            values = captured.epilogue(*values, *batch)
+        values = captured.finish(values, sum(sizes), compiled.model.get_buffer)
+        with torch.no_grad():
+            for target, index in captured.updates:
+                compiled.model.get_buffer(target).copy_(values[index])
         kinds: dict[str, Callable[[Any], Any]] = {
             "value": lambda i: values[i],
             "input": lambda i: leaves[i],
@@ -274,10 +275,3 @@ class Pipeline(nn.Module):
 
 def _without(shape: torch.Size, dim: int | None) -> tuple[int, ...]:
     return tuple(n for d, n in enumerate(shape) if d != dim)
-
-
-def _wants_batch(captured: Captured) -> bool:
-    assert captured.epilogue is not None
-    return any(
-        n.op == "placeholder" and n.target == "batch_size" for n in captured.epilogue.graph.nodes
-    )

@@ -22,6 +22,10 @@ EXECUTED = ("gpipe",)
 """The schedules that the runtime runs (the simulator knows more)."""
 
 
+OUT_REDUCE = (None, "mean", "sum")
+BATCH_NORM = ("deferred", "micro")
+
+
 @dataclass(frozen=True)
 class Options:
     """Checked options of `autopipe.compile`; see there."""
@@ -31,6 +35,8 @@ class Options:
     schedule: str
     remat: str
     in_dims: Any
+    out_reduce: str | None
+    batch_norm: str
     loss_fn: Callable[..., Tensor] | None
 
 
@@ -42,6 +48,8 @@ def check(
     remat: str | float,
     memory: int | str | None,
     in_dims: Any,
+    out_reduce: str | None,
+    batch_norm: str,
     loss_fn: Callable[..., Tensor] | None,
     backend: str,
 ) -> Options:
@@ -85,7 +93,17 @@ def check(
         )
     if backend != "eager":
         raise OptionError("unknown backend", expected="eager", found=repr(backend))
-    return Options(_devices(devices), chunks, schedule, remat, in_dims, loss_fn)
+    if out_reduce not in OUT_REDUCE:
+        raise OptionError(
+            "unknown out_reduce", expected='None, "mean" or "sum"', found=repr(out_reduce)
+        )
+    if batch_norm not in BATCH_NORM:
+        raise OptionError(
+            "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
+        )
+    return Options(
+        _devices(devices), chunks, schedule, remat, in_dims, out_reduce, batch_norm, loss_fn
+    )
 
 
 def _devices(devices: int | Sequence[str | torch.device]) -> tuple[torch.device, ...]:

@@ -21,13 +21,18 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError, InputError, UnsupportedError
 
-from . import combine, normalize
+from . import normalize
 from ._torch import symbolic_fakes
+from .buffers import defer
+from .combine import combine
 from .export import export
-from .ir import Captured, Input, Kind, Leaf
+from .follow import follow
+from .ir import Captured, Input, Kind, Leaf, results_of
+from .samples import Reduced
+from .trial import settle
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 PLAIN_LEAVES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -39,6 +44,8 @@ def capture(
     batch_dims: Sequence[int | None],
     *,
     whole: bool = False,
+    batch_norm: str = "deferred",
+    out_reduce: str | None = None,
 ) -> Captured:
     """Trace `model(*args, **kwargs)` once, with the batch dimension symbolic.
 
@@ -49,6 +56,9 @@ def capture(
         spec: structure of ``(args, kwargs)``.
         batch_dims: for each leaf the dimension that micro-batches cut, or None.
         whole: there will only ever be one micro-batch, so that nothing need be combined.
+        batch_norm: "deferred": buffers change as if the whole batch had been seen once; "micro":
+            once per micro-batch.
+        out_reduce: how results of one number are combined whose own rule cannot be derived.
 
     Returns:
         A verified `Captured`; the model's own tensors are referred to by name.
@@ -80,21 +90,34 @@ def capture(
         for item in inputs
     )
     _check_batch(inputs)
-    graph_module, outputs, epilogue, value_leaves = combine.combine(graph, inputs, whole=whole)
-    filled = iter(value_leaves)
+    notes = list(result.notes)
+    if whole:
+        combined = combine(graph, inputs, {})
+    else:
+        updates, stated, left = defer(graph, inputs) if batch_norm == "deferred" else ({}, {}, [])
+        notes += [f"{name} changes once per micro-batch" for name in left]
+        wanted = [*results_of(graph), *updates.values()]
+        states, tried = settle(
+            graph, inputs, follow(graph, inputs), wanted, _values(module, constants, leaves)
+        )
+        notes += tried
+        states |= {n: Reduced(how) for n, how in stated.items()}
+        combined = combine(graph, inputs, states, updates=updates, out_reduce=out_reduce)
+    filled = iter(combined.leaves)
     captured = Captured(
-        graph_module=graph_module,
+        graph_module=combined.graph_module,
         inputs=inputs,
-        outputs=outputs,
+        outputs=combined.outputs,
         constants=constants,
-        epilogue=epilogue,
+        epilogue=combined.epilogue,
         leaves=tuple(
             next(filled) if isinstance(leaf, _Hole) else Leaf("constant", leaf)
             for leaf in result.leaves
         ),
         out_spec=result.spec,
+        updates=combined.updates,
         batch_range=_batch_range(program),
-        notes=tuple(result.notes),
+        notes=tuple(notes),
     )
     captured.verify()
     return captured
@@ -262,6 +285,22 @@ def _examples(leaves: Sequence[Any], batch_dims: Sequence[int | None]) -> list[T
             example = torch.cat([example, example], dim)
         examples.append(example.requires_grad_(leaf.requires_grad))
     return examples
+
+
+def _values(
+    module: nn.Module, constants: Mapping[str, Tensor], leaves: Sequence[Any]
+) -> Callable[[Input], Tensor]:
+    """Placeholder → the tensor that it stands for in this model and call."""
+
+    def value(item: Input) -> Tensor:
+        if item.kind is Kind.PARAMETER:
+            return module.get_parameter(item.target)
+        if item.kind is Kind.BUFFER:
+            return module.get_buffer(item.target)
+        found: Tensor = constants[item.target] if item.target else leaves[item.index]
+        return found
+
+    return value
 
 
 def _check_batch(inputs: Sequence[Input]) -> None:

@@ -1,130 +1,113 @@
 """How micro-batch results become the whole batch's.
 
-An output whose shape shows the batch is concatenated. A scalar loss is more delicate: the mean of
+An output that holds the samples is concatenated. A scalar loss is more delicate: the mean of
 chunk means is not the batch's mean when chunks differ in size or in what `ignore_index` leaves
 out. So the graph is cut at its batch reductions. Before the cut it runs per micro-batch and yields
 sums (and counts); what follows, the *epilogue*, runs once on the combined values, so that any
 arithmetic on reduced values (a weighted sum of losses, a ratio of sums) is the whole batch's.
 
-    batched  → shape depends on B                     stays in the stages
-    reduced  → no B left, but computed from batched   the first one is split into sum and count,
-                                                      what follows goes to the epilogue
-    static   → independent of the batch               stays in the stages
+What `follow` finds about a value decides where it is computed:
+
+    Samples  in the stages
+    Static   in the stages
+    Reduced  the first one is split into sum and count, what follows goes to the epilogue
+    Mixed    nowhere: micro-batches would change it, which is an error
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import fx
 
 from autopipe.errors import CouplingError
 
-from .graphs import add_call, drop_dead, emit_size, is_size, size, source_line, spec_of, tensors_of
+from .graphs import add_call, drop_dead, emit_size, is_size, source_line, spec_of
 from .ir import Input, Kind, Leaf, Output, results_of
+from .samples import STATIC, Mixed, Reduced, Samples
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 aten = torch.ops.aten
 
-FACTORIES = {
-    aten.new_ones.default,
-    aten.new_zeros.default,
-    aten.new_full.default,
-    aten.new_empty.default,
-}
-SUMS = {aten.sum.default, aten.sum.dim_IntList}
-MEANS = {aten.mean.default, aten.mean.dim}
-COUNTED = {  # position of weight and ignore_index: a mean over what is not ignored
-    aten.cross_entropy_loss.default: (2, 4),
-    aten.nll_loss.default: (2, 4),
-    aten.nll_loss_nd.default: (2, 4),
-    aten.nll_loss2d.default: (2, 4),
-}
-MEAN, SUM = 1, 2  # ATen's numbers for `reduction`
+SUM = 2  # ATen's number for `reduction`
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A captured graph whose results have rules of combination.
+
+    Attributes:
+        graph_module: what runs per micro-batch.
+        outputs: what it yields, and how the micro-batches' are put together.
+        epilogue: what runs once on the whole batch's outputs; None where nothing is left to do.
+        leaves: for each of the model's results where it comes from.
+        updates: (buffer, index of its new value among the final values).
+    """
+
+    graph_module: fx.GraphModule
+    outputs: tuple[Output, ...]
+    epilogue: fx.GraphModule | None
+    leaves: list[Leaf]
+    updates: tuple[tuple[str, int], ...]
 
 
 def combine(
-    graph: fx.Graph, inputs: Sequence[Input], *, whole: bool = False
-) -> tuple[fx.GraphModule, tuple[Output, ...], fx.GraphModule | None, list[Leaf]]:
+    graph: fx.Graph,
+    inputs: Sequence[Input],
+    states: Mapping[fx.Node, Any],
+    *,
+    updates: Mapping[fx.Node, fx.Node] | None = None,
+    out_reduce: str | None = None,
+) -> Combined:
     """Give every result of a captured graph a rule of combination.
 
     Args:
         graph: normalized; changed in place (its owner is capture).
         inputs: its placeholders.
-        whole: only one micro-batch will ever run, so every result is its.
-
-    Returns:
-        The graph as it runs per micro-batch; its outputs; the epilogue, if any; and for each of
-        the model's results where it comes from.
+        states: what is known of its nodes; a node without a state is `Static`.
+        updates: for a buffer's placeholder the node of its value after the call.
+        out_reduce: "mean" (weighted by samples) or "sum": the rule for results of one number
+            whose own cannot be derived.
 
     Raises:
         CouplingError: samples of the batch are mixed by something else than a final reduction.
     """
-    return _Combine(graph, inputs, whole=whole).run()
-
-
-def classify(graph: fx.Graph, inputs: Sequence[Input]) -> dict[fx.Node, str]:
-    """node → "batched", "reduced", "static" or "size"; see the module's docstring."""
-    batched_inputs = {i.name for i in inputs if i.batch_dim is not None}
-    kinds: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            kinds[node] = "batched" if node.name in batched_inputs else "static"
-        elif node.op == "call_function":
-            shapes = [size(s) for t in tensors_of(node) for s in t.shape]
-            sources = {kinds[n] for n in node.all_input_nodes}
-            if is_size(node):
-                kinds[node] = "size"
-            elif any(s.free_symbols for s in shapes):
-                kinds[node] = "batched"
-                _check_coupling(node, kinds)
-            elif sources & {"batched", "reduced"} and node.target not in FACTORIES:
-                kinds[node] = "reduced"
-            else:
-                kinds[node] = "static"
-    return kinds
-
-
-def _check_coupling(node: fx.Node, kinds: Mapping[fx.Node, str]) -> None:
-    """A batched value computed from a reduction over the batch sees samples of other chunks."""
-    for source in node.all_input_nodes:
-        if kinds[source] == "reduced":
-            raise CouplingError(
-                "the model mixes the samples of a batch: every sample's result depends on a"
-                " reduction over all of them, which micro-batches would change",
-                node=f"{node.name}, through {source.name}",
-                source=source_line(source) or source_line(node),
-                found=f"{source.target}",
-                remedy="use chunks=1, or move this computation out of the pipelined model; if the"
-                " value is not meant to depend on the batch, pass the input it comes from with"
-                " in_dims=None",
-            )
+    return _Combine(graph, inputs, states, out_reduce).run(updates or {})
 
 
 class _Combine:
     """The cut, as one walk: outputs collected in order, the epilogue built beside them."""
 
-    def __init__(self, graph: fx.Graph, inputs: Sequence[Input], *, whole: bool) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        inputs: Sequence[Input],
+        states: Mapping[fx.Node, Any],
+        out_reduce: str | None,
+    ) -> None:
         self.graph = graph
         self.inputs = {i.name: i for i in inputs}
-        self.kinds = dict.fromkeys(graph.nodes, "static") if whole else classify(graph, inputs)
+        self.states = states
+        self.out_reduce = out_reduce
         self.outputs: dict[fx.Node, Output] = {}
         self.epilogue = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}  # main graph → epilogue
         self.batch: fx.Node | None = None
+        self.held: dict[fx.Node, fx.Node] = {}  # buffers that the epilogue reads
+        self.needs_epilogue = False
+        self.internal = False  # what is added from now on serves buffers, not results
 
-    def run(self) -> tuple[fx.GraphModule, tuple[Output, ...], fx.GraphModule | None, list[Leaf]]:
+    def run(self, updates: Mapping[fx.Node, fx.Node]) -> Combined:
         output = self.graph.output_node()
-        results = results_of(self.graph)
         leaves: list[Leaf] = []
         finals: dict[fx.Node, fx.Node] = {}
-        needs_epilogue = any(self.kinds[r] == "reduced" for r in results)
         with self.graph.inserting_before(output):
-            for result in results:
+            for result in results_of(self.graph):
                 item = self.inputs.get(result.name)
                 if item is not None and item.kind is Kind.INPUT:
                     leaves.append(Leaf("input", item.index))
@@ -133,45 +116,143 @@ class _Combine:
                     leaves.append(Leaf("parameter", item.target))
                     continue
                 if result not in finals:
-                    finals[result] = self.final(result)
+                    finals[result] = self.result(result)
                 leaves.append(Leaf("value", list(finals).index(result)))
+            values = list(finals.values())
+            written = []
+            self.internal = True
+            for buffer, value in updates.items():
+                self.needs_epilogue = True
+                written.append((self.inputs[buffer.name].target, len(values)))
+                values.append(self.update(value))
         output.args = (tuple(self.outputs),)
         output.meta.pop("val", None)
         drop_dead(self.graph)
         epilogue = None
-        if needs_epilogue:
-            self.epilogue.output(tuple(finals.values()))
+        if self.needs_epilogue:
+            self.epilogue.output(tuple(values))
             self._order_placeholders()
             epilogue = fx.GraphModule({}, self.epilogue, "Epilogue")
-        module = fx.GraphModule({}, self.graph, "Captured")
-        return module, tuple(self.outputs.values()), epilogue, leaves
+        return Combined(
+            fx.GraphModule({}, self.graph, "Captured"),
+            tuple(self.outputs.values()),
+            epilogue,
+            leaves,
+            tuple(written),
+        )
+
+    def state(self, node: fx.Node) -> Any:
+        return self.states.get(node, STATIC)
+
+    def result(self, node: fx.Node) -> fx.Node:
+        """The final value of one of the model's results."""
+        stated = self.out_reduce
+        if stated is not None and spec_of(node).numel == 1 and self.obstacle(node) is not None:
+            return self.yields(node, stated)
+        return self.final(node)
+
+    def obstacle(self, node: fx.Node) -> fx.Node | None:
+        """The first call on the way to a value by which the whole batch's cannot be derived."""
+        state = self.state(node)
+        if isinstance(state, Mixed):
+            return state.node
+        if not isinstance(state, Reduced) or state.how is not None:
+            return None
+        if self._is_first(node):
+            return node
+        return next((o for n in node.all_input_nodes if (o := self.obstacle(n)) is not None), None)
+
+    def _is_first(self, node: fx.Node) -> bool:
+        """A reduction over the batch, not a value computed from one."""
+        return any(isinstance(self.state(n), (Samples, tuple)) for n in node.all_input_nodes)
 
     def final(self, node: fx.Node) -> fx.Node:
         """The epilogue's node for a value of the main graph."""
         if node not in self.env:
-            kind = self.kinds[node]
-            if kind == "batched":
-                dims = [d for d, s in enumerate(spec_of(node).shape) if s.free_symbols]
-                if len(dims) != 1:
-                    self._refuse(node, "an output has several dimensions of the batch's size")
-                self.yields(node, "cat", dims[0])
-            elif kind == "static":
+            state = self.state(node)
+            if isinstance(state, Samples):
+                self.env[node] = self.samples(node, state)
+            elif isinstance(state, Reduced):
+                self.needs_epilogue = True
+                self.env[node] = self.reduction(node, state)
+            elif isinstance(state, Mixed):
+                refuse(state.node, state.reason)
+            else:
                 value = node
                 if node.op == "placeholder":  # lent tensors are not results: return a copy
                     value = add_call(self.graph, aten.clone.default, node)
                 self.env[node] = self.yields(value, "same")
-            elif any(self.kinds[n] == "batched" for n in node.all_input_nodes):
-                self.env[node] = self.reduction(node)
-            else:
-                new = self.epilogue.node_copy(node, self._argument)
-                new.meta = dict(node.meta)
-                self.env[node] = new
         return self.env[node]
 
+    def samples(self, node: fx.Node, state: Samples) -> fx.Node:
+        """Concatenated where the samples are; of several batches in a row, each by itself."""
+        if state.numbered is not None:
+            refuse(node, "a sample's result depends on its place in the batch")
+        if state.outer == 1:
+            return self.yields(node, "cat", state.dim)
+        self.needs_epilogue = True
+        parts = add_call(self.graph, aten.unflatten.int, node, state.dim, [state.outer, -1])
+        return add_call(
+            self.epilogue,
+            aten.flatten.using_ints,
+            self.yields(parts, "cat", state.dim + 1),
+            state.dim,
+            state.dim + 1,
+        )
+
+    def reduction(self, node: fx.Node, state: Reduced) -> fx.Node:
+        """Split the first reduction over the batch into what adds up and what is done at the end.
+
+        Formulas: a sum is the sum of sums; a mean over equally many elements per sample is the
+        mean of means weighted by samples; a mean over what is not ignored is Σ sums / Σ counts.
+        """
+        if state.how == "counted":
+            return self.counted_mean(node)
+        if state.how is not None:
+            return self.yields(node, state.how)
+        if self._is_first(node):
+            refuse(node, "a result is reduced over the batch in a way that has no known sum")
+        return self.copied(node)
+
+    def copied(self, node: fx.Node) -> fx.Node:
+        """The call itself, in the epilogue."""
+        new = self.epilogue.node_copy(node, self._argument)
+        new.meta = dict(node.meta)
+        return new
+
     def _argument(self, node: fx.Node) -> Any:
-        if self.kinds[node] == "size":
+        if is_size(node):
             return emit_size(node.meta["val"], self.batch_size)
+        item = self.inputs.get(node.name)
+        if node.op == "placeholder" and item is not None and item.kind is Kind.BUFFER:
+            return self.holds(node)
         return self.final(node)
+
+    def update(self, node: fx.Node) -> fx.Node:
+        """A buffer's new value; what depends on buffers alone is worked out in the epilogue."""
+        if node not in self.env and self._from_buffers(node):
+            self.env[node] = self.copied_from_buffers(node)
+        return self.env[node] if node in self.env else self.final(node)
+
+    def _from_buffers(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            item = self.inputs.get(node.name)
+            return item is not None and item.kind is Kind.BUFFER
+        return self.state(node) == STATIC and all(map(self._from_buffers, node.all_input_nodes))
+
+    def copied_from_buffers(self, node: fx.Node) -> fx.Node:
+        if node.op == "placeholder":
+            return self.holds(node)
+        new = self.epilogue.node_copy(node, self.copied_from_buffers)
+        new.meta = dict(node.meta)
+        return new
+
+    def holds(self, buffer: fx.Node) -> fx.Node:
+        """The epilogue's placeholder for a buffer as it was before the call."""
+        if buffer not in self.held:
+            self.held[buffer] = self.epilogue.placeholder(buffer.name)
+            self.held[buffer].meta["val"] = buffer.meta["val"]
+        return self.held[buffer]
 
     def batch_size(self) -> fx.Node:
         """The epilogue's placeholder for the number of samples in the whole batch."""
@@ -184,40 +265,20 @@ class _Combine:
     def yields(self, node: fx.Node, how: str, dim: int | None = None) -> fx.Node:
         """Make `node` an output of each micro-batch; returns the combined value's placeholder."""
         if node not in self.outputs:
-            self.outputs[node] = Output(spec_of(node), how, dim)
+            self.outputs[node] = Output(spec_of(node), how, dim, self.internal)
             self.env[node] = self.epilogue.placeholder(node.name)
             self.env[node].meta["val"] = node.meta["val"]
         return self.env[node]
 
-    def reduction(self, node: fx.Node) -> fx.Node:
-        """Split the first reduction over the batch into what adds up and what is done at the end.
-
-        Formulas: a sum is the sum of sums; a mean over equally many elements per sample is the
-        mean of means weighted by samples; a mean over what is not ignored is Σ sums / Σ counts.
-        """
-        target: Any = node.target
-        names = [a.name for a in target._schema.arguments]
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        how = given.get("reduction", MEAN) if "reduction" in names else None
-        if node.target in SUMS or how == SUM:
-            return self.yields(node, "sum")
-        if node.target in COUNTED and how == MEAN:
-            return self.counted_mean(node, given)
-        if node.target in MEANS or how == MEAN:
-            return self.yields(node, "mean")
-        self._refuse(node, "a result is reduced over the batch in a way that has no known sum")
-        raise AssertionError
-
-    def counted_mean(self, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+    def counted_mean(self, node: fx.Node) -> fx.Node:
         """Cross entropy and its kin: the mean over targets that are not `ignore_index`, by class
         weight. A chunk with nothing to count adds 0 to both sums."""
         operator: Any = node.target
+        names = [a.name for a in operator._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         target, weight = given["target"], given.get("weight")
-        if target.meta["val"].is_floating_point():  # class probabilities: nothing is ignored
-            return self.yields(node, "mean")
-        ignore = given.get("ignore_index", -100)
         total = add_call(self.graph, operator, **given | {"reduction": SUM})
-        kept = add_call(self.graph, aten.ne.Scalar, target, ignore)
+        kept = add_call(self.graph, aten.ne.Scalar, target, given.get("ignore_index", -100))
         if weight is not None:
             index = add_call(self.graph, aten.where.ScalarOther, kept, target, 0)
             weights = add_call(self.graph, aten.index.Tensor, weight, [index])
@@ -227,18 +288,24 @@ class _Combine:
         return add_call(self.epilogue, aten.div.Tensor, *ratio)
 
     def _order_placeholders(self) -> None:
-        """Placeholders first, in the order of the outputs, `batch_size` after them."""
-        ordered = [self.env[n] for n in self.outputs]
-        if self.batch is not None:
-            ordered.append(self.batch)
+        """Placeholders first: the outputs in their order, `batch_size`, buffers."""
+        by_name = {n.name: n for n in self.epilogue.nodes if n.op == "placeholder"}
+        ordered = [by_name[o.name] for o in self.outputs.values()]
+        ordered += [] if self.batch is None else [self.batch]
+        ordered += self.held.values()
         for before, after in pairwise(ordered):
             before.append(after)
 
-    def _refuse(self, node: fx.Node, problem: str) -> None:
-        raise CouplingError(
-            problem,
-            node=node.name,
-            source=source_line(node),
-            found=str(node.target),
-            remedy="return the unreduced values (or a sum or mean of them) and finish outside",
-        )
+
+def refuse(node: fx.Node, reason: str) -> NoReturn:
+    """The model mixes samples at `node`."""
+    raise CouplingError(
+        f"the model mixes the samples of a batch: {reason}, which micro-batches would change",
+        node=node.name,
+        source=source_line(node),
+        found=str(node.target),
+        remedy="use chunks=1, or return the unreduced values (or a sum or mean of them) and finish"
+        ' outside of the model; where the result is one number, out_reduce="mean" or "sum" states'
+        " how the micro-batches' are put together; an input that is not batched is named so with"
+        " in_dims=None",
+    )

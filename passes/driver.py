@@ -44,11 +44,15 @@ def cut_in_space(
     stages: int,
     batch: int,
     whole: bool,
+    batch_norm: str,
+    out_reduce: str | None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Split:
     """Capture a model and cut it into stages; arguments as for `capture` and `split`."""
     progress("capturing")
-    captured = capture(model, leaves, spec, batch_dims, whole=whole)
+    captured = capture(
+        model, leaves, spec, batch_dims, whole=whole, batch_norm=batch_norm, out_reduce=out_reduce
+    )
     _dump("captured", captured)
     progress("costing")
     annotated = annotate(captured)

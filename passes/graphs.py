@@ -27,7 +27,7 @@ OURS = str(Path(__file__).parent.parent)
 
 def size(value: Any) -> sympy.Expr:
     """A size as an expression in `B`: every symbol of a captured graph is the batch size."""
-    if isinstance(value, torch.SymInt):
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         expr = value.node.expr
         return expr.xreplace(dict.fromkeys(expr.free_symbols, B))
     return sympy.Integer(int(value))
@@ -116,7 +116,8 @@ def tensors_of(node: fx.Node) -> list[Tensor]:
 
 def is_size(node: fx.Node) -> bool:
     """A node that computes a number from shapes, not a tensor."""
-    return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymBool))
+    numbers = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return isinstance(node.meta.get("val"), numbers)
 
 
 def add_call(graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Node:
@@ -129,6 +130,13 @@ def add_call(graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwarg
     for source in node.all_input_nodes:
         if "stack_trace" in source.meta:
             node.meta["stack_trace"] = source.meta["stack_trace"]
+    return node
+
+
+def add_size(graph: fx.Graph, target: Callable[..., Any], /, *args: Any) -> fx.Node:
+    """Append a computation on sizes, with its value worked out on the spot."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
     return node
 
 

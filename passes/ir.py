@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from .spec import B, Input, Kind, Leaf, Output, TensorSpec, at_batch, require, results_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch.utils._pytree import TreeSpec
 
@@ -60,10 +60,12 @@ class Captured:
         inputs: parameters, buffers, constants and the call's tensors.
         outputs: what each micro-batch yields.
         constants: tensors that the model holds outside parameters and buffers.
-        epilogue: graph from the combined outputs (and the batch size) to the final values, run
-            once a step on the whole batch; None where the combined outputs are the final values.
+        epilogue: graph to the final values, run once a step on the whole batch; its placeholders
+            are named after the outputs, ``batch_size``, and buffers as they were before the call.
+            None where the combined outputs are the final values.
         leaves: how the final values fill the model's result.
         out_spec: the result's structure.
+        updates: (buffer, index of its value after the call among the final values).
         batch_range: smallest and largest micro-batch that the graph holds for (None: no limit).
         notes: what capture did that a reader should know.
     """
@@ -75,6 +77,7 @@ class Captured:
     epilogue: fx.GraphModule | None
     leaves: tuple[Leaf, ...]
     out_spec: TreeSpec
+    updates: tuple[tuple[str, int], ...] = ()
     batch_range: tuple[int, int | None] = (1, None)
     notes: tuple[str, ...] = ()
 
@@ -111,6 +114,27 @@ class Captured:
                 "a constant without a value",
                 node=item.name,
             )
+
+    def finish(
+        self, combined: Sequence[Tensor], batch: int, buffer: Callable[[str], Tensor]
+    ) -> Sequence[Tensor]:
+        """The final values.
+
+        Args:
+            combined: one value per output.
+            batch: number of samples in the whole batch.
+            buffer: a buffer of the model by its qualified name.
+        """
+        if self.epilogue is None:
+            return combined
+        given: dict[str, Any] = {o.name: v for o, v in zip(self.outputs, combined, strict=True)}
+        given["batch_size"] = batch
+        targets = {i.name: i.target for i in self.inputs if i.kind is Kind.BUFFER}
+        names = [str(n.target) for n in self.epilogue.graph.nodes if n.op == "placeholder"]
+        values: Sequence[Tensor] = self.epilogue(
+            *(given[n] if n in given else buffer(targets[n]) for n in names)
+        )
+        return values
 
     def __str__(self) -> str:
         lines = ["captured: " + self.graph_module.print_readable(print_output=False)]

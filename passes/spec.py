@@ -103,11 +103,13 @@ class Output:
 
     combine: "cat" along `dim`; "sum"; "mean" weighted by the micro-batches' sizes; "same" where
     the value does not depend on the batch (its gradient is shared out by size).
+    internal: it serves the new value of a buffer, no result: no gradient will come for it.
     """
 
     spec: TensorSpec
     combine: str
     dim: int | None = None
+    internal: bool = False
 
     @property
     def name(self) -> str:

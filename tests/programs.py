@@ -25,12 +25,17 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def captured_of(
-    model: nn.Module, *args: Any, in_dims: Any = 0, whole: bool = False, **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    in_dims: Any = 0,
+    whole: bool = False,
+    batch_norm: str = "micro",
+    **kwargs: Any,
 ) -> Captured:
-    """Capture `model(*args, **kwargs)`."""
+    """Capture `model(*args, **kwargs)`; writes to buffers stay, so that later passes see them."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     dims = batch_dims(in_dims, model, args, kwargs)
-    return capture(model, leaves, spec, dims, whole=whole)
+    return capture(model, leaves, spec, dims, whole=whole, batch_norm=batch_norm)
 
 
 def split_of(model: nn.Module, stages: int, *args: Any, batch: int = 2, **kwargs: Any) -> Split:

@@ -74,10 +74,10 @@ def over_chunks(
             value = _combine(output.combine, output.dim, parts, sizes)
             floating = any(o[n].requires_grad for o in outputs)
             combined.append(value.detach().requires_grad_(floating))
-        values = combined
-        if captured.epilogue is not None:
-            wants = any(n.target == "batch_size" for n in captured.epilogue.graph.nodes)
-            values = captured.epilogue(*combined, *([batch] if wants else []))
+        values = captured.finish(combined, batch, model.get_buffer)
+        for target, index in captured.updates:
+            name = next(i.name for i in captured.inputs if i.target == target)
+            state[name] = values[index].detach()
         kinds = {
             "value": lambda i: values[i],
             "input": lambda i: state[next(c.name for c in captured.inputs if c.index == i)],

@@ -32,10 +32,11 @@ def _trace_once():
     traces: dict[Any, Any] = {}
     capture, trace = driver.capture, phases.trace
 
-    def capture_once(model: nn.Module, leaves: Any, spec: Any, dims: Any, *, whole: bool) -> Any:
-        key = (type(model), repr(model), str(spec), tuple(dims), whole, *_looks(leaves))
+    def capture_once(model: nn.Module, leaves: Any, spec: Any, dims: Any, **options: Any) -> Any:
+        chosen = tuple(sorted(options.items(), key=str))
+        key = (type(model), repr(model), str(spec), tuple(dims), chosen, *_looks(leaves))
         if key not in captures:
-            captures[key] = capture(model, leaves, spec, dims, whole=whole)
+            captures[key] = capture(model, leaves, spec, dims, **options)
         return captures[key]
 
     def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:

@@ -78,14 +78,14 @@ def failing(chunks: int = 3) -> tuple[Any, StageError]:
 
 @written_with_torch
 def test_golden_program(golden: Golden) -> None:
-    pipe = pipelined(Mlp(), chunks=2)
+    pipe = pipelined(Mlp(), chunks=2, batch_norm="micro")
     pipe(torch.randn(4, 4), torch.zeros(4, dtype=torch.long))
     golden("program", pipe.code)
 
 
 @written_with_torch
 def test_golden_program_for_inference(golden: Golden) -> None:
-    pipe = pipelined(Mlp().eval(), chunks=2)
+    pipe = pipelined(Mlp().eval(), chunks=2, batch_norm="micro")
     with torch.no_grad():
         pipe(torch.randn(4, 4), torch.zeros(4, dtype=torch.long))
     golden("program_inference", pipe.code)
@@ -102,7 +102,7 @@ def test_golden_schedules(golden: Golden) -> None:
 
 
 def test_golden_explain(golden: Golden) -> None:
-    pipe = pipelined(Mlp())
+    pipe = pipelined(Mlp(), batch_norm="micro")
     pipe(torch.randn(7, 4), torch.zeros(7, dtype=torch.long))
     golden("explain", pipe.explain())
 
@@ -165,7 +165,7 @@ def test_the_same_model_gives_the_same_text() -> None:
 
 
 def program(*, chunks: int = 3, grad: bool = True) -> str:
-    pipe = pipelined(Mlp(), chunks=chunks)
+    pipe = pipelined(Mlp(), chunks=chunks, batch_norm="micro")
     with torch.set_grad_enabled(grad):
         pipe(torch.randn(7, 4), torch.zeros(7, dtype=torch.long))
     return str(pipe.code)

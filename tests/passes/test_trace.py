@@ -348,7 +348,7 @@ class Counts(nn.Module):
 
 def test_buffers_are_returned_not_written() -> None:
     model = Counts()
-    stage = sole_stage(model, x())
+    stage = sole_stage(model, x(), whole=True)
     values = values_of(model, stage, x())
     joint = check(stage, values, tangents(stage.graph_module(*[v.clone() for v in values])))
     assert sorted(stage.held[i].target for i in joint.updates) == ["steps", "total"]

@@ -1,0 +1,173 @@
+"""How the batch runs through new tensors and indexing (see `rules_shape`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from .graphs import is_size, size
+from .rules_shape import table
+from .samples import REDUCED, STATIC, Mixed, Samples, State, aligned, batch_dims, fresh, join
+
+if TYPE_CHECKING:
+    from .samples import Call
+
+PLACES = "a part of the batch is picked by place"
+OTHERS = "entries are picked from other samples by index"
+
+
+def new(call: Call) -> State:
+    """zeros, ones, full, rand, new_zeros: their own shape counts, not what they are modelled on."""
+    value = call["fill_value"]
+    if isinstance(value, fx.Node) and (not is_size(value) or size(value.meta["val"]).free_symbols):
+        state = fresh(call, call.out)
+        return (
+            REDUCED if state == STATIC else call.mixed("the number of samples is used as a value")
+        )
+    return fresh(call, call.out)
+
+
+def scalar(call: Call) -> State:
+    """A number as a tensor."""
+    return REDUCED if call.uses_batch_size else STATIC
+
+
+def arange(call: Call) -> State:
+    """The numbers of the samples, which only `index` may use."""
+    state = fresh(call, call.out)
+    start, step = call["start"] or 0, call["step"] or 1
+    if not isinstance(state, Samples):
+        return STATIC if not call.uses_batch_size else REDUCED
+    if start == 0 and step == 1:
+        return Samples(0, 1, state.inner, numbered=state.inner)
+    return call.undecided("a sample's result depends on its place in the batch")
+
+
+def among_all(call: Call) -> State:
+    """eye, randperm: a new tensor in which samples are not alike."""
+    return call.mixed(PLACES) if batch_dims(call.out) else STATIC
+
+
+# --------------------------------------------------------------------------------------- indexing
+
+
+def pointwise_index(call: Call) -> State:
+    """gather, scatter: operands of one rank, index by index, entries picked along `dim`."""
+    nodes = call.tensors
+    state = aligned(call, nodes)
+    along_batch = isinstance(state, Samples) and call["dim"] % call.rank(nodes[0]) == state.dim
+    if along_batch and call.state(nodes[0]) != STATIC:
+        return call.undecided(OTHERS)
+    return state
+
+
+def index_select(call: Call) -> State:
+    """Entries of one dimension by a tensor of indices."""
+    table, index = call["self"], call["index"]
+    state, picked = call.state(table), call.state(index)
+    dim = call["dim"] % max(call.rank(table), 1)
+    return _indexed(call, state, {dim: picked}, rank=1, first=dim)
+
+
+def index(call: Call) -> State:
+    """``x[i, j, :]`` with tensors i, j; also `index_put`, whose result is x again."""
+    table, given = call["self"], call["indices"]
+    state = call.state(table)
+    if any(i is not None and str(i.meta["val"].dtype) == "torch.bool" for i in given):
+        return call.undecided("entries are picked by a mask")
+    at = [d for d, i in enumerate(given) if i is not None]
+    rank = max(call.rank(given[d]) for d in at)
+    picked: dict[int, State] = {}
+    for d in at:
+        found = call.state(given[d])
+        if isinstance(found, Samples):
+            found = found.at(found.dim + rank - call.rank(given[d]))
+        picked[d] = found
+    adjacent = at == list(range(at[0], at[-1] + 1))
+    return _indexed(call, state, picked, rank=rank, first=at[0] if adjacent else 0)
+
+
+def _indexed(call: Call, state: State, picked: dict[int, State], *, rank: int, first: int) -> State:
+    """Indices of a joint `rank`, for the dimensions in `picked`, whose result begins at `first`."""
+    own = picked.get(state.dim) if isinstance(state, Samples) else None
+    if own is not None and isinstance(state, Samples):
+        if not isinstance(own, Samples) or (1, own.numbered) != (state.outer, state.inner):
+            return call.undecided(OTHERS)
+        others = [s for d, s in picked.items() if d != state.dim]
+        found = join(call, [Samples(own.dim, own.outer, own.inner), *others])
+    else:
+        found = join(call, picked.values())
+        if isinstance(state, Samples):
+            if found != STATIC:
+                return (
+                    join(call, [found])
+                    if isinstance(found, Mixed)
+                    else call.undecided("entries are picked by indices that depend on the batch")
+                )
+            before = sum(d < state.dim for d in picked)
+            shift = rank if first < state.dim else 0
+            return state.at(state.dim - before + shift)
+        if state != STATIC:
+            return join(call, [state, found])
+    return found.at(found.dim + first) if isinstance(found, Samples) else found
+
+
+def index_put(call: Call) -> State:
+    """``x[i, j] = v``: allowed where every sample writes to its own part of x."""
+    table, values = call["self"], call["values"]
+    state = call.state(table)
+    given = [i for i in call["indices"] if i is not None]
+    masks = [i for i in given if str(i.meta["val"].dtype) == "torch.bool"]
+    if masks:
+        parts = aligned(call, masks, call.rank(masks[0]))
+        if call.rank(values) == 0 and call.state(values) == STATIC:
+            at_front = call["indices"][0] is masks[0] and len(given) == 1
+            return join(call, [state, parts]) if at_front else call.undecided("written by a mask")
+        return call.undecided("entries are written by a mask")
+    written = index(call)
+    if isinstance(written, Mixed):
+        return written
+    if state == STATIC and call.state(values) == STATIC and written == STATIC:
+        return STATIC
+    if not isinstance(state, Samples):
+        return REDUCED
+    value = call.state(values)
+    if isinstance(value, Samples):
+        value = value.at(value.dim + _index_rank(call) - call.rank(values))
+    joint = join(call, [written, value])
+    return joint if isinstance(joint, Mixed) else state
+
+
+def _index_rank(call: Call) -> int:
+    at = [i for i in call["indices"] if i is not None]
+    return max(call.rank(i) for i in at) + call.rank(call["self"]) - len(at)
+
+
+def index_add(call: Call) -> State:
+    """index_add, index_copy, index_fill: rows along `dim` are changed."""
+    nodes = call.tensors
+    state = call.state(nodes[0])
+    dim = call["dim"] % max(call.rank(nodes[0]), 1)
+    if state == STATIC and any(call.state(n) != STATIC for n in nodes):
+        return REDUCED
+    if isinstance(state, Samples) and dim == state.dim:
+        return call.undecided("entries are written to other samples by index")
+    if isinstance(state, Samples) and call.state(call["index"]) != STATIC:
+        return call.undecided("entries are picked by indices that depend on the batch")
+    return aligned(call, [n for n in nodes if call.rank(n) == call.rank(nodes[0])])
+
+
+RULES = table(
+    {
+        new: "zeros ones full empty rand randn randint new_zeros new_ones new_full new_empty",
+        scalar: "scalar_tensor tensor",
+        arange: "arange",
+        among_all: "eye randperm tril_indices triu_indices linspace",
+        pointwise_index: "gather take_along_dim scatter scatter_add scatter_reduce",
+        index_select: "index_select",
+        index: "index _unsafe_index",
+        index_put: "index_put _unsafe_index_put _index_put_impl",
+        index_add: "index_add index_copy index_fill",
+    }
+)

@@ -1,0 +1,331 @@
+"""How the batch runs through arithmetic: one rule per kind of call (see `rules_shape`)."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from .rules_shape import along, last_dims, table
+from .samples import (
+    REDUCED,
+    STATIC,
+    Reduced,
+    Samples,
+    State,
+    aligned,
+    batch_dims,
+    fresh,
+    is_integer,
+    join,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .samples import Call
+
+aten = torch.ops.aten
+
+MEAN, SUM = 1, 2  # ATen's numbers for `reduction`
+COUNT_AS_VALUE = "the number of samples is used as a value"
+
+
+def pointwise(call: Call) -> State:
+    """Broadcast against one another, entry by entry."""
+    state = aligned(call, call.tensors)
+    if call.uses_batch_size:
+        if isinstance(state, Samples):
+            return call.mixed(COUNT_AS_VALUE)
+        return REDUCED if state == STATIC else state
+    return state
+
+
+def shifted(call: Call) -> State:
+    """Multiplication: a sample's number may be multiplied by an integer, see `Samples.numbered`."""
+    states = [call.state(n) for n in call.tensors]
+    factors = [a for a in (call["other"],) if isinstance(a, int)]
+    if len(states) == 1 and isinstance(states[0], Samples) and states[0].numbered and factors:
+        own = states[0]
+        return Samples(own.dim, own.outer, own.inner, states[0].numbered * factors[0])
+    return pointwise(call)
+
+
+def same(call: Call) -> State:
+    """A copy, whole or of another type; a sample's number survives while it is an integer."""
+    state = call.state(call.first)
+    if isinstance(state, Samples) and state.numbered is not None and not is_integer(call.node):
+        return join(call, [state])
+    return state
+
+
+def like(call: Call) -> State:
+    """zeros_like and the like: only the shape is taken."""
+    state = call.state(call.first)
+    if isinstance(state, Samples):
+        return Samples(state.dim, state.outer, state.inner)
+    return fresh(call, call.out)
+
+
+def written(call: Call) -> State:
+    """copy_: what is copied is broadcast to the shape of what is written."""
+    return aligned(call, call.tensors, len(call.out))
+
+
+def reduction(call: Call) -> State:
+    """Over the dimensions in `dim`, or all."""
+    node = call.first
+    state = join(call, [call.state(node)])
+    if not isinstance(state, Samples):
+        return state
+    rank = call.rank(node)
+    dims = next((call[n] for n in ("dim", "axis") if n in call), None)
+    listed = dims if isinstance(dims, (list, tuple)) else [] if dims is None else [dims]
+    gone = {d % rank for d in listed} or set(range(rank))
+    if state.dim in gone:
+        how = {aten.sum: "sum", aten.mean: "mean", aten.count_nonzero: "sum"}
+        return Reduced(how.get(call.node.target.overloadpacket))  # type: ignore[union-attr]
+    if call["keepdim"]:
+        return state
+    return state.at(state.dim - sum(d < state.dim for d in gone))
+
+
+# ------------------------------------------------------------------------------- sums of products
+
+
+def contract(
+    call: Call, operands: Sequence[tuple[fx.Node, str]], out: str, *, bias: bool = False
+) -> State:
+    """A sum of products, in einsum's letters: a letter that is not in `out` is summed over."""
+    letters: dict[str, list[State]] = {}
+    states = [call.state(n) for n, _ in operands]
+    if any(isinstance(s, Reduced) for s in states) or not any(
+        isinstance(s, Samples) for s in states
+    ):
+        return join(call, states)
+    for (_, names), state in zip(operands, states, strict=True):
+        if isinstance(state, Samples):
+            letters.setdefault(names[state.dim], []).append(state.at(0))
+    if len(letters) > 1:
+        return call.mixed("it combines every sample with every other")
+    letter, found = next(iter(letters.items()))
+    joint = join(call, found)
+    if not isinstance(joint, Samples):
+        return joint
+    if letter in out:
+        return joint.at(out.index(letter))
+    return Reduced(None if bias else "sum")
+
+
+def _letters(prefix: str, count_: int) -> str:
+    """As many letters as there are leading dimensions, the last ones the same for all operands."""
+    return "".join(chr(ord("A") + count_ - 1 - i) for i in range(count_)) + prefix
+
+
+def matmul(call: Call) -> State:
+    """matmul, mm, bmm, mv, dot by the operands' ranks; addmm and baddbmm add a tensor."""
+    added, (a, b) = None, call.tensors[-2:]
+    if len(call.tensors) == 3:
+        added = call.tensors[0]
+    ra, rb = call.rank(a), call.rank(b)
+    left = _letters("nk", ra - 2) if ra > 1 else "k"
+    right = _letters("km", rb - 2) if rb > 1 else "k"
+    lead = max(left, right, key=lambda s: len(s))[:-2] if max(ra, rb) > 2 else ""
+    out = lead + ("n" if ra > 1 else "") + ("m" if rb > 1 else "")
+    state = contract(call, [(a, left), (b, right)], out, bias=added is not None)
+    if added is None:
+        return state
+    own = call.state(added)
+    if isinstance(own, Samples):
+        own = own.at(own.dim + len(out) - call.rank(added))
+    return state if own == STATIC else join(call, [state, own])
+
+
+def linear(call: Call) -> State:
+    """The last dimension against a weight."""
+    x, weight, bias = call["input"], call["weight"], call["bias"]
+    names = _letters("i", call.rank(x) - 1)
+    rows = "oi" if call.rank(weight) == 2 else "i"
+    if bias is not None and call.state(bias) != STATIC:
+        return call.undecided("a bias that depends on the batch")
+    out = names[:-1] + rows[:-1]
+    return contract(call, [(x, names), (weight, rows)], out, bias=bias is not None)
+
+
+def einsum(call: Call) -> State:
+    """Explicit equations; others are left to a trial."""
+    equation = str(call["equation"]).replace(" ", "")
+    nodes = list(call["tensors"])
+    if "." in equation or "->" not in equation:
+        return call.undecided("an einsum without explicit letters")
+    given, out = equation.split("->")
+    return contract(call, list(zip(nodes, given.split(","), strict=True)), out)
+
+
+def outer(call: Call) -> State:
+    """Every entry of one vector with every entry of another."""
+    return contract(call, list(zip(call.tensors, "ab", strict=True)), "ab")
+
+
+def attention(call: Call) -> State:
+    """Queries see keys: neither may run along the batch."""
+    state = aligned(call, call.tensors)
+    if isinstance(state, Samples) and state.dim >= call.rank(call["query"]) - 2:
+        return call.mixed("attention among samples")
+    return state
+
+
+def pairs(call: Call) -> State:
+    """cdist: the rows of one matrix against those of another."""
+    state = aligned(call, call.tensors)
+    if isinstance(state, Samples) and state.dim >= len(call.out) - 2:
+        return call.mixed("it combines every sample with every other")
+    return state
+
+
+# ---------------------------------------------------------------------------------------- layers
+
+
+def batch_first(call: Call) -> State:
+    """Convolutions, group norm and others whose samples must be in the first dimension."""
+    node = call.first
+    if any(call.state(n) != STATIC for n in call.tensors[1:]):
+        return call.undecided("a weight that depends on the batch")
+    state = join(call, [call.state(node)])
+    if isinstance(state, Samples) and state.dim != 0:
+        return call.mixed("it works along the batch")
+    return state
+
+
+def convolution(call: Call) -> State:
+    """Samples in the first dimension; one without it is taken for a single sample."""
+    if call.rank(call.first) < call.rank(call["weight"]) and batch_dims(call.shape(call.first)):
+        return call.mixed("it works along the batch")
+    return batch_first(call)
+
+
+def first_dims(call: Call) -> State:
+    """Upsampling: the first two dimensions, samples and channels, are left alone."""
+    state = join(call, [call.state(call.first)])
+    if isinstance(state, Samples) and state.dim > 1:
+        return call.mixed("it works along the batch")
+    return state
+
+
+def batch_norm(call: Call) -> State:
+    """The one coupling that GPipe's paper allows (section 2.2): statistics per micro-batch."""
+    state = call.state(call.first)
+    return state if isinstance(state, Samples) and state.dim == 0 else batch_first(call)
+
+
+def layer_norm(call: Call) -> State:
+    """Normalised over the last dimensions."""
+    return last_dims(len(call["normalized_shape"]))(call)
+
+
+def embedding(call: Call) -> State:
+    """Rows of a table."""
+    if call.state(call["weight"]) != STATIC:
+        return call.undecided("a table that depends on the batch")
+    return join(call, [call.state(call["indices"])])
+
+
+def element_loss(call: Call) -> State:
+    """mse_loss and others that compare entry by entry, then reduce."""
+    return _reduced(call, aligned(call, call.tensors))
+
+
+def sample_loss(call: Call) -> State:
+    """Losses whose operands have the samples in their first dimension."""
+    state = join(call, [call.state(n) for n in call.tensors])
+    if isinstance(state, Samples) and state.dim != 0:
+        return call.mixed("it works along the batch")
+    return _reduced(call, state)
+
+
+def class_loss(call: Call) -> State:
+    """cross_entropy, nll_loss: logits (N, C, d…) and targets (N, d…), or probabilities."""
+    logits, target = call["self"], call["target"]
+    states = []
+    for node in (logits, target):
+        state = call.state(node)
+        rank = call.rank(logits)
+        if isinstance(state, Samples) and call.rank(node) == rank:
+            if state.dim == min(1, rank - 1):
+                return call.mixed("it works along the batch")
+            state = state.at(state.dim - (state.dim > 1))
+        states.append(state)
+    if call["weight"] is not None and call.state(call["weight"]) != STATIC:
+        return call.undecided("class weights that depend on the batch")
+    probabilities = target.meta["val"].is_floating_point()
+    return _reduced(call, join(call, states), mean="mean" if probabilities else "counted")
+
+
+def _reduced(call: Call, state: State, mean: str = "mean") -> State:
+    how = {MEAN: mean, SUM: "sum"}.get(call["reduction"])
+    return Reduced(how) if how is not None and isinstance(state, Samples) else state
+
+
+def recurrent(call: Call) -> tuple[State, ...] | State:
+    """lstm, gru: results, then states of shape (layers, N, H)."""
+    state = call.state(call["input"])
+    if not isinstance(state, Samples):
+        return state
+    expected = 0 if call["batch_first"] else 1
+    if state.dim != expected or call.rank(call["input"]) != 3:
+        return call.mixed("it works along the batch")
+    results = call.node.meta["val"]
+    return tuple(state if i == 0 else state.at(1) for i, _ in zip(count(), results, strict=False))
+
+
+RULES = table(
+    {
+        shifted: "mul",
+        same: "clone contiguous detach alias lift_fresh lift_fresh_copy to _to_copy type_as"
+        " positive conj resolve_conj resolve_neg view_as_real view_as_complex real imag"
+        " _to_dtype expand_copy long int",
+        like: "zeros_like ones_like full_like empty_like rand_like randn_like randint_like",
+        written: "copy",
+        pointwise: "dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout"
+        " where fill zero masked_fill rrelu prelu softplus hardtanh gelu silu bernoulli normal"
+        " uniform exponential bucketize one_hot hardswish hardsigmoid mish elu celu selu isclose"
+        " nan_to_num clamp clip lerp addcmul addcdiv float_power square complex polar isnan"
+        " isfinite isinf rsub __and__ __or__ __xor__ relu6 threshold logit cosine_similarity_",
+        reduction: "sum mean amax amin max min all any prod logsumexp norm linalg_vector_norm var"
+        " std argmax argmin nansum nanmean median nanmedian mode var_mean std_mean count_nonzero"
+        " kthvalue aminmax",
+        along: "cosine_similarity",
+        matmul: "matmul mm bmm mv dot vdot inner addmm baddbmm addmv",
+        linear: "linear",
+        einsum: "einsum",
+        outer: "outer ger",
+        attention: "scaled_dot_product_attention",
+        pairs: "cdist",
+        convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+        " convolution",
+        batch_first: "group_norm native_group_norm instance_norm im2col col2im multinomial",
+        first_dims: "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d"
+        " upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d"
+        " _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
+        batch_norm: "batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm",
+        layer_norm: "layer_norm native_layer_norm rms_norm _fused_rms_norm",
+        last_dims(1): "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d"
+        " max_pool1d_with_indices _weight_norm_interface_",
+        last_dims(2): "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d"
+        " max_pool2d_with_indices tril triu inverse linalg_inv linalg_inv_ex cholesky"
+        " linalg_cholesky linalg_det linalg_qr linalg_svd linalg_eigh linalg_eigvalsh logdet"
+        " linalg_slogdet matrix_exp linalg_matrix_exp linalg_pinv",
+        last_dims(3): "max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d"
+        " max_pool3d_with_indices pixel_shuffle pixel_unshuffle",
+        embedding: "embedding",
+        element_loss: "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy"
+        " binary_cross_entropy_with_logits kl_div soft_margin_loss poisson_nll_loss"
+        " hinge_embedding_loss",
+        sample_loss: "cosine_embedding_loss margin_ranking_loss triplet_margin_loss"
+        " multi_margin_loss multilabel_margin_loss",
+        class_loss: "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d",
+        recurrent: "lstm gru rnn_tanh rnn_relu",
+    }
+)

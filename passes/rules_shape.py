@@ -1,0 +1,268 @@
+"""How the batch runs through views, slices, indexing and new tensors: one rule per kind of call.
+
+A rule takes a `Call` (of which no tensor is `Mixed`) and gives the state of the result, or of
+each result. `follow` checks what it gives against the result's shape.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .graphs import size
+from .samples import (
+    STATIC,
+    Reduced,
+    Samples,
+    State,
+    fresh,
+    is_integer,
+    join,
+    reshaped,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from .samples import Call
+
+aten = torch.ops.aten
+
+PLACES = "a part of the batch is picked by place"
+
+
+def reshape(call: Call) -> State:
+    """view, flatten, squeeze and all that keep the elements in order."""
+    state = call.state(call.first)
+    if not isinstance(state, Samples):
+        return state
+    return reshaped(call, state, call.shape(call.first), call.out)
+
+
+def expand(call: Call) -> State:
+    """New dimensions and repeated ones; a static tensor may be expanded to the batch."""
+    node = call.first
+    state = call.state(node)
+    if isinstance(state, Samples):
+        return state.at(state.dim + len(call.out) - call.rank(node))
+    return fresh(call, call.out) if state == STATIC else join(call, [state, fresh(call, call.out)])
+
+
+def broadcast_tensors(call: Call) -> tuple[State, ...]:
+    """Each tensor expanded to the joint shape."""
+    states: list[State] = []
+    for node in call.tensors:
+        state = call.state(node)
+        if isinstance(state, Samples):
+            states.append(state.at(state.dim + len(call.out) - call.rank(node)))
+        else:
+            states.append(join(call, [state, fresh(call, call.out)]))
+    return tuple(states)
+
+
+def rearrange(call: Call) -> State:
+    """Permutations of dimensions: where a dimension goes is tried on sizes that tell them apart."""
+    state = call.state(call.first)
+    if not isinstance(state, Samples):
+        return state
+    marked = torch.empty([d + 2 for d in range(call.rank(call.first))], device="meta")
+    target: Any = call.node.target
+    moved = target(marked, *call.node.args[1:], **call.node.kwargs)
+    return state.at(list(moved.shape).index(state.dim + 2))
+
+
+def along(call: Call) -> State:
+    """What works along some dimensions and keeps the others: softmax, cumsum, sort, flip, fft."""
+    node = call.first
+    state = call.state(node)
+    if isinstance(state, Samples) and state.dim in _dims(call, call.rank(node)):
+        return call.mixed(
+            "it works along the batch", certain=not (is_integer(node) and is_integer(call.node))
+        )
+    return join(call, [state])
+
+
+def _dims(call: Call, rank: int) -> set[int]:
+    """The dimensions that a call names; all of them where it names none."""
+    named = next((call[n] for n in ("dim", "dims", "axis") if n in call), None)
+    if named is None or named == []:
+        return set(range(rank))
+    return {d % rank for d in (named if isinstance(named, (list, tuple)) else [named])}
+
+
+def last_dims(count: int) -> Callable[[Call], State]:
+    """What works on the last `count` dimensions: pooling, matrix factorisations, padding."""
+
+    def rule(call: Call) -> State:
+        node = call.first
+        state = join(call, [call.state(node)])
+        if isinstance(state, Samples) and state.dim >= call.rank(node) - count:
+            return call.mixed("it works along the batch")
+        return state
+
+    return rule
+
+
+def pad(call: Call) -> State:
+    """Values put around the last dimensions."""
+    return last_dims(len(call["pad"] or call["padding"] or ()) // 2)(call)
+
+
+def select(call: Call) -> State:
+    """One entry of a dimension."""
+    node, state = call.first, call.state(call.first)
+    if not isinstance(state, Samples):
+        return state
+    dim = call["dim"] % call.rank(node)
+    if dim == state.dim:
+        return Reduced() if (state.outer, state.inner) == (1, 1) else call.undecided(PLACES)
+    return state.at(state.dim - (dim < state.dim))
+
+
+def narrow(call: Call) -> State:
+    """slice and narrow; along the batch only whole batches may be taken."""
+    node, state = call.first, call.state(call.first)
+    if not isinstance(state, Samples):
+        return state
+    if (call["dim"] or 0) % call.rank(node) != state.dim:
+        return state
+    whole, taken = call.shape(node)[state.dim], call.out[state.dim]
+    start = call["start"]
+    begin = size(start.meta["val"] if isinstance(start, fx.Node) else start or 0)
+    if taken == whole:
+        return state
+    unit = whole / state.outer
+    blocks = (taken / unit, begin / unit)
+    if call["step"] in (None, 1) and all(b.is_Integer for b in blocks):
+        return Samples(state.dim, int(blocks[0]), state.inner, state.numbered)
+    return call.mixed("a part of the batch is cut out", certain=state.inner == 1)
+
+
+def split(call: Call) -> State | tuple[State, ...]:
+    """split, chunk, tensor_split: pieces of equal or given sizes along a dimension."""
+    node, state = call.first, call.state(call.first)
+    if not isinstance(state, Samples):
+        return state
+    if (call["dim"] or 0) % call.rank(node) != state.dim:
+        return state
+    whole = call.shape(node)[state.dim]
+    pieces = [size(t.shape[state.dim]) for t in call.node.meta["val"]]
+    counts = [p * state.outer / whole for p in pieces]
+    if all(c.is_Integer for c in counts):
+        return tuple(Samples(state.dim, int(c), state.inner, state.numbered) for c in counts)
+    return call.mixed("a part of the batch is cut out")
+
+
+def unbind(call: Call) -> State:
+    """Every entry of a dimension."""
+    node, state = call.first, call.state(call.first)
+    if not isinstance(state, Samples):
+        return state
+    dim = call["dim"] % call.rank(node)
+    if dim == state.dim:
+        return call.mixed(PLACES)
+    return state.at(state.dim - (dim < state.dim))
+
+
+def cat(call: Call) -> State:
+    """Along the batch, several batches in a row; along another dimension, side by side."""
+    states = [call.state(n) for n in call.tensors if call.shape(n) != (0,)]
+    dim = call["dim"] % len(call.out)
+    along_batch = [s for s in states if isinstance(s, Samples) and s.dim == dim]
+    if not along_batch:
+        return join(call, states)
+    if len(along_batch) < len(states):
+        return call.mixed("something else is put beside the batch")
+    first = along_batch[0]
+    if any((s.inner, s.numbered) != (first.inner, first.numbered) for s in along_batch):
+        return call.undecided("batches of different arrangements are put together")
+    return Samples(dim, sum(s.outer for s in along_batch), first.inner, first.numbered)
+
+
+def stack(call: Call) -> State:
+    """A new dimension before the one at `dim`."""
+    dim = call["dim"] % len(call.out)
+    state = join(call, [call.state(n) for n in call.tensors])
+    return state.at(state.dim + (dim <= state.dim)) if isinstance(state, Samples) else state
+
+
+def repeat(call: Call) -> State:
+    """The whole tensor several times: along the batch, several batches in a row."""
+    node, state = call.first, call.state(call.first)
+    if not isinstance(state, Samples):
+        return fresh(call, call.out) if state == STATIC else state
+    dim = state.dim + len(call.out) - call.rank(node)
+    times = call.out[dim] / call.shape(node)[state.dim]
+    if not times.is_Integer:
+        return call.mixed("the batch is repeated as often as it has samples")
+    return Samples(dim, state.outer * int(times), state.inner, state.numbered)
+
+
+def repeat_interleave(call: Call) -> State:
+    """Each entry several times: along the batch, more of each sample."""
+    node, state = call.first, call.state(call.first)
+    if not isinstance(state, Samples) or call["dim"] is None:
+        return state if not isinstance(state, Samples) else call.undecided("it flattens the batch")
+    if call["dim"] % call.rank(node) != state.dim or state.numbered is not None:
+        return join(call, [state])
+    times = call.out[state.dim] / call.shape(node)[state.dim]
+    if not times.is_Integer:
+        return call.mixed("the batch is repeated as often as it has samples")
+    return Samples(state.dim, state.outer, state.inner * int(times))
+
+
+def diagonal(call: Call) -> State:
+    """Two dimensions become one, the last."""
+    node, state = call.first, call.state(call.first)
+    if not isinstance(state, Samples):
+        return state
+    rank = call.rank(node)
+    taken = {call["dim1"] % rank, call["dim2"] % rank}
+    if state.dim in taken:
+        return call.mixed("a diagonal through the batch")
+    return state.at(state.dim - sum(d < state.dim for d in taken))
+
+
+def _packets(names: Iterable[str]) -> list[Any]:
+    """Operators by name; those that this torch does not have are left out."""
+    return [getattr(aten, n) for n in names if hasattr(aten, n)]
+
+
+def table(groups: dict[Callable[[Call], Any], str]) -> dict[Any, Callable[[Call], Any]]:
+    """operator → rule, from rule → the names of operators (also their in-place forms)."""
+    return {
+        packet: rule
+        for rule, names in groups.items()
+        for name in names.split()
+        for packet in _packets((name, name + "_"))
+    }
+
+
+RULES = table(
+    {
+        reshape: "view reshape _unsafe_view flatten unflatten squeeze unsqueeze ravel view_as"
+        " reshape_as _reshape_alias",
+        expand: "expand expand_as broadcast_to",
+        broadcast_tensors: "broadcast_tensors",
+        rearrange: "permute transpose t numpy_T mT mH adjoint movedim moveaxis swapaxes swapdims",
+        along: "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp cummax"
+        " cummin sort argsort topk flip roll fft_fft fft_ifft fft_rfft fft_irfft fft_fft2"
+        " fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfft"
+        " fft_ihfft fft_fftshift fft_ifftshift glu diff _fft_r2c _fft_c2r _fft_c2c softmin unfold"
+        " trapezoid cumulative_trapezoid gradient",
+        pad: "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d"
+        " replication_pad1d replication_pad2d replication_pad3d _pad_circular",
+        select: "select",
+        narrow: "slice narrow",
+        split: "split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk"
+        " unsafe_split_with_sizes",
+        unbind: "unbind",
+        cat: "cat concat concatenate",
+        stack: "stack",
+        repeat: "repeat tile",
+        repeat_interleave: "repeat_interleave",
+        diagonal: "diagonal",
+    }
+)
