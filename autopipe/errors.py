@@ -7,6 +7,11 @@ found, and what to do about it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class AutopipeError(Exception):
     """Base of all errors below.
@@ -42,6 +47,11 @@ class AutopipeError(Exception):
         if remedy is not None:
             lines.append(f"  what to do: {remedy}")
         super().__init__("\n".join(lines))
+
+    def at(self, source: str | None) -> Self:
+        """The same error, with the line of the model that it is about."""
+        facts = {n: getattr(self, n) for n in ("node", "expected", "found", "remedy")}
+        return type(self)(self.problem, source=source, **facts)
 
 
 class OptionError(AutopipeError, ValueError):

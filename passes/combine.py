@@ -176,7 +176,8 @@ class _Combine:
                 self.needs_epilogue = True
                 self.env[node] = self.reduction(node, state)
             elif isinstance(state, Mixed):
-                refuse(state.node, state.reason)
+                tried = "" if state.certain else "; tried in parts, samples gave something else"
+                refuse(state.node, state.reason + tried)
             else:
                 value = node
                 if node.op == "placeholder":  # lent tensors are not results: return a copy
@@ -300,7 +301,7 @@ class _Combine:
 def refuse(node: fx.Node, reason: str) -> NoReturn:
     """The model mixes samples at `node`."""
     raise CouplingError(
-        f"the model mixes the samples of a batch: {reason}, which micro-batches would change",
+        f"the model mixes the samples of a batch, so micro-batches would change it: {reason}",
         node=node.name,
         source=source_line(node),
         found=str(node.target),

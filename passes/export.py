@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from autopipe.errors import AutopipeError, CaptureError
 
+from . import functions
 from .graphs import is_users
 
 if TYPE_CHECKING:
@@ -58,20 +59,16 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _lossless() -> Iterator[None]:
-    """Refuse what export would drop from the gradient without a word."""
+    """Keep custom autograd.Functions; refuse what export would drop from the gradient silently."""
 
-    apply: Any = torch.autograd.Function.apply
-
-    def refuse_function(cls: type, *args: Any, **kwargs: Any) -> Any:
+    def keep_function(cls: type[torch.autograd.Function], *args: Any) -> Any:
         if cls.__module__.startswith("torch._library"):  # an operator's registered derivative
-            return apply.__func__(cls, *args, **kwargs)
-        raise CaptureError(
-            "a custom autograd.Function: its backward would be lost in the captured graph",
-            source=_user_frame(traceback.extract_stack()),
-            found=f"{cls.__module__}.{cls.__qualname__}",
-            remedy="write it with differentiable operators (a straight-through estimator is"
-            " x + (f(x) - x).detach()), or leave it out of the pipelined model",
-        )
+            return functions.apply.__func__(cls, *args)
+        source = _user_frame(traceback.extract_stack())
+        try:
+            return functions.record(cls, *args)
+        except CaptureError as error:
+            raise error.at(source) from None
 
     def refuse_hook(tensor: Tensor, hook: Any) -> Any:
         raise CaptureError(
@@ -97,7 +94,7 @@ def _lossless() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.inference_mode, "__enter__", refuse_inference))
         stack.enter_context(
-            mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function))
+            mock.patch.object(torch.autograd.Function, "apply", classmethod(keep_function))
         )
         stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
         yield
