@@ -22,6 +22,7 @@ from autopipe.runtime.memory import SavedBytes
 from autopipe.runtime.random import step_seed
 from autopipe.runtime.transfer import Place
 from autopipe.structure import Structure, flatten, other_structure
+from autopipe.verify import Verification, compare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -152,6 +153,24 @@ class Pipeline(nn.Module):
         """
         leaves, spec = flatten(args, kwargs)
         self._prepare(args, kwargs, leaves, spec, strict=False)
+
+    def verify(self, *args: Any, tolerance: float | None = None, **kwargs: Any) -> Verification:
+        """Compare a training step of this pipeline with one of the model itself, on one batch.
+
+        Random calls are stilled in both, and the model's batch norm is made to normalise
+        micro-batch by micro-batch. Parameters, gradients, buffers and random state stay as they
+        are. The model runs on the whole batch where its parameters lie: it must fit there.
+
+        Args:
+            args, kwargs: the model's inputs.
+            tolerance: what counts as rounding, relative to the largest entry; without it, by
+                dtype (1e-5 for float32).
+
+        Returns:
+            A `Verification`: ``ok``, the largest difference of every result, gradient and buffer,
+            and, if one is more than rounding, the stage and node where the first is made.
+        """
+        return compare(self, args, kwargs, tolerance)
 
     def _prepare(
         self,

@@ -62,6 +62,18 @@ def is_users(file: str) -> bool:
     return not file.startswith((TORCH, OURS, "<"))
 
 
+def is_random(node: fx.Node) -> bool:
+    """A call that draws random numbers."""
+    tags = getattr(node.target, "tags", ())
+    schema = getattr(node.target, "_schema", None)
+    if torch.Tag.nondeterministic_seeded not in tags or schema is None:
+        return False
+    given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    chance = next((given[n] for n in ("p", "dropout_p", "dropout") if n in given), None)
+    return given.get("train", True) is True and chance != 0.0
+
+
 def is_effect(node: fx.Node) -> bool:
     """A call that matters even if nobody uses its result: it writes to one of its arguments."""
     schema = getattr(node.target, "_schema", None)

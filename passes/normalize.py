@@ -217,6 +217,10 @@ def _facts(node: fx.Node) -> dict[str, Any]:
     """What later passes ask of a node: its looks and where the model made it."""
     facts = {"val": node.meta["val"]} if "val" in node.meta else {}
     trace = users_trace(node.meta.get("stack_trace"))
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    modules = [path.removeprefix("model.") for path, _ in stack if path.startswith("model.")]
+    if modules:
+        facts["modules"] = modules  # the submodules that it was called in, outermost first
     return facts | ({"stack_trace": trace} if trace else {})
 
 

@@ -34,7 +34,7 @@ def table(plan: Plan) -> str:
     lines = [
         f"{len(plan.stages)} stages, {len(plan.sizes)} micro-batches of {samples},"
         f" schedule {plan.schedule}, remat {plan.remat}",
-        *_columns(rows),
+        *columns(rows),
         f"flops and bytes are those of a micro-batch of {size}; balance {plan.balance:.3f}"
         f" (mean load / largest), predicted bubble {plan.timeline.bubble:.1%}",
     ]
@@ -58,7 +58,7 @@ def nbytes(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
