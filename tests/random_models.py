@@ -81,9 +81,7 @@ class Program(Brief):
     def arguments(self, batch: int) -> tuple[Tensor, ...]:
         """Random inputs for a number of samples."""
         generator = torch.Generator().manual_seed(batch)
-        return tuple(
-            i.kind.tensor(batch, generator).requires_grad_(i.grad) for i in self.inputs
-        )
+        return tuple(i.kind.tensor(batch, generator).requires_grad_(i.grad) for i in self.inputs)
 
     @property
     def in_dims(self) -> tuple[int | None, ...]:
@@ -141,7 +139,11 @@ REGIONS: dict[str, Callable[[], Any]] = {
 
 
 class RandomModel(nn.Module):
-    """Executes a program, in double precision. `train` is its mode from the start."""
+    """Executes a program, in double precision. `train` is its mode from the start.
+
+    A view made in a no_grad region is detached: eager torch says of it that it requires a gradient,
+    while none can ever flow through it (its ``grad_fn`` is None).
+    """
 
     def __init__(self, program: Program, train: bool = True) -> None:
         super().__init__()
@@ -189,6 +191,8 @@ class RandomModel(nn.Module):
                 for op, plan in calls:
                     layer = [] if op.layer is None else [self.layers[op.layer]]
                     result = plan.run(*layer, *(values[i] for i in op.args))
+                    if plan.view and not plan.writes and "no_grad" in region:
+                        result = pytree.tree_map(Tensor.detach, result)
                     values += [result] if isinstance(result, Tensor) else result
         return values
 
@@ -344,13 +348,19 @@ class Draft:
         able = [i for i, v in enumerate(self.values) if v.kind.dtype != "complex"][::-1]
         chosen = [able[0], *(able[p % len(able)] for p in picks)]
         if form % 2:
-            chosen += [i for i in range(len(self.inputs) + len(self.held), count)
-                       if i in able and i not in self.used and i not in chosen]
+            chosen += [
+                i
+                for i in range(len(self.inputs) + len(self.held), count)
+                if i in able and i not in self.used and i not in chosen
+            ]
         if not any(self.values[i].grad for i in chosen):
             sure = [i for i in able if self.values[i].grad]
             chosen.append(sure[0] if sure else self.probe())
         return Program(
-            self.inputs, tuple(self.ops), self.structure(chosen, form // 2), self.held,
+            self.inputs,
+            tuple(self.ops),
+            self.structure(chosen, form // 2),
+            self.held,
             tuple(self.layers),
         )
 
@@ -361,7 +371,8 @@ class Draft:
         return len(self.values) - 1
 
     def structure(self, chosen: list[int], form: int) -> Any:
-        losses = [i for i in chosen if self.values[i].kind == Kind(batch=None, reduced=True)]
+        loss = Kind(batch=None, reduced=True)
+        losses = [i for i in chosen if self.values[i].kind == loss and self.values[i].grad]
         if losses and form % 2:
             rest = [i for i in chosen if i != losses[0]]
             return {"loss": losses[0], "rest": tuple(rest), "note": None}
@@ -392,13 +403,32 @@ def kinds(draw: st.DrawFn, like: tuple[int, ...], batched: bool | None = None) -
     return Kind(shape, dtype, batch, high=5 if dtype == "long" else 0)
 
 
-LAYERED = ("linear", "linear", "conv1d", "conv2d", "layer_norm", "embedding", "attention", "softmax")
+LAYERED = (
+    "linear",
+    "linear",
+    "conv1d",
+    "conv2d",
+    "layer_norm",
+    "embedding",
+    "attention",
+    "softmax",
+)
 JOINING = ("add", "mul", "cat", "where", "matmul", "project", "masked_fill", "gather", "weight")
 WRITING = ("add_", "mul_", "relu_", "mul_number_", "masked_fill_", "assign", "copy_")
 SEEING = ("transpose", "select", "slice", "chunk", "split", "expand", "permute", "alias", "detach")
 WHOLE = ("argmax", "greater", "less", "equals", "quantize", "as_complex", "rfft", "irfft", "merge")
 WHOLE += ("lower_triangle", "masked_attention", "upsample")
-LOSSES = ("cross_entropy", "mean", "weighted_cross_entropy", "mse", "masked_mean", "add_losses", "weigh", "sum", "hits")
+LOSSES = (
+    "cross_entropy",
+    "mean",
+    "weighted_cross_entropy",
+    "mse",
+    "masked_mean",
+    "add_losses",
+    "weigh",
+    "sum",
+    "hits",
+)
 COMMON = (*LAYERED, *JOINING, *WRITING, *SEEING, *WHOLE, *LOSSES, "tanh", "relu", "gelu")
 NAMES = (*COMMON, *sorted(RULES), *COMMON)
 PICK = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 30))

@@ -238,9 +238,7 @@ def stack(n: int, a: Kind, b: Kind) -> Made | None:
     if replace(a, high=0) != replace(b, high=0) or a.batch != 0 or a.reduced:
         return None
     axis = n % (len(a.shape) + 1)
-    kind = replace(
-        a, shape=(*a.shape[:axis], 2, *a.shape[axis:]), high=max(a.high, b.high)
-    )
+    kind = replace(a, shape=(*a.shape[:axis], 2, *a.shape[axis:]), high=max(a.high, b.high))
     return Made(lambda s, t: torch.stack([s, t], axis + 1), (kind,), saves="")
 
 
@@ -341,9 +339,7 @@ def argmax(n: int, x: Kind) -> Made | None:
     if not featured(x):
         return None
     keep = n % 2 == 1
-    kind = replace(
-        x, shape=(*x.shape[:-1], *([1] if keep else [])), dtype="long", high=x.shape[-1]
-    )
+    kind = replace(x, shape=(*x.shape[:-1], *([1] if keep else [])), dtype="long", high=x.shape[-1])
     return Made(lambda t: (t + ramp(t)).argmax(-1, keep), (kind,), saves="")
 
 
@@ -356,7 +352,11 @@ def greater(n: int, x: Kind) -> Made | None:
 @rule
 def less(n: int, a: Kind, b: Kind) -> Made | None:
     kind = broadcast(a, b) if plain(a, b) else None
-    return Made(lambda s, t: s < t - 0.0123, (replace(kind, dtype="bool"),), saves="") if kind else None
+    return (
+        Made(lambda s, t: s < t - 0.0123, (replace(kind, dtype="bool"),), saves="")
+        if kind
+        else None
+    )
 
 
 @rule
