@@ -242,7 +242,7 @@ def stack(n: int, a: Kind, b: Kind) -> Made | None:
     return Made(lambda s, t: torch.stack([s, t], axis + 1), (kind,), saves="")
 
 
-# -------------------------------------------------------------------------- over features, reductions
+# ---------------------------------------------------------------------- over features, reductions
 
 
 @rule
