@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+import autopipe
 
 from .agreement import assert_agrees, pipelined
 
@@ -66,3 +69,33 @@ def test_a_conjugated_value_between_stages(devices: int) -> None:
     """``z.conj()`` only sets a bit. The stage that received it had been traced without the bit and
     failed: ``view_as_real doesn't work on unresolved conjugated tensors``."""
     assert_agrees(pipelined(Conjugated(), devices=devices), batch())
+
+
+def test_a_count_beside_a_differentiable_result() -> None:
+    """A result that is reduced over the batch was taken for the loss, though no gradient can come
+    from a number of samples; then no program for the backward was made at all."""
+
+    class Counted(Model):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return (x > 0).sum(), super().forward(x)
+
+    assert_agrees(pipelined(Counted(torch.tanh)), batch())
+
+
+def test_autograd_that_comes_by_with_nothing() -> None:
+    """What follows the pipeline may have no gradient to give. Then the program was made anew for
+    gradients from no result, and had no backward to run."""
+
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> None:
+            return None
+
+    pipe, x = autopipe.compile(Model(torch.tanh), 2, 2), batch()
+    (Cut.apply(pipe(x)).sum() + 3 * x.sum()).backward()
+    assert torch.equal(x.grad, torch.full_like(x, 3))
+    assert all(p.grad is None for p in pipe.parameters())
