@@ -344,6 +344,8 @@ class Draft:
 
         The last value is always one. With ``form % 2``, so is every value that nothing used.
         """
+        if not self.ops:
+            self.probe()
         count = len(self.values)
         able = [i for i, v in enumerate(self.values) if v.kind.dtype != "complex"][::-1]
         chosen = [able[0], *(able[p % len(able)] for p in picks)]
