@@ -99,3 +99,16 @@ def test_autograd_that_comes_by_with_nothing() -> None:
     (Cut.apply(pipe(x)).sum() + 3 * x.sum()).backward()
     assert torch.equal(x.grad, torch.full_like(x, 3))
     assert all(p.grad is None for p in pipe.parameters())
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_value_and_its_detached_self_are_results(chunks: int) -> None:
+    """With one micro-batch the two were one tensor, and marking the second as one without gradient
+    took the first one's."""
+
+    class Both(Model):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            y = super().forward(x)
+            return y, y.detach()
+
+    assert_agrees(pipelined(Both(torch.tanh), chunks=chunks), batch())
