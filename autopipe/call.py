@@ -91,6 +91,9 @@ class Call:
         pattern = frozenset(
             o.name for o, g in zip(outputs, gradients, strict=True) if g is not None
         )
+        if not pattern:  # autograd came by with nothing
+            run.drop()
+            return (None,) * len(self.wanted)
         if pattern != self.ready.differentiated:
             # The program was made for gradients from other outputs. Same seed, same buffers as
             # then: run the forward of the right one, once; the next step starts with it.

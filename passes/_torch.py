@@ -6,10 +6,13 @@ here: nothing else in the project imports from a module whose name starts with a
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
+from torch._export.passes import replace_set_grad_with_hop_pass as regions
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._ops import HigherOrderOperator, OpOverload
@@ -20,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.amp.autocast_mode import _enter_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import (
@@ -33,7 +37,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import sympy
 
@@ -49,6 +53,7 @@ __all__ = [
     "attribute",
     "flop_registry",
     "from_functional",
+    "keep_regions",
     "make_fx",
     "min_cut_saved",
     "preserve_node_meta",
@@ -76,6 +81,29 @@ def static_fakes() -> FakeTensorMode:
 def symbolic_fakes() -> FakeTensorMode:
     """A fake tensor mode in which torch.export can make sizes symbolic."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+@contextmanager
+def keep_regions() -> Iterator[None]:
+    """Keep export from forgetting that gradients are off where an autocast region is around it.
+
+    Export cuts its graph where gradients are switched and looks at the first call of each part to
+    see what they are switched to. But a part of an autocast region begins with a call that enters
+    it again.
+    """
+
+    def switches(node: fx.Node, omit_if_same_with_ambient: bool = False) -> bool:
+        if node.op != "call_module" or node.graph.owning_module is None:
+            return False
+        part: Any = node.graph.owning_module.get_submodule(str(node.target))
+        calls = (n for n in part.graph.nodes if n.op != "placeholder")
+        first = next((n for n in calls if n.target is not _enter_autocast), None)
+        if first is None or first.target is not torch._C._set_grad_enabled:
+            return False
+        return not omit_if_same_with_ambient or first.args[0] != torch.is_grad_enabled()
+
+    with mock.patch.object(regions, "_is_set_grad_enabled_sub_mod", switches):
+        yield
 
 
 def attribute(call: int, stack_trace: str | None) -> None:

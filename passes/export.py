@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from autopipe.errors import AutopipeError, CaptureError
 
 from . import functions
+from ._torch import keep_regions
 from .graphs import is_users
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def export(
     """
     shapes = tuple({} if d is None else {d: torch.export.Dim.AUTO} for d in dims)
     try:
-        with _lossless(), _quiet(), torch.enable_grad():
+        with _lossless(), keep_regions(), _quiet(), torch.enable_grad():
             return torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
             )

@@ -210,7 +210,16 @@ def _region(
         autocast=autocast,
         without_grad=without_grad,
     )
-    return [original.get(r, r) for r in results]
+    return [original.get(_written_to(r), r) for r in results]
+
+
+def _written_to(value: Any) -> Any:
+    """Behind the result of an in-place call the tensor that it wrote to: they are one object."""
+    while isinstance(value, fx.Node) and (schema := getattr(value.target, "_schema", None)):
+        if not any(r.alias_info is not None and r.alias_info.is_write for r in schema.returns):
+            break
+        value = value.args[0]
+    return value
 
 
 def _facts(node: fx.Node) -> dict[str, Any]:

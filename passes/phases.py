@@ -62,7 +62,8 @@ def phases(
         devices: one per stage; kernels are chosen for them.
         remat: one of `POLICIES`.
         grad: False for inference: the forward alone, traced under no_grad.
-        differentiated: outputs for which a gradient will come, if one can.
+        differentiated: outputs for which a gradient will come, if one can; if it can for none of
+            them, all others count.
         traced: stages cut so far, by everything they depend on; identical ones are traced once.
         progress: told about each stage.
 
@@ -82,7 +83,7 @@ def phases(
     differentiable = frozenset(
         o.name for o in split.captured.outputs if known[o.name][0].requires_grad
     )
-    differentiated &= differentiable
+    differentiated = differentiated & differentiable or differentiable
     arriving = {n: (_dense(known[n][0]), known[n][1]) for n in differentiated}
     cut: list[StagePhases] = []
     for stage, device in reversed(list(zip(split.stages, devices, strict=True))):

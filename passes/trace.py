@@ -150,10 +150,10 @@ def trace(
                         allow_unused=True,
                     )
                 gradients = list(zip(wanted, found, strict=True))
-            plain = [from_functional(r.detach()) for r in results]
+            plain = [from_functional(_resolved(r.detach())) for r in results]
             now = [from_functional(x) for x in outer]
             updates[:] = [i for i, x in enumerate(now) if x is not before[i]]
-            pairs = [(i, from_functional(g)) for i, g in gradients if g is not None]
+            pairs = [(i, from_functional(_resolved(g))) for i, g in gradients if g is not None]
         grads[:] = [i for i, _ in pairs]
         return plain + [now[i] for i in updates] + [g for _, g in pairs]
 
@@ -162,6 +162,11 @@ def trace(
         tangents_ = [look.fake(device) for _, _, look in arriving]
         module = make_fx(joint, _allow_non_fake_inputs=True)(primals, tangents_)
     return Joint(module.graph, tuple(updates), tuple(grads), _tidy(module.graph))
+
+
+def _resolved(tensor: Tensor) -> Tensor:
+    """Without the bits for "to be conjugated" and "to be negated": `Look` does not tell of them."""
+    return tensor.resolve_conj().resolve_neg()
 
 
 def _run(stage: StageGraph, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -37,7 +37,8 @@ class PipelineFunction(torch.autograd.Function):
     def forward(ctx: Any, step: Step, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.step = step
         ctx.set_materialize_grads(False)
-        outputs = step.forward()
+        # Results may be one tensor, as x and x.detach() are; what is marked is a tensor object.
+        outputs = tuple(o.detach() for o in step.forward())
         fixed = [o for o, d in zip(outputs, step.differentiable(), strict=True) if not d]
         ctx.mark_non_differentiable(*fixed)
         return outputs
