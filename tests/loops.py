@@ -53,6 +53,18 @@ def loss_of(module: nn.Module, step: int = 0, batch: int = 7) -> Tensor:
     return F.cross_entropy(module(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
 
 
+def train(module: nn.Module, steps: int = 3) -> list[Tensor]:
+    """The plainest of loops; its losses."""
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        losses.append(loss_of(module, step))
+        losses[-1].backward()
+        optimizer.step()
+    return losses
+
+
 def assert_same_state(pipe: nn.Module, reference: nn.Module) -> None:
     """Parameters, gradients and buffers."""
     pairs = list(zip(pipe.named_parameters(), reference.parameters(), strict=True))
@@ -65,10 +77,22 @@ def assert_same_state(pipe: nn.Module, reference: nn.Module) -> None:
         assert_close(a, b, name)
 
 
-def alike(loop: Loop, model: nn.Module | None = None, **options: Any) -> autopipe.Pipeline:
-    """Run a loop on a pipeline and on a copy of its model: what it returns and leaves agrees."""
+def alike(
+    loop: Loop,
+    model: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    **options: Any,
+) -> autopipe.Pipeline:
+    """Run a loop on a pipeline and on a copy of its model: what it returns and leaves agrees.
+
+    Args:
+        loop: is given the pipeline or the model.
+        model: `net()` unless given.
+        reference: its copy, for models that cannot be copied.
+        options: of `autopipe.compile`.
+    """
     model = net() if model is None else model
-    reference = copy.deepcopy(model)
+    reference = copy.deepcopy(model) if reference is None else reference
     pipe = pipelined(model, **options)
     found, expected = loop(pipe), loop(reference)
     for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
