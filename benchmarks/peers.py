@@ -180,8 +180,16 @@ def pipelined(trial: Trial, rank: int, world: int, store: str) -> Gradients:
     return _gradients(stage.submod)
 
 
+def _in_a_line(error: BaseException) -> str:
+    """Type and first line of the error that it began with, if that says anything."""
+    while error.__cause__ is not None and str(error.__cause__).strip():
+        error = error.__cause__
+    text = next(filter(None, map(str.strip, str(error).splitlines())), "")
+    return f"{type(error).__name__}: {text}"
+
+
 def _process(answers: Connection, function: Callable[..., Any], *args: Any) -> None:
-    """Run a function quietly; send ("done", result) or ("error", type and first line)."""
+    """Run a function quietly; send ("done", its result) or ("error", what it raised)."""
     torch.set_num_threads(1)
     with open(os.devnull, "w") as null:  # the exporter's log is megabytes
         os.dup2(null.fileno(), 1)
@@ -189,8 +197,7 @@ def _process(answers: Connection, function: Callable[..., Any], *args: Any) -> N
     try:
         answers.send(("done", function(*args)))
     except BaseException as error:
-        text = next((line for line in str(error).splitlines() if line.strip()), "")
-        answers.send(("error", f"{type(error).__name__}: {text}"))
+        answers.send(("error", _in_a_line(error)))
     finally:
         answers.close()
 
@@ -272,7 +279,7 @@ def try_model(trial: Trial, seconds: float = 90.0) -> dict[str, Outcome]:
     """Train a step under each of the two; {"pipelining": …, "autopipe": …}."""
     kind, truth = run([(eager, trial)], seconds)
     if kind != "done":
-        raise RuntimeError(f"eager torch itself: {truth}")
+        return dict.fromkeys(("pipelining", "autopipe"), Outcome(kind, f"eager torch: {truth}"))
     ((expected, groups),) = truth
     world = 2 if trial.split is None else len(trial.split) + 1
     outcomes = {}
