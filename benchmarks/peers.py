@@ -14,12 +14,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import autopipe
@@ -31,7 +33,7 @@ CONTEXT.set_forkserver_preload(
 os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
 """Processes that are killed leave semaphores for the tracker to clean up; it would say so."""
 ROUNDING = 1e-5
-"""Of the largest gradient: float32 constants inside of a model limit what float64 gives."""
+"""Of the model's largest gradient: what float32 may be off by, and no mistake would be."""
 
 Gradients = dict[str, "numpy.ndarray[Any, Any]"]
 
@@ -50,6 +52,27 @@ class Example:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     target: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """Samples: what the first tensor has in dimension 0."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return next(len(x) for x in leaves if isinstance(x, Tensor))
+
+    def micro_batches(self, chunks: int) -> list[Example]:
+        """The same model with a part of the batch each."""
+
+        def part(value: Any, indices: Tensor) -> Any:
+            batched = isinstance(value, Tensor) and value.ndim and len(value) == self.batch
+            return value[indices] if batched else value
+
+        return [
+            Example(
+                self.model,
+                *pytree.tree_map(partial(part, indices=i), (self.args, self.kwargs, self.target)),
+            )
+            for i in torch.arange(self.batch).tensor_split(chunks)
+        ]
 
 
 @dataclass(frozen=True)
@@ -81,12 +104,6 @@ class Outcome:
 
     kind: str
     detail: str = ""
-
-
-def batch_of(example: Example) -> int:
-    """Samples of the batch: what its tensors have in dimension 0."""
-    tensors = [x for x in pytree.tree_leaves((example.args, example.kwargs)) if torch.is_tensor(x)]
-    return int(tensors[0].shape[0])
 
 
 def halfway(example: Example) -> str:
@@ -131,9 +148,16 @@ def _gradients(module: nn.Module) -> Gradients:
 
 
 def eager(trial: Trial) -> tuple[Gradients, list[list[str]]]:
-    """Gradients of the whole batch, and the groups of names that mean one parameter."""
+    """Gradients of the whole batch, and the groups of names that mean one parameter.
+
+    BatchNorm sees a micro-batch at a time in every pipeline; a model with it is trained by the
+    plain loop over the same chunks, the losses weighted by their sizes.
+    """
     example = trial.build()
-    trial.loss(example.model(*example.args, **example.kwargs), example.target).backward()
+    normalised = any(isinstance(m, _BatchNorm) for m in example.model.modules())
+    for part in example.micro_batches(trial.chunks) if normalised else [example]:
+        loss = trial.loss(example.model(*part.args, **part.kwargs), part.target)
+        (loss * (part.batch / example.batch)).backward()
     names = defaultdict(list)
     for name, parameter in example.model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -157,23 +181,16 @@ def pipelined(trial: Trial, rank: int, world: int, store: str) -> Gradients:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world
     )
     example = trial.build()
-    batch = batch_of(example)
-    names = trial.split or (halfway(example),)
-
-    def first(value: Any) -> Any:
-        if torch.is_tensor(value) and value.ndim and value.shape[0] == batch:
-            return value.tensor_split(trial.chunks)[0]
-        return value
-
+    first = example.micro_batches(trial.chunks)[0]
     whole = pipeline(
         example.model,
-        mb_args=pytree.tree_map(first, example.args),
-        mb_kwargs=pytree.tree_map(first, example.kwargs),
-        split_spec=dict.fromkeys(names, SplitPoint.BEGINNING),
+        mb_args=first.args,
+        mb_kwargs=first.kwargs,
+        split_spec=dict.fromkeys(trial.split or (halfway(example),), SplitPoint.BEGINNING),
     )
     stage = whole.build_stage(rank, torch.device("cpu"))
     schedule = ScheduleGPipe(stage, trial.chunks, loss_fn=trial.loss)
-    target = torch.zeros(batch) if example.target is None else example.target
+    target = torch.zeros(example.batch) if example.target is None else example.target
     args, kwargs = (example.args, example.kwargs) if rank == 0 else ((), {})
     last = {"target": target} if rank == world - 1 else {}
     schedule.step(*args, **kwargs, **last)
