@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -120,6 +121,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90.0, help="time limit per model and side")
     parser.add_argument("--json", type=Path, help="write the outcomes there")
     options = parser.parse_args()
+    # Processes that are killed leave semaphores for a tracker to clean up, which would say so.
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"
     make: Callable[[], dict[str, Trial]]
     make = cases if options.cases else partial(zoo, outside=options.loss_outside)
     results = {}

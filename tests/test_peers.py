@@ -7,13 +7,17 @@ same ones through torch's pipelining. Truth is eager torch on the whole batch, i
 from __future__ import annotations
 
 import copy
+import signal
 
+import numpy
 import pytest
 import torch
 
 import autopipe
 from autopipe.report.stages import Boundary
+from benchmarks import pipelining
 from benchmarks.five_cases import CASES
+from benchmarks.peers import halfway, judge, run, try_model
 
 from .agreement import assert_agrees, assert_close
 
@@ -98,3 +102,47 @@ def test_the_dict_is_a_dict() -> None:
     pipe = pipeline("dict")
     assert len(pipe.stages) == 2
     assert list(pipe(CASES["dict"].build()[1])) == ["prediction"]
+
+
+# ------------------------------------------------------------ the benchmark that runs the others
+
+EAGER = {"a.weight": numpy.array([3.0, 4.0]), "b.weight": numpy.array([3.0, 4.0])}
+TIED = [["a.weight", "b.weight"]]
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"),
+    [
+        ([{"a.weight": [3.0, 4.0]}], "right"),
+        ([{"a.weight": [3.0, 4.0]}, {"b.weight": [3.0, 4.0]}], "right"),
+        ([{"a.weight": [1.0, 4.0]}, {"b.weight": [2.0, 0.0]}], "tied"),
+        ([{"a.weight": [3.0, 4.1]}], "wrong"),
+        ([{"a.weight": [3.0, numpy.nan]}], "wrong"),
+        ([{}, {}], "wrong"),
+    ],
+)
+def test_how_gradients_are_judged(found: list[dict[str, list[float]]], kind: str) -> None:
+    arrays = [{name: numpy.array(g) for name, g in stage.items()} for stage in found]
+    assert judge(EAGER, TIED, arrays).kind == kind
+
+
+@pytest.mark.slow
+def test_a_hang_is_an_outcome() -> None:
+    kind, who = run([(signal.pause,)], seconds=0.5)
+    assert (kind, who) == ("hang", "1 of 1 after 0 s")
+
+
+def test_half_way_is_where_half_of_the_layers_have_run() -> None:
+    example = pipelining.case_example(CASES["skip"])
+    assert halfway(example) == "second"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the claim is about 2.13")
+def test_the_control_is_trained_by_both_and_the_others_by_one() -> None:
+    control, *cases = pipelining.cases().values()
+    assert {o.kind for o in try_model(control).values()} == {"right"}
+    for trial in cases:
+        outcomes = try_model(trial)
+        assert outcomes["autopipe"].kind == "right"
+        assert outcomes["pipelining"].kind in ("wrong", "tied", "error", "hang")
