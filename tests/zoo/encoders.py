@@ -1,0 +1,170 @@
+"""Text encoders, and encoder-decoders of text and of speech."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decoders import SPECIAL
+from .entry import (
+    BATCH,
+    CLASSES,
+    VOCABULARY,
+    Entry,
+    WayOut,
+    classified_text,
+    ids,
+    make,
+    masked_tokens,
+    padding,
+    transformer,
+    translated,
+)
+
+WIDE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 32,
+    "num_labels": CLASSES,
+}
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+def guesses(stem: str, sizes: dict[str, Any], rates: tuple[str, ...] = RATES) -> Entry:
+    """An encoder that guesses masked tokens."""
+    return transformer(
+        "Encoders", f"{stem}ForMaskedLM", f"{stem}Config", sizes, rates, masked_tokens
+    )
+
+
+def classifies(
+    stem: str, sizes: dict[str, Any], rates: tuple[str, ...] = RATES, **more: Any
+) -> Entry:
+    """An encoder that classifies texts."""
+    model = f"{stem}ForSequenceClassification"
+    return transformer("Encoders", model, f"{stem}Config", sizes, rates, classified_text, **more)
+
+
+DEBERTA = {**WIDE, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+DEBERTA_RATES = (*RATES, "pooler_dropout")
+
+
+def deberta_without() -> Any:
+    return make(
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        DEBERTA,
+        DEBERTA_RATES,
+        classified_text,
+    )(False)
+
+
+ENCODERS = {
+    "BERT": guesses("Bert", WIDE),
+    "RoBERTa": classifies("Roberta", {**WIDE, "pad_token_id": 0}),
+    "DistilBERT": classifies(
+        "DistilBert",
+        {
+            "dim": 32,
+            "hidden_dim": 48,
+            "n_layers": 2,
+            "n_heads": 4,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 32,
+            "num_labels": CLASSES,
+        },
+        ("dropout", "attention_dropout", "seq_classif_dropout"),
+    ),
+    "ALBERT": guesses("Albert", {**WIDE, "embedding_size": 16}),
+    "ELECTRA": classifies("Electra", {**WIDE, "embedding_size": 16}),
+    "DeBERTa-v2": classifies(
+        "DebertaV2",
+        {**DEBERTA, "problem_type": "single_label_classification"},
+        DEBERTA_RATES,
+        way_out=WayOut(
+            'problem_type="single_label_classification"',
+            deberta_without,
+            r"depends on the values of tensors[^$]*modeling_deberta_v2\.py:\d+",
+        ),
+    ),
+    "MPNet": guesses("MPNet", WIDE),
+    "FNet": guesses(
+        "FNet", {k: v for k, v in WIDE.items() if k != "num_attention_heads"}, RATES[:1]
+    ),
+    "ModernBERT": guesses(
+        "ModernBert",
+        {**WIDE, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4},
+        ("attention_dropout", "embedding_dropout", "mlp_dropout"),
+    ),
+    "Longformer": guesses("Longformer", {**WIDE, "attention_window": 4, "pad_token_id": 0}),
+}
+
+SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 32,
+    "decoder_start_token_id": 2,
+    **SPECIAL,
+}
+DROPOUT = ("dropout", "attention_dropout", "activation_dropout")
+NO_LAYERDROP = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+
+
+def speech_and_text() -> dict[str, Tensor]:
+    """Spectrograms and what is said."""
+    labels = ids(9).masked_fill(padding(9) == 0, -100)
+    return {"input_features": torch.randn(BATCH, 8, 32), "labels": labels}
+
+
+def translates(
+    stem: str, sizes: dict[str, Any], rates: tuple[str, ...] = DROPOUT, **more: Any
+) -> Entry:
+    """An encoder and a decoder, which attends to it."""
+    model = f"{stem}ForConditionalGeneration"
+    inputs = more.pop("inputs", translated)
+    return transformer("Encoder-decoders", model, f"{stem}Config", sizes, rates, inputs, **more)
+
+
+def layerdrop() -> Any:
+    sizes = {**SEQ2SEQ, "encoder_layerdrop": 0.1, "decoder_layerdrop": 0.1}
+    return make("M2M100ForConditionalGeneration", "M2M100Config", sizes, DROPOUT, translated)(False)
+
+
+ENCODER_DECODERS = {
+    "T5": translates(
+        "T5",
+        {
+            "d_model": 32,
+            "d_ff": 48,
+            "d_kv": 8,
+            "num_layers": 2,
+            "num_heads": 4,
+            "vocab_size": VOCABULARY,
+            "decoder_start_token_id": 0,
+        },
+        ("dropout_rate",),
+    ),
+    "BART": translates("Bart", SEQ2SEQ),
+    "Pegasus": translates("Pegasus", SEQ2SEQ),
+    "M2M-100": translates(
+        "M2M100",
+        {**SEQ2SEQ, **NO_LAYERDROP},
+        way_out=WayOut("encoder_layerdrop=0, decoder_layerdrop=0", layerdrop, "."),
+    ),
+    "Whisper": translates(
+        "Whisper",
+        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16},
+        inputs=speech_and_text,
+    ),
+}
