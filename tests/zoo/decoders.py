@@ -28,12 +28,9 @@ def causal(
     *,
     head: str = "ForCausalLM",
     config: str = "Config",
-    remark: str = "",
 ) -> Entry:
     """A decoder-only model, whose classes start with `stem`."""
-    return transformer(
-        "Decoders", stem + head, stem + config, sizes, rates, next_tokens, remark=remark
-    )
+    return transformer("Decoders", stem + head, stem + config, sizes, rates, next_tokens)
 
 
 PDROP = ("resid_pdrop", "embd_pdrop", "attn_pdrop")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decoders import SPECIAL
 from .entry import (
@@ -54,14 +54,25 @@ DEBERTA = {**WIDE, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 DEBERTA_RATES = (*RATES, "pooler_dropout")
 
 
-def deberta_without() -> Any:
-    return make(
-        "DebertaV2ForSequenceClassification",
-        "DebertaV2Config",
-        DEBERTA,
-        DEBERTA_RATES,
-        classified_text,
-    )(False)
+LONGFORMER = make(
+    "LongformerForMaskedLM",
+    "LongformerConfig",
+    {**WIDE, "attention_window": 4, "pad_token_id": 0},
+    RATES,
+    masked_tokens,
+)
+
+
+def local_longformer(dropout: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Longformer looks whether any token of the batch wants global attention; here none does."""
+    model, inputs = LONGFORMER(dropout)
+    for layer in model.longformer.encoder.layer:
+        layer.register_forward_pre_hook(local, with_kwargs=True)
+    return model, inputs
+
+
+def local(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, kwargs | {"is_global_attn": False}
 
 
 ENCODERS = {
@@ -86,10 +97,18 @@ ENCODERS = {
         "DebertaV2",
         {**DEBERTA, "problem_type": "single_label_classification"},
         DEBERTA_RATES,
-        way_out=WayOut(
-            'problem_type="single_label_classification"',
-            deberta_without,
-            r"depends on the values of tensors[^$]*modeling_deberta_v2\.py:\d+",
+        ways_out=(
+            WayOut(
+                'problem_type="single_label_classification"',
+                make(
+                    "DebertaV2ForSequenceClassification",
+                    "DebertaV2Config",
+                    DEBERTA,
+                    DEBERTA_RATES,
+                    classified_text,
+                ),
+                "problem_type",
+            ),
         ),
     ),
     "MPNet": guesses("MPNet", WIDE),
@@ -101,7 +120,18 @@ ENCODERS = {
         {**WIDE, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4},
         ("attention_dropout", "embedding_dropout", "mlp_dropout"),
     ),
-    "Longformer": guesses("Longformer", {**WIDE, "attention_window": 4, "pad_token_id": 0}),
+    "Longformer": Entry(
+        "Encoders",
+        "LongformerForMaskedLM",
+        local_longformer,
+        ways_out=(
+            WayOut(
+                "a forward pre-hook on each layer that gives it `is_global_attn=False`",
+                LONGFORMER,
+                "pass it in as a Python value",
+            ),
+        ),
+    ),
 }
 
 SEQ2SEQ = {
@@ -136,11 +166,6 @@ def translates(
     return transformer("Encoder-decoders", model, f"{stem}Config", sizes, rates, inputs, **more)
 
 
-def layerdrop() -> Any:
-    sizes = {**SEQ2SEQ, "encoder_layerdrop": 0.1, "decoder_layerdrop": 0.1}
-    return make("M2M100ForConditionalGeneration", "M2M100Config", sizes, DROPOUT, translated)(False)
-
-
 ENCODER_DECODERS = {
     "T5": translates(
         "T5",
@@ -160,7 +185,19 @@ ENCODER_DECODERS = {
     "M2M-100": translates(
         "M2M100",
         {**SEQ2SEQ, **NO_LAYERDROP},
-        way_out=WayOut("encoder_layerdrop=0, decoder_layerdrop=0", layerdrop, "."),
+        ways_out=(
+            WayOut(
+                "encoder_layerdrop=0, decoder_layerdrop=0",
+                make(
+                    "M2M100ForConditionalGeneration",
+                    "M2M100Config",
+                    SEQ2SEQ,  # 0.05 each, if one says nothing
+                    DROPOUT,
+                    translated,
+                ),
+                "layerdrop",
+            ),
+        ),
     ),
     "Whisper": translates(
         "Whisper",

@@ -26,6 +26,7 @@ SPREAD = 0.2
 at 32 it makes attention uniform and its gradients a millionth of the others, too small to miss."""
 
 Inputs = Callable[[], dict[str, Any]]
+Build = Callable[[bool], tuple[nn.Module, dict[str, Any]]]
 
 
 def returned(result: Any) -> Tensor:
@@ -36,17 +37,17 @@ def returned(result: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class WayOut:
-    """What a model needs to be captured at all.
+    """What had to be chosen so that a model can be a pipeline.
 
     Attributes:
-        option: what to write, as a user would.
-        without: builds the model without it.
-        error: what the error then says, a regular expression.
+        choice: what to write or to do.
+        without: builds the model with everything but that.
+        said: what its error should say for a reader to find the way; a part of the message.
     """
 
-    option: str
-    without: Callable[[], tuple[nn.Module, dict[str, Any]]]
-    error: str
+    choice: str
+    without: Build
+    said: str
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,20 @@ class Entry:
         build: with dropout or without → the model in training mode, the keywords of its call.
         loss: from the model's result to the number that is minimized.
         random: it has dropout, or another random operator in training.
-        way_out: what had to be chosen so that it can be captured, if anything.
-        remark: what else a reader should know.
+        ways_out: what had to be chosen so that it can be a pipeline.
     """
 
     family: str
     model: str
-    build: Callable[[bool], tuple[nn.Module, dict[str, Any]]]
+    build: Build
     loss: Callable[[Any], Tensor] = returned
     random: bool = True
-    way_out: WayOut | None = None
-    remark: str = ""
+    ways_out: tuple[WayOut, ...] = ()
 
 
 def make(
     model: str, config: str, sizes: dict[str, Any], rates: tuple[str, ...], inputs: Inputs
-) -> Callable[[bool], tuple[nn.Module, dict[str, Any]]]:
+) -> Build:
     """A builder for a class of transformers.
 
     Args:

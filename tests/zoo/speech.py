@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .entry import (
     BATCH,
@@ -43,7 +44,8 @@ RATES = (
     "feat_proj_dropout",
     "final_dropout",
 )
-CALM = {"layerdrop": 0.0, "apply_spec_augment": False}
+NO_LAYERDROP = {"layerdrop": 0.0}
+NO_AUGMENT = {"apply_spec_augment": False}
 
 
 def speech() -> dict[str, Tensor]:
@@ -58,12 +60,18 @@ def hears(stem: str) -> Entry:
     """A classifier of sounds."""
     model, config = f"{stem}ForSequenceClassification", f"{stem}Config"
 
-    def without() -> Any:
-        return make(model, config, SPEECH, RATES, speech)(False)
-
-    way_out = WayOut("layerdrop=0, apply_spec_augment=False", without, ".")
-    sizes = {**SPEECH, **CALM}
-    return transformer("Speech", model, config, sizes, RATES, speech, way_out=way_out)
+    ways_out = (
+        WayOut(
+            "layerdrop=0", make(model, config, {**SPEECH, **NO_AUGMENT}, RATES, speech), "layerdrop"
+        ),
+        WayOut(
+            "apply_spec_augment=False",
+            make(model, config, {**SPEECH, **NO_LAYERDROP}, RATES, speech),
+            "apply_spec_augment",
+        ),
+    )
+    sizes = {**SPEECH, **NO_LAYERDROP, **NO_AUGMENT}
+    return transformer("Speech", model, config, sizes, RATES, speech, ways_out=ways_out)
 
 
 def clip_sizes(dropout: bool) -> Any:
@@ -107,8 +115,40 @@ def clip(dropout: bool) -> tuple[nn.Module, dict[str, Any]]:
     return training(CLIPModel(clip_sizes(dropout))), captioned()
 
 
+class Embeddings(nn.Module):
+    """What CLIP computes of one sample at a time, and its temperature. It compares all texts of a
+    batch with all its images: that is for the whole batch, after the pipeline."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        result = self.clip(**inputs)
+        return result.text_embeds, result.image_embeds, self.clip.logit_scale.exp()
+
+
+def embeddings(dropout: bool) -> tuple[nn.Module, dict[str, Any]]:
+    model, inputs = clip(dropout)
+    return Embeddings(model), inputs
+
+
+def contrastive(result: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """CLIP's loss: each text finds its image and each image its text."""
+    texts, images, scale = result
+    similarity = texts @ images.T * scale
+    found = torch.arange(len(similarity))
+    return (F.cross_entropy(similarity, found) + F.cross_entropy(similarity.T, found)) / 2
+
+
 SPEECH_AND_MORE = {
     "Wav2Vec2": hears("Wav2Vec2"),
     "HuBERT": hears("Hubert"),
-    "CLIP": Entry("Speech", "CLIPModel", clip),
+    "CLIP": Entry(
+        "Images with text",
+        "CLIPModel",
+        embeddings,
+        contrastive,
+        ways_out=(WayOut("return the embeddings, compare them outside", clip, "finish outside"),),
+    ),
 }
