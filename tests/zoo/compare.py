@@ -73,7 +73,7 @@ def agreement(entry: Entry) -> Agreement:
     """Compare one step with dropout off. Raises what the pipeline raises."""
     model, inputs = entry.build(False)
     expected_loss, expected = eager(entry, model, inputs)
-    pipe = autopipe.compile(model, devices=DEVICES, chunks=CHUNKS)
+    pipe = compiled(entry, model, DEVICES)
     loss, found = step(entry, pipe, inputs)
     scale = torch.stack([g.abs().max() for g in expected.values() if g is not None]).max()
     both = [n for n, g in expected.items() if g is not None and found[n] is not None]
@@ -92,8 +92,8 @@ def agreement(entry: Entry) -> Agreement:
 def randomness(entry: Entry) -> Randomness:
     """Compare steps with dropout on. Raises what the pipeline raises."""
     model, inputs = entry.build(True)
-    alone = autopipe.compile(model, devices=1, chunks=CHUNKS)
-    pipe = autopipe.compile(model, devices=DEVICES, chunks=CHUNKS)
+    alone = compiled(entry, model, 1)
+    pipe = compiled(entry, model, DEVICES)
     loss, gradients = step(entry, alone, inputs, seed=5)
     again, others = step(entry, pipe, inputs, seed=5)
     moved, _ = step(entry, pipe, inputs, seed=6)
@@ -102,6 +102,11 @@ def randomness(entry: Entry) -> Randomness:
         for a, b in zip(gradients.values(), others.values(), strict=True)
     )
     return Randomness(same, moves=not torch.equal(loss, moved))
+
+
+def compiled(entry: Entry, model: nn.Module, devices: int) -> autopipe.Pipeline:
+    """The pipeline."""
+    return autopipe.compile(model, devices=devices, chunks=CHUNKS, in_dims=entry.in_dims)
 
 
 def step(entry: Entry, pipe: nn.Module, inputs: dict[str, Any], seed: int = 0) -> Step:

@@ -97,6 +97,38 @@ DECODERS = {
         "Qwen2Moe",
         {**GROUPED, "num_experts": 4, "shared_expert_intermediate_size": 16, **EXPERTS},
     ),
+    "DeepSeek-V3": causal(
+        "DeepseekV3",
+        {
+            **WIDE,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            **EXPERTS,
+        },
+    ),
+    "StarCoder2": causal(
+        "Starcoder2", GROUPED, ("attention_dropout", "residual_dropout", "embedding_dropout")
+    ),
+    "RecurrentGemma": causal(
+        "RecurrentGemma",
+        {
+            **{k: v for k, v in WIDE.items() if k != "max_position_embeddings"},
+            "num_hidden_layers": 3,  # the third is the first with attention
+            "lru_width": 32,
+            "head_dim": 8,
+            "attention_window_size": 4,
+        },
+        (),
+    ),
     "Mamba": causal(
         "Mamba",
         {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .entry import BATCH, RATE, Entry, training
+from .entry import BATCH, RATE, SPREAD, Entry, training
 
 
 def denoising(result: Any) -> Tensor:
@@ -85,8 +85,92 @@ def dit(dropout: bool) -> tuple[nn.Module, dict[str, Any]]:
     return training(model), batch | {"class_labels": torch.randint(0, 100, (BATCH,))}
 
 
+def spread(model: nn.Module) -> nn.Module:
+    """diffusers' narrow layers start with small weights; see `SPREAD`."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=SPREAD)
+    return training(model)
+
+
+def sd3(_: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=32,
+        pooled_projection_dim=10,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
+    batch = noisy(8, 4)
+    batch["hidden_states"] = batch.pop("sample")
+    return spread(model), batch | captions()
+
+
+def flux(_: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        axes_dims_rope=(4, 4, 8),
+    )
+    torch.manual_seed(1)
+    batch = {"hidden_states": torch.randn(BATCH, 16, 4), "timestep": torch.rand(BATCH)}
+    positions = {"img_ids": torch.randn(16, 3), "txt_ids": torch.zeros(5, 3)}
+    return spread(model), batch | captions() | positions
+
+
+def captions() -> dict[str, Any]:
+    """What two text encoders say of a caption."""
+    return {
+        "encoder_hidden_states": torch.randn(BATCH, 5, 12),
+        "pooled_projections": torch.randn(BATCH, 10),
+    }
+
+
+def autoencoder(_: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=16,
+    )
+    return training(model), {"sample": noisy(16)["sample"]}
+
+
 DIFFUSION = {
     "UNet2D": Entry("Diffusion", "UNet2DModel", unet, denoising),
     "UNet2DCondition": Entry("Diffusion", "UNet2DConditionModel", conditioned, denoising),
     "DiT": Entry("Diffusion", "DiTTransformer2DModel", dit, denoising),
+    "Stable Diffusion 3": Entry("Diffusion", "SD3Transformer2DModel", sd3, denoising, random=False),
+    "FLUX": Entry(
+        "Diffusion",
+        "FluxTransformer2DModel",
+        flux,
+        denoising,
+        random=False,
+        in_dims={"img_ids": None, "txt_ids": None},
+    ),
+    "VAE": Entry("Diffusion", "AutoencoderKL", autoencoder, denoising, random=False),
 }

@@ -75,6 +75,13 @@ def local(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, kwargs | {"is_global_attn": False}
 
 
+def scanned() -> dict[str, Tensor]:
+    """Texts of which some tokens are to be guessed, and where on the page they stand."""
+    batch = masked_tokens()
+    corner = torch.randint(0, 40, (*batch["input_ids"].shape, 2))
+    return batch | {"bbox": torch.cat([corner, corner + torch.randint(1, 20, corner.shape)], -1)}
+
+
 ENCODERS = {
     "BERT": guesses("Bert", WIDE),
     "RoBERTa": classifies("Roberta", {**WIDE, "pad_token_id": 0}),
@@ -119,6 +126,26 @@ ENCODERS = {
         "ModernBert",
         {**WIDE, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4},
         ("attention_dropout", "embedding_dropout", "mlp_dropout"),
+    ),
+    "XLNet": classifies(
+        "XLNet",
+        {
+            "d_model": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "d_inner": 48,
+            "vocab_size": VOCABULARY,
+            "num_labels": CLASSES,
+        },
+        ("dropout", "summary_last_dropout"),
+    ),
+    "LayoutLM": transformer(
+        "Encoders",
+        "LayoutLMForMaskedLM",
+        "LayoutLMConfig",
+        {**WIDE, "max_2d_position_embeddings": 64},
+        RATES,
+        scanned,
     ),
     "Longformer": Entry(
         "Encoders",

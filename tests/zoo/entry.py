@@ -61,6 +61,7 @@ class Entry:
         loss: from the model's result to the number that is minimized.
         random: it has dropout, or another random operator in training.
         ways_out: what had to be chosen so that it can be a pipeline.
+        in_dims: as `autopipe.compile` has it: which inputs are not batched.
     """
 
     family: str
@@ -69,6 +70,7 @@ class Entry:
     loss: Callable[[Any], Tensor] = returned
     random: bool = True
     ways_out: tuple[WayOut, ...] = ()
+    in_dims: Any = 0
 
 
 def make(

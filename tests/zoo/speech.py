@@ -56,6 +56,12 @@ def speech() -> dict[str, Tensor]:
     return {"input_values": torch.randn(BATCH, 400), "attention_mask": mask, "labels": labels}
 
 
+def spectrograms() -> dict[str, Tensor]:
+    """Sounds as spectrograms, with a class each."""
+    labels = torch.randint(0, CLASSES, (BATCH,))
+    return {"input_values": torch.randn(BATCH, 32, 16), "labels": labels}
+
+
 def hears(stem: str) -> Entry:
     """A classifier of sounds."""
     model, config = f"{stem}ForSequenceClassification", f"{stem}Config"
@@ -144,6 +150,25 @@ def contrastive(result: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 SPEECH_AND_MORE = {
     "Wav2Vec2": hears("Wav2Vec2"),
     "HuBERT": hears("Hubert"),
+    "Audio Spectrogram Transformer": transformer(
+        "Speech",
+        "ASTForAudioClassification",
+        "ASTConfig",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_length": 32,
+            "num_mel_bins": 16,
+            "patch_size": 8,
+            "frequency_stride": 8,
+            "time_stride": 8,
+            "num_labels": CLASSES,
+        },
+        ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        spectrograms,
+    ),
     "CLIP": Entry(
         "Images with text",
         "CLIPModel",

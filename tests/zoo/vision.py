@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .entry import CLASSES, IMAGE, Entry, images, transformer
+import torch
+from torch import Tensor
+
+from .entry import BATCH, CLASSES, IMAGE, Entry, images, transformer
 
 PATCHES = {
     "hidden_size": 32,
@@ -24,6 +27,38 @@ def sees(stem: str, sizes: dict[str, Any], rates: tuple[str, ...], **more: Any) 
     """A classifier of images."""
     model = f"{stem}ForImageClassification"
     return transformer("Vision", model, f"{stem}Config", sizes, rates, images, **more)
+
+
+SEGFORMER = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "hidden_sizes": [16, 32],
+    "num_attention_heads": [1, 2],
+    "sr_ratios": [2, 1],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "mlp_ratios": [2, 2],
+    "decoder_hidden_size": 16,
+    **LABELS,
+}
+SEGFORMER_RATES = (*RATES, *PATH, "classifier_dropout_prob")
+
+
+def segmented() -> dict[str, Tensor]:
+    """Pictures with a class for each pixel."""
+    return images() | {"labels": torch.randint(0, CLASSES, (BATCH, IMAGE, IMAGE))}
+
+
+def masked_patches() -> dict[str, Tensor]:
+    """Pictures; numbers whose order says which patches are hidden, which the model draws itself if
+    one gives none."""
+    return {"pixel_values": images()["pixel_values"], "noise": torch.rand(BATCH, 16)}
+
+
+def films() -> dict[str, Tensor]:
+    """Four pictures each, with a class."""
+    labels = torch.randint(0, CLASSES, (BATCH,))
+    return {"pixel_values": torch.randn(BATCH, 4, 3, IMAGE, IMAGE), "labels": labels}
 
 
 VISION = {
@@ -99,20 +134,35 @@ VISION = {
         {k: v for k, v in PATCHES.items() if k != "intermediate_size"} | {"mlp_ratio": 2},
         RATES + PATH,
     ),
-    "SegFormer": sees(
-        "Segformer",
+    "SegFormer": sees("Segformer", SEGFORMER, SEGFORMER_RATES),
+    "SegFormer segments": transformer(
+        "Vision",
+        "SegformerForSemanticSegmentation",
+        "SegformerConfig",
+        SEGFORMER,
+        SEGFORMER_RATES,
+        segmented,
+    ),
+    "ViT-MAE": transformer(
+        "Vision",
+        "ViTMAEForPreTraining",
+        "ViTMAEConfig",
         {
-            "num_encoder_blocks": 2,
-            "depths": [1, 1],
-            "hidden_sizes": [16, 32],
-            "num_attention_heads": [1, 2],
-            "sr_ratios": [2, 1],
-            "patch_sizes": [7, 3],
-            "strides": [4, 2],
-            "mlp_ratios": [2, 2],
-            "decoder_hidden_size": 16,
-            **LABELS,
+            **PATCHES,
+            "decoder_num_attention_heads": 4,
+            "decoder_hidden_size": 32,
+            "decoder_num_hidden_layers": 1,
+            "decoder_intermediate_size": 48,
         },
-        (*RATES, *PATH, "classifier_dropout_prob"),
+        RATES,
+        masked_patches,
+    ),
+    "VideoMAE": transformer(
+        "Vision",
+        "VideoMAEForVideoClassification",
+        "VideoMAEConfig",
+        {**PATCHES, "num_frames": 4, "tubelet_size": 2},
+        RATES,
+        films,
     ),
 }
