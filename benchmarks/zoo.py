@@ -124,6 +124,8 @@ def page(rows: list[Row]) -> str:
     lines += ["Without them the model is refused, with the line of its source that stands against"]
     lines += ["capture; with them it is in the table above.", ""]
     lines += [f"- {r.name}: {way.choice}" for r in rows for way in r.entry.ways_out]
+    lines += ["", "Inputs that are not batched, as the error for a call without it says:", ""]
+    lines += [f"- {r.name}: `in_dims={r.entry.in_dims}`" for r in rows if r.entry.in_dims != 0]
     return "\n".join(lines) + "\n"
 
 
