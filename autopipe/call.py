@@ -10,6 +10,7 @@ from autopipe.errors import StageError
 from autopipe.passes.ir import Kind
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Run
+from autopipe.surroundings import refuse_transforms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,6 +31,9 @@ class Call:
         replan: makes the program for another set of outputs that gradients come for.
         seed: of the random calls.
         memory: counters.
+
+    Attributes:
+        wanted: the tensors whose gradients `backward` returns, in its order.
     """
 
     def __init__(
@@ -48,15 +52,11 @@ class Call:
         self.parameters = [
             i for i in compiled.parameters if compiled.tensor(i.kind, i.target).requires_grad
         ]
+        self.wanted: list[Tensor] = [leaves[i.index] for i in self.inputs]
+        self.wanted += [compiled.tensor(i.kind, i.target) for i in self.parameters]
         self.run: Run | None = None
         self._extents: dict[str, list[int]] = {}
         self._before: dict[str, Tensor] = {}
-
-    @property
-    def wanted(self) -> list[Tensor]:
-        """The tensors whose gradients `backward` returns, in its order."""
-        tensors = [self.leaves[i.index] for i in self.inputs]
-        return tensors + [self.compiled.tensor(i.kind, i.target) for i in self.parameters]
 
     def differentiable(self) -> list[bool]:
         return [o.name in self.ready.differentiable for o in self.compiled.split.captured.outputs]
@@ -70,6 +70,7 @@ class Call:
         return tuple(self._combined(run))
 
     def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        refuse_transforms([g for g in gradients if g is not None])
         if self.run is None:
             raise StageError(
                 "backward through the same call a second time: its saved values are gone",

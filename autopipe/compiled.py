@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autopipe.errors import DeviceError, InputError
+from autopipe.errors import DeviceError, InputError, UnsupportedError
 from autopipe.passes.driver import Lowered, cut_in_space, cut_in_time
 from autopipe.passes.ir import Kind
 from autopipe.passes.phases import received_strides
@@ -47,6 +47,22 @@ class Ready:
     @property
     def differentiated(self) -> frozenset[str]:
         return next(iter(self.lowered.phased.values())).differentiated
+
+
+def parameter(model: nn.Module, target: str) -> nn.Parameter:
+    """A parameter by its qualified name.
+
+    Raises:
+        UnsupportedError: another tensor stands in its place.
+    """
+    try:
+        return model.get_parameter(target)
+    except AttributeError as error:
+        raise UnsupportedError(
+            "a parameter has been replaced by a tensor, or is gone",
+            node=target,
+            remedy="torch.func.functional_call works with the model itself (pipe.model)",
+        ) from error
 
 
 class Compiled:
@@ -105,7 +121,7 @@ class Compiled:
         if kind is Kind.CONSTANT:
             return self.split.captured.constants[target]
         if kind is Kind.PARAMETER:
-            return self.model.get_parameter(target)
+            return parameter(self.model, target)
         return self.model.get_buffer(target)
 
     def place_parameters(self) -> None:
@@ -194,7 +210,7 @@ class Compiled:
         return self._programs[key]
 
     def _parameter(self, item: Any) -> nn.Parameter:
-        return self.model.get_parameter(item.target)
+        return parameter(self.model, item.target)
 
     def _input_looks(self, leaves: Sequence[Any], size: int) -> dict[str, Look]:
         looks = {}

@@ -22,6 +22,7 @@ from autopipe.runtime.memory import SavedBytes
 from autopipe.runtime.random import step_seed
 from autopipe.runtime.transfer import Place
 from autopipe.structure import Structure, flatten, other_structure
+from autopipe.surroundings import plain_autograd, refuse_transforms
 from autopipe.verify import Verification, compare
 
 if TYPE_CHECKING:
@@ -77,7 +78,14 @@ class Pipeline(nn.Module):
         self.model.train(mode)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.model._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Pipeline:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        looks = {(x.dtype, x.device) for x in tensors}
+        if all(_keeps(fn, dtype, device) for dtype, device in looks):
+            return self
         raise UnsupportedError(
             "a pipeline's parameters lie where its stages need them",
             remedy="move or cast the model before autopipe.compile, and choose devices there",
@@ -98,6 +106,7 @@ class Pipeline(nn.Module):
 
     # Running
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a batch, cut into micro-batches.
 
@@ -110,9 +119,11 @@ class Pipeline(nn.Module):
             StageError: a stage failed while it ran.
         """
         leaves, spec = flatten(args, kwargs)
+        refuse_transforms(leaves)
         compiled, ready, replan = self._prepare(args, kwargs, leaves, spec, strict=True)
         compiled.place_parameters()
-        call = Call(compiled, ready, leaves, replan, step_seed(), self.memory)
+        seed = step_seed() if ready.program.is_random else 0
+        call = Call(compiled, ready, leaves, replan, seed, self.memory)
         if ready.program.backward:
             values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
         else:
@@ -192,7 +203,7 @@ class Pipeline(nn.Module):
             _without(x.shape, d) for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)
         )
         key = (mode, structure, shapes)
-        with Progress(len(self._places)) as progress:
+        with Progress(len(self._places)) as progress, plain_autograd():
             if key not in self._compiled:
                 self._compiled[key] = Compiled(
                     self.model, self.options, self._places, leaves, spec, dims, batch, progress
@@ -213,6 +224,7 @@ class Pipeline(nn.Module):
             def replan(expected: frozenset[str]) -> Ready:
                 compiled.expected = expected
                 with ExitStack() as stack:  # backward runs outside of the call's autocast
+                    stack.enter_context(plain_autograd())
                     for kind, dtype in casting:
                         stack.enter_context(torch.autocast(kind, dtype=dtype))
                     return compiled.ready(
@@ -290,6 +302,13 @@ class Pipeline(nn.Module):
             f" chunks={self.options.chunks}, schedule={self.options.schedule!r},"
             f" remat={self.options.remat!r})"
         )
+
+
+def _keeps(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a move or cast (to where they already are, for example) changes no such tensor."""
+    sample = torch.empty(0, dtype=dtype, device=device)
+    moved = fn(sample)
+    return (moved.dtype, moved.device) == (dtype, device)
 
 
 def _without(shape: torch.Size, dim: int | None) -> tuple[int, ...]:

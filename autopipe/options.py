@@ -165,6 +165,7 @@ def batch_dims(
             without dimensions are never batched.
         model: for the names of its arguments.
     """
+    kwargs = dict(sorted(kwargs.items()))  # as `structure.flatten` does
     if isinstance(in_dims, dict):
         names = _argument_names(model, len(args))
         unknown = set(in_dims) - set(names) - set(kwargs)
@@ -183,7 +184,7 @@ def batch_dims(
     found: list[int | None] = []
     for leaf, dim in zip(
         pytree.tree_leaves((args, kwargs)),
-        [*_spread(of_args, args, "args"), *_spread(of_kwargs, dict(kwargs), "kwargs")],
+        [*_spread(of_args, args, "args"), *_spread(of_kwargs, kwargs, "kwargs")],
         strict=True,
     ):
         if dim is None or not isinstance(leaf, Tensor) or leaf.ndim == 0:

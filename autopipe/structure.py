@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
-    """The leaves of a call and their structure; dataclasses count as containers."""
+    """The leaves of a call and their structure; dataclasses count as containers.
+
+    Keywords are sorted: in another order they are the same call.
+    """
     register_dataclasses((args, kwargs))
-    return pytree.tree_flatten((args, dict(kwargs)))
+    return pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
 
 
 class Structure(NamedTuple):

@@ -53,6 +53,7 @@ __all__ = [
     "attribute",
     "flop_registry",
     "from_functional",
+    "is_transformed",
     "keep_regions",
     "make_fx",
     "min_cut_saved",
@@ -81,6 +82,13 @@ def static_fakes() -> FakeTensorMode:
 def symbolic_fakes() -> FakeTensorMode:
     """A fake tensor mode in which torch.export can make sizes symbolic."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def is_transformed(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a function transform is under way, or has wrapped one of the tensors."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
 @contextmanager

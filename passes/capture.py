@@ -73,7 +73,7 @@ def capture(
     examples = _examples(leaves, batch_dims)
     flat = _Flat(module, leaves, spec)
     with _off_meta(module, examples):
-        program = export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
+        program, fixed_at = export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
     result = flat.result
     assert result.spec is not None
     graph, inputs, constants = normalize.normalize(
@@ -89,7 +89,7 @@ def capture(
         else item
         for item in inputs
     )
-    _check_batch(inputs)
+    _check_batch(inputs, fixed_at)
     notes = list(result.notes)
     if whole:
         combined = combine(graph, inputs, {})
@@ -116,7 +116,7 @@ def capture(
         ),
         out_spec=result.spec,
         updates=combined.updates,
-        batch_range=_batch_range(program),
+        batch_range=_batch_range(program, graph),
         notes=tuple(notes),
     )
     captured.verify()
@@ -303,7 +303,7 @@ def _values(
     return value
 
 
-def _check_batch(inputs: Sequence[Input]) -> None:
+def _check_batch(inputs: Sequence[Input], fixed_at: str | None) -> None:
     for item in inputs:
         if item.kind is not Kind.INPUT or item.batch_dim is None:
             continue
@@ -312,10 +312,11 @@ def _check_batch(inputs: Sequence[Input]) -> None:
             raise CaptureError(
                 "the model fixes the size of its batch dimension",
                 node=item.name,
+                source=fixed_at,
                 expected=f"any size in dimension {item.batch_dim}",
                 found=f"always {size}",
-                remedy="take sizes from x.shape instead of writing them down; if this input is not"
-                " batched, say so with in_dims (None for it); an ExportedProgram must be exported"
+                remedy="take sizes from x.shape (not len(x)) instead of writing them down; if this"
+                " input is not batched, say so with in_dims (None for it); an ExportedProgram must be exported"
                 " with a dynamic batch dimension",
             )
         if not size.is_Symbol:
@@ -326,10 +327,14 @@ def _check_batch(inputs: Sequence[Input]) -> None:
             )
 
 
-def _batch_range(program: torch.export.ExportedProgram) -> tuple[int, int | None]:
+def _batch_range(program: torch.export.ExportedProgram, graph: fx.Graph) -> tuple[int, int | None]:
     """Micro-batch sizes that the traced branches hold for (2 as lower end is export's habit)."""
     low, high = 1, None
-    for bounds in program.range_constraints.values():
+    sizes = [s for n in graph.nodes if n.op == "placeholder" for s in n.meta["val"].shape]
+    symbols = {x for s in sizes if isinstance(s, torch.SymInt) for x in s.node.expr.free_symbols}
+    for symbol, bounds in program.range_constraints.items():
+        if symbol not in symbols:
+            continue
         if bounds.lower > 2:
             low = max(low, int(bounds.lower))
         if bounds.upper.is_finite and bounds.upper < 2**62:

@@ -26,18 +26,23 @@ if TYPE_CHECKING:
 
 def export(
     flat: nn.Module, examples: list[Tensor], dims: list[int | None]
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, str | None]:
     """Export a module of flat tensors, each symbolic in its entry of `dims`.
+
+    Returns:
+        The program; and the line of the model that first took a size for a plain number, if one
+        did: there the batch size became fixed.
 
     Raises:
         CaptureError: what the exporter cannot do, or would do with a loss.
     """
     shapes = tuple({} if d is None else {d: torch.export.Dim.AUTO} for d in dims)
     try:
-        with _lossless(), keep_regions(), _quiet(), torch.enable_grad():
-            return torch.export.export(
+        with _lossless(), keep_regions(), _quiet(), torch.enable_grad(), _fixing() as lines:
+            program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
             )
+            return program, next(iter(lines), None)
     except AutopipeError:
         raise
     except Exception as error:
@@ -56,6 +61,37 @@ def _quiet() -> Iterator[None]:
                 yield
         finally:
             logging.disable(level)
+
+
+@contextmanager
+def _fixing() -> Iterator[list[str]]:
+    """Note where the model makes a Python number of a symbolic size: len(x), range(x.shape[0])."""
+    lines: list[str] = []
+    length: Any = Tensor.__len__
+    index: Any = torch.SymInt.__index__
+
+    def note(size: Any) -> None:
+        caller = sys._getframe(2)
+        symbolic = isinstance(size, torch.SymInt) and size.node.expr.free_symbols
+        if symbolic and is_users(caller.f_code.co_filename):
+            lines.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+
+    def noting_length(tensor: Tensor) -> int:
+        if tensor.ndim:
+            note(tensor.shape[0])
+        result: int = length(tensor)
+        return result
+
+    def noting_index(size: torch.SymInt) -> int:
+        note(size)
+        result: int = index(size)
+        return result
+
+    with (
+        mock.patch.object(Tensor, "__len__", noting_length),
+        mock.patch.object(torch.SymInt, "__index__", noting_index),
+    ):
+        yield lines
 
 
 @contextmanager

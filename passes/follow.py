@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from . import rules_index, rules_math, rules_shape
-from .graphs import HIDDEN_WRITES, is_size, size, tensors_of, written_arguments
+from .graphs import HIDDEN_WRITES, is_integer, is_size, size, tensors_of, written_arguments
 from .samples import (
     REDUCED,
     SIZE,
@@ -27,7 +27,6 @@ from .samples import (
     batch_dims,
     fits,
     fresh,
-    is_integer,
     join,
 )
 

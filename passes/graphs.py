@@ -132,6 +132,14 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), numbers)
 
 
+def is_integer(node: fx.Node) -> bool:
+    """Made of integers (not booleans): indices, counts."""
+    dtypes = [t.dtype for t in tensors_of(node)]
+    return bool(dtypes) and not any(
+        d.is_floating_point or d.is_complex or d is torch.bool for d in dtypes
+    )
+
+
 def add_call(graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Node:
     """Append a call to a captured graph, with its looks worked out on the spot."""
     node = graph.call_function(target, args, kwargs)

@@ -91,7 +91,8 @@ def phases(
         tangents = [(kind, i, _arrived(arriving[n], device)) for kind, i, n in places]
         held_and_received = inputs[stage.index]
         key = (
-            *(stage.fingerprint, tuple(held_and_received), tuple(tangents)),
+            *(stage.fingerprint, len(stage.held), len(stage.lent)),
+            *(tuple(held_and_received), tuple(tangents)),
             *(device.type, remat, grad, _autocast(device)),
         )
         if key not in traced:

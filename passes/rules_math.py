@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from .graphs import is_integer
 from .rules_shape import along, last_dims, table
 from .samples import (
     REDUCED,
@@ -18,7 +19,6 @@ from .samples import (
     aligned,
     batch_dims,
     fresh,
-    is_integer,
     join,
 )
 
@@ -229,6 +229,8 @@ def embedding(call: Call) -> State:
     """Rows of a table."""
     if call.state(call["weight"]) != STATIC:
         return call.undecided("a table that depends on the batch")
+    if call["scale_grad_by_freq"]:
+        return call.mixed("gradients are divided by how often the batch has an entry")
     return join(call, [call.state(call["indices"])])
 
 

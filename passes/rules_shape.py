@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .graphs import size
+from .graphs import is_integer, size
 from .samples import (
     STATIC,
     Reduced,
     Samples,
     State,
     fresh,
-    is_integer,
     join,
     reshaped,
 )

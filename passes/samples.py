@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import sympy
 from torch import fx
 
-from .graphs import is_size, size, tensors_of
+from .graphs import is_integer, is_size, size, tensors_of
 from .spec import B
 
 if TYPE_CHECKING:
@@ -152,15 +152,6 @@ class Call:
 
     def undecided(self, reason: str) -> Mixed:
         return Mixed(self.node, reason, certain=False)
-
-
-def is_integer(node: fx.Node) -> bool:
-    """Made of integers (not booleans): indices, counts."""
-    dtypes = [t.dtype for t in tensors_of(node)]
-    return bool(dtypes) and not any(
-        d.is_floating_point or d.is_complex or d.itemsize == 0 or str(d) == "torch.bool"
-        for d in dtypes
-    )
 
 
 def batch_dims(shape: Shape) -> list[int]:

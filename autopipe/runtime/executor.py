@@ -45,6 +45,11 @@ class Program:
     strides: Mapping[tuple[str, int, int], tuple[int, ...]]
     filename: str
 
+    @property
+    def is_random(self) -> bool:
+        """Whether some call draws random numbers."""
+        return any(draws for stages in self.draws.values() for draws in stages)
+
 
 @dataclass(eq=False)
 class Run:

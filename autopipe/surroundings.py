@@ -1,0 +1,51 @@
+"""What a pipeline is called within: function transforms, hooks on what autograd saves."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from autopipe.errors import UnsupportedError
+from autopipe.passes._torch import is_transformed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+def refuse_transforms(leaves: Sequence[Any]) -> None:
+    """A pipeline runs kernels; what wraps tensors to see each operator would see none.
+
+    Raises:
+        UnsupportedError: a call, or a gradient, within torch.func.grad, vmap, jvp and the like.
+    """
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    if is_transformed(tensors):
+        raise UnsupportedError(
+            "a function transform around a pipeline (torch.func, vmap, gradients in batches)",
+            remedy="transform the model itself (pipe.model), or call the pipeline outside",
+        )
+    if any(map(_has_tangent, tensors)):
+        raise UnsupportedError(
+            "forward-mode differentiation through a pipeline", remedy="use backward()"
+        )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def plain_autograd() -> Iterator[None]:
+    """For tracing: none of the caller's hooks on saved tensors, no anomaly detection.
+
+    Both would look at fake tensors; the gradients that they are meant for come later.
+    """
+    plain = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with plain, torch.autograd.set_detect_anomaly(False, check_nan=False):
+        yield
