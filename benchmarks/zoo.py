@@ -121,8 +121,7 @@ def page(rows: list[Row]) -> str:
     for family in dict.fromkeys(r.entry.family for r in rows):
         lines += ["", f"## {family}", "", *table(r for r in rows if r.entry.family == family)]
     lines += ["", "## Choices that were needed", ""]
-    lines += ["Without them the model is refused, with the line of its source that stands against"]
-    lines += ["capture; with them it is in the table above.", ""]
+    lines += ["Without them the model is refused; with them it is in the table above.", ""]
     lines += [f"- {r.name}: {way.choice}" for r in rows for way in r.entry.ways_out]
     lines += ["", "Inputs that are not batched, as the error for a call without it says:", ""]
     lines += [f"- {r.name}: `in_dims={r.entry.in_dims}`" for r in rows if r.entry.in_dims != 0]
