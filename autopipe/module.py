@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from autopipe.call import Call
 from autopipe.compiled import Compiled, Ready
+from autopipe.configuration import configuration
 from autopipe.errors import OptionError, UnsupportedError
 from autopipe.options import Options, batch_dims, batch_size
 from autopipe.planner import Plan, plan
@@ -31,13 +33,19 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import Captured
 
 
+MANY = 16
+"""Configurations of a model (training flags, attributes) after which a warning is due."""
+
+
 class Pipeline(nn.Module):
     """A model that runs as a pipeline of stages; made by `autopipe.compile`.
 
     Its parameters, buffers and submodules are the model's own objects, under the model's own
     names, so that optimizers, checkpoints and hooks made for one work with the other.
 
-    The model is captured on the first call in each mode (train, eval), or by `capture`.
+    The model is captured on the first call in each mode (train, eval), or by `capture`; and again
+    if its modules, their plain attributes, hooks or ties have changed (`configuration`). What it
+    lacks itself, the model has: ``pipe.config``.
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
@@ -78,14 +86,43 @@ class Pipeline(nn.Module):
         self.model.train(mode)
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # not there yet: a copy is being made
+            raise AttributeError(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.model, name)
+
+    def install(self) -> nn.Module:
+        """Let the model's own calls run as this pipeline, and hand out the model.
+
+        For trainers, which look at a model's class, signature and `save_pretrained`:
+        ``Trainer(model=pipe.install(), ...)``. The hook is that of `nn.Module.compile`; copies and
+        pickles of the model are without it.
+        """
+        itself: Callable[..., Any] = self.model._call_impl
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # While the pipeline captures the model, the model is what it was.
+            return (itself if torch.compiler.is_exporting() else self)(*args, **kwargs)
+
+        self.model._compiled_call_impl = run
+        return self.model
+
+    def uninstall(self) -> nn.Module:
+        """Take `install` back: the model's calls are its own again."""
+        self.model._compiled_call_impl = None
+        return self.model
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.model._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Pipeline:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         looks = {(x.dtype, x.device) for x in tensors}
-        if all(_keeps(fn, dtype, device) for dtype, device in looks):
-            return self
+        if all(_keeps(fn, *look, self.options.devices) for look in looks):
+            return self  # every call takes parameters to their stages
         raise UnsupportedError(
             "a pipeline's parameters lie where its stages need them",
             remedy="move or cast the model before autopipe.compile, and choose devices there",
@@ -194,7 +231,7 @@ class Pipeline(nn.Module):
     ) -> tuple[Compiled, Ready, Callable[[frozenset[str]], Ready]]:
         dims = batch_dims(self.options.in_dims, self.model, args, kwargs)
         batch = batch_size(leaves, dims)
-        mode = tuple(m.training for m in self.model.modules())
+        mode = configuration(self.model)
         structure = Structure.of(leaves, spec)
         known = self._structures.setdefault(mode, set())
         if strict and known and structure not in known:
@@ -209,6 +246,7 @@ class Pipeline(nn.Module):
                     self.model, self.options, self._places, leaves, spec, dims, batch, progress
                 )
                 known.add(structure)
+                self._remember(mode, key[1:])
             compiled = self._compiled[key]
             sizes = microbatch.sizes(batch, self.options.chunks)
             tensors = [leaves[i.index] for i in compiled.calls]
@@ -240,6 +278,19 @@ class Pipeline(nn.Module):
             )
         self._last = (compiled, ready)
         return compiled, ready, replan
+
+    def _remember(self, before: Hashable, rest: tuple[Any, ...]) -> None:
+        """What the model changed in itself while it was captured is no reason to capture again."""
+        after = configuration(self.model)
+        if after != before:
+            self._compiled[(after, *rest)] = self._compiled[(before, *rest)]
+            self._structures.setdefault(after, set()).update(self._structures[before])
+        if len(self._structures) > MANY:
+            warnings.warn(
+                f"the model has been captured in {len(self._structures)} configurations: attributes"
+                " of its modules change from call to call, and each change costs a capture",
+                stacklevel=4,
+            )
 
     @staticmethod
     def _result(
@@ -304,11 +355,22 @@ class Pipeline(nn.Module):
         )
 
 
-def _keeps(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a move or cast (to where they already are, for example) changes no such tensor."""
+def _keeps(
+    fn: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    own: Sequence[torch.device],
+) -> bool:
+    """Whether a move or cast leaves such a tensor as it is, or on one of the own devices."""
     sample = torch.empty(0, dtype=dtype, device=device)
-    moved = fn(sample)
-    return (moved.dtype, moved.device) == (dtype, device)
+    shared: Callable[[Tensor], bool] = Tensor.is_shared
+    before = shared(sample)
+    try:
+        moved = fn(sample)
+    except (RuntimeError, AssertionError):  # to a device that is not here
+        return False
+    here = moved.device == device or moved.device in own
+    return here and moved.dtype == dtype and shared(moved) == before
 
 
 def _without(shape: torch.Size, dim: int | None) -> tuple[int, ...]:

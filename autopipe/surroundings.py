@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from autopipe.errors import UnsupportedError
-from autopipe.passes._torch import is_transformed
+from autopipe.passes._torch import is_transformed, saves_through_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,6 +46,10 @@ def plain_autograd() -> Iterator[None]:
 
     Both would look at fake tensors; the gradients that they are meant for come later.
     """
-    plain = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-    with plain, torch.autograd.set_detect_anomaly(False, check_nan=False):
+    with ExitStack() as stack:
+        if saves_through_hooks():  # autograd checks what was changed in place only without hooks
+            plain = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+            stack.enter_context(plain)
+        if torch.is_anomaly_enabled():
+            stack.enter_context(torch.autograd.set_detect_anomaly(False, check_nan=False))
         yield

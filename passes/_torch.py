@@ -58,6 +58,7 @@ __all__ = [
     "make_fx",
     "min_cut_saved",
     "preserve_node_meta",
+    "saves_through_hooks",
     "size_calls",
     "static_fakes",
     "storage_id",
@@ -89,6 +90,11 @@ def is_transformed(tensors: Sequence[torch.Tensor]) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+
+
+def saves_through_hooks() -> bool:
+    """Whether `saved_tensors_hooks` are active."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 @contextmanager

@@ -316,8 +316,8 @@ def _check_batch(inputs: Sequence[Input], fixed_at: str | None) -> None:
                 expected=f"any size in dimension {item.batch_dim}",
                 found=f"always {size}",
                 remedy="take sizes from x.shape (not len(x)) instead of writing them down; if this"
-                " input is not batched, say so with in_dims (None for it); an ExportedProgram must be exported"
-                " with a dynamic batch dimension",
+                " input is not batched, say so with in_dims (None for it); an ExportedProgram must"
+                " be exported with a dynamic batch dimension",
             )
         if not size.is_Symbol:
             raise UnsupportedError(

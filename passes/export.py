@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import linecache
 import logging
+import random
 import sys
 import traceback
 import warnings
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +25,12 @@ from ._torch import keep_regions
 from .graphs import is_users
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+OPTIONS = (
+    "a library's model often has an option that avoids it (in transformers: layerdrop=0.0,"
+    " apply_spec_augment=False, a problem_type that is stated)"
+)
 
 
 def export(
@@ -38,7 +47,10 @@ def export(
     """
     shapes = tuple({} if d is None else {d: torch.export.Dim.AUTO} for d in dims)
     try:
-        with _lossless(), keep_regions(), _quiet(), torch.enable_grad(), _fixing() as lines:
+        with ExitStack() as stack:
+            for context in (_lossless(), _drawing(), keep_regions(), _quiet(), torch.enable_grad()):
+                stack.enter_context(context)
+            lines = stack.enter_context(_fixing())
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
             )
@@ -92,6 +104,38 @@ def _fixing() -> Iterator[list[str]]:
         mock.patch.object(torch.SymInt, "__index__", noting_index),
     ):
         yield lines
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Refuse random numbers that torch does not know of: they would become constants."""
+
+    def refused(name: str) -> Any:
+        return CaptureError(
+            f"{name} draws a number inside the model: in the captured graph it would be a constant",
+            source=_user_frame(traceback.extract_stack()),
+            found=name,
+            remedy=f"draw with torch (torch.rand) inside the model; {OPTIONS}",
+        )
+
+    with ExitStack() as stack:
+        for module in (random, numpy.random):
+            for name, function in vars(module).items():
+                owner = getattr(function, "__self__", None)
+                if isinstance(owner, (random.Random, numpy.random.RandomState)) and (
+                    name not in ("seed", "getstate", "setstate", "get_state", "set_state")
+                ):
+                    refuse = partial(_raise_in_user_code, function, refused, name)
+                    stack.enter_context(mock.patch.object(module, name, refuse))
+        yield
+
+
+def _raise_in_user_code(
+    function: Any, error: Callable[[str], Exception], name: str, *args: Any, **kwargs: Any
+) -> Any:
+    if is_users(sys._getframe(1).f_code.co_filename):
+        raise error(f"{function.__self__.__class__.__module__}.{name}")
+    return function(*args, **kwargs)
 
 
 @contextmanager
@@ -150,13 +194,16 @@ def _explain(error: Exception) -> CaptureError:
     source = _user_frame(traceback.extract_tb(error.__traceback__))
     kind, text = type(error).__name__, str(error)
     first = next((line for line in text.splitlines() if line.strip()), kind)
+    if source is not None:
+        file, _, number = source.rpartition(":")
+        first = f"{linecache.getline(file, int(number)).strip()}  ({first})"
     if "DataDependent" in kind or "data-dependent" in text.lower():
         return CaptureError(
             "control flow that depends on the values of tensors cannot be captured",
             source=source,
             found=first,
             remedy="compute both branches and choose with torch.where, or take the decision out of"
-            " the model and pass it in as a Python value",
+            f" the model and pass it in as a Python value; {OPTIONS}",
         )
     return CaptureError(
         "torch.export cannot capture the model",

@@ -294,7 +294,8 @@ RULES = table(
         " where fill zero masked_fill rrelu prelu softplus hardtanh gelu silu bernoulli normal"
         " uniform exponential bucketize one_hot hardswish hardsigmoid mish elu celu selu isclose"
         " nan_to_num clamp clip lerp addcmul addcdiv float_power square complex polar isnan"
-        " isfinite isinf rsub __and__ __or__ __xor__ relu6 threshold logit cosine_similarity_",
+        " isfinite isinf rsub cauchy log_normal geometric random poisson _standard_gamma binomial"
+        " _sample_dirichlet __and__ __or__ __xor__ relu6 threshold logit",
         reduction: "sum mean amax amin max min all any prod logsumexp norm linalg_vector_norm var"
         " std argmax argmin nansum nanmean median nanmedian mode var_mean std_mean count_nonzero"
         " kthvalue aminmax",

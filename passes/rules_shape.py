@@ -85,7 +85,7 @@ def along(call: Call) -> State:
 
 def _dims(call: Call, rank: int) -> set[int]:
     """The dimensions that a call names; all of them where it names none."""
-    named = next((call[n] for n in ("dim", "dims", "axis") if n in call), None)
+    named = next((call[n] for n in ("dim", "dims", "axis", "dimension") if n in call), None)
     if named is None or named == []:
         return set(range(rank))
     return {d % rank for d in (named if isinstance(named, (list, tuple)) else [named])}

@@ -329,10 +329,6 @@ def test_parameters_that_are_not_numbers() -> None:
     alike(loop)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="anomaly mode is on while stages are traced, and asks fake tensors for their values",
-)
 def test_anomaly_detection() -> None:
     pipe, reference = pipelined(net()), net()
     with torch.autograd.set_detect_anomaly(True):

@@ -123,11 +123,6 @@ def test_moves_and_casts_are_refused(move: str, called: bool) -> None:
     torch.testing.assert_close(pipe(ids()), reference(ids()))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=errors.UnsupportedError,
-    reason="Pipeline._apply refuses every move; trainers and scripts call .to(device) in any case",
-)
 @pytest.mark.parametrize(
     "move", [lambda m: m.to("cpu"), lambda m: m.double(), lambda m: m.to(), lambda m: m.cpu()]
 )
@@ -216,11 +211,6 @@ def test_loading_while_training(assign: bool) -> None:
     alike(loop)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=errors.StageError,
-    reason="Call.backward looks parameters up by name again, and takes others for changed ones",
-)
 def test_parameters_replaced_between_forward_and_backward() -> None:
     """In eager torch the gradient goes to those that the forward used."""
 
@@ -302,11 +292,6 @@ def test_a_pipeline_within_a_larger_model() -> None:
     assert_same_state(*models)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="as a child, a Pipeline loads by nn.Module's own _load_from_state_dict, not the model's",
-)
 def test_extra_state_within_a_larger_model() -> None:
     source, target = Headed(pipelined(Counting())), Headed(pipelined(Counting()))
     source.body.model.steps = 7

@@ -92,7 +92,6 @@ class Annealed(Net):
         return super().forward(x) / self.temperature
 
 
-STALE = "what Python decided while the model was captured is never looked at again"
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "a number": lambda m: setattr(m, "temperature", 0.5),
     "a layer's attribute": lambda m: setattr(m.norm, "eps", 0.1),
@@ -102,7 +101,6 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=STALE)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_that_is_changed_between_steps(change: str) -> None:
     """An annealed temperature, a layer exchanged: the next step must know, or refuse."""
@@ -139,7 +137,9 @@ def test_a_forward_hook_of_a_layer() -> None:
     alike(loop)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=f"hooks run once: {STALE}")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="hooks that look on run once, during capture"
+)
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_hooks_of_layers_that_look_on(kind: str) -> None:
     """Called in every step, with what passes by; or refused."""
@@ -216,10 +216,6 @@ WRAPPERS: dict[str, Loop] = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="neither works nor is refused: errors of torch's insides, or a misleading CaptureError",
-)
 @pytest.mark.parametrize("called", [False, True], ids=["before a call", "after a call"])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_function_transforms_work_or_are_refused(name: str, called: bool) -> None:
@@ -232,9 +228,6 @@ def test_function_transforms_work_or_are_refused(name: str, called: bool) -> Non
         alike(loop)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a tangent of an input is dropped without a word"
-)
 def test_forward_mode_is_refused() -> None:
     """The README: no forward-mode. A missing tangent is a zero derivative to whoever asks."""
     model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh()).double(), torch.randn(7, 6).double()
@@ -248,11 +241,6 @@ def test_forward_mode_is_refused() -> None:
         assert_close(found, torch.autograd.forward_ad.unpack_dual(model(dual)).tangent)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=errors.CouplingError,
-    reason="dynamo traces into the pipeline: a CouplingError that names the wrong cause",
-)
 def test_torch_compile_of_a_pipeline() -> None:
     """It runs beside the compiled code, or says that it cannot be compiled."""
 
@@ -292,11 +280,6 @@ def test_saved_tensor_hooks_around_a_compiled_call(name: str) -> None:
     alike(loop)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="the caller's saved-tensor hooks are active while stages are traced",
-)
 def test_a_checkpoint_around_a_first_call() -> None:
     alike(checkpointed)
 

@@ -140,19 +140,8 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-NO_DERIVATIVE = pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="of a value that has a gradient: tracing calls the overload, for which autograd has no"
-    " formula, where torch.randint_like passes autograd by",
-)
-
-
 @pytest.mark.usefixtures("capture_once")
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=NO_DERIVATIVE if n == "randint_like" else ()) for n in MODELS],
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_result_belongs_to_its_seed_whatever_the_plan(name: str) -> None:
     model, x = made(name), shape(6)
     runs = []
@@ -268,9 +257,6 @@ def test_a_state_that_is_put_back_repeats_the_step() -> None:
     assert not same(inside, after)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a seed is drawn for every call, needed or not"
-)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_call_without_randomness_draws_nothing(training: bool) -> None:
     """As in eager torch: else a loop that shuffles or augments its data sees other data."""
@@ -297,11 +283,6 @@ def numpy_number(x: Tensor) -> Tensor:
     return x + float(numpy.random.rand())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="numbers that Python or NumPy draw become constants of the captured graph",
-)
 @pytest.mark.parametrize("op", [python_number, numpy_number])
 def test_randomness_that_torch_does_not_see(op: Op) -> None:
     """Refused, or drawn in every call: layer drop by `random.random()` is written so."""

@@ -118,9 +118,6 @@ def test_inputs_of_equal_shapes_used_in_another_order(order: str, names: str) ->
     assert len(set(users.values())) > 1, "different stages use them"
 
 
-@pytest.mark.xfail(
-    reason="InputError: keywords in another order count as another structure", strict=True
-)
 def test_keywords_in_another_order() -> None:
     """To Python they are the same call; a batch is often a dict with no particular order."""
     pipe = piped(lambda net, a, b: net.deep(a) - 2 * b, a=sample(1), b=sample(2))
@@ -145,9 +142,6 @@ def test_gradients_that_count_the_batch_in_one_micro_batch() -> None:
     assert_agrees(pipelined(Frequent(), chunks=1), torch.arange(21).view(7, 3) % 5)
 
 
-@pytest.mark.xfail(
-    reason="not detected: each micro-batch divides by how often it has the token", strict=True
-)
 def test_gradients_that_count_the_batch_are_refused() -> None:
     """The samples meet in the backward only."""
     with pytest.raises(CouplingError):

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import autopipe
-from autopipe import errors
 
 from .agreement import assert_close, pipelined
 from .models import gpt2
@@ -52,19 +51,6 @@ def double(made: transformers.GPT2LMHeadModel) -> transformers.GPT2LMHeadModel:
 
 def model() -> transformers.GPT2LMHeadModel:
     return double(gpt2(layers=1)[0])
-
-
-def run_by(pipe: autopipe.Pipeline) -> nn.Module:
-    """The pipeline's model, whose calls the pipeline runs from now on."""
-    inner = pipe.model
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():  # the pipeline captures the model itself
-            return inner._call_impl(*args, **kwargs)
-        return pipe(*args, **kwargs)
-
-    inner._compiled_call_impl = call
-    return inner
 
 
 class Tokens(Dataset):
@@ -145,7 +131,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", TRAINING)
 def test_trainer(case: str, tmp_path: Path) -> None:
     plain = trainer(model(), tmp_path / "plain", **TRAINING[case])
-    ours = trainer(run_by(pipelined(model())), tmp_path / "ours", **TRAINING[case])
+    ours = trainer(pipelined(model()).install(), tmp_path / "ours", **TRAINING[case])
     plain.train()
     ours.train()
     assert_same_log(ours, plain)
@@ -164,7 +150,7 @@ def test_trainer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     """Its own and the plain model's, either way round; the checkpoint is the plain model's."""
     whole = trainer(model(), tmp_path / "whole")
     whole.train()
-    ours = trainer(run_by(pipelined(model())), tmp_path / "ours")
+    ours = trainer(pipelined(model()).install(), tmp_path / "ours")
     ours.train()
     for source in ("whole", "ours"):
         checkpoint = tmp_path / source / "checkpoint-3"
@@ -174,7 +160,7 @@ def test_trainer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
             n for n, _ in model().named_parameters()
         }
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
-        for n, fresh in enumerate((model(), run_by(pipelined(model())))):
+        for n, fresh in enumerate((model(), pipelined(model()).install())):
             resumed = trainer(fresh, tmp_path / f"resumed {n} {source}")
             resumed.train(resume_from_checkpoint=str(checkpoint))
             assert_same_log(resumed, whole)
@@ -184,7 +170,7 @@ def test_trainer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 def test_trainer_keeps_the_best_model(tmp_path: Path) -> None:
     options = {"load_best_model_at_end": True, "learning_rate": 3e-2, "max_steps": 9}
     runs = []
-    for n, module in enumerate((model(), run_by(pipelined(model())))):
+    for n, module in enumerate((model(), pipelined(model()).install())):
         runs.append(trainer(module, tmp_path / str(n), **options))
         runs[-1].train()
     assert runs[0].state.best_global_step == runs[1].state.best_global_step < 9
@@ -197,7 +183,9 @@ def test_trainer_in_mixed_precision(tmp_path: Path) -> None:
     With their own loss, and equal to the bit: the kernels and their order are the model's own.
     """
     runs = []
-    for n, module in enumerate((gpt2(layers=1)[0], run_by(pipelined(gpt2(layers=1)[0], chunks=1)))):
+    for n, module in enumerate(
+        (gpt2(layers=1)[0], pipelined(gpt2(layers=1)[0], chunks=1).install())
+    ):
         runs.append(trainer(module, tmp_path / str(n), bf16=True, max_steps=3))
         runs[-1].train()
     assert numbers(runs[1]) == numbers(runs[0])
@@ -232,9 +220,6 @@ def test_a_pipeline_as_the_trainers_model(tmp_path: Path) -> None:
     assert_same_weights(ours.model, plain.model)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=errors.UnsupportedError, reason="Pipeline._apply refuses .to(device)"
-)
 def test_a_pipeline_as_the_trainers_model_without_ado(tmp_path: Path) -> None:
     options = {"label_names": ["labels"], "remove_unused_columns": False, "save_strategy": "no"}
     ours = trainer(pipelined(model()), tmp_path / "ours", **options)
@@ -273,7 +258,7 @@ def accelerate(module: nn.Module, path: Path) -> tuple[nn.Module, list[float]]:
 
 
 def test_accelerate(tmp_path: Path) -> None:
-    inner = run_by(pipelined(model()))
+    inner = pipelined(model()).install()
     ours, found = accelerate(inner, tmp_path / "ours")
     plain, expected = accelerate(model(), tmp_path / "plain")
     assert ours is inner
@@ -345,7 +330,7 @@ def test_lightning(kind: str, tmp_path: Path) -> None:
 
     def ours() -> Lit:
         pipe = pipelined(model())
-        return Beside(pipe) if kind == "beside" else Lit(run_by(pipe))
+        return Beside(pipe) if kind == "beside" else Lit(pipe.install())
 
     whole = Lit(model())
     fit(whole, tmp_path / "whole", 3)
@@ -360,9 +345,6 @@ def test_lightning(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(*third, rtol=RELATIVE, atol=0)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=errors.UnsupportedError, reason="Pipeline._apply refuses .to(device)"
-)
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 def test_lightning_with_the_pipeline_as_a_child(tmp_path: Path) -> None:
     plain, ours = Lit(model()), Lit(pipelined(model()))
@@ -417,22 +399,17 @@ def test_adapters(tmp_path: Path) -> None:
 
 def test_trainer_of_adapters(tmp_path: Path) -> None:
     runs = []
-    for n, module in enumerate((lora(model()), run_by(pipelined(lora(model()))))):
+    for n, module in enumerate((lora(model()), installed(pipelined(lora(model()))))):
         runs.append(trainer(module, tmp_path / str(n)))
         runs[-1].train()
     assert_same_log(runs[1], runs[0])
     assert_same_weights(runs[1].model, runs[0].model)
     assert (tmp_path / "1/checkpoint-3/adapter_model.safetensors").exists()
-    again = trainer(run_by(pipelined(lora(model()))), tmp_path / "again")
+    again = trainer(installed(pipelined(lora(model()))), tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "1/checkpoint-3"))
     assert_same_weights(again.model, runs[0].model)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="adapters are switched by attributes, which are looked at while capturing only",
-)
 def test_adapters_switched_off() -> None:
     """As preference tuning does, for the reference model's opinion."""
     plain, adapted = lora(model()), lora(model())
@@ -444,7 +421,7 @@ def test_adapters_switched_off() -> None:
 
 def test_a_copy_of_a_model_that_a_pipeline_runs() -> None:
     """The hook is not copied: the copy is a plain model."""
-    inner = run_by(pipelined(model()))
+    inner = pipelined(model()).install()
     twin = copy.deepcopy(inner)
     assert twin._compiled_call_impl is None
     assert_close(twin(**batch()).loss, inner(**batch()).loss)

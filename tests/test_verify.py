@@ -105,12 +105,13 @@ class Layer(nn.Module):
     def __init__(self, drift: float = 0.0) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 6)
-        self.scale, self.drift = 1.0, drift
+        self.state = {"scale": 1.0}  # a plain attribute would be seen
+        self.drift = drift
 
     def forward(self, x: Tensor) -> Tensor:
-        self.scale += self.drift
+        self.state["scale"] += self.drift
         y = torch.tanh(self.linear(x))
-        return y * self.scale  # the line that drifts
+        return y * self.state["scale"]  # the line that drifts
 
 
 def test_it_names_where_the_captured_graph_is_another_than_the_model() -> None:

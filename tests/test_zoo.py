@@ -22,20 +22,7 @@ from .zoo import TOLERANCE, ZOO, Entry, WayOut, agreement, randomness
 from .zoo.compare import CHUNKS, eager, step
 from .zoo.speech import captioned, clip
 
-EXPERTS = (
-    "CouplingError: the histogram that sorts tokens by expert counts over all samples, though no"
-    " token's result depends on another's"
-)
-REFUSED = {
-    "BLOOM": "CaptureError: a custom autograd.Function, its GELU, is refused",
-    "Mixtral": EXPERTS,
-    "Qwen2-MoE": EXPERTS,
-    "DeepSeek-V3": EXPERTS,
-    "RecurrentGemma": "CaptureError: a custom autograd.Function, a square root's, is refused",
-    "VideoMAE": "CouplingError: `x + table.type_as(x)` passes for a reduction of x over the batch",
-    "Longformer": "InputError: capture._batch_range takes the bounds of every symbol, here of the"
-    " unused truth value of `is_global_attn`, for those of the batch",
-}
+REFUSED: dict[str, str] = {}
 """Models that do not train as a pipeline, and why."""
 
 
@@ -106,14 +93,7 @@ def test_dropout_is_the_same_on_one_device_and_on_three(name: str) -> None:
 # ------------------------------------------------------------------------------------- ways out
 
 WAYS = {f"{n}: {w.choice}": w for n, e in ZOO.items() for w in e.ways_out}
-FIXED = "the sizes of a mask that numpy draws fix the batch's: said so, but without the line"
-GENERAL = "the remedy is for whoever wrote the model and does not mention a library's options"
-NO_LINE = {"HuBERT: apply_spec_augment=False": FIXED}
-NO_OPTION = {n: GENERAL for n, w in WAYS.items() if w.said in w.choice}
-
-
-def each_way(failing: dict[str, str]) -> Any:
-    return pytest.mark.parametrize("way", marked(WAYS, failing))
+each_way = pytest.mark.parametrize("way", WAYS)
 
 
 def refusal(way: WayOut) -> autopipe.errors.AutopipeError:
@@ -123,14 +103,14 @@ def refusal(way: WayOut) -> autopipe.errors.AutopipeError:
     return caught.value
 
 
-@each_way(NO_LINE)
+@each_way
 def test_a_model_that_needs_a_choice_is_refused_with_its_line(way: str) -> None:
     error = refusal(WAYS[way])
     assert re.search(r"/modeling_\w+\.py:\d+$", error.source or "")
     assert error.remedy
 
 
-@each_way(NO_OPTION)
+@each_way
 def test_the_refusal_says_which_choice(way: str) -> None:
     assert WAYS[way].said in str(refusal(WAYS[way]))
 
@@ -150,9 +130,6 @@ def test_clips_loss_outside_of_the_pipeline_is_clips_loss() -> None:
         assert (found[f"clip.{name}"] - gradient).abs().max() <= TOLERANCE * scale
 
 
-@pytest.mark.xfail(
-    strict=True, reason="it is said that the batch size is fixed, without a line of the model"
-)
 def test_clips_contrastive_loss_is_refused_where_it_couples_samples() -> None:
     model, _ = clip(False)
     with pytest.raises(autopipe.errors.AutopipeError) as caught:
@@ -163,7 +140,6 @@ def test_clips_contrastive_loss_is_refused_where_it_couples_samples() -> None:
 # ------------------------------------------------------------------------- other random numbers
 
 
-@pytest.mark.xfail(strict=True, reason="drawn once, at capture, and a constant from then on")
 def test_numbers_that_numpy_draws_are_refused_or_drawn_anew() -> None:
     """As in the masks of SpecAugment, where sizes other than the batch's are masked."""
 
