@@ -138,6 +138,7 @@ TRAINING: dict[str, dict[str, Any]] = {
         "optim": "adamw_torch_fused",
         "weight_decay": 0.5,
         "label_smoothing_factor": 0.1,
+        "gradient_checkpointing": True,
     },
 }
 
@@ -433,13 +434,42 @@ def test_trainer_of_adapters(tmp_path: Path) -> None:
     raises=AssertionError,
     reason="adapters are switched by attributes, which are looked at while capturing only",
 )
-def test_adapters_switched_off() -> None:
-    """As preference tuning does, for the reference model's opinion."""
+@pytest.mark.parametrize("how", ["disabled", "merged"])
+def test_adapters_switched_off(how: str) -> None:
+    """Disabled, as preference tuning does for the reference model's opinion; merged in place."""
     plain, adapted = lora(model()), lora(model())
     pipe = pipelined(adapted)
     assert_close(pipe(**batch()).loss, plain(**batch()).loss)
-    with plain.disable_adapter(), adapted.disable_adapter():
+    if how == "merged":
+        plain.merge_adapter(), adapted.merge_adapter()
         assert_close(pipe(**batch()).loss, plain(**batch()).loss)
+    else:
+        with plain.disable_adapter(), adapted.disable_adapter():
+            assert_close(pipe(**batch()).loss, plain(**batch()).loss)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=errors.CouplingError,
+    reason="the first row of a value expanded to the batch, repeated, is taken for a coupling",
+)
+def test_prompt_tuning() -> None:
+    torch.manual_seed(1)
+    config = peft.PromptTuningConfig(
+        num_virtual_tokens=3,
+        task_type="CAUSAL_LM",
+        token_dim=32,
+        num_layers=1,
+        num_attention_heads=2,
+        num_transformer_submodules=1,
+    )
+    tuned = peft.get_peft_model(model(), config).double()
+    plain = copy.deepcopy(tuned)
+    short = {k: v[:, :10] for k, v in batch().items()}
+    for module in (pipelined(tuned), plain):
+        module(**short).loss.backward()
+    for (name, p), q in zip(tuned.named_parameters(), plain.parameters(), strict=True):
+        assert_close(p.grad, q.grad, name)
 
 
 def test_a_copy_of_a_model_that_a_pipeline_runs() -> None:
