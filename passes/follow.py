@@ -8,6 +8,7 @@ undecided (`Mixed` with certain=False); a `Trial` may then decide by numbers.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -91,17 +92,32 @@ class _Walk:
 
     def write(self, target: fx.Node, new: Any, call: Call) -> None:
         """What `target` is a view of now holds values in the state `new` too."""
-        old = self.states[target]
-        if new in (old, STATIC) or isinstance(new, tuple) or isinstance(old, Mixed):
+        old, owner = self.states[target], self.owner.get(target, target)
+        if isinstance(self.states[owner], Mixed):
             return
+        if isinstance(old, Mixed):
+            new = old
+        elif isinstance(self.states[owner], Samples) and not isinstance(old, Samples):
+            new = call.mixed("a part of the batch is written by place")
+        elif new in (old, STATIC) or isinstance(new, tuple):
+            return
+        if isinstance(new, Samples) and isinstance(old, Samples) and old.constant:
+            self.vary(owner)
+            if new == self.states[target]:
+                return
         if isinstance(new, Samples):
             new = call.undecided("it writes to a value whose samples are arranged differently")
-        owner = self.owner.get(target, target)
         for node, state in self.states.items():
             if self.owner.get(node, node) is owner and not isinstance(state, tuple):
                 shapes = [tuple(map(size, t.shape)) for t in tensors_of(node)]
                 ok = isinstance(new, Mixed) or not any(batch_dims(s) for s in shapes)
                 self.states[node] = new if ok else call.mixed("a reduction is written to samples")
+
+    def vary(self, owner: fx.Node) -> None:
+        """What shares this memory is no longer the same for all samples."""
+        for node, state in self.states.items():
+            if self.owner.get(node, node) is owner and isinstance(state, Samples):
+                self.states[node] = replace(state, constant=False)
 
 
 def state_of(call: Call) -> Any:

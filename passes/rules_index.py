@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from .graphs import is_size, size
+from .graphs import is_random, is_size, size
 from .rules_shape import table
 from .samples import REDUCED, STATIC, Mixed, Samples, State, aligned, batch_dims, fresh, join
 
@@ -20,12 +20,12 @@ OTHERS = "entries are picked from other samples by index"
 def new(call: Call) -> State:
     """zeros, ones, full, rand, new_zeros: their own shape counts, not what they are modelled on."""
     value = call["fill_value"]
-    if isinstance(value, fx.Node) and (not is_size(value) or size(value.meta["val"]).free_symbols):
-        state = fresh(call, call.out)
-        return (
-            REDUCED if state == STATIC else call.mixed("the number of samples is used as a value")
-        )
-    return fresh(call, call.out)
+    state = fresh(call, call.out, constant=not is_random(call.node))
+    if not isinstance(value, fx.Node):
+        return state
+    if is_size(value) and not size(value.meta["val"]).free_symbols:
+        return state
+    return REDUCED if state == STATIC else call.mixed("the number of samples is used as a value")
 
 
 def scalar(call: Call) -> State:

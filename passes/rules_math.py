@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from .graphs import is_integer
+from .graphs import is_integer, is_random
 from .rules_shape import along, last_dims, table
 from .samples import (
     REDUCED,
@@ -63,10 +63,10 @@ def same(call: Call) -> State:
 
 def like(call: Call) -> State:
     """zeros_like and the like: only the shape is taken."""
-    state = call.state(call.first)
+    state, constant = call.state(call.first), not is_random(call.node)
     if isinstance(state, Samples):
-        return Samples(state.dim, state.outer, state.inner)
-    return fresh(call, call.out)
+        return Samples(state.dim, state.outer, state.inner, constant=constant)
+    return fresh(call, call.out, constant=constant)
 
 
 def written(call: Call) -> State:

@@ -46,7 +46,8 @@ def expand(call: Call) -> State:
     state = call.state(node)
     if isinstance(state, Samples):
         return state.at(state.dim + len(call.out) - call.rank(node))
-    return fresh(call, call.out) if state == STATIC else join(call, [state, fresh(call, call.out)])
+    alike = fresh(call, call.out, constant=True)
+    return alike if state == STATIC else join(call, [state, alike])
 
 
 def broadcast_tensors(call: Call) -> tuple[State, ...]:
@@ -57,7 +58,7 @@ def broadcast_tensors(call: Call) -> tuple[State, ...]:
         if isinstance(state, Samples):
             states.append(state.at(state.dim + len(call.out) - call.rank(node)))
         else:
-            states.append(join(call, [state, fresh(call, call.out)]))
+            states.append(join(call, [state, fresh(call, call.out, constant=True)]))
     return tuple(states)
 
 
@@ -115,6 +116,8 @@ def select(call: Call) -> State:
     if not isinstance(state, Samples):
         return state
     dim = call["dim"] % call.rank(node)
+    if dim == state.dim and state.constant and state.outer == 1:
+        return STATIC
     if dim == state.dim:
         return Reduced() if (state.outer, state.inner) == (1, 1) else call.undecided(PLACES)
     return state.at(state.dim - (dim < state.dim))
@@ -132,6 +135,8 @@ def narrow(call: Call) -> State:
     begin = size(start.meta["val"] if isinstance(start, fx.Node) else start or 0)
     if taken == whole:
         return state
+    if state.constant and state.outer == 1 and not taken.free_symbols:
+        return STATIC
     unit = whole / state.outer
     blocks = (taken / unit, begin / unit)
     if call["step"] in (None, 1) and all(b.is_Integer for b in blocks):
@@ -191,7 +196,7 @@ def repeat(call: Call) -> State:
     """The whole tensor several times: along the batch, several batches in a row."""
     node, state = call.first, call.state(call.first)
     if not isinstance(state, Samples):
-        return fresh(call, call.out) if state == STATIC else state
+        return fresh(call, call.out, constant=True) if state == STATIC else state
     dim = state.dim + len(call.out) - call.rank(node)
     times = call.out[dim] / call.shape(node)[state.dim]
     if not times.is_Integer:

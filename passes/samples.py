@@ -45,6 +45,7 @@ class Samples:
     ``(B, T, C)`` flattened to ``(B*T, C)`` has inner = T; two batches put one behind the other by
     `torch.cat` have outer = 2.
 
+    constant: every sample's part is the same, as in zeros or in what was expanded.
     numbered: the values are ``numbered * b``, the place of a sample in a dimension with
     ``inner = numbered``: only good for finding that place again (``x[torch.arange(B), i]``).
     """
@@ -53,6 +54,7 @@ class Samples:
     outer: int = 1
     inner: int = 1
     numbered: int | None = None
+    constant: bool = False
 
     def at(self, dim: int) -> Samples:
         return replace(self, dim=dim)
@@ -173,7 +175,7 @@ def fits(state: State, shape: Shape) -> bool:
     return isinstance(state, Mixed) or not dims
 
 
-def fresh(call: Call, shape: Shape) -> State:
+def fresh(call: Call, shape: Shape, *, constant: bool = False) -> State:
     """The state of a new tensor whose entries are alike for all samples (zeros, noise)."""
     dims = batch_dims(shape)
     if not dims:
@@ -183,7 +185,7 @@ def fresh(call: Call, shape: Shape) -> State:
         return call.mixed("a value for every pair of samples")
     if inner is None:
         return call.mixed("its size is no multiple of the batch's")
-    return Samples(dims[0], 1, inner)
+    return Samples(dims[0], 1, inner, constant=constant)
 
 
 def reshaped(call: Call, state: Samples, old: Shape, new: Shape) -> State:
@@ -214,7 +216,9 @@ def join(call: Call, states: Iterable[State]) -> State:
     mixed = [s for s in found if isinstance(s, Mixed)]
     if mixed:
         return next((s for s in mixed if s.certain), mixed[0])
-    samples = {s for s in found if isinstance(s, Samples)}
+    listed = [s for s in found if isinstance(s, Samples)]
+    constant = all(s.constant for s in listed)
+    samples = {replace(s, constant=constant) for s in listed}
     if any(isinstance(s, Reduced) for s in found):
         if not samples:
             return REDUCED

@@ -96,6 +96,10 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "a number": lambda m: setattr(m, "temperature", 0.5),
     "a layer's attribute": lambda m: setattr(m.norm, "eps", 0.1),
     "a layer": lambda m: setattr(m, "drop", nn.Tanh()),
+    "a larger table": lambda m: (
+        setattr(m, "table", nn.Embedding(13, 8).double()),
+        setattr(m.head, "weight", m.table.weight),
+    ),
     "a tie undone": lambda m: setattr(m.head, "weight", nn.Parameter(m.table.weight.detach() / 2)),
     "a hook": lambda m: m.second.register_forward_hook(lambda *a: 2 * a[-1]),
 }

@@ -3,8 +3,8 @@
 Each runs twice from the same seed, with a pipelined model and with the plain one, in double
 precision and without dropout; logs and final weights agree.
 
-`run_by` is how a model stays what it is (a `PreTrainedModel`, a `PeftModel`) and yet runs as a
-pipeline: the hook that `nn.Module.compile` uses. Trainers look at a model's class, signature,
+`Pipeline.install` is how a model stays what it is (a `PreTrainedModel`, a `PeftModel`) and yet runs
+as a pipeline: the hook that `nn.Module.compile` uses. Trainers look at a model's class, signature,
 `config` and `save_pretrained`, so they want the model, not a module around it.
 """
 
@@ -124,6 +124,7 @@ TRAINING: dict[str, dict[str, Any]] = {
         "optim": "adamw_torch_fused",
         "weight_decay": 0.5,
         "label_smoothing_factor": 0.1,
+        "gradient_checkpointing": True,
     },
 }
 
@@ -399,24 +400,48 @@ def test_adapters(tmp_path: Path) -> None:
 
 def test_trainer_of_adapters(tmp_path: Path) -> None:
     runs = []
-    for n, module in enumerate((lora(model()), installed(pipelined(lora(model()))))):
+    for n, module in enumerate((lora(model()), pipelined(lora(model())).install())):
         runs.append(trainer(module, tmp_path / str(n)))
         runs[-1].train()
     assert_same_log(runs[1], runs[0])
     assert_same_weights(runs[1].model, runs[0].model)
     assert (tmp_path / "1/checkpoint-3/adapter_model.safetensors").exists()
-    again = trainer(installed(pipelined(lora(model()))), tmp_path / "again")
+    again = trainer(pipelined(lora(model())).install(), tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "1/checkpoint-3"))
     assert_same_weights(again.model, runs[0].model)
 
 
-def test_adapters_switched_off() -> None:
-    """As preference tuning does, for the reference model's opinion."""
+@pytest.mark.parametrize("how", ["disabled", "merged"])
+def test_adapters_switched_off(how: str) -> None:
+    """Disabled, as preference tuning does for the reference model's opinion; merged in place."""
     plain, adapted = lora(model()), lora(model())
     pipe = pipelined(adapted)
     assert_close(pipe(**batch()).loss, plain(**batch()).loss)
-    with plain.disable_adapter(), adapted.disable_adapter():
+    if how == "merged":
+        plain.merge_adapter(), adapted.merge_adapter()
         assert_close(pipe(**batch()).loss, plain(**batch()).loss)
+    else:
+        with plain.disable_adapter(), adapted.disable_adapter():
+            assert_close(pipe(**batch()).loss, plain(**batch()).loss)
+
+
+def test_prompt_tuning() -> None:
+    torch.manual_seed(1)
+    config = peft.PromptTuningConfig(
+        num_virtual_tokens=3,
+        task_type="CAUSAL_LM",
+        token_dim=32,
+        num_layers=1,
+        num_attention_heads=2,
+        num_transformer_submodules=1,
+    )
+    tuned = peft.get_peft_model(model(), config).double()
+    plain = copy.deepcopy(tuned)
+    short = {k: v[:, :10] for k, v in batch().items()}
+    for module in (pipelined(tuned), plain):
+        module(**short).loss.backward()
+    for (name, p), q in zip(tuned.named_parameters(), plain.parameters(), strict=True):
+        assert_close(p.grad, q.grad, name)
 
 
 def test_a_copy_of_a_model_that_a_pipeline_runs() -> None:

@@ -238,6 +238,13 @@ def test_weights_that_are_learned() -> None:
 # ------------------------------------------------------------------------------- what mixes samples
 
 
+def written(y: Tensor, write: Callable[[Tensor], Any]) -> Tensor:
+    """`y` beside zeros of its shape that something was written to."""
+    zeros = torch.zeros_like(y)
+    write(zeros)
+    return y + zeros
+
+
 COUPLED: dict[str, Callable[[Tensor], Any]] = {
     "less the mean": lambda y: y - y.mean(0),
     "less the mean, detached": lambda y: y - y.mean(0).detach(),
@@ -269,6 +276,9 @@ COUPLED: dict[str, Callable[[Tensor], Any]] = {
     ),
     "regrouped": lambda y: y.reshape(C, y.shape[0]),
     "numbered": lambda y: y + torch.arange(y.shape[0])[:, None],
+    "written by place": lambda y: written(y, lambda z: z[0].fill_(1)),
+    "written from the second on": lambda y: written(y, lambda z: z[1:].fill_(1)),
+    "a reduction written to all": lambda y: written(y, lambda z: z.copy_(y.mean(0))),
     "by the number of samples": lambda y: y / y.shape[0],
     "by the number of samples, summed": lambda y: (y / y.shape[0]).square().sum(),
     "maximum": lambda y: y.max(),
@@ -322,6 +332,10 @@ UNCOUPLED: dict[str, Callable[[Tensor], Any]] = {
     "two per sample": lambda y: y.view(y.shape[0] * 2, -1).sum(-1),
     "sequence first": lambda y: y.view(-1, 3, 2).transpose(0, 1).softmax(0),
     "added to zeros of its size": lambda y: y + torch.zeros(y.shape[0], C),
+    "the first of equal rows": lambda y: y + torch.arange(C).expand(y.shape[0], -1)[:1],
+    "one of equal rows": lambda y: y + torch.ones(C).expand(y.shape[0], -1)[0],
+    "zeros written to": lambda y: written(y, lambda z: z.copy_(y * 2)),
+    "columns written to": lambda y: written(y, lambda z: z[:, 1:].copy_(y[:, :-1])),
     "doubled": lambda y: torch.cat([y, y * 2], 0),
     "repeated": lambda y: y.repeat(2, 1),
     "two halves": lambda y: sum(torch.cat([y, y * 2], 0).chunk(2)),
