@@ -440,7 +440,7 @@ LOSSES = (
 COMMON = (*LAYERED, *JOINING, *WRITING, *SEEING, *WHOLE, *LOSSES, "tanh", "relu", "gelu")
 NAMES = (*COMMON, *sorted(RULES), *COMMON)
 PICK = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 30))
-REGION = st.sampled_from(("",) * 7 + ("same",) * 3 + (*REGIONS, "no_autocast no_grad"))
+REGION = st.sampled_from(("",) * 12 + ("same",) * 4 + (*REGIONS, "no_autocast no_grad"))
 GENES = st.builds(
     Gene,
     name=st.sampled_from(NAMES),
