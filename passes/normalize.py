@@ -15,7 +15,12 @@ from torch import Tensor, fx, nn
 
 from autopipe.errors import CaptureError, UnsupportedError
 
-from ._torch import HigherOrderOperator, wrap_with_autocast, wrap_with_set_grad_enabled
+from ._torch import (
+    HigherOrderOperator,
+    storage_id_of,
+    wrap_with_autocast,
+    wrap_with_set_grad_enabled,
+)
 from .graphs import drop_dead, source_line, spec_of, users_trace
 from .ir import Input, Kind
 
@@ -210,15 +215,32 @@ def _region(
         autocast=autocast,
         without_grad=without_grad,
     )
-    return [original.get(_written_to(r), r) for r in results]
+    return [original.get(_object(r), r) for r in results]
 
 
-def _written_to(value: Any) -> Any:
-    """Behind the result of an in-place call the tensor that it wrote to: they are one object."""
-    while isinstance(value, fx.Node) and (schema := getattr(value.target, "_schema", None)):
-        if not any(r.alias_info is not None and r.alias_info.is_write for r in schema.returns):
+def _object(value: Any) -> Any:
+    """The first node that stands for the same tensor object as `value`.
+
+    A call may return what it was given: one that writes in place, ``x.contiguous()``, dropout in
+    evaluation, the broadcasting in a loss. What comes after it knows the object by its result.
+    """
+    while isinstance(value, fx.Node) and value.op == "call_function":
+        call, index = value, None
+        if value.target is operator.getitem and isinstance(value.args[0], fx.Node):
+            call, index = value.args[0], value.args[1]
+        storage = storage_id_of(value)
+        aliases = [n for n in call.all_input_nodes if storage_id_of(n) == storage]
+        if storage is None or not aliases:
             break
-        value = value.args[0]
+        args, kwargs = fx.map_arg((call.args, call.kwargs), lambda n: n.meta["val"])
+        target: Any = call.target
+        with aliases[0].meta["val"].fake_mode, torch.no_grad():
+            result = target(*args, **kwargs)
+        result = result if index is None else result[index]
+        same = [n for n in aliases if n.meta["val"] is result]
+        if not same:
+            break
+        value = same[0]
     return value
 
 

@@ -106,7 +106,9 @@ def gru(n: int, x: Kind) -> Made | None:
 def attention(n: int, q: Kind, k: Kind, v: Kind) -> Made | None:
     if not (featured(q, k, v) and batch_first(q, k, v) and len(q.shape) in (2, 3)):
         return None
-    if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[:-2] != k.shape[:-2]:
+    if k.shape != v.shape or len(q.shape) != len(k.shape):
+        return None
+    if q.shape[-1] != k.shape[-1] or q.shape[:-2] != k.shape[:-2]:
         return None
     if not (q.numel and k.numel):
         return None

@@ -123,7 +123,7 @@ def _share(
     output: Any, gradient: Tensor, outputs: Any, m: int, sizes: list[int], captured: Captured
 ) -> Tensor:
     if output.combine == "sum" or len(sizes) == 1:
-        return gradient
+        return gradient.contiguous()  # a leaf's gradient has the leaf's strides
     if output.combine == "cat":
         n = captured.outputs.index(output)
         lengths = [o[n].shape[output.dim] for o in outputs]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autopipe
@@ -43,6 +44,53 @@ def test_a_tensor_written_to_where_gradients_are_off_keeps_its_own() -> None:
         return torch.tanh(x)
 
     assert_agrees(pipelined(Model(scaled)), batch())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.mse_loss(x, torch.zeros_like(x)),
+        lambda x: x.contiguous(),
+        lambda x: x.double() + 1,
+        lambda x: F.dropout(x, training=False),
+        lambda x: x.flatten(1),
+        lambda x: torch.broadcast_tensors(torch.ones(4), x),
+    ],
+)
+def test_a_tensor_looked_at_where_gradients_are_off_keeps_its_own(function: Any) -> None:
+    """A metric under ``no_grad``: some calls return the tensor that they were given, and what used
+    it afterwards got it from the region, without a gradient."""
+
+    def measured(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            function(x)
+        return torch.tanh(x)
+
+    assert_agrees(pipelined(Model(measured)), batch())
+
+
+@pytest.mark.xfail(
+    reason="torch.export traces dropout that does nothing as a copy, and a copy has no gradient",
+    strict=True,
+)
+def test_dropout_that_does_nothing_where_gradients_are_off() -> None:
+    """In eager torch its result is its argument, which keeps its gradient."""
+
+    def passed(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = F.dropout(x, training=False)
+        return torch.tanh(y)
+
+    assert_agrees(pipelined(Model(passed)), batch())
+
+
+def test_a_view_made_where_gradients_are_off_has_none() -> None:
+    def seen(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x.view_as(x)
+        return torch.tanh(x) * y
+
+    assert_agrees(pipelined(Model(seen)), batch())
 
 
 @pytest.mark.parametrize("enabled", [False, True])
