@@ -23,10 +23,6 @@ from .agreement import assert_agrees, assert_close, objective, pipelined
 
 CHUNKS, BATCH = 3, 8  # micro-batches of 3, 3 and 2
 
-DEFERRED = pytest.mark.xfail(
-    reason="running statistics are still updated once per micro-batch", strict=True
-)
-MICRO = pytest.mark.xfail(reason="compile has no option batch_norm yet", strict=True)
 CUMULATIVE = pytest.mark.xfail(
     reason="momentum=None: capture refuses 1 / num_batches_tracked as control flow", strict=True
 )
@@ -115,14 +111,12 @@ def assert_deferred(model: nn.Module, kind: str, steps: int, **options: Any) -> 
 # ------------------------------------------------------------------------------- deferred
 
 
-@DEFERRED
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_running_statistics_are_the_mini_batchs(kind: str, steps: int) -> None:
     assert_deferred(net(kind), kind, steps)
 
 
-@DEFERRED
 @pytest.mark.parametrize("remat", ["none", "min-cut"])
 @pytest.mark.parametrize("devices", [1, 3])
 def test_they_do_not_depend_on_the_plan(devices: int, remat: str) -> None:
@@ -135,12 +129,10 @@ def test_a_cumulative_average_counts_mini_batches(steps: int) -> None:
     assert_deferred(net(momentum=None), "of vectors", steps)
 
 
-@DEFERRED
 def test_another_momentum_and_no_affine_parameters() -> None:
     assert_deferred(net(momentum=0.7, affine=False), "of vectors", 2)
 
 
-@DEFERRED
 def test_one_layer_used_twice_is_updated_twice() -> None:
     """In the order of its calls, each time with the whole mini-batch."""
     shared = nn.BatchNorm1d(4)
@@ -149,7 +141,6 @@ def test_one_layer_used_twice_is_updated_twice() -> None:
     assert shared.num_batches_tracked == 4
 
 
-@DEFERRED
 def test_a_frozen_layer_stays_while_another_learns() -> None:
     model = net()
     model.norms[0].eval()
@@ -158,7 +149,6 @@ def test_a_frozen_layer_stays_while_another_learns() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.norms[0].buffers(), strict=True))
 
 
-@DEFERRED
 def test_a_forward_without_gradients_updates_them_too() -> None:
     """In eager torch they are updated whenever the layer is in training mode."""
     model = net()
@@ -170,7 +160,6 @@ def test_a_forward_without_gradients_updates_them_too() -> None:
         assert_close(b, c, name)
 
 
-@DEFERRED
 def test_a_mini_batch_counts_as_one() -> None:
     pipe = pipelined(net(), chunks=CHUNKS)
     for step in range(4):
@@ -178,7 +167,6 @@ def test_a_mini_batch_counts_as_one() -> None:
     assert [int(m.num_batches_tracked) for m in pipe.model.norms] == [4, 4]
 
 
-@DEFERRED
 def test_evaluation_uses_them() -> None:
     model = net()
     twin = copy.deepcopy(model)
@@ -229,7 +217,6 @@ def test_frozen_statistics_are_used_and_stay() -> None:
 # ------------------------------------------------------------------------------- micro
 
 
-@MICRO
 @pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_on_request_each_micro_batch_updates_them(kind: str, devices: int) -> None:
