@@ -82,12 +82,14 @@ class Trial:
         loss: ``loss(result, target)``, of the batch or of a micro-batch.
         chunks: micro-batches.
         split: the modules before which a stage begins; None: one, half-way.
+        whole: names of the keywords that are not batched.
     """
 
     build: Callable[[], Example]
     loss: Callable[[Any, Any], Tensor]
     chunks: int
     split: tuple[str, ...] | None = None
+    whole: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def autopiped(trial: Trial) -> Gradients:
     """The same through autopipe, in as many stages."""
     example = trial.build()
     devices = 2 if trial.split is None else len(trial.split) + 1
-    pipe = autopipe.compile(example.model, devices, trial.chunks)
+    in_dims = {n: None if n in trial.whole else 0 for n in example.kwargs} or 0
+    pipe = autopipe.compile(example.model, devices, trial.chunks, in_dims=in_dims)
     trial.loss(pipe(*example.args, **example.kwargs), example.target).backward()
     return _gradients(pipe)
 
@@ -174,6 +177,7 @@ def autopiped(trial: Trial) -> Gradients:
 def pipelined(trial: Trial, rank: int, world: int, store: str) -> Gradients:
     """One rank of torch.distributed.pipelining, used as its documentation shows."""
     from torch.distributed.pipelining import ScheduleGPipe, SplitPoint, pipeline
+    from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world
@@ -187,7 +191,10 @@ def pipelined(trial: Trial, rank: int, world: int, store: str) -> Gradients:
         split_spec=dict.fromkeys(trial.split or (halfway(example),), SplitPoint.BEGINNING),
     )
     stage = whole.build_stage(rank, torch.device("cpu"))
-    schedule = ScheduleGPipe(stage, trial.chunks, loss_fn=trial.loss)
+    specs = {n: _Replicate() if n in trial.whole else TensorChunkSpec(0) for n in example.kwargs}
+    schedule = ScheduleGPipe(
+        stage, trial.chunks, loss_fn=trial.loss, kwargs_chunk_spec=specs if trial.whole else None
+    )
     target = torch.zeros(example.batch) if example.target is None else example.target
     args, kwargs = (example.args, example.kwargs) if rank == 0 else ((), {})
     last = {"target": target} if rank == world - 1 else {}

@@ -90,6 +90,7 @@ def zoo(*, outside: bool) -> dict[str, Trial]:
             partial(zoo_example, name, labels=not outside),
             own_loss if entry.loss is returned and not outside else square,
             chunks=2,
+            whole=tuple(n for n, d in (entry.in_dims or {}).items() if d is None),
         )
         for name, entry in ZOO.items()
     }
