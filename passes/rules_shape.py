@@ -17,15 +17,18 @@ from .samples import (
     Reduced,
     Samples,
     State,
+    batch_dims,
+    factor,
     fresh,
     join,
     reshaped,
 )
+from .spec import B
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
-    from .samples import Call
+    from .samples import Call, Shape
 
 aten = torch.ops.aten
 
@@ -217,6 +220,41 @@ def repeat_interleave(call: Call) -> State:
     return Samples(state.dim, state.outer, state.inner * int(times))
 
 
+def as_strided(call: Call) -> State:
+    """Windows cut by stride: each sample's must lie in that sample's memory.
+
+    Where the samples' dimension has the stride t, address a belongs to sample
+    ``a // (t * inner) % B``, be the batch the first dimension of the memory or a later one.
+    """
+    node, state = call.first, call.state(call.first)
+    if not isinstance(state, Samples):
+        return state
+    own = list(map(size, node.meta["val"].stride()))
+    given = [call["storage_offset"] or 0, *call["stride"]]
+    offset, *strides = [size(s.meta["val"] if isinstance(s, fx.Node) else s) for s in given]
+    dims = batch_dims(call.out)
+    times = factor(call.out[dims[0]]) if len(dims) == 1 else None
+    block = own[state.dim] * state.inner
+    if times is None or block.free_symbols or offset != 0 or state.outer != 1:
+        return call.undecided("windows over memory that is no plain array")
+    before = _stays_within(block, own, call.shape(node), state.dim, state.inner)
+    after = strides[dims[0]] * times == block and _stays_within(
+        block, strides, call.out, dims[0], times
+    )
+    if before and after:
+        return Samples(dims[0], 1, times)
+    return call.undecided("windows that may overlap several samples")
+
+
+def _stays_within(block: Any, strides: Sequence[Any], shape: Shape, dim: int, times: int) -> bool:
+    """Whether steps along other dimensions lead through one sample's block, or to whole batches."""
+    reach = (times - 1) * strides[dim]
+    for d, (stride, extent) in enumerate(zip(strides, shape, strict=True)):
+        if d != dim and not (stride / (block * B)).is_Integer:
+            reach += (extent - 1) * stride
+    return bool(not reach.free_symbols and reach < block)
+
+
 def diagonal(call: Call) -> State:
     """Two dimensions become one, the last."""
     node, state = call.first, call.state(call.first)
@@ -267,6 +305,7 @@ RULES = table(
         stack: "stack",
         repeat: "repeat tile",
         repeat_interleave: "repeat_interleave",
+        as_strided: "as_strided",
         diagonal: "diagonal",
     }
 )

@@ -303,16 +303,8 @@ ODD: dict[str, tuple[Body, Callable[[Tensor], bool]]] = {
 }
 
 
-UNFOLD = pytest.mark.xfail(
-    reason="CouplingError: the rule for unfold reads `dim`, its schema says `dimension`",
-    strict=True,
-)
-
-
 @pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[UNFOLD] * (n == "overlapping windows")) for n in ODD]
-)
+@pytest.mark.parametrize("name", ODD)
 def test_odd_tensors_between_stages(name: str, remat: str) -> None:
     body, is_odd = ODD[name]
     pipe = piped(body, sample(), remat=remat)
