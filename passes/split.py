@@ -68,12 +68,16 @@ def split(annotated: Annotated, stages: int, batch: int) -> Split:
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
     time = [seconds(annotated.costs[n.name], batch) for n in calls]
     try:
-        positions = cut(
-            time,
-            stages,
-            allowed=_allowed(calls, annotated.captured.inputs),
-            crossing=_crossing(calls, batch),
-            slack=SLACK,
+        positions = (
+            []
+            if stages == 1
+            else cut(
+                time,
+                stages,
+                allowed=_allowed(calls, annotated.captured.inputs),
+                crossing=_crossing(calls, batch),
+                slack=SLACK,
+            )
         )
     except PartitionError as error:
         raise PartitionError(
