@@ -139,6 +139,8 @@ def assert_bit_equal(pipe: autopipe.Pipeline, call: Any) -> None:
         return  # its gradient goes around the chunks, which the reference does not know
     if any(i.batch_dim == 1 for i in pipe.captured.inputs):
         return  # the reference's chunks are not dense; other strides, other kernels, other bits
+    if any(op.name == "gru" for op in pipe.model.program.ops):
+        return  # see test_bugs_graphs
     model = copy.deepcopy(pipe.model)
     pipe.zero_grad()
     args, kwargs = fresh(call)
