@@ -163,7 +163,7 @@ def test_a_value_and_its_detached_self_are_results(chunks: int) -> None:
 
 
 @pytest.mark.xfail(
-    reason="tracing decomposes GRUs into other kernels than eager torch calls: the last bit differs",
+    reason="tracing decomposes GRUs into other kernels than eager torch has: the last bit differs",
     strict=True,
 )
 def test_gru_bit_for_bit() -> None:
