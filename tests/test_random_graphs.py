@@ -2,8 +2,8 @@
 
     AUTOPIPE_GRAPHS=5000 pytest tests/test_random_graphs.py
 
-draws that many graphs anew (about 20 minutes a thousand); without it every run takes the same few
-hundred. A failure prints ``Program(...)`` and ``Setup(...)``: paste them into `agree` below.
+draws that many graphs anew (four or five minutes a thousand); without it every run takes the
+same few hundred. A failure prints ``Program(...)`` and ``Setup(...)``: paste them into `agree`.
 
 Truth is eager torch on the whole batch, which a program that does not mix samples must reproduce
 to rounding, and, bit for bit, the captured graph under plain autograd (`tests.reference`).
@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
@@ -27,8 +28,9 @@ from autopipe.errors import PartitionError
 
 from . import reference
 from .agreement import ROUNDING, assert_agrees, assert_close, fresh, objective
+from .random_drawing import programs
 from .random_kinds import Brief
-from .random_models import Program, RandomModel, programs
+from .random_models import Program, RandomModel
 
 DRAWN = int(os.environ.get("AUTOPIPE_GRAPHS", "0"))
 
@@ -137,6 +139,8 @@ def assert_bit_equal(pipe: autopipe.Pipeline, call: Any) -> None:
         return  # its gradient goes around the chunks, which the reference does not know
     if any(i.batch_dim == 1 for i in pipe.captured.inputs):
         return  # the reference's chunks are not dense; other strides, other kernels, other bits
+    if any(op.name == "gru" for op in pipe.model.program.ops):
+        return  # see test_bugs_graphs
     model = copy.deepcopy(pipe.model)
     pipe.zero_grad()
     args, kwargs = fresh(call)
@@ -206,6 +210,7 @@ def _close(a: Any, b: Any) -> bool:
     return torch.allclose(a, b, rtol=0, atol=ROUNDING / 10 * scale, equal_nan=True)
 
 
+@pytest.mark.slow
 @graphs(300)
 @given(programs(), SETUPS)
 def test_random_graphs_agree_with_the_model(program: Program, setup: Setup) -> None:
