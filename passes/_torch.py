@@ -32,8 +32,10 @@ from torch.fx.traceback import (
     preserve_node_meta,
     set_stack_trace,
 )
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     import sympy
 
 __all__ = [
+    "BackwardHookFunction",
+    "CheckpointFunction",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",

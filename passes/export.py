@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from autopipe.errors import AutopipeError, CaptureError
 
 from . import functions
-from ._torch import keep_regions
+from ._torch import BackwardHookFunction, CheckpointFunction, keep_regions
 from .graphs import is_users
 
 if TYPE_CHECKING:
@@ -146,19 +146,20 @@ def _lossless() -> Iterator[None]:
         if cls.__module__.startswith("torch._library"):  # an operator's registered derivative
             return functions.apply.__func__(cls, *args)
         source = _user_frame(traceback.extract_stack())
+        if cls is CheckpointFunction:  # what is kept for backward is the pipeline's business
+            run, _, *given = args
+            return run(*given)
+        if cls is BackwardHookFunction:
+            raise _lost_hook("a backward hook of a module", source)
         try:
             return functions.record(cls, *args)
         except CaptureError as error:
             raise error.at(source) from None
 
     def refuse_hook(tensor: Tensor, hook: Any) -> Any:
-        raise CaptureError(
-            "a hook on a tensor inside the model: it would be lost in the captured graph",
-            source=_user_frame(traceback.extract_stack()),
-            found=f"Tensor.register_hook({getattr(hook, '__qualname__', hook)!s})",
-            remedy="remove the hook (module backward hooks count too), or apply the same change to"
-            " the parameters' gradients after backward()",
-        )
+        name = getattr(hook, "__qualname__", hook)
+        source = _user_frame(traceback.extract_stack())
+        raise _lost_hook(f"Tensor.register_hook({name!s})", source)
 
     enter: Any = torch.inference_mode.__enter__
 
@@ -179,6 +180,16 @@ def _lossless() -> Iterator[None]:
         )
         stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
         yield
+
+
+def _lost_hook(found: str, source: str | None) -> CaptureError:
+    return CaptureError(
+        "a hook on a tensor inside the model: it would be lost in the captured graph",
+        source=source,
+        found=found,
+        remedy="remove the hook (module backward hooks count too), or apply the same change to"
+        " the parameters' gradients after backward()",
+    )
 
 
 def _user_frame(stack: traceback.StackSummary) -> str | None:

@@ -161,7 +161,22 @@ def trace(
         primals = [look.fake(device) for look in inputs]
         tangents_ = [look.fake(device) for _, _, look in arriving]
         module = make_fx(joint, _allow_non_fake_inputs=True)(primals, tangents_)
+    _refuse_constants(stage, module.graph)
     return Joint(module.graph, tuple(updates), tuple(grads), _tidy(module.graph))
+
+
+def _refuse_constants(stage: StageGraph, graph: fx.Graph) -> None:
+    """Tensors that came in by another way than the stage's arguments: a Function's closure."""
+    held = next((n for n in graph.nodes if n.op == "get_attr"), None)
+    if held is not None:
+        calls = list(stage.graph_module.graph.nodes)
+        position = next((u.meta["custom"]["call"] for u in held.users if "custom" in u.meta), None)
+        raise CaptureError(
+            "a tensor is used that was not given as an argument",
+            source=None if position is None else source_line(calls[position]),
+            found=str(held.target),
+            remedy="give a custom autograd.Function every tensor that it uses as an argument",
+        )
 
 
 def _resolved(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autopipe.errors import CaptureError, CouplingError
 from tests.agreement import assert_agrees, pipelined
@@ -159,6 +160,39 @@ def test_what_cannot_be_kept_is_refused(f: Callable[..., Any], line: str, proble
         captured_of(Model(f), batch())
     assert caught.value.source == user_line(f, line)
     assert str(caught.value.found).startswith(__name__)
+
+
+SCALE = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+
+class Closes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * SCALE
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * SCALE
+
+
+def closes(s: Model, x: Tensor) -> Tensor:
+    return Closes.apply(s.first(x))
+
+
+def test_a_tensor_that_is_no_argument_is_refused() -> None:
+    """In the captured graph it would be a constant, whatever the optimizer does to it."""
+    with pytest.raises(CaptureError, match="not given as an argument") as caught:
+        pipelined(Model(closes))(batch())
+    assert str(caught.value.source).startswith(__file__)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_in_the_model_are_left_to_the_pipeline(reentrant: bool) -> None:
+    def checkpointed(s: Model, x: Tensor) -> Tensor:
+        return s.last(checkpoint(s.first, x, use_reentrant=reentrant))
+
+    pipe = pipelined(Model(checkpointed))
+    assert_agrees(pipe, batch().requires_grad_())
 
 
 def test_one_that_mixes_samples_is_refused() -> None:
