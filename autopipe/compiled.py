@@ -58,11 +58,15 @@ def parameter(model: nn.Module, target: str) -> nn.Parameter:
     try:
         return model.get_parameter(target)
     except AttributeError as error:
-        raise UnsupportedError(
-            "a parameter has been replaced by a tensor, or is gone",
-            node=target,
-            remedy="torch.func.functional_call works with the model itself (pipe.model)",
-        ) from error
+        raise _replaced(target) from error
+
+
+def _replaced(target: str) -> UnsupportedError:
+    return UnsupportedError(
+        "a parameter has been replaced by a tensor, or is gone",
+        node=target,
+        remedy="torch.func.functional_call works with the model itself (pipe.model)",
+    )
 
 
 class Compiled:
@@ -90,6 +94,9 @@ class Compiled:
         batch: int,
         progress: Callable[[str], None],
     ) -> None:
+        for name, tensor in model.named_parameters():
+            if not isinstance(tensor, nn.Parameter):
+                raise _replaced(name)
         self.model = model
         self.options = options
         self.places = places

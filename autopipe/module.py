@@ -362,15 +362,18 @@ def _keeps(
     own: Sequence[torch.device],
 ) -> bool:
     """Whether a move or cast leaves such a tensor as it is, or on one of the own devices."""
-    sample = torch.empty(0, dtype=dtype, device=device)
+    sample = torch.ones(8, dtype=dtype, device=device)
     shared: Callable[[Tensor], bool] = Tensor.is_shared
     before = shared(sample)
     try:
         moved = fn(sample)
     except (RuntimeError, AssertionError):  # to a device that is not here
         return False
+    if moved.is_meta:
+        return device.type == "meta"
     here = moved.device == device or moved.device in own
-    return here and moved.dtype == dtype and shared(moved) == before
+    same = moved.dtype == dtype and bool((moved == 1).all())  # to_empty keeps no values
+    return here and same and shared(moved) == before
 
 
 def _without(shape: torch.Size, dim: int | None) -> tuple[int, ...]:

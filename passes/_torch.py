@@ -93,7 +93,9 @@ def is_transformed(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a function transform is under way, or has wrapped one of the tensors."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched
+    return any(wrapped(t) or batched(t) for t in tensors)
 
 
 def saves_through_hooks() -> bool:

@@ -67,17 +67,15 @@ def split(annotated: Annotated, stages: int, batch: int) -> Split:
     graph = annotated.captured.graph_module.graph
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
     time = [seconds(annotated.costs[n.name], batch) for n in calls]
+    if not calls and stages == 1:
+        return build(annotated, {}, [0.0])
     try:
-        positions = (
-            []
-            if stages == 1
-            else cut(
-                time,
-                stages,
-                allowed=_allowed(calls, annotated.captured.inputs),
-                crossing=_crossing(calls, batch),
-                slack=SLACK,
-            )
+        positions = cut(
+            time,
+            stages,
+            allowed=_allowed(calls, annotated.captured.inputs),
+            crossing=_crossing(calls, batch),
+            slack=SLACK,
         )
     except PartitionError as error:
         raise PartitionError(

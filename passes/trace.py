@@ -39,7 +39,7 @@ from ._torch import (
     static_fakes,
     to_functional,
 )
-from .graphs import drop_dead, is_integer, source_line
+from .graphs import drop_dead, source_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -208,8 +208,8 @@ def _run(stage: StageGraph, inputs: Sequence[Tensor], device: torch.device) -> l
 
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     target: Any = node.target
-    if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) and is_integer(node):
-        # Python's randint_like knows that integers have no gradient, the overload does not.
+    if getattr(target, "overloadpacket", None) is aten.randint_like:
+        # Python's function knows that there is no gradient, the overload does not.
         args = pytree.tree_map_only(Tensor, Tensor.detach, args)
     try:
         return target(*args, **kwargs)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from autopipe.options import batch_dims
 from autopipe.passes import phases
@@ -18,6 +17,7 @@ from autopipe.passes.cost import annotate
 from autopipe.passes.ir import Annotated, Captured, Input, Kind, Phased, Split, StageGraph
 from autopipe.passes.split import split
 from autopipe.passes.trace import Look
+from autopipe.structure import flatten
 from tests.models import MODELS
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def captured_of(
     **kwargs: Any,
 ) -> Captured:
     """Capture `model(*args, **kwargs)`; writes to buffers stay, so that later passes see them."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = flatten(args, kwargs)
     dims = batch_dims(in_dims, model, args, kwargs)
     return capture(model, leaves, spec, dims, whole=whole, batch_norm=batch_norm)
 
@@ -74,7 +74,7 @@ def phased_of(
 
 def tensors(captured: Captured, model: nn.Module, call: Call, size: int | None = None) -> list[Any]:
     """What to call the captured graph with: the model's own tensors and those of a call."""
-    leaves = pytree.tree_leaves(call)
+    leaves, _ = flatten(*call)
     return [_tensor(captured, model, leaves, item, size) for item in captured.inputs]
 
 

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 import autopipe
 from autopipe.errors import PartitionError
+from autopipe.structure import flatten
 
 from . import reference
 from .agreement import ROUNDING, assert_agrees, assert_close, fresh, objective
@@ -147,7 +148,7 @@ def assert_bit_equal(pipe: autopipe.Pipeline, call: Any) -> None:
     result = pipe(*args, **kwargs)
     reference.objective(result).backward()
     chunks = pipe.options.chunks
-    truth = reference.over_chunks(pipe.captured, model, pytree.tree_leaves(call), chunks)
+    truth = reference.over_chunks(pipe.captured, model, flatten(*call)[0], chunks)
     pairs = zip(pytree.tree_leaves(result), pytree.tree_leaves(truth.result), strict=True)
     assert [i for i, (a, b) in enumerate(pairs) if not _same(a, b)] == [], "results"
     for name, gradient in truth.parameters.items():

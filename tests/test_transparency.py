@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 import autopipe
 from autopipe.passes import driver, phases
+from autopipe.structure import flatten
 
 from .models import MODELS
 from .reference import Truth, objective, over_chunks
@@ -63,7 +64,7 @@ def _model(name: str) -> Any:
 @functools.cache
 def _truth(name: str, captured: Any, batch: int, chunks: int) -> Truth:
     model, inputs = _model(name)
-    return over_chunks(captured, model, pytree.tree_leaves(inputs(batch)), chunks)
+    return over_chunks(captured, model, flatten(*inputs(batch))[0], chunks)
 
 
 @functools.cache
@@ -87,7 +88,7 @@ def _run(pipe: autopipe.Pipeline, model: nn.Module, inputs: Any, batch: int) -> 
     found = Truth(
         result,
         {n: p.grad for n, p in model.named_parameters()},
-        [x.grad for x in pytree.tree_leaves((args, kwargs)) if x.requires_grad],
+        [x.grad for x in flatten(args, kwargs)[0] if x.requires_grad],
         {n: b.clone() for n, b in model.named_buffers()},
     )
     with torch.no_grad():
