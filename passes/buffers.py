@@ -25,6 +25,9 @@ from .follow import shares_memory
 from .graphs import HIDDEN_WRITES, add_call, add_size, size, written_arguments
 from .spec import Input, Kind
 
+CUMULATIVE = -1.0
+"""What stands for momentum None while a model is captured: 1 / (number of batches so far)."""
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -50,6 +53,7 @@ def defer(
         elif shares_memory(node) or node.target is operator.getitem:
             source = next(iter(node.all_input_nodes), node)
             owner[node] = owner.get(source, source)
+    counters = _counters(graph, inputs)
     left = [b for b in nodes if not _is_simple(graph, b, owner)]
     value: dict[fx.Node, fx.Node] = {}
     how: dict[fx.Node, str] = {}
@@ -63,10 +67,24 @@ def defer(
             continue
         with graph.inserting_before(node):
             if node.target in HIDDEN_WRITES:
-                _batch_norm(graph, node, originals, value, how)
+                counter = counters.get(originals[0])
+                counter = value.get(counter, counter) if counter is not None else None
+                _batch_norm(graph, node, originals, counter, value, how)
             else:
                 _out_of_place(graph, node, originals[0], value)
     return value, how, sorted(b.name for b in left)
+
+
+def _counters(graph: fx.Graph, inputs: Sequence[Input]) -> dict[fx.Node, fx.Node]:
+    """For each running mean the number of batches that its layer has seen."""
+    nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    by_target = {i.target: nodes[i.name] for i in inputs if i.kind is Kind.BUFFER}
+    return {
+        node: by_target[counter]
+        for target, node in by_target.items()
+        if (counter := target.replace("running_mean", "num_batches_tracked")) != target
+        and counter in by_target
+    }
 
 
 def _is_simple(graph: fx.Graph, buffer: fx.Node, owner: dict[fx.Node, fx.Node]) -> bool:
@@ -118,6 +136,7 @@ def _batch_norm(
     graph: fx.Graph,
     node: fx.Node,
     buffers: list[fx.Node],
+    counter: fx.Node | None,
     value: dict[fx.Node, fx.Node],
     how: dict[fx.Node, str],
 ) -> None:
@@ -145,5 +164,10 @@ def _batch_norm(
         spread = call(aten.sum.dim_IntList, call(aten.slice.Tensor, packed, 0, 1, 3), [0])
         scaled = call(aten.mul.Tensor, call(aten.sub.Tensor, spread, shift), count)
         unbiased = call(aten.div.Tensor, scaled, add_size(graph, operator.sub, count, 1))
-        value[buffers[0]] = call(aten.lerp.Scalar, mean, whole, momentum)
-        value[buffers[1]] = call(aten.lerp.Scalar, variance, unbiased, momentum)
+        blend: Any = aten.lerp.Scalar
+        if momentum == CUMULATIVE:
+            blend = aten.lerp.Tensor
+            batches = call(aten.to.dtype, counter, buffers[0].meta["val"].dtype)
+            momentum = call(aten.reciprocal.default, batches)
+        value[buffers[0]] = call(blend, mean, whole, momentum)
+        value[buffers[1]] = call(blend, variance, unbiased, momentum)

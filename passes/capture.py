@@ -23,7 +23,7 @@ from autopipe.errors import CaptureError, InputError, UnsupportedError
 
 from . import normalize
 from ._torch import symbolic_fakes
-from .buffers import defer
+from .buffers import CUMULATIVE, defer
 from .combine import combine
 from .export import export
 from .follow import follow
@@ -72,7 +72,7 @@ def capture(
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     examples = _examples(leaves, batch_dims)
     flat = _Flat(module, leaves, spec)
-    with _off_meta(module, examples):
+    with _off_meta(module, examples), _cumulative(module) as cumulative:
         program, fixed_at = export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
     result = flat.result
     assert result.spec is not None
@@ -91,8 +91,15 @@ def capture(
     )
     _check_batch(inputs, fixed_at)
     notes = list(result.notes)
+    if cumulative and batch_norm == "micro":
+        raise UnsupportedError(
+            "a cumulative average (momentum=None) of micro-batches",
+            node=cumulative[0],
+            remedy='use batch_norm="deferred"',
+        )
     if whole:
-        combined = combine(graph, inputs, {})
+        updates = defer(graph, inputs)[0] if cumulative else {}
+        combined = combine(graph, inputs, {}, updates=updates)
     else:
         updates, stated, left = defer(graph, inputs) if batch_norm == "deferred" else ({}, {}, [])
         notes += [f"{name} changes once per micro-batch" for name in left]
@@ -236,6 +243,26 @@ def register_dataclasses(value: Any) -> None:
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and not _is_cache(leaf):
             pytree.register_dataclass(type(leaf))
             register_dataclasses(leaf)
+
+
+@contextmanager
+def _cumulative(module: nn.Module) -> Iterator[list[str]]:
+    """Let batch norms with momentum None be traced, which would ask a counter for its value."""
+    found = {
+        name: m
+        for name, m in module.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        and m.momentum is None
+        and m.training
+        and m.track_running_stats
+    }
+    for norm in found.values():
+        norm.momentum = CUMULATIVE
+    try:
+        yield list(found)
+    finally:
+        for norm in found.values():
+            norm.momentum = None
 
 
 @contextmanager

@@ -23,9 +23,6 @@ from .agreement import assert_agrees, assert_close, objective, pipelined
 
 CHUNKS, BATCH = 3, 8  # micro-batches of 3, 3 and 2
 
-CUMULATIVE = pytest.mark.xfail(
-    reason="momentum=None: capture refuses 1 / num_batches_tracked as control flow", strict=True
-)
 
 SHAPES: dict[str, tuple[type[_BatchNorm], tuple[int, ...]]] = {
     "of vectors": (nn.BatchNorm1d, (4,)),
@@ -123,7 +120,6 @@ def test_they_do_not_depend_on_the_plan(devices: int, remat: str) -> None:
     assert_deferred(net(), "of vectors", 2, devices=devices, remat=remat)
 
 
-@CUMULATIVE
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_cumulative_average_counts_mini_batches(steps: int) -> None:
     assert_deferred(net(momentum=None), "of vectors", steps)
@@ -232,3 +228,10 @@ def test_on_request_each_micro_batch_updates_them(kind: str, devices: int) -> No
     assert [int(m.num_batches_tracked) for m in model.norms] == [2 * CHUNKS] * 2
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert_close(p.grad, q.grad, name)
+
+
+def test_a_cumulative_average_of_micro_batches_is_refused() -> None:
+    norm = nn.BatchNorm1d(4, momentum=None)
+    with pytest.raises(autopipe.errors.UnsupportedError, match="cumulative"):
+        pipelined(norm, devices=1, batch_norm="micro")(torch.randn(8, 4))
+    assert norm.momentum is None
