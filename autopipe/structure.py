@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import InputError
-from autopipe.passes.capture import register_dataclasses
+from autopipe.passes.flat import register_dataclasses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,19 +21,18 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import CaptureError, InputError, UnsupportedError
 
 from . import normalize
-from ._torch import symbolic_fakes
-from .buffers import CUMULATIVE, defer
+from .buffers import defer
 from .combine import combine
 from .export import export
+from .flat import Flat, Hole
 from .follow import follow
 from .ir import Captured, Input, Kind, Leaf, results_of
 from .samples import Reduced
+from .stand_ins import cumulative_norms, off_meta
 from .trial import settle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-PLAIN_LEAVES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+    from collections.abc import Callable, Mapping, Sequence
 
 
 def capture(
@@ -71,8 +69,8 @@ def capture(
     """
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     examples = _examples(leaves, batch_dims)
-    flat = _Flat(module, leaves, spec)
-    with _off_meta(module, examples), _cumulative(module) as cumulative:
+    flat = Flat(module, leaves, spec)
+    with off_meta(module, examples), cumulative_norms(module) as cumulative:
         program, fixed_at = export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
     result = flat.result
     assert result.spec is not None
@@ -118,7 +116,7 @@ def capture(
         constants=constants,
         epilogue=combined.epilogue,
         leaves=tuple(
-            next(filled) if isinstance(leaf, _Hole) else Leaf("constant", leaf)
+            next(filled) if isinstance(leaf, Hole) else Leaf("constant", leaf)
             for leaf in result.leaves
         ),
         out_spec=result.spec,
@@ -154,149 +152,6 @@ def _names(module: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> l
 def _part(key: Any) -> Any:
     """One step of the way to a leaf: a dict's key, a list's index, a field's name."""
     return next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a))
-
-
-class _Hole:
-    """Stands for a tensor among the leaves of a result."""
-
-
-@dataclasses.dataclass
-class _Result:
-    """The model's result as its first trace saw it (kept apart: export forbids new attributes)."""
-
-    leaves: list[Any] = dataclasses.field(default_factory=list)
-    spec: pytree.TreeSpec | None = None
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-
-class _Flat(nn.Module):
-    """The model as a function from flat tensors to flat tensors, which is all export must know."""
-
-    prefix = "model."
-
-    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
-        self.tensor_positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-        self._template = _Opaque([None if isinstance(x, Tensor) else x for x in leaves])
-        self._spec = _Opaque(spec)
-        self._result = _Result()
-
-    @property
-    def result(self) -> _Result:
-        return self._result
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        leaves = list(self._template.value)
-        for position, tensor in zip(self.tensor_positions, tensors, strict=True):
-            leaves[position] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
-        out = self.model(*args, **kwargs)
-        register_dataclasses(out)
-        found, spec = pytree.tree_flatten(out, is_leaf=_is_cache)
-        result = self._result
-        result.leaves, result.spec, result.notes = [], spec, []
-        values = []
-        for leaf in found:
-            if isinstance(leaf, Tensor):
-                values.append(leaf)
-                result.leaves.append(_Hole())
-            elif _is_cache(leaf):
-                if kwargs.get("use_cache"):
-                    raise CaptureError(
-                        "the call asks for a key/value cache, which a pipeline does not return",
-                        found=type(leaf).__name__,
-                        remedy="call without use_cache=True",
-                    )
-                result.notes.append(f"left out of the result: {type(leaf).__name__}")
-                result.leaves.append(None)
-            elif isinstance(leaf, PLAIN_LEAVES):
-                result.leaves.append(leaf)
-            else:
-                raise CaptureError(
-                    "the model returns an object that is neither a tensor nor a known container",
-                    found=f"{type(leaf).__module__}.{type(leaf).__qualname__}",
-                    remedy="return tensors in tuples, lists, dicts, named tuples or dataclasses, or"
-                    " register the class with torch.utils._pytree.register_pytree_node",
-                )
-        return tuple(values)
-
-
-@dataclasses.dataclass
-class _Opaque:
-    """Keeps a container out of export's walk over a module's attributes."""
-
-    value: Any
-
-
-def _is_cache(value: Any) -> bool:
-    """A transformers key/value cache: returned by default, of no use in training."""
-    return any(
-        c.__name__ == "Cache" and "transformers" in c.__module__ for c in type(value).__mro__
-    )
-
-
-def register_dataclasses(value: Any) -> None:
-    """Make plain dataclasses among inputs or results known as containers."""
-    for leaf in pytree.tree_leaves(value):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and not _is_cache(leaf):
-            pytree.register_dataclass(type(leaf))
-            register_dataclasses(leaf)
-
-
-@contextmanager
-def _cumulative(module: nn.Module) -> Iterator[list[str]]:
-    """Let batch norms with momentum None be traced, which would ask a counter for its value."""
-    found = {
-        name: m
-        for name, m in module.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        and m.momentum is None
-        and m.training
-        and m.track_running_stats
-    }
-    for norm in found.values():
-        norm.momentum = CUMULATIVE
-    try:
-        yield list(found)
-    finally:
-        for norm in found.values():
-            norm.momentum = None
-
-
-@contextmanager
-def _off_meta(module: nn.Module, examples: list[Tensor]) -> Iterator[None]:
-    """While a model on meta is traced, fakes on the CPU stand for its tensors (and the examples).
-
-    What the model makes beside its own tensors, such as ``torch.tensor(3.0, device=x.device)``,
-    would otherwise be captured on meta too: a constant without a value.
-    """
-    holders: list[dict[str, Any]] = [
-        h for m in module.modules() for h in (m._parameters, m._buffers)
-    ]
-    originals = [(h, n, t) for h in holders for n, t in h.items() if t is not None and t.is_meta]
-    if not originals:
-        yield
-        return
-    fakes: dict[int, Tensor] = {}  # tied tensors stay tied
-    with symbolic_fakes():
-        for _, _, tensor in originals:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            if isinstance(tensor, nn.Parameter):
-                fake = nn.Parameter(fake, tensor.requires_grad)
-            fakes.setdefault(id(tensor), fake)
-        examples[:] = [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).requires_grad_(x.requires_grad)
-            for x in examples
-        ]
-    try:
-        for holder, name, tensor in originals:
-            holder[name] = fakes[id(tensor)]
-        yield
-    finally:
-        for holder, name, tensor in originals:
-            holder[name] = tensor
 
 
 def _examples(leaves: Sequence[Any], batch_dims: Sequence[int | None]) -> list[Tensor]:
