@@ -119,7 +119,8 @@ def compare(
         deferred = pipe.options.batch_norm == "deferred"
         modules: dict[str, Tensor] = {}
         normalising = MicroBatchNorm(sizes, deferred=deferred)
-        with _restored(pipe.model), normalising, _watched(pipe.model, modules):
+        own_call = mock.patch.object(pipe.model, "_compiled_call_impl", None)  # `install`
+        with _restored(pipe.model), own_call, normalising, _watched(pipe.model, modules):
             expected = _Step.of(pipe.model, pipe.model, leaves, spec)
         observed: dict[tuple[str, int], Tensor] = {}
         with _restored(pipe.model):

@@ -172,3 +172,15 @@ def test_the_tolerance_can_be_stated() -> None:
     assert not pipe.verify(x, tolerance=0.0).ok or all(
         d.largest == 0 for d in pipe.verify(x).differences
     )
+
+
+def test_an_installed_pipeline_is_compared_with_the_model_itself(monkeypatch: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    pipe = pipelined(model)
+    x = torch.randn(7, 6)
+    pipe.install()
+    assert pipe.verify(x).ok
+    assert model._compiled_call_impl is not None
+    accumulate = Run.accumulate
+    monkeypatch.setattr(Run, "accumulate", lambda r, n, m, g: accumulate(r, n, m, 2 * g))
+    assert not pipe.verify(x).ok
