@@ -153,7 +153,7 @@ def assert_bit_equal(pipe: autopipe.Pipeline, call: Any) -> None:
     assert [i for i, (a, b) in enumerate(pairs) if not _same(a, b)] == [], "results"
     for name, gradient in truth.parameters.items():
         assert _same(pipe.get_parameter(name).grad, gradient), f"gradient of {name}"
-    inputs = [x.grad for x in pytree.tree_leaves((args, kwargs)) if x.requires_grad]
+    inputs = [x.grad for x in flatten(args, kwargs)[0] if x.requires_grad]
     pairs = zip(inputs, truth.inputs, strict=True)
     assert [i for i, (a, b) in enumerate(pairs) if not _same(a, b)] == [], "gradients of inputs"
 
