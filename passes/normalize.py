@@ -38,6 +38,17 @@ ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
 }
 
+DROPOUTS = {
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.alpha_dropout.default,
+    aten.alpha_dropout_.default,
+    aten.feature_dropout.default,
+    aten.feature_dropout_.default,
+    aten.feature_alpha_dropout.default,
+    aten.feature_alpha_dropout_.default,
+}
+
 
 def normalize(
     program: torch.export.ExportedProgram, model: nn.Module, prefix: str, names: Sequence[str]
@@ -161,6 +172,8 @@ def _inline(
             env[node] = _region(module, node, mapped, graph, autocast, without_grad)
         elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
             env[node] = env[node.args[0]][node.args[1]]
+        elif _does_nothing(node):
+            env[node] = mapped(node.args[0])
         elif node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
             raise CaptureError(
                 "an operator that contains graphs of its own cannot be pipelined",
@@ -175,6 +188,14 @@ def _inline(
             if autocast is not None:
                 env[node].meta["autocast"] = autocast
     raise AssertionError("a graph without output")
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    """A dropout that drops nothing: in eager torch its result is its argument, the same tensor."""
+    if node.target not in DROPOUTS:
+        return False
+    chance, train = node.args[1:3]
+    return train is False or (isinstance(chance, (int, float)) and chance == 0)
 
 
 def _region(

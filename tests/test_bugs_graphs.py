@@ -69,10 +69,6 @@ def test_a_tensor_looked_at_where_gradients_are_off_keeps_its_own(function: Any)
     assert_agrees(pipelined(Model(measured)), batch())
 
 
-@pytest.mark.xfail(
-    reason="torch.export traces dropout that does nothing as a copy, and a copy has no gradient",
-    strict=True,
-)
 def test_dropout_that_does_nothing_where_gradients_are_off() -> None:
     """In eager torch its result is its argument, which keeps its gradient."""
 
