@@ -15,13 +15,12 @@ from torch import Tensor, fx
 
 from autopipe.passes.graphs import spec_of
 from autopipe.passes.ir import Kind, at_batch
+from autopipe.passes.trial import close
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from autopipe.compiled import Compiled
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def locate(
@@ -111,12 +110,12 @@ class _Walk(fx.Interpreter):
             value = super().run_node(n)
         if isinstance(value, Tensor) and n.op == "call_function":
             other = self.sent.get((n.name, self.m))
-            if other is not None and not _close(value, other):
+            if other is not None and not close(other.to(value.device), value):
                 self.apart.add(n.name)
             for path in n.meta.get("modules", ()):
                 if path in self.returned and path not in self.equal:
                     part = self._part(n, self.returned[path])
-                    if part is not None and _close(value, part):
+                    if part is not None and close(part.to(value.device), value):
                         self.equal.add(path)
         return value
 
@@ -130,14 +129,3 @@ class _Walk(fx.Interpreter):
                 per_sample = whole.shape[dim] // self.batch
                 return whole.narrow(dim, self.start * per_sample, self.size * per_sample)
         return whole
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    if not (found.is_floating_point() or found.is_complex()):
-        return torch.equal(found, expected.to(found.device))
-    finite = found[found.isfinite()].abs()
-    scale = finite.max().item() if finite.numel() else 0.0
-    tolerance = TOLERANCE.get(found.dtype, 2e-2) * scale
-    return torch.allclose(found, expected.to(found.device), rtol=0, atol=tolerance, equal_nan=True)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from autopipe.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -48,7 +50,7 @@ class Still(TorchFunctionMode):
     """Nothing is random: dropout drops nothing, noise is constant.
 
     Raises:
-        RuntimeError: a random function that it does not know.
+        UnsupportedError: a random function that has no neutral result.
     """
 
     def __torch_function__(
@@ -76,7 +78,10 @@ class Still(TorchFunctionMode):
             bounds = [a for a in args if isinstance(a, int)]
             return torch.full_like(func(*args, **kwargs), bounds[0] if len(bounds) > 1 else 0)
         if name in ("randperm", "multinomial"):
-            raise RuntimeError(f"verify cannot still torch.{name}")
+            raise UnsupportedError(
+                f"torch.{name} draws what verify cannot still",
+                remedy="verify in evaluation mode, or without that call",
+            )
         return func(*args, **kwargs)
 
 

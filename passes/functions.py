@@ -8,7 +8,7 @@ and autograd calls the user's backward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class _Site:
     template: list[Any]
     positions: list[int]
     spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec | None = field(default=None)
+    out_spec: pytree.TreeSpec | None = None
 
     def alike(self, other: _Site) -> bool:
         """Whether one number will do for both."""

@@ -63,7 +63,7 @@ def is_users(file: str) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """A call that draws random numbers."""
+    """A call that draws random numbers (dropout of chance 0 does not, though it could)."""
     tags = getattr(node.target, "tags", ())
     schema = getattr(node.target, "_schema", None)
     if torch.Tag.nondeterministic_seeded not in tags or schema is None:
@@ -71,7 +71,7 @@ def is_random(node: fx.Node) -> bool:
     given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     given |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
     chance = next((given[n] for n in ("p", "dropout_p", "dropout") if n in given), None)
-    return given.get("train", True) is True and chance != 0.0
+    return given.get("train") is not False and chance != 0.0
 
 
 def is_effect(node: fx.Node) -> bool:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 
 from .graphs import is_random, is_size, size
-from .rules_shape import table
+from .rules_shape import PLACES, table
 from .samples import REDUCED, STATIC, Mixed, Samples, State, aligned, batch_dims, fresh, join
 
 if TYPE_CHECKING:
     from .samples import Call
 
-PLACES = "a part of the batch is picked by place"
 OTHERS = "entries are picked from other samples by index"
 
 
@@ -74,7 +74,7 @@ def index(call: Call) -> State:
     """``x[i, j, :]`` with tensors i, j; also `index_put`, whose result is x again."""
     table, given = call["self"], call["indices"]
     state = call.state(table)
-    if any(i is not None and str(i.meta["val"].dtype) == "torch.bool" for i in given):
+    if any(i is not None and i.meta["val"].dtype is torch.bool for i in given):
         return call.undecided("entries are picked by a mask")
     at = [d for d, i in enumerate(given) if i is not None]
     rank = max(call.rank(given[d]) for d in at)
@@ -118,7 +118,7 @@ def index_put(call: Call) -> State:
     table, values = call["self"], call["values"]
     state = call.state(table)
     given = [i for i in call["indices"] if i is not None]
-    masks = [i for i in given if str(i.meta["val"].dtype) == "torch.bool"]
+    masks = [i for i in given if i.meta["val"].dtype is torch.bool]
     if masks:
         parts = aligned(call, masks, call.rank(masks[0]))
         if call.rank(values) == 0 and call.state(values) == STATIC:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,9 +118,9 @@ def contract(
     return Reduced(None if bias else "sum")
 
 
-def _letters(prefix: str, count_: int) -> str:
-    """As many letters as there are leading dimensions, the last ones the same for all operands."""
-    return "".join(chr(ord("A") + count_ - 1 - i) for i in range(count_)) + prefix
+def _letters(last: str, leading: int) -> str:
+    """Letters for `leading` dimensions, counted from the last one, before those in `last`."""
+    return "".join(chr(ord("A") + i) for i in reversed(range(leading))) + last
 
 
 def matmul(call: Call) -> State:
@@ -278,8 +277,7 @@ def recurrent(call: Call) -> tuple[State, ...] | State:
     expected = 0 if call["batch_first"] else 1
     if state.dim != expected or call.rank(call["input"]) != 3:
         return call.mixed("it works along the batch")
-    results = call.node.meta["val"]
-    return tuple(state if i == 0 else state.at(1) for i, _ in zip(count(), results, strict=False))
+    return (state, *[state.at(1)] * (len(call.node.meta["val"]) - 1))
 
 
 RULES = table(

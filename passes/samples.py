@@ -116,7 +116,7 @@ class Call:
     @property
     def first(self) -> fx.Node:
         """The tensor that the call works on."""
-        return next(n for n in self.tensors if isinstance(n, fx.Node))
+        return self.tensors[0]
 
     @property
     def tensors(self) -> list[fx.Node]:

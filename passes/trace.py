@@ -31,7 +31,6 @@ from ._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FunctionalTensorMode,
-    OpOverload,
     attribute,
     from_functional,
     make_fx,
@@ -39,7 +38,7 @@ from ._torch import (
     static_fakes,
     to_functional,
 )
-from .graphs import drop_dead, source_line
+from .graphs import drop_dead, is_random, source_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -346,13 +345,3 @@ def _give_workspace(graph: fx.Graph, kit: fx.Node, backward: fx.Node) -> None:
         workspace = graph.call_function(getitem, (forward, 3))
     workspace.meta = {"val": backward.meta["val"][0]}
     backward.update_arg(RNN_WORKSPACE, workspace)
-
-
-def is_random(node: fx.Node) -> bool:
-    """A call that draws random numbers (attention with dropout 0 does not, though it could)."""
-    target = node.target
-    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    given = {a.name: a.default_value for a in target._schema.arguments}
-    given |= dict(zip(given, node.args, strict=False)) | node.kwargs
-    return given.get("dropout_p") != 0.0

@@ -141,12 +141,14 @@ class Parts:
         whole, parts = self.whole[node], self.parts[node]
         if not isinstance(whole, Tensor) or UnknownError in parts or not whole.is_floating_point():
             return state
+        if _shows_nothing(whole):
+            return state
         for found in _arrangements(node):
             try:
                 again = _put_together(parts, found)
             except RuntimeError:
                 continue
-            if again.shape == whole.shape and _close(again, whole):
+            if close(again, whole):
                 self.decided[state.node] = "keeps samples apart, as a trial on 5 samples found"
                 return found
         return state
@@ -237,11 +239,19 @@ def _put_together(parts: Sequence[Tensor], state: Samples) -> Tensor:
     return torch.cat(blocks, dim + 1).flatten(dim, dim + 2)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding; a constant, which shows nothing, does not count."""
-    finite = expected[expected.isfinite()]
-    if finite.numel() == 0 or bool((finite == finite.flatten()[0]).all()):
+def _shows_nothing(value: Tensor) -> bool:
+    """A constant is the same in any order."""
+    finite = value[value.isfinite()]
+    return finite.numel() == 0 or bool((finite == finite.flatten()[0]).all())
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Of one shape and type, and equal but for rounding."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
-    scale = finite.abs().max().item()
+    if not (found.is_floating_point() or found.is_complex()):
+        return torch.equal(found, expected)
+    finite = expected[expected.isfinite()].abs()
+    scale = finite.max().item() if finite.numel() else 0.0
     tolerance = TOLERANCE.get(expected.dtype, 2e-2) * scale
     return torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
