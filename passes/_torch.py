@@ -57,6 +57,7 @@ __all__ = [
     "attribute",
     "flop_registry",
     "from_functional",
+    "is_transform",
     "is_transformed",
     "keep_regions",
     "make_fx",
@@ -87,6 +88,11 @@ def static_fakes() -> FakeTensorMode:
 def symbolic_fakes() -> FakeTensorMode:
     """A fake tensor mode in which torch.export can make sizes symbolic."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def is_transform(target: Any) -> bool:
+    """Whether an exported call is a part of a function transform: vmap's levels and the like."""
+    return str(getattr(target, "__module__", "")).startswith("torch._functorch.")
 
 
 def is_transformed(tensors: Sequence[torch.Tensor]) -> bool:

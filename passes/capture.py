@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ from .flat import Flat, Hole
 from .follow import follow
 from .ir import Captured, Input, Kind, Leaf, results_of
 from .samples import Reduced
-from .stand_ins import cumulative_norms, off_meta
+from .stand_ins import cumulative_norms, noted_hooks, off_meta
 from .trial import settle
 
 if TYPE_CHECKING:
@@ -70,8 +71,18 @@ def capture(
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     examples = _examples(leaves, batch_dims)
     flat = Flat(module, leaves, spec)
-    with off_meta(module, examples), cumulative_norms(module) as cumulative:
+    with (
+        off_meta(module, examples),
+        cumulative_norms(module) as cumulative,
+        noted_hooks(module) as hooks,
+    ):
         program, fixed_at = export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
+    for hook in hooks:
+        warnings.warn(
+            f"a forward hook of {hook} returns nothing: if it only looks on, it has done so for the"
+            " last time; what a captured model computes is not shown to it",
+            stacklevel=2,
+        )
     result = flat.result
     assert result.spec is not None
     graph, inputs, constants = normalize.normalize(

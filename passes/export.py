@@ -179,7 +179,18 @@ def _lossless() -> Iterator[None]:
             mock.patch.object(torch.autograd.Function, "apply", classmethod(keep_function))
         )
         stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
+        for name in ("grad", "backward"):
+            stack.enter_context(mock.patch.object(torch.autograd, name, partial(_derived, name)))
         yield
+
+
+def _derived(name: str, *args: Any, **kwargs: Any) -> None:
+    raise CaptureError(
+        "the model takes gradients inside its forward: an exported graph has none",
+        source=_user_frame(traceback.extract_stack()),
+        found=f"torch.autograd.{name}",
+        remedy="take them outside of the model, or write the derivative out",
+    )
 
 
 def _lost_hook(found: str, source: str | None) -> CaptureError:

@@ -17,6 +17,7 @@ from autopipe.errors import CaptureError, UnsupportedError
 
 from ._torch import (
     HigherOrderOperator,
+    is_transform,
     storage_id_of,
     wrap_with_autocast,
     wrap_with_set_grad_enabled,
@@ -174,6 +175,13 @@ def _inline(
             env[node] = env[node.args[0]][node.args[1]]
         elif _does_nothing(node):
             env[node] = mapped(node.args[0])
+        elif is_transform(node.target):
+            raise CaptureError(
+                "a function transform inside the model (torch.vmap) cannot be pipelined",
+                node=node.name,
+                source=source_line(node),
+                remedy="write the function for a whole batch, with broadcasting",
+            )
         elif node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
             raise CaptureError(
                 "an operator that contains graphs of its own cannot be pipelined",

@@ -10,9 +10,48 @@ from torch import Tensor, nn
 
 from ._torch import symbolic_fakes
 from .buffers import CUMULATIVE
+from .graphs import is_users
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+
+@contextmanager
+def noted_hooks(module: nn.Module) -> Iterator[list[str]]:
+    """Name the user's forward hooks that return nothing.
+
+    What a hook returns is captured. One that returns nothing may only look on (and keep what it
+    sees): it runs now, and never again.
+    """
+    found: dict[str, None] = {}
+
+    def noting(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        code = getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            result = hook(*args, **kwargs)
+            if result is None and code is not None and is_users(code.co_filename):
+                where = f"{code.co_filename}:{code.co_firstlineno}"
+                found[f"{path or 'the model'} ({where})"] = None
+            return result
+
+        return noted
+
+    registries: list[tuple[str, dict[int, Any]]] = [
+        (path, registry)
+        for path, m in module.named_modules()
+        for registry in (m._forward_pre_hooks, m._forward_hooks)
+    ]
+    originals = [(r, key, hook) for _, r in registries for key, hook in r.items()]
+    for path, registry in registries:
+        registry.update({key: noting(path, hook) for key, hook in registry.items()})
+    names: list[str] = []
+    try:
+        yield names
+    finally:
+        for registry, key, hook in originals:
+            registry[key] = hook
+        names += found
 
 
 @contextmanager

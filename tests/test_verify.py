@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import autopipe
 from autopipe.runtime.executor import Run
@@ -63,6 +64,22 @@ def test_random_calls_and_batch_norm_are_made_comparable() -> None:
     first = pipe(x, target)["logits"]
     torch.manual_seed(2)
     assert not torch.equal(first, pipe(x, target)["logits"])  # the pipeline itself still drops
+
+
+def test_a_model_with_reentrant_checkpoints() -> None:
+    """torch refuses to give such a model's gradients apart from ``.grad``."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.first, x, use_reentrant=True)).sin().mean()
+
+    found = pipelined(Checkpointed()).verify(torch.randn(7, 6, requires_grad=True))
+    assert found.ok, str(found)
+    assert found.worst("gradient") is not None
 
 
 def test_nothing_is_left_behind() -> None:

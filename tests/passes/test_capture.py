@@ -573,6 +573,27 @@ def test_a_model_that_fails_is_refused_with_its_own_error() -> None:
     assert caught.value.source == user_line(fails, "# the line " + "that fails")
 
 
+def derives(s: Any, x: Tensor) -> Tensor:
+    x = x.tanh()
+    (g,) = torch.autograd.grad(s.last(x).sum(), x, create_graph=True)  # the line that derives
+    return g.square().sum()
+
+
+def test_gradients_taken_inside_the_model_are_refused() -> None:
+    with pytest.raises(CaptureError, match="takes gradients inside its forward") as caught:
+        captured_of(Model(derives), batch(grad=True))
+    assert caught.value.source == user_line(derives, "# the line " + "that derives")
+    x = torch.ones(1, requires_grad=True)
+    assert torch.autograd.grad((2 * x).sum(), x)[0] == 2, "torch is as before"
+
+
+def test_vmap_inside_the_model_is_refused() -> None:
+    model = Model(lambda s, x: torch.vmap(lambda row: s.last(row).sin())(x))
+    with pytest.raises(CaptureError, match="vmap") as caught:
+        captured_of(model, batch())
+    assert __file__ in str(caught.value.source)
+
+
 def test_an_operator_with_graphs_of_its_own_is_refused() -> None:
     def conditional(s: Any, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y + 1, (x,))
