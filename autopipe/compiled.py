@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from autopipe.options import Options
-    from autopipe.passes.ir import Split, StagePhases
+    from autopipe.passes.staged import Split, StagePhases
     from autopipe.runtime.transfer import Place
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autopipe.options import Options
-    from autopipe.passes.ir import Split
+    from autopipe.passes.staged import Split
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .follow import shares_memory
-from .graphs import HIDDEN_WRITES, add_call, add_size, size, written_arguments
+from .graphs import HIDDEN_WRITES, add_call, add_size, owners, size, written_arguments
 from .spec import Input, Kind
 
 CUMULATIVE = -1.0
@@ -46,13 +45,7 @@ def defer(
     """
     buffers = {i.name for i in inputs if i.kind is Kind.BUFFER}
     nodes = {n for n in graph.nodes if n.op == "placeholder" and n.name in buffers}
-    owner: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            owner[node] = node
-        elif shares_memory(node) or node.target is operator.getitem:
-            source = next(iter(node.all_input_nodes), node)
-            owner[node] = owner.get(source, source)
+    owner = owners(graph)
     counters = _counters(graph, inputs)
     left = [b for b in nodes if not _is_simple(graph, b, owner)]
     value: dict[fx.Node, fx.Node] = {}

@@ -23,7 +23,7 @@ from torch import fx
 
 from autopipe.errors import VerifyError
 
-from .ir import CALLER, Phased, Split, StagePhases
+from .staged import CALLER, Phased, Split, StagePhases
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

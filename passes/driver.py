@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils._pytree import TreeSpec
 
-    from .ir import Phased, Split, StagePhases
+    from .staged import Phased, Split, StagePhases
     from .trace import Look
 
 _dumped = itertools.count(1)

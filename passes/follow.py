@@ -15,7 +15,15 @@ import torch
 from torch import fx
 
 from . import rules_index, rules_math, rules_shape
-from .graphs import HIDDEN_WRITES, is_integer, is_size, size, tensors_of, written_arguments
+from .graphs import (
+    HIDDEN_WRITES,
+    is_integer,
+    is_size,
+    owners,
+    size,
+    tensors_of,
+    written_arguments,
+)
 from .samples import (
     REDUCED,
     SIZE,
@@ -59,7 +67,7 @@ class _Walk:
     def __init__(self, graph: fx.Graph, inputs: Sequence[Input], trial: Trial | None) -> None:
         dims = {i.name: i.batch_dim for i in inputs}
         self.states: dict[fx.Node, Any] = {}
-        self.owner: dict[fx.Node, fx.Node] = {}  # node → the first that had its memory
+        self.owner = owners(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
                 dim = dims.get(node.name)
@@ -77,14 +85,10 @@ class _Walk:
         if node.target is operator.getitem:
             source: Any = node.args[0]
             position: Any = node.args[1]
-            self.owner[node] = self.owner.get(source, source)
             found = self.states[source]
             return found[position] if isinstance(found, tuple) else found
         call = Call(node, self.states)
         state = checked(call, state_of(call))
-        if shares_memory(node) and call.tensors:
-            first = call.first
-            self.owner[node] = self.owner.get(first, first)
         hidden = node.target in HIDDEN_WRITES
         for target in written_arguments(node):
             self.write(target, REDUCED if hidden else state, call)
@@ -92,7 +96,7 @@ class _Walk:
 
     def write(self, target: fx.Node, new: Any, call: Call) -> None:
         """What `target` is a view of now holds values in the state `new` too."""
-        old, owner = self.states[target], self.owner.get(target, target)
+        old, owner = self.states[target], self.owner[target]
         if isinstance(self.states[owner], Mixed):
             return
         if isinstance(old, Mixed):
@@ -108,7 +112,7 @@ class _Walk:
         if isinstance(new, Samples):
             new = call.undecided("it writes to a value whose samples are arranged differently")
         for node, state in self.states.items():
-            if self.owner.get(node, node) is owner and not isinstance(state, tuple):
+            if self.owner[node] is owner and not isinstance(state, tuple):
                 shapes = [tuple(map(size, t.shape)) for t in tensors_of(node)]
                 ok = isinstance(new, Mixed) or not any(batch_dims(s) for s in shapes)
                 self.states[node] = new if ok else call.mixed("a reduction is written to samples")
@@ -116,7 +120,7 @@ class _Walk:
     def vary(self, owner: fx.Node) -> None:
         """What shares this memory is no longer the same for all samples."""
         for node, state in self.states.items():
-            if self.owner.get(node, node) is owner and isinstance(state, Samples):
+            if self.owner[node] is owner and isinstance(state, Samples):
                 self.states[node] = replace(state, constant=False)
 
 
@@ -166,9 +170,3 @@ def checked(call: Call, state: Any) -> Any:
 
 def _each(state: Any) -> tuple[State, ...]:
     return state if isinstance(state, tuple) else (state,)
-
-
-def shares_memory(node: fx.Node) -> bool:
-    """The result is (a view of) the first argument, by the operator's schema."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)

@@ -108,6 +108,22 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     return [a for a in flat if isinstance(a, fx.Node)]
 
 
+def shares_memory(node: fx.Node) -> bool:
+    """The result is (a view of) the first argument, by the operator's schema."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For each node the first that had its memory: itself, or what it is a view of."""
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        viewed = shares_memory(node) or node.target is operator.getitem
+        source = next((n for n in node.all_input_nodes if not is_size(n)), node) if viewed else node
+        owner[node] = owner.get(source, source)
+    return owner
+
+
 def drop_dead(graph: fx.Graph) -> None:
     """Erase the calls that nobody uses and that change nothing.
 

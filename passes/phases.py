@@ -28,8 +28,9 @@ from autopipe.errors import InputError
 
 from ._torch import min_cut_saved, storage_id_of
 from .graphs import source_line, spec_of
-from .ir import Phased, Split, StageGraph, StagePhases, at_batch, results_of
+from .ir import at_batch, results_of
 from .rebuild import Rebuild
+from .staged import Phased, Split, StageGraph, StagePhases
 from .trace import Joint, Look, forward_looks, trace
 
 if TYPE_CHECKING:

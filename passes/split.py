@@ -32,18 +32,8 @@ from .graphs import (
     spec_of,
     written_arguments,
 )
-from .ir import (
-    CALLER,
-    Annotated,
-    Captured,
-    Input,
-    Kind,
-    Route,
-    Split,
-    StageGraph,
-    at_batch,
-    results_of,
-)
+from .ir import Annotated, Captured, Input, Kind, at_batch, results_of
+from .staged import CALLER, Route, Split, StageGraph
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,8 +14,9 @@ from autopipe.options import batch_dims
 from autopipe.passes import phases
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
-from autopipe.passes.ir import Annotated, Captured, Input, Kind, Phased, Split, StageGraph
+from autopipe.passes.ir import Annotated, Captured, Input, Kind
 from autopipe.passes.split import split
+from autopipe.passes.staged import Phased, Split, StageGraph
 from autopipe.passes.trace import Look
 from autopipe.structure import flatten
 from tests.models import MODELS

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import sympy
 
-from autopipe.passes.ir import CALLER, Kind
+from autopipe.passes.ir import Kind
+from autopipe.passes.staged import CALLER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import fx
 
-    from autopipe.passes.ir import Route, Split, StageGraph
+    from autopipe.passes.staged import Route, Split, StageGraph
 
 
 @dataclass(frozen=True)

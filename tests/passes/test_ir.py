@@ -14,21 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from autopipe.errors import VerifyError
-from autopipe.passes.ir import (
-    CALLER,
-    Annotated,
-    B,
-    Captured,
-    Kind,
-    NodeCost,
-    Output,
-    Phased,
-    Route,
-    Split,
-    StagePhases,
-    TensorSpec,
-    at_batch,
-)
+from autopipe.passes.ir import Annotated, B, Captured, Kind, NodeCost, Output, TensorSpec, at_batch
+from autopipe.passes.staged import CALLER, Phased, Route, Split, StagePhases
 from tests.programs import calls, copied, node, phased_of, split_of
 
 ZERO = sympy.Integer(0)

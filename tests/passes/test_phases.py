@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from autopipe.errors import InputError
 from autopipe.passes import phases as room
 from autopipe.passes._torch import storage_id
-from autopipe.passes.ir import Kind, Phased, Split, StagePhases, at_batch
+from autopipe.passes.ir import Kind, at_batch
 from autopipe.passes.phases import POLICIES, received_strides
 from autopipe.passes.split import split
+from autopipe.passes.staged import Phased, Split, StagePhases
 from autopipe.runtime.random import Kit
 from tests.agreement import assert_agrees, pipelined
 from tests.programs import (

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import PartitionError, UnsupportedError
 from autopipe.passes.cost import annotate, seconds
 from autopipe.passes.graphs import is_size
-from autopipe.passes.ir import CALLER, B, Kind, Route, Split, StageGraph
+from autopipe.passes.ir import B, Kind
 from autopipe.passes.split import SLACK, split
+from autopipe.passes.staged import CALLER, Route, Split, StageGraph
 from tests.models import MODELS
 from tests.programs import calls, captured_of, known, run_stages, split_of, tensors, user_line
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from autopipe.passes.ir import Kind, StageGraph
+from autopipe.passes.ir import Kind
 from autopipe.passes.split import split
+from autopipe.passes.staged import StageGraph
 from autopipe.passes.trace import Joint, Look, forward_looks, trace
 from autopipe.runtime.random import Kit
 from tests.programs import CPU, calls, known, sole_stage, tensors

@@ -1,0 +1,280 @@
+"""The programs of stages: `Split`, the cut in space, and `Phased`, the cut in time (see `ir`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .ir import Annotated, Captured
+from .spec import Input, Kind, TensorSpec, require, results_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CALLER = -1
+"""The "stage" that model inputs come from: whoever calls the pipeline."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """A value that more than one party knows: who makes it, who needs it.
+
+    Attributes:
+        spec: its looks.
+        kind: "activation" (made by a stage), "input" (a tensor of the call) or "parameter" (held
+            by `source`, lent to other stages once a step).
+        source: the stage that makes or holds it, or `CALLER`.
+        consumers: the stages that receive it, ascending.
+        output: position among the pipeline's outputs, or None.
+    """
+
+    spec: TensorSpec
+    kind: str
+    source: int
+    consumers: tuple[int, ...]
+    output: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """All stages that know the value, ascending; the caller is not one."""
+        return self.consumers if self.source == CALLER else (self.source, *self.consumers)
+
+    def gradient_from(self, stage: int) -> int | None:
+        """The stage whose running gradient sum `stage` adds its own share to, if any.
+
+        Shares are summed from the last holder to the first: the order in which autograd visits
+        the consumers of a value in the whole graph.
+        """
+        later = [k for k in self.holders if k > stage]
+        return later[0] if later else None
+
+    def gradient_to(self, stage: int) -> int | None:
+        """The party that takes the sum over from `stage`; None if it stays there."""
+        earlier = [k for k in self.holders if k < stage]
+        if earlier:
+            return earlier[-1]
+        return CALLER if self.source == CALLER else None
+
+
+@dataclass(frozen=True, eq=False)
+class StageGraph:
+    """One stage's forward, with an explicit signature.
+
+    graph_module: placeholders `held`, `lent`, `receives`; returns `returns`, all in order.
+    held: the stage's own parameters, buffers and constants.
+    lent: parameters that an earlier stage holds, once a step.
+    receives: values that come with every micro-batch.
+    origins: for each node of its graph, its position in the captured graph (-1: none).
+    fingerprint: equal for stages whose graphs make the same calls.
+    seconds: estimated time of forward and backward, on the rough device of the cost pass.
+    """
+
+    index: int
+    graph_module: fx.GraphModule
+    held: tuple[Input, ...]
+    lent: tuple[str, ...]
+    receives: tuple[str, ...]
+    returns: tuple[str, ...]
+    origins: tuple[int, ...]
+    fingerprint: str
+    seconds: float
+
+    @property
+    def signature(self) -> list[str]:
+        """Names of the graph's placeholders."""
+        return [*(i.name for i in self.held), *self.lent, *self.receives]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """K stage graphs and the routes of the values between them."""
+
+    annotated: Annotated
+    stages: tuple[StageGraph, ...]
+    routes: Mapping[str, Route]
+
+    @property
+    def captured(self) -> Captured:
+        return self.annotated.captured
+
+    def verify(self) -> None:
+        placed: dict[str, int] = {}
+        for stage in self.stages:
+            stage.graph_module.graph.lint()
+            names = [n.name for n in stage.graph_module.graph.nodes]
+            expected = stage.signature
+            require(
+                names[: len(expected)] == expected,
+                f"stage {stage.index}: placeholders differ from its signature",
+                expected=str(expected),
+                found=str(names[: len(expected)]),
+            )
+            for item in stage.held:
+                if item.kind is Kind.PARAMETER:
+                    require(
+                        item.name not in placed, "a parameter held by two stages", node=item.name
+                    )
+                    placed[item.name] = stage.index
+        for route in self.routes.values():
+            require(
+                list(route.holders) == sorted(set(route.holders)),
+                "a value must flow from earlier to later stages",
+                node=route.name,
+                found=str(route.holders),
+            )
+            for k in route.consumers:
+                require(
+                    route.name in (*self.stages[k].lent, *self.stages[k].receives),
+                    f"stage {k} does not receive a value routed to it",
+                    node=route.name,
+                )
+            if route.kind == "activation":
+                require(
+                    route.name in self.stages[route.source].returns,
+                    f"stage {route.source} does not return a value that others need",
+                    node=route.name,
+                )
+        for index, output in enumerate(self.captured.outputs):
+            route_of = self.routes.get(output.name)
+            require(
+                route_of is not None and route_of.output == index,
+                "an output without a route",
+                node=output.name,
+            )
+
+    def __str__(self) -> str:
+        lines = []
+        for s in self.stages:
+            lines.append(f"stage {s.index}: " + s.graph_module.print_readable(print_output=False))
+        lines += [
+            f"  {r.spec}  {r.kind} {r.source} -> {list(r.consumers)}" for r in self.routes.values()
+        ]
+        return "\n".join(lines)
+
+
+PHASES = ("F", "R", "B", "W")
+
+
+@dataclass(frozen=True, eq=False)
+class StagePhases:
+    """One stage at one micro-batch size: a functional joint graph and who runs each node when.
+
+    The graph's placeholders are, in order: the runtime's kit, `held` (here with what is lent to the
+    stage), `receives` and one tangent per name in
+    `tangents`. Its results are, in order: `returns`, one new value per buffer in `updates`, one
+    gradient per name in `own_grads`, one per name in `sent_grads`.
+
+    Attributes:
+        graph: joint forward and backward; pure, but for random draws and kernels' own caches.
+        phase_of: node name → "F", "R", "B" or "W"; placeholders and the output have none.
+        saved: values that F keeps for the other phases (placeholders among `receives` included).
+        draws: for each keyed draw, the captured call that makes it and which of its draws it is.
+        device: the device it was traced for.
+    """
+
+    index: int
+    graph: fx.Graph
+    phase_of: Mapping[str, str]
+    saved: tuple[str, ...]
+    held: tuple[str, ...]
+    receives: tuple[str, ...]
+    tangents: tuple[str, ...]
+    returns: tuple[str, ...]
+    updates: tuple[str, ...]
+    own_grads: tuple[str, ...]
+    sent_grads: tuple[str, ...]
+    draws: tuple[tuple[int, int], ...]
+    device: torch.device
+
+    def results(self) -> dict[str, list[Any]]:
+        """The joint graph's results, grouped: returns, updates, own_grads, sent_grads."""
+        values = results_of(self.graph)
+        groups: dict[str, list[Any]] = {}
+        for group in ("returns", "updates", "own_grads", "sent_grads"):
+            count = len(getattr(self, group))
+            groups[group], values = values[:count], values[count:]
+        return groups
+
+    def verify(self) -> None:
+        self.graph.lint()
+        rank = {"F": 0, "R": 1, "B": 2, "W": 3}
+        saved = set(self.saved)
+        for node in self.graph.nodes:
+            if node.op not in ("call_function", "call_method"):
+                continue
+            phase = self.phase_of.get(node.name)
+            require(phase in rank, f"stage {self.index}: a node in no phase", node=node.name)
+            for source in node.all_input_nodes:
+                made = self.phase_of.get(source.name)
+                if made is None or made == phase:
+                    continue
+                require(
+                    rank[made] < rank[str(phase)],
+                    f"stage {self.index}: phase {phase} needs a value of the later phase {made}",
+                    node=node.name,
+                    found=source.name,
+                )
+                require(
+                    made != "F" or source.name in saved,
+                    f"stage {self.index}: phase {phase} needs a value that F does not keep",
+                    node=node.name,
+                    found=source.name,
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Phased:
+    """All stages cut in time, for one micro-batch size.
+
+    Attributes:
+        split: what was cut.
+        size: samples in the micro-batch.
+        remat: the rule by which `saved` was chosen.
+        differentiable: names of the outputs that depend on a tensor which requires a gradient.
+        differentiated: those among them that a gradient will come for; none for inference.
+        stages: the cut stages; identical ones share their graph.
+    """
+
+    split: Split
+    size: int
+    remat: str
+    differentiable: frozenset[str]
+    differentiated: frozenset[str]
+    stages: tuple[StagePhases, ...]
+
+    def verify(self) -> None:
+        for stage in self.stages:
+            stage.verify()
+        for route in self.split.routes.values():
+            for k in route.holders:
+                taker = route.gradient_to(k)
+                if taker is None or taker == CALLER:
+                    continue
+                require(
+                    (route.name in self.stages[k].sent_grads)
+                    == (route.name in self.stages[taker].tangents),
+                    f"stages {k} and {taker} disagree about a gradient",
+                    node=route.name,
+                )
+
+    def __str__(self) -> str:
+        lines = [f"phased: micro-batch of {self.size}, remat={self.remat}"]
+        for stage in self.stages:
+            counts = {p: sum(q == p for q in stage.phase_of.values()) for p in PHASES}
+            lines.append(f"stage {stage.index}: nodes {counts}, saved {list(stage.saved)}")
+            lines += [
+                f"  {self._letter(stage, n)} {n.format_node() or 'return ' + str(n.args[0])}"
+                for n in stage.graph.nodes
+            ]
+        return "\n".join(lines)
+
+    @staticmethod
+    def _letter(stage: StagePhases, node: fx.Node) -> str:
+        return stage.phase_of.get(node.name, " ")
