@@ -52,13 +52,21 @@ class Ready:
 def parameter(model: nn.Module, target: str) -> nn.Parameter:
     """A parameter by its qualified name.
 
+    (Like `nn.Module.get_parameter`, which is ten times slower: every call asks for each.)
+
     Raises:
         UnsupportedError: another tensor stands in its place.
     """
+    *path, name = target.split(".")
     try:
-        return model.get_parameter(target)
-    except AttributeError as error:
+        for part in path:
+            model = model._modules[part]  # type: ignore[assignment]
+        found = model._parameters[name]
+    except (KeyError, AttributeError) as error:
         raise _replaced(target) from error
+    if found is None:
+        raise _replaced(target)
+    return found
 
 
 def _replaced(target: str) -> UnsupportedError:
