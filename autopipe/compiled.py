@@ -69,6 +69,13 @@ def parameter(model: nn.Module, target: str) -> nn.Parameter:
     return found
 
 
+def move(tensor: Tensor, device: torch.device) -> None:
+    """Take a tensor of the model, and its gradient, to a device; it stays the same object."""
+    tensor.data = tensor.data.to(device)
+    if tensor.grad is not None:
+        tensor.grad = tensor.grad.to(device)
+
+
 def _replaced(target: str) -> UnsupportedError:
     return UnsupportedError(
         "a parameter has been replaced by a tensor, or is gone",
@@ -160,9 +167,7 @@ class Compiled:
                     )
                 if item.kind is Kind.BUFFER or parameter.device == place.device:
                     continue
-                parameter.data = parameter.data.to(place.device)
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.to(place.device)
+                move(parameter, place.device)
 
     def on(self, place: Place, kind: Kind, target: str, *, written: bool) -> Tensor:
         """A tensor as a stage on `place` uses it; copies are kept while the original is the same.
@@ -173,7 +178,7 @@ class Compiled:
         if tensor.device == place.device:
             return tensor.detach()
         if written:
-            tensor.data = tensor.data.to(place.device)
+            move(tensor, place.device)
             return tensor.detach()
         key = (target, place.device)
         known = self._copies.get(key)

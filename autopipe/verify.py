@@ -18,44 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autopipe.compiled import move
 from autopipe.locate import holder, locate
 from autopipe.passes._torch import CheckpointFunction
 from autopipe.passes.graphs import is_random, source_line
 from autopipe.report.table import columns
 from autopipe.runtime.executor import Run
+from autopipe.step import Difference, Step
 from autopipe.stilled import MicroBatchNorm, Still
 from autopipe.structure import flatten
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from autopipe.module import Pipeline
 
 aten = torch.ops.aten
-
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Of the largest entry (for gradients: of any gradient): rounding in another order of summation."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One tensor of the model's step against the pipeline's.
-
-    kind: "output", "gradient" or "buffer".
-    largest: largest absolute difference of two entries (nan where only one of them is nan).
-    scale: largest entry of the model's tensor; of all its gradients for a gradient.
-    """
-
-    kind: str
-    name: str
-    largest: float
-    scale: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        """Equal but for rounding."""
-        return self.largest <= self.tolerance * self.scale
 
 
 @dataclass(frozen=True)
@@ -123,20 +101,45 @@ def compare(
         own_call = mock.patch.object(pipe.model, "_compiled_call_impl", None)  # `install`
         # A reentrant checkpoint refuses to tell gradients apart from `.grad`: no checkpoints.
         plain = mock.patch.object(CheckpointFunction, "apply", _checkpointed)
+        home = _gathered(pipe)
         with _restored(pipe.model), own_call, normalising, plain, _watched(pipe.model, modules):
-            expected = _Step.of(pipe.model, pipe.model, leaves, spec)
+            expected = Step.of(pipe.model, pipe.model, [_at(x, home) for x in leaves], spec)
         observed: dict[tuple[str, int], Tensor] = {}
         with _restored(pipe.model):
-            found = _Step.of(pipe.model, partial(_observed, pipe, observed), leaves, spec)
+            found = Step.of(pipe.model, partial(_observed, pipe, observed), leaves, spec)
         differences = tuple(expected.against(found, tolerance))
         place = None
         if not all(d.ok for d in differences):
+            home = _gathered(pipe)
+            leaves = [_at(x, home) for x in leaves]
             place = locate(compiled, sizes, leaves, observed, modules)
             place = place or holder(compiled, [d.name for d in differences if not d.ok])
     if place is None:
         return Verification(differences, None, None, None, tuple(notes))
     stage, node = place
     return Verification(differences, stage, node.name, source_line(node), tuple(notes))
+
+
+def _gathered(pipe: Pipeline) -> torch.device:
+    """The device that the model's tensors share; its first stage's, where they now go, if none.
+
+    (The pipeline takes them back to their stages in its next call.)
+    """
+    tensors = [*pipe.model.parameters(), *pipe.model.buffers()]
+    devices = {t.device for t in tensors}
+    if len(devices) == 1:
+        return next(iter(devices))
+    home = pipe.options.devices[0]
+    for tensor in tensors:
+        move(tensor, home)
+    return home
+
+
+def _at(leaf: Any, device: torch.device) -> Any:
+    """An input where the model can use it; its gradient is asked for there."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().to(device).requires_grad_(leaf.requires_grad)
 
 
 def _checkpointed(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
@@ -156,110 +159,6 @@ def _observed(
 
     with mock.patch.object(Run, "send", noting):
         return pipe(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What one training step leaves behind, by name."""
-
-    outputs: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor | None]
-    buffers: Mapping[str, Tensor]
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, run: Callable[..., Any], leaves: Sequence[Any], spec: pytree.TreeSpec
-    ) -> _Step:
-        own = [
-            x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-            for x in leaves
-        ]
-        args, kwargs = pytree.tree_unflatten(own, spec)
-        result = run(*args, **kwargs)
-        outputs = {f"result{n}": x for n, x in _named(result) if isinstance(x, Tensor)}
-        wanted: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        wanted |= {
-            f"input {n}": x for n, x in enumerate(own) if isinstance(x, Tensor) and x.requires_grad
-        }
-        roots = {n: x for n, x in outputs.items() if x.requires_grad}
-        losses = {n: x for n, x in roots.items() if x.numel() == 1}
-        roots = losses or roots
-        gradients: Mapping[str, Tensor | None] = {}
-        if roots and wanted:
-            found = torch.autograd.grad(
-                list(roots.values()),
-                list(wanted.values()),
-                [_weights(x) for x in roots.values()],
-                allow_unused=True,
-            )
-            gradients = dict(zip(wanted, found, strict=True))
-        return cls(
-            {n: x.detach() for n, x in outputs.items()},
-            gradients,
-            {n: b.clone() for n, b in model.named_buffers()},
-        )
-
-    def against(self, found: _Step, tolerance: float | None) -> Iterator[Difference]:
-        """The pipeline's step compared with this one, the model's."""
-        for name, value in found.outputs.items():
-            if name in self.outputs:
-                yield _difference("output", name, self.outputs[name], value, tolerance)
-        scale = max((_scale(g) for g in self.gradients.values() if g is not None), default=0.0)
-        for name, expected in self.gradients.items():
-            value_or_none = found.gradients.get(name)
-            if expected is None and value_or_none is None:
-                continue
-            zero = next(g for g in (expected, value_or_none) if g is not None) * 0
-            a = zero if expected is None else expected
-            b = zero if value_or_none is None else value_or_none
-            yield _difference("gradient", name, a, b, tolerance, scale)
-        for name, value in found.buffers.items():
-            yield _difference("buffer", name, self.buffers[name], value, tolerance)
-
-
-def _named(result: Any) -> list[tuple[str, Any]]:
-    """The leaves of a result, by the way to them where its classes tell it, else numbered."""
-    try:
-        return [(pytree.keystr(p), x) for p, x in pytree.tree_leaves_with_path(result)]
-    except ValueError:  # a container registered without keys
-        return [(f"[{n}]", x) for n, x in enumerate(pytree.tree_leaves(result))]
-
-
-def _weights(root: Tensor) -> Tensor:
-    """A gradient for an output: one for a loss, else something that tells entries apart."""
-    if root.numel() == 1:
-        return torch.ones_like(root)
-    steps = torch.linspace(0.5, 1.5, root.numel(), device=root.device)
-    return steps.to(root.dtype).view(root.shape)
-
-
-def _difference(
-    kind: str,
-    name: str,
-    expected: Tensor,
-    found: Tensor,
-    tolerance: float | None,
-    scale: float | None = None,
-) -> Difference:
-    allowed = tolerance if tolerance is not None else TOLERANCE.get(expected.dtype, 0.0)
-    if expected.shape != found.shape:
-        return Difference(kind, name, float("inf"), _scale(expected), allowed)
-    found = found.to(expected.device)
-    a, b = _exact(expected), _exact(found)
-    equal = (a == b) | (a.isnan() & b.isnan())
-    apart = (a - b).abs().masked_fill(equal, 0.0)
-    largest = apart.max().item() if apart.numel() else 0.0
-    return Difference(kind, name, largest, _scale(expected) if scale is None else scale, allowed)
-
-
-def _exact(value: Tensor) -> Tensor:
-    return value.detach().to(torch.complex128 if value.is_complex() else torch.float64)
-
-
-def _scale(value: Tensor) -> float:
-    finite = _exact(value).abs()
-    finite = finite[finite.isfinite()]
-    return finite.max().item() if finite.numel() else 0.0
 
 
 @contextmanager

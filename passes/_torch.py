@@ -6,12 +6,13 @@ here: nothing else in the project imports from a module whose name starts with a
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import decompositions
 from torch._export.passes import replace_set_grad_with_hop_pass as regions
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
@@ -63,6 +64,7 @@ __all__ = [
     "make_fx",
     "min_cut_saved",
     "preserve_node_meta",
+    "right_lstm_states",
     "saves_through_hooks",
     "size_calls",
     "static_fakes",
@@ -129,6 +131,26 @@ def keep_regions() -> Iterator[None]:
         return not omit_if_same_with_ambient or first.args[0] != torch.is_grad_enabled()
 
     with mock.patch.object(regions, "_is_set_grad_enabled_sub_mod", switches):
+        yield
+
+
+@contextmanager
+def right_lstm_states() -> Iterator[None]:
+    """Let the states of a fake LSTM have the shape of real ones (torch 2.11: a dimension more)."""
+
+    def corrected(layer: Callable[..., Any]) -> Callable[..., Any]:
+        def run(x: Tensor, hidden: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+            out, states = layer(x, hidden, *args, **kwargs)
+            pairs = zip(states, hidden, strict=True)
+            return out, tuple(found.view(given.shape) for found, given in pairs)
+
+        return run
+
+    with ExitStack() as stack:
+        if torch.__version__ < "2.12":
+            for name in ("one_layer_lstm", "mkldnn_one_layer_lstm"):
+                layer = corrected(getattr(decompositions, name))
+                stack.enter_context(mock.patch.object(decompositions, name, layer))
         yield
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from autopipe.errors import AutopipeError, CaptureError
 
 from . import functions
-from ._torch import BackwardHookFunction, CheckpointFunction, keep_regions
+from ._torch import BackwardHookFunction, CheckpointFunction, keep_regions, right_lstm_states
 from .graphs import is_users
 
 if TYPE_CHECKING:
@@ -48,8 +48,9 @@ def export(
     shapes = tuple({} if d is None else {d: torch.export.Dim.AUTO} for d in dims)
     try:
         with ExitStack() as stack:
-            for context in (_lossless(), _drawing(), keep_regions(), _quiet(), torch.enable_grad()):
+            for context in (_lossless(), _drawing(), keep_regions(), right_lstm_states(), _quiet()):
                 stack.enter_context(context)
+            stack.enter_context(torch.enable_grad())
             lines = stack.enter_context(_fixing())
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False

@@ -92,6 +92,19 @@ def test_randomness_on_one_gpu() -> None:
         assert all(torch.allclose(a, b) for a, b in zip(found, gradients[0][1], strict=True))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt2_dropout", "unet", "resnet"])
+@pytest.mark.parametrize("devices", [ONE * 2, ["cuda:0", "cuda:1"], ["cpu", "cuda:0"]])
+def test_verify(name: str, devices: list[str]) -> None:
+    """From inputs and a model on the CPU, which the comparison must gather to run."""
+    if torch.cuda.device_count() < len({d for d in devices if d != "cpu"}):
+        pytest.skip("needs two GPUs")
+    model, inputs = MODELS[name].make()
+    args, kwargs = inputs(6)
+    found = autopipe.compile(model, devices, 3).verify(*args, **kwargs)
+    assert found.ok, str(found)
+    assert found.worst("gradient") is not None
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus() -> None:
     for name in ("gpt2", "unet", "tied"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autopipe.errors import CouplingError
+from autopipe.errors import CaptureError, CouplingError
 from tests.agreement import assert_agrees, pipelined
 from tests.programs import captured_of
 
@@ -184,6 +184,12 @@ def test_cross_entropy_with_nothing_to_count_at_all() -> None:
     assert found.isnan()
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.12",
+    strict=True,
+    raises=CaptureError,
+    reason="the fake of this loss fixes the batch size in torch 2.11: the model is refused",
+)
 @pytest.mark.parametrize(
     "name", ["plain", "sum", "class weights", "class weights, label smoothing"]
 )
