@@ -96,12 +96,13 @@ def forward_looks(
         plain = [look.fake(device) for look in inputs]
         with FunctionalTensorMode():
             leaves = [
-                to_functional(x).requires_grad_(grad and look.requires_grad)
+                to_functional(x).requires_grad_(look.requires_grad)
                 for x, look in zip(plain, inputs, strict=True)
             ]
             results = _run(stage, leaves, device)
             return tuple(
-                Look.of(from_functional(r))._replace(requires_grad=r.requires_grad) for r in results
+                Look.of(from_functional(r))._replace(requires_grad=grad and r.requires_grad)
+                for r in results
             )
 
 
@@ -124,14 +125,16 @@ def trace(
     """
     updates: list[int] = []
     grads: list[int] = []
-    wanted = [i for i, look in enumerate(inputs) if grad and look.requires_grad]
+    marked = [i for i, look in enumerate(inputs) if look.requires_grad]
+    wanted = marked if grad else []
 
     def joint(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
         before = list(primals)
         with FunctionalTensorMode():
             outer = [to_functional(x) for x in primals]
+            # Marked without gradients too: by the mark, matmul chooses its kernel.
             leaves = [
-                x.detach().requires_grad_() if i in wanted else x for i, x in enumerate(outer)
+                x.detach().requires_grad_() if i in marked else x for i, x in enumerate(outer)
             ]
             with torch.set_grad_enabled(grad):
                 results = _run(stage, leaves, device)

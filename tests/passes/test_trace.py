@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopipe.passes.ir import Kind
 from autopipe.passes.split import split
@@ -131,6 +132,39 @@ def x(grad: bool = True) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- the models
+
+
+class Called(TorchDispatchMode):
+    """The operators that are executed under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_gradients_the_kernels_are_those_of_a_trainable_model() -> None:
+    """matmul folds its argument for a weight that requires a gradient, under no_grad too."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.transpose(1, 2))
+
+    model, x = Net(), torch.randn(8, 6, 5)
+    stage = sole_stage(model, x)
+    joint = trace(stage, looks_of(values_of(model, stage, x)), (), CPU, grad=False)
+    with torch.no_grad(), Called() as eager_calls:
+        model(x)
+    found = [n.target for n in joint.graph.nodes if n.op == "call_function"]
+    assert found == eager_calls.seen
+    assert aten.mm.default in found
 
 
 @pytest.mark.parametrize(
