@@ -177,9 +177,9 @@ def _inline(
             env[node] = mapped(node.args[0])
         elif is_transform(node.target):
             raise CaptureError(
-                "a function transform inside the model (torch.vmap) cannot be pipelined",
-                node=node.name,
+                "a function transform inside the model cannot be pipelined",
                 source=source_line(node),
+                found="torch.vmap",
                 remedy="write the function for a whole batch, with broadcasting",
             )
         elif node.op != "call_function" or isinstance(node.target, HigherOrderOperator):

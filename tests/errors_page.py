@@ -54,6 +54,22 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
 
             autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
             """,
+        "Gradients taken in the forward": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    y = x.sin()
+                    return torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+
+            x = torch.randn(6, 4, requires_grad=True)
+            autopipe.compile(Model(), devices=1, chunks=2)(x)
+            """,
+        "vmap in the forward": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    return torch.vmap(torch.sin)(x)
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
         "A random number that torch does not know of": """\
             import random
 
