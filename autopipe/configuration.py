@@ -7,36 +7,42 @@ every call; if it changed, the model is captured anew.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import types
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
-    from torch import nn
+    from collections.abc import Hashable, Iterator
 
 PLAIN: frozenset[type] = frozenset({int, float, bool, str, type(None), torch.dtype})
+RECORDS = (types.SimpleNamespace, argparse.Namespace)
+OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has: registries, hooks."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def configuration(model: nn.Module) -> Hashable:
     """A value that is equal as long as nothing that capture depends on has changed.
 
-    For every module: its class, its attributes that are plain values or lists of them (the
-    training flag is one), its hooks, the looks of its tensors and which of them are one.
+    For every module: its class, its attributes (the training flag is one) as far as they are plain
+    values, tensors, or containers and configurations of those; its hooks; the looks of its
+    parameters and buffers and which of them are one.
     """
     numbers: dict[int, int] = {}
     rows: list[Any] = []
+    known: set[int] = set()
     for module in model.modules():
         facts = vars(module)
         rows.append(type(module))
         for name, value in facts.items():
-            kind = type(value)
-            if kind in PLAIN:
+            if type(value) in PLAIN:
                 rows.append((name, value))
-            elif (kind is list or kind is tuple) and all(type(v) in PLAIN for v in value):
-                rows.append((name, tuple(value)))
+            elif name not in OWN:
+                rows.extend(_facts(name, value, known))
         rows += [id(hook) for name in HOOKS for hook in facts[name].values()]
         rows.append(id(facts.get("forward")))
         for registry in (facts["_parameters"], facts["_buffers"]):
@@ -45,3 +51,36 @@ def configuration(model: nn.Module) -> Hashable:
                     number = numbers.setdefault(id(tensor), len(numbers))
                     rows.append((name, number, tensor.shape, tensor.dtype))
     return tuple(rows)
+
+
+def _facts(name: Any, value: Any, known: set[int]) -> Iterator[Hashable]:
+    """What an attribute holds; of an object that is neither data nor a tensor, nothing.
+
+    (A module may well hold its trainer, which changes all the time.)
+    """
+    if type(value) in PLAIN:
+        yield name, value
+    elif isinstance(value, Tensor):
+        yield name, id(value)  # what is written to it in place, a captured model sees
+    elif id(value) in known:
+        return
+    elif isinstance(value, dict):
+        known.add(id(value))
+        for key, item in value.items():
+            yield from _facts((name, key), item, known)
+    elif isinstance(value, (list, tuple)):
+        known.add(id(value))
+        yield name, len(value)
+        for n, item in enumerate(value):
+            yield from _facts((name, n), item, known)
+    elif isinstance(value, RECORDS) or _is_configuration(value):
+        known.add(id(value))
+        for key, item in vars(value).items():
+            yield from _facts((name, key), item, known)
+
+
+def _is_configuration(value: Any) -> bool:
+    """A dataclass, or what a library calls a configuration."""
+    kind = type(value)
+    named = dataclasses.is_dataclass(kind) or kind.__name__.endswith("Config")
+    return named and hasattr(value, "__dict__")

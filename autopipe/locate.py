@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from autopipe.passes.graphs import spec_of
 from autopipe.passes.ir import Kind, at_batch
-from autopipe.passes.trial import close
+from autopipe.passes.rounding import close
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,16 +20,18 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError, InputError, UnsupportedError
 
-from . import normalize
 from .buffers import defer
 from .combine import combine
 from .export import export
 from .flat import Flat, Hole
 from .follow import follow
 from .ir import Captured, Input, Kind, Leaf, results_of
+from .normalize import Normalized, normalize
+from .remains import forgotten
 from .samples import Reduced
 from .stand_ins import cumulative_norms, noted_hooks, off_meta
 from .trial import settle
+from .users import advise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -71,23 +72,33 @@ def capture(
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     examples = _examples(leaves, batch_dims)
     flat = Flat(module, leaves, spec)
+    dims = [batch_dims[i] for i in flat.tensor_positions]
+    names = _names(module, leaves, spec)
     with (
         off_meta(module, examples),
         cumulative_norms(module) as cumulative,
         noted_hooks(module) as hooks,
     ):
-        program, fixed_at = export(flat, examples, [batch_dims[i] for i in flat.tensor_positions])
+
+        def trace() -> tuple[torch.export.ExportedProgram, str | None, Normalized]:
+            program, fixed_at = export(flat, examples, dims)
+            return program, fixed_at, normalize(program, module, flat.prefix, names)
+
+        program, fixed_at, traced = trace()
+        left = forgotten(flat, traced, lambda: trace()[2], examples, dims)
     for hook in hooks:
-        warnings.warn(
+        advise(
             f"a forward hook of {hook} returns nothing: if it only looks on, it has done so for the"
-            " last time; what a captured model computes is not shown to it",
-            stacklevel=2,
+            " last time; what a captured model computes is not shown to it"
+        )
+    if left:
+        advise(
+            f"the model's forward sets the attributes {', '.join(left)}; as a pipeline it does not:"
+            " they stay what they were"
         )
     result = flat.result
     assert result.spec is not None
-    graph, inputs, constants = normalize.normalize(
-        program, module, flat.prefix, _names(module, leaves, spec)
-    )
+    graph, inputs, constants = traced
     inputs = tuple(
         dataclasses.replace(
             item,

@@ -22,7 +22,7 @@ from autopipe.errors import AutopipeError, CaptureError
 
 from . import functions
 from ._torch import BackwardHookFunction, CheckpointFunction, keep_regions, right_lstm_states
-from .graphs import is_users
+from .users import is_users, user_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -114,7 +114,7 @@ def _drawing() -> Iterator[None]:
     def refused(name: str) -> Any:
         return CaptureError(
             f"{name} draws a number inside the model: in the captured graph it would be a constant",
-            source=_user_frame(traceback.extract_stack()),
+            source=user_frame(traceback.extract_stack()),
             found=name,
             remedy=f"draw with torch (torch.rand) inside the model; {OPTIONS}",
         )
@@ -146,7 +146,7 @@ def _lossless() -> Iterator[None]:
     def keep_function(cls: type[torch.autograd.Function], *args: Any) -> Any:
         if cls.__module__.startswith("torch._library"):  # an operator's registered derivative
             return functions.apply.__func__(cls, *args)
-        source = _user_frame(traceback.extract_stack())
+        source = user_frame(traceback.extract_stack())
         if cls is CheckpointFunction:  # what is kept for backward is the pipeline's business
             run, _, *given = args
             return run(*given)
@@ -159,7 +159,7 @@ def _lossless() -> Iterator[None]:
 
     def refuse_hook(tensor: Tensor, hook: Any) -> Any:
         name = getattr(hook, "__qualname__", hook)
-        source = _user_frame(traceback.extract_stack())
+        source = user_frame(traceback.extract_stack())
         raise _lost_hook(f"Tensor.register_hook({name!s})", source)
 
     enter: Any = torch.inference_mode.__enter__
@@ -170,7 +170,7 @@ def _lossless() -> Iterator[None]:
             return enter(mode)
         raise CaptureError(
             "inference mode inside the model: it would be lost in the captured graph",
-            source=_user_frame(traceback.extract_stack()),
+            source=user_frame(traceback.extract_stack()),
             remedy="use torch.no_grad() there",
         )
 
@@ -188,7 +188,7 @@ def _lossless() -> Iterator[None]:
 def _derived(name: str, *args: Any, **kwargs: Any) -> None:
     raise CaptureError(
         "the model takes gradients inside its forward: an exported graph has none",
-        source=_user_frame(traceback.extract_stack()),
+        source=user_frame(traceback.extract_stack()),
         found=f"torch.autograd.{name}",
         remedy="take them outside of the model, or write the derivative out",
     )
@@ -204,17 +204,9 @@ def _lost_hook(found: str, source: str | None) -> CaptureError:
     )
 
 
-def _user_frame(stack: traceback.StackSummary) -> str | None:
-    """``file:line`` of the innermost frame that is neither torch's nor ours."""
-    for frame in reversed(stack):
-        if is_users(frame.filename):
-            return f"{frame.filename}:{frame.lineno}"
-    return None
-
-
 def _explain(error: Exception) -> CaptureError:
     """Say in one sentence what export says in pages."""
-    source = _user_frame(traceback.extract_tb(error.__traceback__))
+    source = user_frame(traceback.extract_tb(error.__traceback__))
     kind, text = type(error).__name__, str(error)
     first = next((line for line in text.splitlines() if line.strip()), kind)
     if source is not None:

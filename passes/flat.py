@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
 
+from .remains import Attribute, attributes, changes, put
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -23,15 +25,19 @@ class Hole:
 
 @dataclasses.dataclass
 class _Result:
-    """The model's result as its first trace saw it (kept apart: export forbids new attributes)."""
+    """The model's result as its last call gave it (kept apart: export forbids new attributes)."""
 
     leaves: list[Any] = dataclasses.field(default_factory=list)
     spec: pytree.TreeSpec | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
+    remains: list[Attribute] = dataclasses.field(default_factory=list)
 
 
 class Flat(nn.Module):
-    """The model as a function from flat tensors to flat tensors, which is all export must know."""
+    """The model as a function from flat tensors to flat tensors, which is all export must know.
+
+    What the model leaves in its modules' attributes is noted in `result`, and taken back.
+    """
 
     prefix = "model."
 
@@ -53,7 +59,12 @@ class Flat(nn.Module):
         for position, tensor in zip(self.tensor_positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
-        out = self.model(*args, **kwargs)
+        before = attributes(self.model)
+        try:
+            out = self.model(*args, **kwargs)
+        finally:
+            self._result.remains = changes(self.model, before)
+            put(self._result.remains, "before")
         register_dataclasses(out)
         found, spec = pytree.tree_flatten(out, is_leaf=_is_cache)
         result = self._result

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -15,14 +14,12 @@ from torch.utils import _pytree as pytree
 
 from ._torch import size_calls
 from .ir import B, TensorSpec
+from .users import is_users
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 aten = torch.ops.aten
-
-TORCH = str(Path(torch.__file__).parent)
-OURS = str(Path(__file__).parent.parent)
 
 
 def size(value: Any) -> sympy.Expr:
@@ -39,27 +36,11 @@ def spec_of(node: fx.Node) -> TensorSpec:
     return TensorSpec(node.name, tuple(map(size, value.shape)), value.dtype)
 
 
-def users_trace(trace: str | None) -> str | None:
-    """A stack trace without the frames below the user's innermost one.
-
-    ``self.linear(x)`` is where a reader looks, not the inside of `torch.nn.Linear`.
-    """
-    frames = re.split(r'^\s*(?=File ")', trace or "", flags=re.MULTILINE)
-    files = [re.match(r'File "(.+?)"', frame) for frame in frames]
-    last = max((i for i, f in enumerate(files) if f and is_users(f.group(1))), default=None)
-    return trace if last is None else "  ".join(["", *frames[1 : last + 1]])
-
-
 def source_line(node: fx.Node) -> str | None:
     """``file:line`` in the model of the call behind a node."""
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
     users = [f"{file}:{line}" for file, line in frames if is_users(file)]
     return users[-1] if users else None
-
-
-def is_users(file: str) -> bool:
-    """A source file that is neither torch's nor ours."""
-    return not file.startswith((TORCH, OURS, "<"))
 
 
 def is_random(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,8 +22,9 @@ from ._torch import (
     wrap_with_autocast,
     wrap_with_set_grad_enabled,
 )
-from .graphs import drop_dead, source_line, spec_of, users_trace
+from .graphs import drop_dead, source_line, spec_of
 from .ir import Input, Kind
+from .users import users_trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,9 +52,17 @@ DROPOUTS = {
 }
 
 
+class Normalized(NamedTuple):
+    """A graph of plain calls, its placeholders described, and the constants they refer to."""
+
+    graph: fx.Graph
+    inputs: tuple[Input, ...]
+    constants: Mapping[str, Tensor]
+
+
 def normalize(
     program: torch.export.ExportedProgram, model: nn.Module, prefix: str, names: Sequence[str]
-) -> tuple[fx.Graph, tuple[Input, ...], Mapping[str, Tensor]]:
+) -> Normalized:
     """Rewrite an exported program's graph.
 
     Args:
@@ -61,9 +70,6 @@ def normalize(
         model: the module behind it, for the identity of its tensors.
         prefix: what stands before the model's own names in the program's signature.
         names: what to call the inputs of the call, in order.
-
-    Returns:
-        A graph of plain calls, its placeholders described, and the constants they refer to.
     """
     graph = fx.Graph()
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
@@ -113,7 +119,7 @@ def normalize(
         else:
             kept.append(item)
     drop_dead(graph)
-    return graph, tuple(kept), constants
+    return Normalized(graph, tuple(kept), constants)
 
 
 def _name(kind: Kind, target: str) -> str:

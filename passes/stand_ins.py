@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._torch import symbolic_fakes
 from .buffers import CUMULATIVE
-from .graphs import is_users
+from .users import is_users
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

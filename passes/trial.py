@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from .follow import follow
 from .graphs import is_size, size, source_line, tensors_of, written_arguments
+from .rounding import close
 from .samples import Mixed, Reduced, Samples, batch_dims, factor
 from .spec import Kind, at_batch
 
@@ -30,9 +31,6 @@ aten = torch.ops.aten
 SAMPLES = 5
 CUTS = ((0, 2), (2, 3))
 """(first sample, number of samples) of each part."""
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Of the largest entry: kernels round differently for other sizes. 2e-2 for shorter types."""
 
 IDENTITIES = (aten.dropout.default, aten.alpha_dropout.default, aten.feature_dropout.default)
 
@@ -243,15 +241,3 @@ def _shows_nothing(value: Tensor) -> bool:
     """A constant is the same in any order."""
     finite = value[value.isfinite()]
     return finite.numel() == 0 or bool((finite == finite.flatten()[0]).all())
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    """Of one shape and type, and equal but for rounding."""
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    if not (found.is_floating_point() or found.is_complex()):
-        return torch.equal(found, expected)
-    finite = expected[expected.isfinite()].abs()
-    scale = finite.max().item() if finite.numel() else 0.0
-    tolerance = TOLERANCE.get(expected.dtype, 2e-2) * scale
-    return torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
