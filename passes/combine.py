@@ -25,9 +25,10 @@ from torch import fx
 
 from autopipe.errors import CouplingError
 
-from .graphs import add_call, drop_dead, emit_size, is_size, source_line, spec_of
+from .graphs import add_call, emit_size, is_size, source_line, spec_of
 from .ir import Input, Kind, Leaf, Output, results_of
-from .samples import STATIC, Mixed, Reduced, Samples
+from .samples import STATIC, Mixed, Reduced, Samples, Static
+from .writes import Writes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -91,6 +92,7 @@ class _Combine:
         out_reduce: str | None,
     ) -> None:
         self.graph = graph
+        self.program = list(graph.nodes)  # as it was captured
         self.inputs = {i.name: i for i in inputs}
         self.states = states
         self.out_reduce = out_reduce
@@ -99,6 +101,8 @@ class _Combine:
         self.env: dict[fx.Node, fx.Node] = {}  # main graph → epilogue
         self.batch: fx.Node | None = None
         self.held: dict[fx.Node, fx.Node] = {}  # buffers that the epilogue reads
+        self.writes = Writes(graph)
+        self.replayed: set[fx.Node] = set()  # whose memory is written to in the epilogue
         self.needs_epilogue = False
         self.internal = False  # what is added from now on serves buffers, not results
 
@@ -127,11 +131,11 @@ class _Combine:
                 values.append(self.update(value))
         output.args = (tuple(self.outputs),)
         output.meta.pop("val", None)
-        drop_dead(self.graph)
+        self.writes.drop(self.replayed)
         epilogue = None
         if self.needs_epilogue:
             self.epilogue.output(tuple(values))
-            self._order_placeholders()
+            self._order()
             epilogue = fx.GraphModule({}, self.epilogue, "Epilogue")
         return Combined(
             fx.GraphModule({}, self.graph, "Captured"),
@@ -168,6 +172,8 @@ class _Combine:
 
     def final(self, node: fx.Node) -> fx.Node:
         """The epilogue's node for a value of the main graph."""
+        if node not in self.env and self._is_written(node):
+            self.replay(node)
         if node not in self.env:
             state = self.state(node)
             if isinstance(state, Samples):
@@ -211,12 +217,42 @@ class _Combine:
             return self.counted_mean(node)
         if state.how is not None:
             return self.yields(node, state.how)
-        if self._is_first(node):
-            refuse(node, "a result is reduced over the batch in a way that has no known sum")
         return self.copied(node)
+
+    def _is_written(self, node: fx.Node) -> bool:
+        """Its memory is written to, and holds no samples: the epilogue does it on what is whole."""
+        if not self.states or not self.writes.to(node):
+            return False
+        return isinstance(self.state(self.writes.owner[node]), (Static, Reduced))
+
+    def replay(self, node: fx.Node) -> None:
+        """Copy what is written to a value's memory, from the call that made it to the last."""
+        owner = self.writes.owner[node]
+        if owner not in self.replayed:
+            self.replayed.add(owner)
+            self.needs_epilogue = True
+            self.env[owner] = self.made(owner)
+            for call in self.writes.to(owner):
+                self.final(call)
+        if node not in self.env:
+            self.env[node] = self.copied(node)
+
+    def made(self, owner: fx.Node) -> fx.Node:
+        """A value as it was before the first write, in memory of the epilogue's own."""
+        state, sources = self.state(owner), owner.all_input_nodes
+        how = state.how if isinstance(state, Reduced) else None
+        if how is None and all(self.state(n) == STATIC for n in sources):
+            how = "same"
+        if how is None or how == "counted":
+            return self.reduction(owner, state)
+        with self.graph.inserting_before(owner.next):
+            first = add_call(self.graph, aten.clone.default, owner)
+        return add_call(self.epilogue, aten.clone.default, self.yields(first, how))
 
     def copied(self, node: fx.Node) -> fx.Node:
         """The call itself, in the epilogue."""
+        if self._is_first(node):
+            refuse(node, "a result is reduced over the batch in a way that has no known sum")
         new = self.epilogue.node_copy(node, self._argument)
         new.meta = dict(node.meta)
         return new
@@ -278,22 +314,33 @@ class _Combine:
         names = [a.name for a in operator._schema.arguments]
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         target, weight = given["target"], given.get("weight")
-        total = add_call(self.graph, operator, **given | {"reduction": SUM})
-        kept = add_call(self.graph, aten.ne.Scalar, target, given.get("ignore_index", -100))
-        if weight is not None:
-            index = add_call(self.graph, aten.where.ScalarOther, kept, target, 0)
-            weights = add_call(self.graph, aten.index.Tensor, weight, [index])
-            kept = add_call(self.graph, aten.mul.Tensor, weights, kept)
-        count = add_call(self.graph, aten.sum.default, kept)
+        with self.graph.inserting_before(node.next):  # its arguments may be written to later
+            total = add_call(self.graph, operator, **given | {"reduction": SUM})
+            kept = add_call(self.graph, aten.ne.Scalar, target, given.get("ignore_index", -100))
+            if weight is not None:
+                index = add_call(self.graph, aten.where.ScalarOther, kept, target, 0)
+                weights = add_call(self.graph, aten.index.Tensor, weight, [index])
+                kept = add_call(self.graph, aten.mul.Tensor, weights, kept)
+            count = add_call(self.graph, aten.sum.default, kept)
         ratio = (self.yields(total, "sum"), self.yields(count, "sum"))
         return add_call(self.epilogue, aten.div.Tensor, *ratio)
 
-    def _order_placeholders(self) -> None:
-        """Placeholders first: the outputs in their order, `batch_size`, buffers."""
-        by_name = {n.name: n for n in self.epilogue.nodes if n.op == "placeholder"}
-        ordered = [by_name[o.name] for o in self.outputs.values()]
-        ordered += [] if self.batch is None else [self.batch]
-        ordered += self.held.values()
+    def _order(self) -> None:
+        """Placeholders first: the outputs in their order, `batch_size`, buffers. Then the calls in
+        the order of the program, since some of them may write in place."""
+        by_name = {n.target: n for n in self.epilogue.nodes if n.op == "placeholder"}
+        ordered = {by_name[o.name]: None for o in self.outputs.values()}
+        ordered |= {} if self.batch is None else {self.batch: None}
+        ordered |= dict.fromkeys(self.held.values())
+        todo = [self.env[n] for n in reversed(self.program) if n in self.env]
+        todo = [self.epilogue.output_node(), *todo]
+        while todo:
+            node = todo[-1]
+            missing = [n for n in node.all_input_nodes if n not in ordered]
+            if missing:
+                todo += reversed(missing)
+            else:
+                ordered[todo.pop()] = None
         for before, after in pairwise(ordered):
             before.append(after)
 

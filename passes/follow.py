@@ -113,6 +113,8 @@ class _Walk:
             new = call.undecided("it writes to a value whose samples are arranged differently")
         for node, state in self.states.items():
             if self.owner[node] is owner and not isinstance(state, tuple):
+                if isinstance(state, Reduced) and isinstance(new, Reduced):
+                    continue  # its own rule holds for what was reduced before the write
                 shapes = [tuple(map(size, t.shape)) for t in tensors_of(node)]
                 ok = isinstance(new, Mixed) or not any(batch_dims(s) for s in shapes)
                 self.states[node] = new if ok else call.mixed("a reduction is written to samples")
