@@ -182,7 +182,7 @@ class _Combine:
                 self.needs_epilogue = True
                 self.env[node] = self.reduction(node, state)
             elif isinstance(state, Mixed):
-                tried = "" if state.certain else "; tried in parts, samples gave something else"
+                tried = "" if state.certain else "; a trial did not show that samples stay apart"
                 refuse(state.node, state.reason + tried)
             else:
                 value = node

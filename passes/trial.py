@@ -1,25 +1,30 @@
-"""What the graph cannot decide, tried: a small batch as a whole against its parts.
+"""What the graph cannot decide, tried: a batch as a whole against its parts.
 
 Where tokens are sorted by expert and put back later, or entries are picked by indices that were
 computed, only data can tell whether samples stay apart. `Parts` runs the captured graph beside
 `follow`, once on all samples, and, where a value's samples have been mixed, also on two
 parts of them. As soon as a value is again what its parts are when put together, it counts as
-kept apart. Random calls draw nothing in mixed regions.
+kept apart. Of a custom autograd.Function the gradients are tried too. Random calls draw nothing in
+mixed regions.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
+from .blocks import cut, put_together
 from .follow import follow
-from .graphs import is_size, size, source_line, tensors_of, written_arguments
+from .graphs import is_random, is_size, size, source_line, tensors_of, written_arguments
 from .rounding import close
 from .samples import Mixed, Reduced, Samples, batch_dims, factor
 from .spec import Kind, at_batch
+from .tangents import Run, keeps_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,15 +33,17 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-SAMPLES = 5
-CUTS = ((0, 2), (2, 3))
-"""(first sample, number of samples) of each part."""
+FEWEST, MOST = 5, 32
+"""Samples that are tried: as many as the example has, within these bounds."""
 
 IDENTITIES = (aten.dropout.default, aten.alpha_dropout.default, aten.feature_dropout.default)
 
 
 class UnknownError(Exception):
-    """A value of a part cannot be worked out; stands for that value, too."""
+    """A value cannot be worked out; stands for that value, too."""
+
+
+FAILURES = (UnknownError, RuntimeError, IndexError, ValueError)
 
 
 class Trust:
@@ -69,6 +76,11 @@ class Parts:
     ) -> None:
         self.inputs = {i.name: i for i in inputs}
         self.tensor = tensor
+        given = [tensor(i).shape[i.batch_dim] for i in inputs if i.batch_dim is not None]
+        self.samples = min(max([FEWEST, *given]), MOST)
+        first = self.samples * 2 // 5
+        self.cuts = ((0, first), (first, self.samples - first))
+        self.functions: dict[fx.Node, tuple[Run, list[Run], list[Any]]] = {}
         self.whole: dict[fx.Node, Any] = {}
         self.parts: dict[fx.Node, list[Any]] = {}
         self.found: dict[fx.Node, Any] = {}  # states as of each node's own step
@@ -95,7 +107,12 @@ class Parts:
         )
         if apart or any(n in self.parts for n in node.all_input_nodes):
             self.parts[node] = self._run_parts(node, states, mixed=isinstance(state, Mixed))
-        self.whole[node] = _run(node, self.whole.__getitem__, SAMPLES)
+        try:
+            self.whole[node] = _run(node, self._known, self.samples)
+        except FAILURES:  # an index, say, which is good for more samples only
+            self.whole[node] = UnknownError
+        if node.target is torch.ops.autopipe.function.default:
+            self._run_function(node)
         if isinstance(state, Mixed) and not state.certain:
             state = self._decide(node, state)
         if not isinstance(state, Mixed) and not apart:
@@ -109,45 +126,84 @@ class Parts:
         value = self.tensor(item).detach()
         if item.batch_dim is None:
             return value.clone() if item.kind is Kind.BUFFER else value
-        return enough(value, item.batch_dim)
+        return enough(value, item.batch_dim, self.samples)
+
+    def _known(self, source: fx.Node) -> Any:
+        value = self.whole[source]
+        if value is UnknownError:
+            raise UnknownError
+        return value
+
+    def _part(self, states: Mapping[fx.Node, Any], n: int, source: fx.Node) -> Any:
+        """What a value is in the n-th part."""
+        if source not in self.parts:
+            if isinstance(states[source], Mixed):  # by a write through another name
+                raise UnknownError
+            return cut(self._known(source), self.found[source], *self.cuts[n])
+        value = self.parts[source][n]
+        if value is UnknownError:
+            raise UnknownError
+        return value
 
     def _run_parts(self, node: fx.Node, states: Mapping[fx.Node, Any], *, mixed: bool) -> list[Any]:
-        results = []
         for source in written_arguments(node):
             if source not in self.parts:
                 whole, state = self.whole[source], self.found[source]
-                self.parts[source] = [_cut(whole, state, *cut).clone() for cut in CUTS]
-        for n, (start, count) in enumerate(CUTS):
-
-            def part(source: fx.Node, n: int = n, start: int = start, count: int = count) -> Any:
-                if source not in self.parts:
-                    if isinstance(states[source], Mixed):  # by a write through another name
-                        raise UnknownError
-                    return _cut(self.whole[source], self.found[source], start, count)
-                value = self.parts[source][n]
-                if value is UnknownError:
-                    raise UnknownError
-                return value
-
+                self.parts[source] = [
+                    whole if whole is UnknownError else cut(whole, state, *c).clone()
+                    for c in self.cuts
+                ]
+        results = []
+        for n, (_, count) in enumerate(self.cuts):
             try:
-                results.append(_run(node, part, count, still=mixed))
-            except (UnknownError, RuntimeError, IndexError):
+                results.append(_run(node, partial(self._part, states, n), count, still=mixed))
+            except FAILURES:
                 results.append(UnknownError)
         return results
 
+    def _run_function(self, node: fx.Node) -> None:
+        """Run a custom Function so that its backward can be tried, result by result."""
+        sources: list[fx.Node] = node.args[0]  # type: ignore[assignment]
+        states = [self.found[s] for s in sources]
+        if any(isinstance(s, Mixed) for s in states):
+            return  # which gradient belongs to which sample is not known
+        try:
+            whole = Run(node, [self._known(s) for s in sources])
+            parts = [
+                Run(node, [self._part(self.found, n, s) for s in sources])
+                for n in range(len(self.cuts))
+            ]
+        except FAILURES:
+            return
+        self.functions[node] = whole, parts, states
+
+    def _backward_mixes(self, node: fx.Node, found: Samples) -> bool:
+        """Whether `node` is a result of a Function whose backward mixes samples."""
+        call: Any = node.args[0] if node.target is getitem else None
+        if call not in self.functions:
+            return False
+        position: Any = node.args[1]
+        whole, parts, states = self.functions[call]
+        return not keeps_apart(whole, parts, position, found, states, self.cuts)
+
     def _decide(self, node: fx.Node, state: Mixed) -> Any:
         whole, parts = self.whole[node], self.parts[node]
-        if not isinstance(whole, Tensor) or UnknownError in parts or not whole.is_floating_point():
+        if not isinstance(whole, Tensor) or not whole.is_floating_point():
+            return state
+        if any(p is UnknownError for p in parts):
             return state
         if _shows_nothing(whole):
             return state
         for found in _arrangements(node):
             try:
-                again = _put_together(parts, found)
+                again = put_together(parts, found)
             except RuntimeError:
                 continue
             if close(again, whole):
-                self.decided[state.node] = "keeps samples apart, as a trial on 5 samples found"
+                if self._backward_mixes(node, found):
+                    return Mixed(state.node, "the backward of a custom Function mixes samples")
+                trial = f"a trial on {self.samples} samples"
+                self.decided[state.node] = f"keeps samples apart, as {trial} found"
                 return found
         return state
 
@@ -186,10 +242,12 @@ def _arrangements(node: fx.Node) -> list[Samples]:
     return [Samples(dims[0], 1, times)] + ([Samples(dims[0], times, 1)] if times > 1 else [])
 
 
-def enough(value: Tensor, dim: int) -> Tensor:
-    """Five samples made of those there are; repeated ones are turned, so that all differ."""
+def enough(value: Tensor, dim: int, count: int) -> Tensor:
+    """So many samples of those there are; repeated ones are turned, so that all differ."""
+    if value.shape[dim] >= count:
+        return value.narrow(dim, 0, count)
     samples = []
-    for n in range(SAMPLES):
+    for n in range(count):
         sample = value.narrow(dim, n % value.shape[dim], 1)
         turns = n // value.shape[dim]
         others = [d for d in range(value.dim()) if d != dim and value.shape[d] > 1]
@@ -205,36 +263,13 @@ def _run(node: fx.Node, value: Callable[[fx.Node], Any], batch: int, *, still: b
 
     if still and node.target in IDENTITIES:
         return argument(node.all_input_nodes[0])
-    if still and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if still and is_random(node):
         raise UnknownError
     args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
     cast = node.meta.get("autocast")
     target: Any = node.target
     with torch.autocast(*cast) if cast else nullcontext():
         return target(*args, **kwargs)
-
-
-def _cut(value: Any, state: Any, start: int, count: int) -> Any:
-    """The part of a value that belongs to some of the samples."""
-    if isinstance(value, (tuple, list)):
-        each = state if isinstance(state, tuple) else (state,) * len(value)
-        return type(value)(_cut(v, s, start, count) for v, s in zip(value, each, strict=True))
-    if isinstance(state, Samples):
-        dim = state.dim
-        return _blocks(value, state).narrow(dim + 1, start, count).flatten(dim, dim + 2)
-    return value
-
-
-def _blocks(value: Tensor, state: Samples) -> Tensor:
-    """The dimension of the samples unfolded to (outer, samples, inner)."""
-    dim, shape = state.dim, value.shape
-    return value.reshape(*shape[:dim], state.outer, -1, state.inner, *shape[dim + 1 :])
-
-
-def _put_together(parts: Sequence[Tensor], state: Samples) -> Tensor:
-    dim = state.dim
-    blocks = [_blocks(p, state) for p in parts]
-    return torch.cat(blocks, dim + 1).flatten(dim, dim + 2)
 
 
 def _shows_nothing(value: Tensor) -> bool:

@@ -196,8 +196,59 @@ def test_checkpoints_in_the_model_are_left_to_the_pipeline(reentrant: bool) -> N
 
 
 def test_one_that_mixes_samples_is_refused() -> None:
-    with pytest.raises(CouplingError, match="tried in parts"):
+    with pytest.raises(CouplingError, match="a trial did not show"):
         captured_of(Model(lambda s, x: Sorts.apply(s.first(x))), batch())
+
+
+class Scales(torch.autograd.Function):
+    """Two results; a backward that scales by a parameter's values and keeps samples apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, w)
+        return x * w, x.exp()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g * w + h * x.exp(), (g * x).sum(0)
+
+
+def normed(g: Tensor) -> Tensor:
+    return g / (g.norm() + 1e-6)
+
+
+def centred(g: Tensor) -> Tensor:
+    return g - g.mean(0, keepdim=True)
+
+
+def scaled_by_size(g: Tensor) -> Tensor:
+    return g / g.shape[0]
+
+
+@pytest.mark.parametrize("change", [normed, centred, scaled_by_size])
+def test_a_backward_that_mixes_samples_is_refused(change: Callable[[Tensor], Tensor]) -> None:
+    """Its forward does not: only a trial of the gradients shows it."""
+
+    class Passes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return change(gradient)
+
+    with pytest.raises(CouplingError, match="backward of a custom Function mixes") as caught:
+        captured_of(Model(lambda s, x: s.last(Passes.apply(s.first(x)))), batch())
+    assert str(caught.value.source).startswith(__file__)
+
+
+def test_a_parameters_gradient_is_a_sum_over_samples() -> None:
+    model = Model(lambda s, x: torch.cat(Scales.apply(s.first(x), s.last.bias), 1))
+    pipe = pipelined(model)
+    assert_agrees(pipe, batch())
+    assert "trial on 6 samples" in pipe.explain()
 
 
 def batch() -> Tensor:

@@ -1,4 +1,4 @@
-"""What the graph cannot decide is tried on five samples, as a whole against in parts."""
+"""What the graph cannot decide is tried on some samples, as a whole against in parts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_samples_that_are_mixed_and_put_back(name: str) -> None:
     pipe = pipelined(Model(KEPT_APART[name]))
     for size in (7, 6, 2):
         assert_agrees(pipe, tokens(size))
-    assert "keeps samples apart, as a trial on 5 samples found" in pipe.explain()
+    assert "keeps samples apart, as a trial on 7 samples found" in pipe.explain()
 
 
 def from_the_next(x: Tensor, ids: Tensor) -> Tensor:
@@ -103,6 +103,51 @@ def test_samples_that_stay_mixed_are_refused(name: str) -> None:
     with pytest.raises(CouplingError) as caught:
         pipelined(Model(MIXED[name]))(tokens())
     assert str(caught.value.source).startswith(__file__)
+
+
+def until_full(x: Tensor, ids: Tensor) -> Tensor:
+    """The first twelve tokens of each kind: a few samples do not fill an expert."""
+    kinds = nn.functional.one_hot(ids.flatten() % 3, 3)
+    place = (kinds.cumsum(0) * kinds).sum(-1)
+    return x * (place <= 12).view(*ids.shape, 1)
+
+
+def up_to_the_largest(x: Tensor, ids: Tensor) -> Tensor:
+    """Of all samples, which may be the last."""
+    return torch.where((torch.arange(WIDTH) + 6 < ids.max()), x, x.sin())
+
+
+@pytest.mark.parametrize("f", [until_full, up_to_the_largest])
+def test_what_shows_in_larger_batches_only_is_refused(f: Callable[..., Tensor]) -> None:
+    ids = tokens(16).clamp(max=6)
+    ids[-1] = 10
+    with pytest.raises(CouplingError):
+        pipelined(Model(f))(ids)
+
+
+def test_an_index_that_is_good_for_the_whole_batch_only() -> None:
+    """Hard negatives: the trial itself cannot even run."""
+
+    class Negatives(nn.Module):
+        def forward(self, x: Tensor, negative: Tensor) -> Tensor:
+            return (x * x[negative]).sum(1)
+
+    for size in (8, 40):
+        with pytest.raises(CouplingError, match="picked from other samples"):
+            pipelined(Negatives())(torch.randn(size, 6), torch.arange(size).flip(0))
+
+
+def test_attention_without_dropout_is_tried() -> None:
+    """Its operator could draw random numbers; with no dropout it does not."""
+
+    def attends(x: Tensor, ids: Tensor) -> Tensor:
+        rows = torch.remainder(ids, 3)[torch.arange(ids.shape[0])]  # undecided, and the same
+        order = ids[:, 0].argsort()
+        mask = rows[order].argsort()[order.argsort()]
+        y = x[order][order.argsort()]
+        return nn.functional.scaled_dot_product_attention(y, y, y) + 0 * mask[..., None]
+
+    assert_agrees(pipelined(Model(attends)), tokens())
 
 
 def test_a_trial_leaves_everything_as_it_was() -> None:
