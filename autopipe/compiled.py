@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autopipe.errors import DeviceError, InputError, UnsupportedError
+from autopipe.errors import DeviceError, UnsupportedError
 from autopipe.passes.driver import Lowered, cut_in_space, cut_in_time
 from autopipe.passes.ir import Kind
 from autopipe.passes.phases import received_strides
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from autopipe.options import Options
+    from autopipe.passes.spec import Branches
     from autopipe.passes.staged import Split, StagePhases
     from autopipe.runtime.transfer import Place
 
@@ -96,6 +97,7 @@ class Compiled:
         dims: their batch dimensions.
         batch: their number of samples.
         progress: told what is being done.
+        single: hold for this one sample only.
     """
 
     def __init__(
@@ -108,6 +110,8 @@ class Compiled:
         dims: Sequence[int | None],
         batch: int,
         progress: Callable[[str], None],
+        *,
+        single: bool = False,
     ) -> None:
         for name, tensor in model.named_parameters():
             if not isinstance(tensor, nn.Parameter):
@@ -123,6 +127,7 @@ class Compiled:
             stages=len(places),
             batch=max(1, batch // options.chunks),
             whole=options.chunks == 1,
+            single=single,
             batch_norm=options.batch_norm,
             out_reduce=options.out_reduce,
             progress=progress,
@@ -134,9 +139,17 @@ class Compiled:
         results = [o for o in captured.outputs if not o.internal]
         reduced = {o.name for o in results if o.combine in ("sum", "mean")}
         self.expected = frozenset(reduced or {o.name for o in results})
+        self._fits: dict[int, bool] = {}
         self._programs: dict[Hashable, Ready] = {}
         self._traced: dict[Hashable, StagePhases] = {}
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
+
+    def fits(self, batch: int) -> bool:
+        """Whether the model takes the captured branches for a batch of this size."""
+        if batch not in self._fits:
+            holds: Branches = self.split.captured.branches
+            self._fits[batch] = holds.hold(batch)
+        return self._fits[batch]
 
     def tensor(self, kind: Kind, target: str) -> Tensor:
         """A tensor of the model by its qualified name."""
@@ -212,7 +225,6 @@ class Compiled:
             *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
         )
         if key not in self._programs:
-            self._check_sizes(sizes)
             constant = self._state_looks()
             lowered = cut_in_time(
                 self.split,
@@ -248,18 +260,6 @@ class Compiled:
             for i in self.split.captured.inputs
             if i.kind is not Kind.INPUT
         }
-
-    def _check_sizes(self, sizes: Sequence[int]) -> None:
-        low, high = self.split.captured.batch_range
-        for size in sizes:
-            if size < low or (high is not None and size > high):
-                raise InputError(
-                    f"the model takes another branch for a micro-batch of {size} samples than the"
-                    " one that was captured",
-                    expected=f"{low} to {high if high is not None else 'any'} samples",
-                    found=str(size),
-                    remedy="use more chunks" if size > low else "use fewer chunks",
-                )
 
     def _load(self, lowered: Lowered, sizes: tuple[int, ...]) -> Program:
         generated = lowered.generated

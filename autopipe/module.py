@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +58,7 @@ class Pipeline(Face):
     def _reset(self) -> None:
         """Forget everything that was compiled."""
         self._places = tuple(Place(d) for d in self.options.devices)
-        self._compiled: dict[Hashable, Compiled] = {}
+        self._compiled: dict[Hashable, list[Compiled]] = {}
         self._structures: dict[Hashable, set[Structure]] = {}
         self._last: tuple[Compiled, Ready] | None = None
         self.memory = SavedBytes(len(self._places))
@@ -173,13 +174,28 @@ class Pipeline(Face):
         )
         key = (mode, structure, shapes)
         with Progress(len(self._places)) as progress, plain_autograd():
-            if key not in self._compiled:
-                self._compiled[key] = Compiled(
-                    self.model, self.options, self._places, leaves, spec, dims, batch, progress
+            fitting = [c for c in self._compiled.setdefault(key, []) if c.fits(batch)]
+            if not fitting:
+                make = partial(
+                    Compiled,
+                    self.model,
+                    self.options,
+                    self._places,
+                    leaves,
+                    spec,
+                    dims,
+                    batch,
+                    progress,
                 )
+                compiled = make(single=batch == 1 and bool(self._compiled[key]))
+                if not compiled.fits(batch):  # one sample is traced as two, unless it is alone
+                    self._compiled[key].append(compiled)
+                    compiled = make(single=True)
+                fitting = [compiled]
+                self._compiled[key] += fitting
                 known.add(structure)
                 self._remember(mode, key[1:])
-            compiled = self._compiled[key]
+            compiled = fitting[0]
             sizes = microbatch.sizes(batch, self.options.chunks)
             tensors = [leaves[i.index] for i in compiled.calls]
             tensors += [compiled.tensor(i.kind, i.target) for i in compiled.parameters]

@@ -20,15 +20,17 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError, InputError, UnsupportedError
 
+from .branches import branches
 from .buffers import defer
 from .combine import combine
-from .export import export
+from .export import Sizes, export
 from .flat import Flat, Hole
 from .follow import follow
 from .ir import Captured, Input, Kind, Leaf, results_of
 from .normalize import Normalized, normalize
 from .remains import forgotten
 from .samples import Reduced
+from .spec import ONE
 from .stand_ins import cumulative_norms, noted_hooks, off_meta
 from .trial import settle
 from .users import advise
@@ -44,6 +46,7 @@ def capture(
     batch_dims: Sequence[int | None],
     *,
     whole: bool = False,
+    single: bool = False,
     batch_norm: str = "deferred",
     out_reduce: str | None = None,
 ) -> Captured:
@@ -56,6 +59,7 @@ def capture(
         spec: structure of ``(args, kwargs)``.
         batch_dims: for each leaf the dimension that micro-batches cut, or None.
         whole: there will only ever be one micro-batch, so that nothing need be combined.
+        single: the batch has one sample, and the graph is to hold for that alone.
         batch_norm: "deferred": buffers change as if the whole batch had been seen once; "micro":
             once per micro-batch.
         out_reduce: how results of one number are combined whose own rule cannot be derived.
@@ -70,7 +74,7 @@ def capture(
         CouplingError: an output that no micro-batches can be combined to.
     """
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
-    examples = _examples(leaves, batch_dims)
+    examples = _examples(leaves, [None] * len(leaves) if single else batch_dims)
     flat = Flat(module, leaves, spec)
     dims = [batch_dims[i] for i in flat.tensor_positions]
     names = _names(module, leaves, spec)
@@ -80,12 +84,12 @@ def capture(
         noted_hooks(module) as hooks,
     ):
 
-        def trace() -> tuple[torch.export.ExportedProgram, str | None, Normalized]:
-            program, fixed_at = export(flat, examples, dims)
-            return program, fixed_at, normalize(program, module, flat.prefix, names)
+        def trace() -> tuple[Sizes, Normalized]:
+            program, sizes = export(flat, examples, [None] * len(dims) if single else dims)
+            return sizes, normalize(program, module, flat.prefix, names)
 
-        program, fixed_at, traced = trace()
-        left = forgotten(flat, traced, lambda: trace()[2], examples, dims)
+        sizes, traced = trace()
+        left = forgotten(flat, traced, lambda: trace()[1], examples, dims)
     for hook in hooks:
         advise(
             f"a forward hook of {hook} returns nothing: if it only looks on, it has done so for the"
@@ -109,7 +113,9 @@ def capture(
         else item
         for item in inputs
     )
-    _check_batch(inputs, fixed_at)
+    if not single:
+        _check_batch(inputs, next(iter(sizes.fixed), None))
+    holds = ONE if single else branches(graph, sizes.decisions)
     notes = list(result.notes)
     if cumulative and batch_norm == "micro":
         raise UnsupportedError(
@@ -117,7 +123,7 @@ def capture(
             node=cumulative[0],
             remedy='use batch_norm="deferred"',
         )
-    if whole:
+    if whole or single:
         updates = defer(graph, inputs)[0] if cumulative else {}
         combined = combine(graph, inputs, {}, updates=updates)
     else:
@@ -143,7 +149,7 @@ def capture(
         ),
         out_spec=result.spec,
         updates=combined.updates,
-        batch_range=_batch_range(program, graph),
+        branches=holds,
         notes=tuple(notes),
     )
     captured.verify()
@@ -219,9 +225,10 @@ def _check_batch(inputs: Sequence[Input], fixed_at: str | None) -> None:
                 source=fixed_at,
                 expected=f"any size in dimension {item.batch_dim}",
                 found=f"always {size}",
-                remedy="take sizes from x.shape (not len(x)) instead of writing them down; if this"
-                " input is not batched, say so with in_dims (None for it); an ExportedProgram must"
-                " be exported with a dynamic batch dimension",
+                remedy="take sizes from x.shape, not from len(x), and do not go through the batch"
+                " sample by sample (for, list, unbind); if this input is not batched, say so with"
+                " in_dims (None for it); an ExportedProgram must be exported with a dynamic batch"
+                " dimension",
             )
         if not size.is_Symbol:
             raise UnsupportedError(
@@ -229,18 +236,3 @@ def _check_batch(inputs: Sequence[Input], fixed_at: str | None) -> None:
                 node=item.name,
                 found=f"a batch of {size}",
             )
-
-
-def _batch_range(program: torch.export.ExportedProgram, graph: fx.Graph) -> tuple[int, int | None]:
-    """Micro-batch sizes that the traced branches hold for (2 as lower end is export's habit)."""
-    low, high = 1, None
-    sizes = [s for n in graph.nodes if n.op == "placeholder" for s in n.meta["val"].shape]
-    symbols = {x for s in sizes if isinstance(s, torch.SymInt) for x in s.node.expr.free_symbols}
-    for symbol, bounds in program.range_constraints.items():
-        if symbol not in symbols:
-            continue
-        if bounds.lower > 2:
-            low = max(low, int(bounds.lower))
-        if bounds.upper.is_finite and bounds.upper < 2**62:
-            high = int(bounds.upper) if high is None else min(high, int(bounds.upper))
-    return low, high

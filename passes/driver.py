@@ -44,6 +44,7 @@ def cut_in_space(
     stages: int,
     batch: int,
     whole: bool,
+    single: bool = False,
     batch_norm: str,
     out_reduce: str | None,
     progress: Callable[[str], None] = lambda text: None,
@@ -51,7 +52,14 @@ def cut_in_space(
     """Capture a model and cut it into stages; arguments as for `capture` and `split`."""
     progress("capturing")
     captured = capture(
-        model, leaves, spec, batch_dims, whole=whole, batch_norm=batch_norm, out_reduce=out_reduce
+        model,
+        leaves,
+        spec,
+        batch_dims,
+        whole=whole,
+        single=single,
+        batch_norm=batch_norm,
+        out_reduce=out_reduce,
     )
     _dump("captured", captured)
     progress("costing")

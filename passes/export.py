@@ -10,11 +10,13 @@ import sys
 import traceback
 import warnings
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy
+import sympy
 import torch
 from torch import Tensor, nn
 
@@ -33,14 +35,22 @@ OPTIONS = (
 )
 
 
+@dataclass
+class Sizes:
+    """What a model asked of its symbolic sizes while it was traced.
+
+    fixed: lines at which it made a Python number of one; there the size became fixed.
+    decisions: conditions that it evaluated, and what they gave.
+    """
+
+    fixed: list[str] = field(default_factory=list)
+    decisions: list[tuple[Any, bool]] = field(default_factory=list)
+
+
 def export(
     flat: nn.Module, examples: list[Tensor], dims: list[int | None]
-) -> tuple[torch.export.ExportedProgram, str | None]:
+) -> tuple[torch.export.ExportedProgram, Sizes]:
     """Export a module of flat tensors, each symbolic in its entry of `dims`.
-
-    Returns:
-        The program; and the line of the model that first took a size for a plain number, if one
-        did: there the batch size became fixed.
 
     Raises:
         CaptureError: what the exporter cannot do, or would do with a loss.
@@ -51,11 +61,11 @@ def export(
             for context in (_lossless(), _drawing(), keep_regions(), right_lstm_states(), _quiet()):
                 stack.enter_context(context)
             stack.enter_context(torch.enable_grad())
-            lines = stack.enter_context(_fixing())
+            sizes = stack.enter_context(_asked())
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
             )
-            return program, next(iter(lines), None)
+            return program, sizes
     except AutopipeError:
         raise
     except Exception as error:
@@ -77,34 +87,50 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _fixing() -> Iterator[list[str]]:
-    """Note where the model makes a Python number of a symbolic size: len(x), range(x.shape[0])."""
-    lines: list[str] = []
-    length: Any = Tensor.__len__
-    index: Any = torch.SymInt.__index__
+def _asked() -> Iterator[Sizes]:
+    """Note what the model's own code does with symbolic sizes: len(x), range(n), for row in x."""
+    sizes = Sizes()
 
-    def note(size: Any) -> None:
-        caller = sys._getframe(2)
-        symbolic = isinstance(size, torch.SymInt) and size.node.expr.free_symbols
-        if symbolic and is_users(caller.f_code.co_filename):
-            lines.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+    def watch(original: Any, size_of: Callable[..., Any]) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            if is_users(caller.f_code.co_filename):
+                size = size_of(*args, **kwargs)
+                if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
+                    sizes.fixed.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+            return original(*args, **kwargs)
 
-    def noting_length(tensor: Tensor) -> int:
-        if tensor.ndim:
-            note(tensor.shape[0])
-        result: int = length(tensor)
-        return result
+        return watched
 
-    def noting_index(size: torch.SymInt) -> int:
-        note(size)
-        result: int = index(size)
-        return result
+    def first(x: Tensor) -> Any:
+        return x.shape[0] if x.ndim else None
 
-    with (
-        mock.patch.object(Tensor, "__len__", noting_length),
-        mock.patch.object(torch.SymInt, "__index__", noting_index),
-    ):
-        yield lines
+    def along(x: Tensor, dim: int = 0) -> Any:
+        return x.shape[dim]
+
+    truth: Any = torch.SymBool.__bool__
+
+    def decided(condition: torch.SymBool) -> bool:
+        expr, caller = condition.node.expr, sys._getframe(1)
+        taken: bool = truth(condition)
+        if is_users(caller.f_code.co_filename):
+            sizes.decisions.append((expr, taken))
+            if taken and isinstance(expr, sympy.Eq):  # n == 3
+                sizes.fixed.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+        return taken
+
+    with ExitStack() as stack:
+        for owner, name, size_of in (
+            (Tensor, "__len__", first),
+            (Tensor, "__iter__", first),
+            (Tensor, "unbind", along),
+            (torch, "unbind", along),
+            (torch.SymInt, "__index__", lambda size: size),
+        ):
+            replacement = watch(getattr(owner, name), size_of)
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        stack.enter_context(mock.patch.object(torch.SymBool, "__bool__", decided))
+        yield sizes
 
 
 @contextmanager

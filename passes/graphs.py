@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ._torch import size_calls
-from .ir import B, TensorSpec
+from .spec import B, TensorSpec
 from .users import is_users
 
 if TYPE_CHECKING:
@@ -25,9 +25,13 @@ aten = torch.ops.aten
 def size(value: Any) -> sympy.Expr:
     """A size as an expression in `B`: every symbol of a captured graph is the batch size."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        expr = value.node.expr
-        return expr.xreplace(dict.fromkeys(expr.free_symbols, B))
+        return in_batch(value.node.expr)
     return sympy.Integer(int(value))
+
+
+def in_batch(expr: Any) -> Any:
+    """An expression of a captured graph's symbols in `B`."""
+    return sympy.sympify(expr).xreplace(dict.fromkeys(expr.free_symbols, B))
 
 
 def spec_of(node: fx.Node) -> TensorSpec:

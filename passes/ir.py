@@ -21,7 +21,19 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch import Tensor, fx
 
-from .spec import B, Input, Kind, Leaf, Output, TensorSpec, at_batch, require, results_of
+from .spec import (
+    ALL,
+    B,
+    Branches,
+    Input,
+    Kind,
+    Leaf,
+    Output,
+    TensorSpec,
+    at_batch,
+    require,
+    results_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +71,7 @@ class Captured:
         leaves: how the final values fill the model's result.
         out_spec: the result's structure.
         updates: (buffer, index of its value after the call among the final values).
-        batch_range: smallest and largest micro-batch that the graph holds for (None: no limit).
+        branches: the batch sizes that the graph holds for.
         notes: what capture did that a reader should know.
     """
 
@@ -71,7 +83,7 @@ class Captured:
     leaves: tuple[Leaf, ...]
     out_spec: TreeSpec
     updates: tuple[tuple[str, int], ...] = ()
-    batch_range: tuple[int, int | None] = (1, None)
+    branches: Branches = ALL
     notes: tuple[str, ...] = ()
 
     def verify(self) -> None:

@@ -22,7 +22,7 @@ from ._torch import (
     wrap_with_autocast,
     wrap_with_set_grad_enabled,
 )
-from .graphs import drop_dead, source_line, spec_of
+from .graphs import drop_dead, size, source_line, spec_of
 from .ir import Input, Kind
 from .users import users_trace
 
@@ -38,6 +38,15 @@ ASSERTIONS = {
     aten._assert_async.default,
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
+}
+
+SQUEEZES: dict[Any, Any] = {
+    aten.squeeze.default: aten.squeeze.dims,
+    aten.squeeze.dim: aten.squeeze.dims,
+    aten.squeeze.dims: aten.squeeze.dims,
+    aten.squeeze_.default: aten.squeeze_.dims,
+    aten.squeeze_.dim: aten.squeeze_.dims,
+    aten.squeeze_.dims: aten.squeeze_.dims,
 }
 
 DROPOUTS = {
@@ -199,9 +208,27 @@ def _inline(
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
             env[node].meta = _facts(node)
+            if node.target in SQUEEZES:
+                _squeeze_ones(env[node])
             if autocast is not None:
                 env[node].meta["autocast"] = autocast
     raise AssertionError("a graph without output")
+
+
+def _squeeze_ones(node: fx.Node) -> None:
+    """Let a squeeze name the dimensions of one entry that the batch it was captured with has.
+
+    A micro-batch of one sample keeps its dimension. A batch of one would not have: see `branches`.
+    """
+    source: Any = node.args[0]
+    shape = source.meta["val"].shape
+    given: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
+    dims = [d % len(shape) for d in ([given] if isinstance(given, int) else given)] if shape else []
+    sizes = {d: size(shape[d]) for d in dims}
+    if any(s.free_symbols for s in sizes.values()):
+        node.meta["squeezed"] = True
+    node.target = SQUEEZES[node.target]
+    node.args = (source, [d for d, s in sizes.items() if s == 1])
 
 
 def _does_nothing(node: fx.Node) -> bool:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .normalize import Normalized
 
 PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-OWN = frozenset(vars(nn.Module()))
-"""Attributes of every module: parameters, hooks and the like."""
+OWN = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
+"""What torch itself keeps there: parameters, hooks, weights of recurrent layers once more."""
 
 
 class Absent:

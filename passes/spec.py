@@ -135,3 +135,31 @@ class Leaf:
 
     kind: str
     value: Any
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What must be true of the batch's size `B`.
+
+    conditions: the branches that were taken, and numbers that were made of the size.
+    one: whether a batch of one sample, which is traced as two, takes the same branches.
+    """
+
+    conditions: tuple[sympy.Basic, ...] = ()
+    one: bool = True
+
+    def hold(self, batch: int) -> bool:
+        """Whether the graph is the model's for a batch of this size."""
+        return (batch > 1 or self.one) and all(is_true(c, batch) for c in self.conditions)
+
+
+ALL = Branches()
+"""Those of a graph that holds for any batch."""
+
+ONE = Branches((sympy.Eq(B, 1),))
+"""Those of a graph that was traced with one sample, and is good for no more."""
+
+
+def is_true(condition: sympy.Basic, batch: int) -> bool:
+    """A condition on `B`, at one batch size."""
+    return bool(condition.subs(B, batch) == sympy.true)
