@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from autopipe.errors import CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -31,6 +34,9 @@ def configuration(model: nn.Module) -> Hashable:
     For every module: its class, its attributes (the training flag is one) as far as they are plain
     values, tensors, or containers and configurations of those; its hooks; the looks of its
     parameters and buffers and which of them are one.
+
+    Raises:
+        CaptureError: a parameter of a lazy layer has no shape yet.
     """
     numbers: dict[int, int] = {}
     rows: list[Any] = []
@@ -48,9 +54,19 @@ def configuration(model: nn.Module) -> Hashable:
         for registry in (facts["_parameters"], facts["_buffers"]):
             for name, tensor in registry.items():
                 if tensor is not None:
+                    if is_lazy(tensor):
+                        raise _shapeless(module, name)
                     number = numbers.setdefault(id(tensor), len(numbers))
                     rows.append((name, number, tensor.shape, tensor.dtype))
     return tuple(rows)
+
+
+def _shapeless(module: nn.Module, name: str) -> CaptureError:
+    return CaptureError(
+        "a parameter has no shape yet: its layer has never been called",
+        node=f"{type(module).__name__}.{name}",
+        remedy="call the model itself once before the pipeline: model(*args)",
+    )
 
 
 def _facts(name: Any, value: Any, known: set[int]) -> Iterator[Hashable]:

@@ -253,6 +253,7 @@ class Pipeline(Face):
             "value": lambda i: values[i],
             "input": lambda i: leaves[i],
             "parameter": compiled.model.get_parameter,
+            "size": lambda number: number(sum(sizes)),
             "constant": lambda x: x,
         }
         filled = [kinds[leaf.kind](leaf.value) for leaf in captured.leaves]

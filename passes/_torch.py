@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.amp.autocast_mode import _enter_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.traceback import (
     get_current_meta,
     has_preserved_node_meta,
@@ -57,6 +57,7 @@ __all__ = [
     "OpOverload",
     "attribute",
     "flop_registry",
+    "free_unbacked_symbols",
     "from_functional",
     "is_transform",
     "is_transformed",
@@ -201,10 +202,18 @@ def min_cut_saved(joint: fx.GraphModule, inputs: Sequence[Any], forward_outputs:
     return {node.name for node in kept if isinstance(node, fx.Node)}
 
 
+class _OnProxies(PythonReferenceAnalysis):
+    """torch's own rule for 1 / n looks at the numbers, which proxies do not have."""
+
+    @staticmethod
+    def int_truediv(a: Any, b: Any) -> Any:
+        return a / b
+
+
 def size_calls(expr: sympy.Expr, batch: fx.Node) -> fx.Node:
     """Append the arithmetic of a size expression in one symbol to `batch`'s graph."""
     if expr.is_Symbol:
         return batch
     (symbol,) = expr.free_symbols
-    result: fx.Proxy = sympy_interp(PythonReferenceAnalysis, {symbol: fx.Proxy(batch)}, expr)
+    result: fx.Proxy = sympy_interp(_OnProxies, {symbol: fx.Proxy(batch)}, expr)
     return result.node

@@ -20,13 +20,15 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError, InputError, UnsupportedError
 
+from ._torch import free_unbacked_symbols
 from .branches import branches
 from .buffers import defer
 from .combine import combine
 from .export import Sizes, export
 from .flat import Flat, Hole
 from .follow import follow
-from .ir import Captured, Input, Kind, Leaf, results_of
+from .graphs import in_batch
+from .ir import B, Captured, Input, Kind, Leaf, results_of
 from .normalize import Normalized, normalize
 from .remains import forgotten
 from .samples import Reduced
@@ -144,8 +146,7 @@ def capture(
         constants=constants,
         epilogue=combined.epilogue,
         leaves=tuple(
-            next(filled) if isinstance(leaf, Hole) else Leaf("constant", leaf)
-            for leaf in result.leaves
+            next(filled) if isinstance(leaf, Hole) else _number(leaf) for leaf in result.leaves
         ),
         out_spec=result.spec,
         updates=combined.updates,
@@ -154,6 +155,21 @@ def capture(
     )
     captured.verify()
     return captured
+
+
+def _number(leaf: Any) -> Leaf:
+    """A result that is no tensor: what it was while tracing, or computed from the batch's size."""
+    if not isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return Leaf("constant", leaf)
+    if free_unbacked_symbols(leaf):
+        raise CaptureError(
+            "the model returns a number that depends on the values of tensors",
+            found=f"a {leaf.node.pytype.__name__}",
+            remedy="return the tensor itself (no .item(), no nonzero().shape)",
+        )
+    kind = leaf.node.pytype
+    expr = in_batch(leaf.node.expr)
+    return Leaf("size", lambda batch: kind(expr.subs(B, batch)))
 
 
 def _names(module: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:

@@ -83,7 +83,7 @@ class Flat(nn.Module):
                     )
                 result.notes.append(f"left out of the result: {type(leaf).__name__}")
                 result.leaves.append(None)
-            elif isinstance(leaf, PLAIN_LEAVES):
+            elif isinstance(leaf, (*PLAIN_LEAVES, torch.SymInt, torch.SymFloat, torch.SymBool)):
                 result.leaves.append(leaf)
             else:
                 raise CaptureError(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sympy
+import torch
 from torch import Tensor, fx
 
 from .spec import (
@@ -136,9 +137,11 @@ class Captured:
         given["batch_size"] = batch
         targets = {i.name: i.target for i in self.inputs if i.kind is Kind.BUFFER}
         names = [str(n.target) for n in self.epilogue.graph.nodes if n.op == "placeholder"]
-        values: Sequence[Tensor] = self.epilogue(
-            *(given[n] if n in given else buffer(targets[n]) for n in names)
-        )
+        arguments = [given[n] if n in given else buffer(targets[n]) for n in names]
+        if any("autocast" in n.meta for n in self.epilogue.graph.nodes):
+            found: Sequence[Tensor] = _Regions(self.epilogue).run(*arguments)
+            return found
+        values: Sequence[Tensor] = self.epilogue(*arguments)
         return values
 
     def __str__(self) -> str:
@@ -147,6 +150,19 @@ class Captured:
         if self.epilogue is not None:
             lines.append("epilogue: " + self.epilogue.print_readable(print_output=False))
         return "\n".join(lines)
+
+
+class _Regions(fx.Interpreter):
+    """Runs each call in the autocast region that it was captured in."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if "autocast" not in n.meta:
+            return super().run_node(n)
+        _, dtype, enabled, _ = n.meta["autocast"]
+        tensors = [self.env[a] for a in n.all_input_nodes]
+        device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+        with torch.autocast(device, dtype, enabled, cache_enabled=False):
+            return super().run_node(n)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ._torch import (
 )
 from .graphs import drop_dead, size, source_line, spec_of
 from .ir import Input, Kind
+from .numbers import keep_tensors
 from .users import users_trace
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def normalize(
         inputs.append(Input(spec_of(new), kind, target, index))
     result = _inline(program.graph_module, env, graph, autocast=None)
     graph.output(tuple(result))
+    drop_dead(graph)
+    keep_tensors(graph)
     unused = {n.name for n in graph.nodes if n.op == "placeholder" and not n.users}
     kept = []
     for item in inputs:  # inputs of the call stay: their gradients and structure are the user's

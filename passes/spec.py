@@ -131,7 +131,8 @@ class Output:
 @dataclass(frozen=True)
 class Leaf:
     """One leaf of the model's result: `kind` is "value" (index into the final values), "input"
-    (index into the call's leaves), "parameter" (qualified name) or "constant" (the object)."""
+    (index into the call's leaves), "parameter" (qualified name), "size" (a function of the batch's
+    size) or "constant" (the object)."""
 
     kind: str
     value: Any
