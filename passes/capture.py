@@ -31,7 +31,7 @@ from .graphs import in_batch
 from .ir import B, Captured, Input, Kind, Leaf, results_of
 from .normalize import Normalized, normalize
 from .remains import forgotten
-from .samples import Reduced
+from .samples import STATIC, Reduced
 from .spec import ONE
 from .stand_ins import cumulative_norms, noted_hooks, off_meta
 from .trial import settle
@@ -137,6 +137,7 @@ def capture(
         )
         notes += tried
         states |= {n: Reduced(how) for n, how in stated.items()}
+        _note_static(states)
         combined = combine(graph, inputs, states, updates=updates, out_reduce=out_reduce)
     filled = iter(combined.leaves)
     captured = Captured(
@@ -170,6 +171,15 @@ def _number(leaf: Any) -> Leaf:
     kind = leaf.node.pytype
     expr = in_batch(leaf.node.expr)
     return Leaf("size", lambda batch: kind(expr.subs(B, batch)))
+
+
+def _note_static(states: Mapping[fx.Node, Any]) -> None:
+    """Note of the calls that do not depend on the batch that they do not: the whole batch draws
+    their random numbers once, and so shall all micro-batches together."""
+    for node, state in states.items():
+        each = state if isinstance(state, tuple) else (state,)
+        if node.op == "call_function" and all(s == STATIC for s in each):
+            node.meta["static"] = True
 
 
 def _names(module: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:

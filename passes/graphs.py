@@ -188,11 +188,14 @@ def emit_size(value: Any, batch: Callable[[], fx.Node]) -> fx.Node | int:
 
 
 def fingerprint(graph: fx.Graph) -> str:
-    """Equal for graphs that make the same calls on the same arguments, whatever their names."""
+    """Equal for graphs that make the same calls on the same arguments, whatever their names.
+
+    (A call that is noted to be static draws its random numbers under another key.)
+    """
     index = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
     rows = [
         f"{n.op} {n.target if n.op == 'call_function' else ''} {n.meta.get('autocast')}"
-        f" {fx.map_arg((n.args, n.kwargs), index.__getitem__)}"
+        f" {n.meta.get('static')} {fx.map_arg((n.args, n.kwargs), index.__getitem__)}"
         for n in graph.nodes
     ]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()

@@ -183,7 +183,7 @@ def _named(core: StagePhases, stage: StageGraph, tangents: list[str]) -> StagePh
         updates=tuple(rename[n] for n in core.updates),
         own_grads=tuple(rename[n] for n in core.own_grads),
         sent_grads=tuple(rename[n] for n in core.sent_grads),
-        draws=tuple((stage.origins[call], nth) for call, nth in core.draws),
+        draws=tuple(d._replace(call=stage.origins[d.call]) for d in core.draws),
     )
 
 

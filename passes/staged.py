@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
@@ -162,6 +162,20 @@ class Split:
 PHASES = ("F", "R", "B", "W")
 
 
+class Draw(NamedTuple):
+    """What a random draw is keyed by, beside the step's seed and the micro-batch.
+
+    Attributes:
+        call: position of the call that makes it, in the stage graph or in the captured one.
+        nth: which of that call's draws it is.
+        shared: the call does not depend on the batch, so all micro-batches draw the same.
+    """
+
+    call: int
+    nth: int
+    shared: bool
+
+
 @dataclass(frozen=True, eq=False)
 class StagePhases:
     """One stage at one micro-batch size: a functional joint graph and who runs each node when.
@@ -175,7 +189,7 @@ class StagePhases:
         graph: joint forward and backward; pure, but for random draws and kernels' own caches.
         phase_of: node name → "F", "R", "B" or "W"; placeholders and the output have none.
         saved: values that F keeps for the other phases (placeholders among `receives` included).
-        draws: for each keyed draw, the captured call that makes it and which of its draws it is.
+        draws: for each keyed draw its key, with the captured call that makes it.
         device: the device it was traced for.
     """
 
@@ -190,7 +204,7 @@ class StagePhases:
     updates: tuple[str, ...]
     own_grads: tuple[str, ...]
     sent_grads: tuple[str, ...]
-    draws: tuple[tuple[int, int], ...]
+    draws: tuple[Draw, ...]
     device: torch.device
 
     def results(self) -> dict[str, list[Any]]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from operator import getitem
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from .graphs import drop_dead, is_random
+from .staged import Draw
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 aten = torch.ops.aten
 
@@ -24,7 +28,7 @@ PICKY = (aten.native_group_norm.default, aten.native_group_norm_backward.default
 """Kernels that want their tensors dense in the memory format which those suggest."""
 
 
-def tidy(graph: fx.Graph) -> tuple[tuple[int, int], ...]:
+def tidy(graph: fx.Graph, static: Container[int]) -> tuple[Draw, ...]:
     """Drop what does nothing below autograd, and hand two kinds of calls to the runtime's kit.
 
     Random calls become keyed draws: what they draw depends on the key and on nothing else, so that
@@ -35,12 +39,16 @@ def tidy(graph: fx.Graph) -> tuple[tuple[int, int], ...]:
     dense in a memory format which the real one does not even suggest. When it runs, the question
     is asked again, as eager would.
 
+    Args:
+        graph: changed in place.
+        static: positions, in the stage graph, of the calls that do not depend on the batch.
+
     Returns:
-        The keys of the draws: (position of the call in the stage graph, which of its draws).
+        For each draw its key; its call is named by the position in the stage graph.
     """
     with graph.inserting_before(next(iter(graph.nodes))):
         kit = graph.placeholder(KIT)
-    keys: list[tuple[int, int]] = []
+    keys: list[Draw] = []
     for node in list(graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
@@ -50,7 +58,7 @@ def tidy(graph: fx.Graph) -> tuple[tuple[int, int], ...]:
                 drawn = graph.call_method(
                     "draw", (kit, len(keys), node.target, *node.args), node.kwargs
                 )
-            keys.append((call, sum(k[0] == call for k in keys)))
+            keys.append(Draw(call, sum(k.call == call for k in keys), call in static))
             drawn.meta = dict(node.meta)
             node.replace_all_uses_with(drawn)
         elif node.target is aten.mkldnn_rnn_layer_backward.default:

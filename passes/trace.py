@@ -43,7 +43,7 @@ from .tidy import tidy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .staged import StageGraph
+    from .staged import Draw, StageGraph
 
 aten = torch.ops.aten
 
@@ -78,14 +78,13 @@ class Joint:
         graph: the joint graph, pure.
         updates: positions, among held, of the buffers whose new values are returned.
         grads: positions, among held then received, whose gradients are returned.
-        draws: for each keyed draw, the position of its call in the stage graph, and which of that
-            call's draws it is.
+        draws: for each keyed draw its key, with the position of its call in the stage graph.
     """
 
     graph: fx.Graph
     updates: tuple[int, ...]
     grads: tuple[int, ...]
-    draws: tuple[tuple[int, int], ...]
+    draws: tuple[Draw, ...]
 
 
 def forward_looks(
@@ -164,7 +163,9 @@ def trace(
         tangents_ = [look.fake(device) for _, _, look in arriving]
         module = make_fx(joint, _allow_non_fake_inputs=True)(primals, tangents_)
     _refuse_constants(stage, module.graph)
-    return Joint(module.graph, tuple(updates), tuple(grads), tidy(module.graph))
+    calls = enumerate(stage.graph_module.graph.nodes)
+    static = {position for position, node in calls if node.meta.get("static")}
+    return Joint(module.graph, tuple(updates), tuple(grads), tidy(module.graph, static))
 
 
 def _refuse_constants(stage: StageGraph, graph: fx.Graph) -> None:

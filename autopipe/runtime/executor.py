@@ -41,7 +41,7 @@ class Program:
     backward: tuple[Callable[[Run], None], ...]
     places: tuple[transfer.Place, ...]
     sizes: tuple[int, ...]
-    draws: Mapping[int, Sequence[Sequence[tuple[int, int]]]]
+    draws: Mapping[int, Sequence[Sequence[tuple[int, int, bool]]]]
     strides: Mapping[tuple[str, int, int], tuple[int, ...]]
     filename: str
 

@@ -1,4 +1,5 @@
-"""Random calls as functions of (seed, call, micro-batch).
+"""Random calls as functions of (seed, call, micro-batch), or of (seed, call) where all samples
+share what is drawn.
 
 A draw seeds a generator from its key and uses it once. So a run draws the same numbers whatever
 the number of stages, the schedule or the thread, and rematerialization repeats what the forward
@@ -44,19 +45,21 @@ class Kit:
 
     Args:
         seed: of the step.
-        draws: for each of the stage's draws, the identity of the call that makes it.
+        draws: for each of the stage's draws, the call that makes it, which of its draws it is, and
+            whether all micro-batches share it: each then draws what micro-batch 0 does.
         microbatch: index of the micro-batch.
     """
 
     __slots__ = ("_draws", "_microbatch", "_seed")
 
-    def __init__(self, seed: int, draws: Sequence[tuple[int, int]], microbatch: int) -> None:
+    def __init__(self, seed: int, draws: Sequence[tuple[int, int, bool]], microbatch: int) -> None:
         self._seed, self._draws, self._microbatch = seed, draws, microbatch
 
     def draw(self, index: int, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the random operator `op` under the key of the stage's draw `index`."""
         device = _device(op, args, kwargs)
-        seed = key(self._seed, *self._draws[index], self._microbatch)
+        call, nth, shared = self._draws[index]
+        seed = key(self._seed, call, nth, 0 if shared else self._microbatch)
         overload = _with_generator(op)
         if overload is not None:
             generator = _generator(device)

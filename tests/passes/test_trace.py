@@ -421,13 +421,34 @@ def test_random_calls_become_keyed_draws() -> None:
     assert len(draws) == len(joint.draws) == len(set(joint.draws)) == 3
     # each is attributed to the call in the stage graph that draws
     nodes = list(stage.graph_module.graph.nodes)
-    targets = [str(nodes[call].target) for call, _ in joint.draws]
+    targets = [str(nodes[call].target) for call, *_ in joint.draws]
     assert targets == ["aten.dropout.default", "aten.dropout.default", "aten.rand_like.default"]
     arguments = [*(v.detach() for v in values), tangent]
     first, again = run(joint, *arguments), run(joint, *arguments)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], run(joint, *arguments, seed=1)[0])
     assert not torch.equal(first[0], run(joint, *arguments, m=1)[0])
+
+
+def test_draws_that_do_not_depend_on_the_batch_are_marked() -> None:
+    """The call's first and later draws alike; the marks of the captured graph are carried along."""
+
+    def noisy(model: Any, x: Tensor) -> Tensor:
+        weight = F.dropout(model.layer.weight, 0.5)
+        return F.dropout(F.linear(x, weight), 0.5) * torch.rand(()) + torch.rand_like(x)
+
+    model = Call(noisy)
+    stage = sole_stage(model, x())
+    values = values_of(model, stage, x())
+    tangent = torch.randn(4, 6)
+    joint = trace(stage, looks_of(values), [("return", 0, Look.of(tangent))], CPU, grad=True)
+    assert [d.shared for d in joint.draws] == [True, False, True, False]
+    arguments = [*(v.detach() for v in values), tangent]
+    first, second = run(joint, *arguments), run(joint, *arguments, m=1)
+    masks = [gradients[1 + joint.grads.index(0)] == 0 for gradients in (first, second)]
+    assert stage.held[0].target == "layer.weight"
+    assert torch.equal(*masks)
+    assert not torch.equal(first[0], second[0])
 
 
 def test_dropout_of_nothing_draws_nothing_of_consequence() -> None:

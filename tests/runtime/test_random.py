@@ -1,4 +1,6 @@
-"""Draws are functions of (seed, call, micro-batch), whatever thread makes them and how often."""
+"""Draws are functions of (seed, call, micro-batch), whatever thread makes them and how often.
+
+What all samples share is a function of (seed, call)."""
 
 from __future__ import annotations
 
@@ -37,9 +39,9 @@ OPS = WITH_GENERATOR | WITHOUT
 each_op = pytest.mark.parametrize("name", OPS)
 
 
-def draw(name: str, *, seed: int = 5, call: int = 0, m: int = 0) -> Tensor:
+def draw(name: str, *, seed: int = 5, call: int = 0, m: int = 0, shared: bool = False) -> Tensor:
     op, args = OPS[name]
-    drawn = Kit(seed, [(n, 0) for n in range(4)], m).draw(call, op, *args)
+    drawn = Kit(seed, [(n, 0, shared) for n in range(4)], m).draw(call, op, *args)
     result: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
     return result
 
@@ -88,6 +90,15 @@ def test_another_seed_call_or_micro_batch_draws_something_else(name: str) -> Non
         assert not torch.equal(a, b)
 
 
+@each_op
+def test_micro_batches_share_a_draw(name: str) -> None:
+    """Each draws what the first one draws of its own."""
+    first = draw(name)
+    assert all(torch.equal(draw(name, m=m, shared=True), first) for m in range(3))
+    for other in (draw(name, seed=6, shared=True), draw(name, call=1, shared=True)):
+        assert not torch.equal(other, first)
+
+
 @pytest.mark.parametrize("name", WITH_GENERATOR)
 def test_a_draw_is_the_operators_own_under_the_key(name: str) -> None:
     op, args = OPS[name]
@@ -118,7 +129,7 @@ def test_the_default_generator_is_left_alone(name: str) -> None:
 def test_the_default_generator_is_left_alone_by_a_draw_that_fails() -> None:
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError):
-        Kit(0, [(0, 0)], 0).draw(0, aten.native_dropout.default, X, 2.0, True)
+        Kit(0, [(0, 0, False)], 0).draw(0, aten.native_dropout.default, X, 2.0, True)
     assert torch.equal(torch.get_rng_state(), before)
 
 
