@@ -25,7 +25,7 @@ from torch import fx
 
 from autopipe.errors import CouplingError
 
-from .graphs import add_call, emit_size, is_size, source_line, spec_of
+from .graphs import add_call, emit_size, is_random, is_size, source_line, spec_of
 from .ir import Input, Kind, Leaf, Output, results_of
 from .samples import STATIC, Mixed, Reduced, Samples, Static
 from .writes import Writes
@@ -275,7 +275,9 @@ class _Combine:
         if node.op == "placeholder":
             item = self.inputs.get(node.name)
             return item is not None and item.kind is Kind.BUFFER
-        return self.state(node) == STATIC and all(map(self._from_buffers, node.all_input_nodes))
+        if self.state(node) != STATIC or is_random(node):  # what was drawn is not drawn again
+            return False
+        return all(map(self._from_buffers, node.all_input_nodes))
 
     def copied_from_buffers(self, node: fx.Node) -> fx.Node:
         if node.op == "placeholder":

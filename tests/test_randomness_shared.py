@@ -283,6 +283,31 @@ def test_a_loss_and_its_factor() -> None:
     torch.testing.assert_close(gradients, exact, rtol=1e-12, atol=1e-14)
 
 
+def test_buffers_keep_what_the_samples_had() -> None:
+    """Numbers that are written down are those which were used."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("last", "noise", "average"):
+                self.register_buffer(name, torch.zeros(6))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            t = torch.rand(6)
+            self.last.copy_(t)
+            self.noise.uniform_()
+            self.average.lerp_(torch.rand(6), 0.5)
+            return x * t, x * self.noise, x * self.average
+
+    model = Keeps()
+    pipe = autopipe.compile(model, 2, 3)
+    for _ in range(2):
+        results = pipe(torch.ones(7, 6))
+        for used, buffer in zip(results, model.buffers(), strict=True):
+            assert torch.equal(used, buffer.expand(7, 6))
+            assert buffer.unique().numel() > 1
+
+
 def test_the_number_stays_when_the_gradient_comes_from_elsewhere() -> None:
     """The program is then made anew and its forward run again, with the step's own seed."""
 
