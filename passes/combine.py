@@ -17,6 +17,7 @@ What `follow` finds about a value decides where it is computed:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,7 +28,7 @@ from autopipe.errors import CouplingError
 
 from .graphs import add_call, emit_size, is_random, is_size, source_line, spec_of
 from .ir import Input, Kind, Leaf, Output, results_of
-from .samples import STATIC, Mixed, Reduced, Samples, Static
+from .samples import STATIC, Mixed, Reduced, Samples
 from .writes import Writes
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class _Combine:
     ) -> None:
         self.graph = graph
         self.program = list(graph.nodes)  # as it was captured
+        self.order = {n: i for i, n in enumerate(self.program)}
         self.inputs = {i.name: i for i in inputs}
         self.states = states
         self.out_reduce = out_reduce
@@ -220,10 +222,10 @@ class _Combine:
         return self.copied(node)
 
     def _is_written(self, node: fx.Node) -> bool:
-        """Its memory is written to, and holds no samples: the epilogue does it on what is whole."""
+        """Its memory holds what is reduced and is written to: on the whole, in the epilogue."""
         if not self.states or not self.writes.to(node):
             return False
-        return isinstance(self.state(self.writes.owner[node]), (Static, Reduced))
+        return isinstance(self.state(self.writes.owner[node]), Reduced)
 
     def replay(self, node: fx.Node) -> None:
         """Copy what is written to a value's memory, from the call that made it to the last."""
@@ -253,16 +255,20 @@ class _Combine:
         """The call itself, in the epilogue."""
         if self._is_first(node):
             refuse(node, "a result is reduced over the batch in a way that has no known sum")
-        new = self.epilogue.node_copy(node, self._argument)
+        new = self.epilogue.node_copy(node, partial(self._argument, node))
         new.meta = dict(node.meta)
         return new
 
-    def _argument(self, node: fx.Node) -> Any:
+    def _argument(self, reader: fx.Node, node: fx.Node) -> Any:
         if is_size(node):
             return emit_size(node.meta["val"], self.batch_size)
         item = self.inputs.get(node.name)
         if node.op == "placeholder" and item is not None and item.kind is Kind.BUFFER:
             return self.holds(node)
+        later = self.writes.to(node)[-1:]
+        if self.state(node) == STATIC and later and self.order[later[0]] > self.order[reader]:
+            with self.graph.inserting_before(reader):  # as it is now
+                node = add_call(self.graph, aten.clone.default, node)
         return self.final(node)
 
     def update(self, node: fx.Node) -> fx.Node:
