@@ -25,6 +25,7 @@ from .graphs import (
     written_arguments,
 )
 from .samples import (
+    COUNT_AS_VALUE,
     REDUCED,
     SIZE,
     STATIC,
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
     from .spec import Input
 
 RULES = rules_shape.RULES | rules_index.RULES | rules_math.RULES
-SHAPE_ONLY = (rules_index.new, rules_math.like)
+SHAPE_ONLY = (rules_index.new, rules_index.like)
+TAKES_SIZES = rules_shape.TAKES_SIZES | rules_index.TAKES_SIZES | rules_math.TAKES_SIZES
 
 
 class Trial(Protocol):
@@ -153,6 +155,8 @@ def state_of(call: Call) -> Any:
         return REDUCED if reduced else STATIC
     if reduced and not batched and new_dims:
         return join(call, [REDUCED, fresh(call, call.out)])
+    if rule is not None and call.uses_batch_size and rule not in TAKES_SIZES:
+        return call.mixed(COUNT_AS_VALUE) if batched or new_dims else REDUCED
     if rule is not None:
         return rule(call)
     if not new_dims:

@@ -109,6 +109,15 @@ def owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return owner
 
 
+def owner_of(node: fx.Node) -> fx.Node:
+    """The call or placeholder that made the memory which a view looks at."""
+    while node.op == "call_function" and node.all_input_nodes:
+        if node.target is not operator.getitem and not shares_memory(node):
+            break
+        node = node.all_input_nodes[0]
+    return node
+
+
 def drop_dead(graph: fx.Graph) -> None:
     """Erase the calls that nobody uses and that change nothing.
 

@@ -7,9 +7,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from .graphs import is_random, is_size, size
-from .rules_shape import PLACES, table
-from .samples import REDUCED, STATIC, Mixed, Samples, State, aligned, batch_dims, fresh, join
+from .graphs import is_integer, is_random, is_size
+from .rules_shape import ALONG, PLACES, table
+from .samples import (
+    COUNT_AS_VALUE,
+    REDUCED,
+    STATIC,
+    Mixed,
+    Samples,
+    State,
+    aligned,
+    batch_dims,
+    depends_on_size,
+    fresh,
+    join,
+)
 
 if TYPE_CHECKING:
     from .samples import Call
@@ -19,13 +31,23 @@ OTHERS = "entries are picked from other samples by index"
 
 def new(call: Call) -> State:
     """zeros, ones, full, rand, new_zeros: their own shape counts, not what they are modelled on."""
-    value = call["fill_value"]
-    state = fresh(call, call.out, constant=not is_random(call.node))
-    if not isinstance(value, fx.Node):
+    return _filled(call, fresh(call, call.out, constant=not is_random(call.node)))
+
+
+def like(call: Call) -> State:
+    """zeros_like and the like: only the shape is taken."""
+    state, constant = call.state(call.first), not is_random(call.node)
+    if isinstance(state, Samples):
+        return _filled(call, Samples(state.dim, state.outer, state.inner, constant=constant))
+    return _filled(call, fresh(call, call.out, constant=constant))
+
+
+def _filled(call: Call, state: State) -> State:
+    """What is made of numbers given as arguments, of which none may be the number of samples."""
+    values = [call[n] for n in ("fill_value", "low", "high")]
+    if not any(depends_on_size(v) or (isinstance(v, fx.Node) and not is_size(v)) for v in values):
         return state
-    if is_size(value) and not size(value.meta["val"]).free_symbols:
-        return state
-    return REDUCED if state == STATIC else call.mixed("the number of samples is used as a value")
+    return REDUCED if state == STATIC else call.mixed(COUNT_AS_VALUE)
 
 
 def scalar(call: Call) -> State:
@@ -46,7 +68,9 @@ def arange(call: Call) -> State:
 
 def among_all(call: Call) -> State:
     """eye, randperm: a new tensor in which samples are not alike."""
-    return call.mixed(PLACES) if batch_dims(call.out) else STATIC
+    if batch_dims(call.out):
+        return call.mixed(PLACES)
+    return REDUCED if call.uses_batch_size else STATIC
 
 
 # --------------------------------------------------------------------------------------- indexing
@@ -56,10 +80,43 @@ def pointwise_index(call: Call) -> State:
     """gather, scatter: operands of one rank, index by index, entries picked along `dim`."""
     nodes = call.tensors
     state = aligned(call, nodes)
+    if call["dim"] is None:
+        return call.undecided("it flattens the batch") if isinstance(state, Samples) else state
     along_batch = isinstance(state, Samples) and call["dim"] % call.rank(nodes[0]) == state.dim
     if along_batch and call.state(nodes[0]) != STATIC:
         return call.undecided(OTHERS)
     return state
+
+
+def bucketize(call: Call) -> State:
+    """Where entries would be put into boundaries, which are the same for all."""
+    return _among(call, call["boundaries"]) or aligned(call, call.tensors)
+
+
+def searchsorted(call: Call) -> State:
+    """Where entries would be put into sorted rows: one row for all, or one for each of theirs."""
+    rows, order = call["sorted_sequence"], call["sorter"]
+    last = call.rank(rows) - 1
+    known = [n for n in (rows, order) if n is not None]
+    if any(isinstance(s := call.state(n), Samples) and s.dim == last for n in known):
+        return call.mixed(ALONG)
+    own_row = _among(call, rows) if last == 0 else None
+    return own_row or aligned(call, call.tensors)
+
+
+def isin(call: Call) -> State:
+    """Entry by entry, whether it is among others, which are the same for all."""
+    elements = call["elements"]
+    own = call.state(elements)
+    return _among(call, call["test_elements"]) or join(call, [own])
+
+
+def _among(call: Call, others: fx.Node | None) -> Mixed | None:
+    """What is wrong if every entry is compared with all of `others`: they depend on the batch."""
+    if call.state(others) == STATIC:
+        return None
+    certain = not (isinstance(others, fx.Node) and is_integer(others))
+    return call.mixed("every sample is compared with values that depend on others", certain=certain)
 
 
 def index_select(call: Call) -> State:
@@ -160,14 +217,22 @@ def index_add(call: Call) -> State:
 
 RULES = table(
     {
-        new: "zeros ones full empty rand randn randint new_zeros new_ones new_full new_empty",
+        new: "zeros ones full empty rand randn randint new_zeros new_ones new_full new_empty"
+        " empty_strided new_empty_strided",
+        like: "zeros_like ones_like full_like empty_like rand_like randn_like randint_like",
         scalar: "scalar_tensor tensor",
         arange: "arange",
         among_all: "eye randperm tril_indices triu_indices linspace",
         pointwise_index: "gather take_along_dim scatter scatter_add scatter_reduce",
+        bucketize: "bucketize",
+        searchsorted: "searchsorted",
+        isin: "isin",
         index_select: "index_select",
         index: "index _unsafe_index",
         index_put: "index_put _unsafe_index_put _index_put_impl",
         index_add: "index_add index_copy index_fill",
     }
 )
+
+TAKES_SIZES = {new, like, scalar, arange, among_all}
+"""Rules that know what the number of samples means where it is an argument."""

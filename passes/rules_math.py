@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from .graphs import is_integer, is_random
-from .rules_shape import along, last_dims, table
+from .graphs import is_integer
+from .rules_shape import ALONG, last_dims, table
 from .samples import (
-    REDUCED,
     STATIC,
     Reduced,
     Samples,
     State,
     aligned,
+    alone,
     batch_dims,
-    fresh,
     join,
 )
 
@@ -29,17 +28,11 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 MEAN, SUM = 1, 2  # ATen's numbers for `reduction`
-COUNT_AS_VALUE = "the number of samples is used as a value"
 
 
 def pointwise(call: Call) -> State:
     """Broadcast against one another, entry by entry."""
-    state = aligned(call, call.tensors)
-    if call.uses_batch_size:
-        if isinstance(state, Samples):
-            return call.mixed(COUNT_AS_VALUE)
-        return REDUCED if state == STATIC else state
-    return state
+    return aligned(call, call.tensors)
 
 
 def shifted(call: Call) -> State:
@@ -60,14 +53,6 @@ def same(call: Call) -> State:
     return state
 
 
-def like(call: Call) -> State:
-    """zeros_like and the like: only the shape is taken."""
-    state, constant = call.state(call.first), not is_random(call.node)
-    if isinstance(state, Samples):
-        return Samples(state.dim, state.outer, state.inner, constant=constant)
-    return fresh(call, call.out, constant=constant)
-
-
 def written(call: Call) -> State:
     """copy_: what is copied is broadcast to the shape of what is written."""
     return aligned(call, call.tensors, len(call.out))
@@ -84,7 +69,8 @@ def reduction(call: Call) -> State:
     listed = dims if isinstance(dims, (list, tuple)) else [] if dims is None else [dims]
     gone = {d % rank for d in listed} or set(range(rank))
     if state.dim in gone:
-        how = {aten.sum: "sum", aten.mean: "mean", aten.count_nonzero: "sum"}
+        how = dict.fromkeys((aten.sum, aten.nansum, aten.count_nonzero), "sum")
+        how[aten.mean] = "mean"
         return Reduced(how.get(call.node.target.overloadpacket))  # type: ignore[union-attr]
     if call["keepdim"]:
         return state
@@ -177,11 +163,24 @@ def attention(call: Call) -> State:
 
 
 def pairs(call: Call) -> State:
-    """cdist: the rows of one matrix against those of another."""
+    """cdist: the rows of one matrix against those of another, of which only one may be samples."""
+    a, b = call.tensors
+    lead = len(call.out) - 2
+    rows = [(a, _letters("nk", call.rank(a) - 2)), (b, _letters("mk", call.rank(b) - 2))]
+    state = contract(call, rows, _letters("nm", lead))
+    return call.mixed(ALONG) if state == Reduced("sum") else state
+
+
+def distance(call: Call) -> State:
+    """cosine_similarity, pairwise_distance: of two tensors, one dimension of which is summed up."""
     state = aligned(call, call.tensors)
-    if isinstance(state, Samples) and state.dim >= len(call.out) - 2:
-        return call.mixed("it combines every sample with every other")
-    return state
+    if not isinstance(state, Samples):
+        return state
+    rank = max(map(call.rank, call.tensors))
+    dim = (-1 if call["dim"] is None else call["dim"]) % rank
+    if dim == state.dim:
+        return call.mixed(ALONG)
+    return state if call["keepdim"] else state.at(state.dim - (dim < state.dim))
 
 
 # ---------------------------------------------------------------------------------------- layers
@@ -189,19 +188,21 @@ def pairs(call: Call) -> State:
 
 def batch_first(call: Call) -> State:
     """Convolutions, group norm and others whose samples must be in the first dimension."""
-    node = call.first
-    if any(call.state(n) != STATIC for n in call.tensors[1:]):
-        return call.undecided("a weight that depends on the batch")
-    state = join(call, [call.state(node)])
+    state = alone(call, "a weight that depends on the batch")
     if isinstance(state, Samples) and state.dim != 0:
-        return call.mixed("it works along the batch")
+        return call.mixed(ALONG)
     return state
+
+
+def native_group_norm(call: Call) -> State:
+    """It is told the number of samples."""
+    return batch_first(call)
 
 
 def convolution(call: Call) -> State:
     """Samples in the first dimension; one without it is taken for a single sample."""
     if call.rank(call.first) < call.rank(call["weight"]) and batch_dims(call.shape(call.first)):
-        return call.mixed("it works along the batch")
+        return call.mixed(ALONG)
     return batch_first(call)
 
 
@@ -209,14 +210,17 @@ def first_dims(call: Call) -> State:
     """Upsampling: the first two dimensions, samples and channels, are left alone."""
     state = join(call, [call.state(call.first)])
     if isinstance(state, Samples) and state.dim > 1:
-        return call.mixed("it works along the batch")
+        return call.mixed(ALONG)
     return state
 
 
 def batch_norm(call: Call) -> State:
     """The one coupling that GPipe's paper allows (section 2.2): statistics per micro-batch."""
     state = call.state(call.first)
-    return state if isinstance(state, Samples) and state.dim == 0 else batch_first(call)
+    weights = [call.state(call[n]) for n in ("weight", "bias")]
+    if isinstance(state, Samples) and state.dim == 0 and all(s == STATIC for s in weights):
+        return state
+    return batch_first(call)
 
 
 def layer_norm(call: Call) -> State:
@@ -240,9 +244,12 @@ def element_loss(call: Call) -> State:
 
 def sample_loss(call: Call) -> State:
     """Losses whose operands have the samples in their first dimension."""
+    operands = [n for n in call.tensors if n is not call["target"]]
     state = join(call, [call.state(n) for n in call.tensors])
-    if isinstance(state, Samples) and state.dim != 0:
-        return call.mixed("it works along the batch")
+    if isinstance(state, Samples) and (state.dim != 0 or call.rank(call.first) < 2):
+        return call.mixed(ALONG)
+    if len({call.rank(n) for n in operands if isinstance(call.state(n), Samples)}) > 1:
+        return call.undecided("samples in different dimensions")
     return _reduced(call, state)
 
 
@@ -255,7 +262,7 @@ def class_loss(call: Call) -> State:
         rank = call.rank(logits)
         if isinstance(state, Samples) and call.rank(node) == rank:
             if state.dim == min(1, rank - 1):
-                return call.mixed("it works along the batch")
+                return call.mixed(ALONG)
             state = state.at(state.dim - (state.dim > 1))
         states.append(state)
     if call["weight"] is not None and call.state(call["weight"]) != STATIC:
@@ -276,8 +283,14 @@ def recurrent(call: Call) -> tuple[State, ...] | State:
         return state
     expected = 0 if call["batch_first"] else 1
     if state.dim != expected or call.rank(call["input"]) != 3:
-        return call.mixed("it works along the batch")
-    return (state, *[state.at(1)] * (len(call.node.meta["val"]) - 1))
+        return call.mixed(ALONG)
+    first = call["hx"] if isinstance(call["hx"], (list, tuple)) else [call["hx"]]
+    if any(call.state(n) != STATIC for n in call["params"] or ()):
+        return call.undecided("a weight that depends on the batch")
+    joint = join(call, [state.at(1), *map(call.state, first)])
+    if not isinstance(joint, Samples):
+        return joint
+    return (joint.at(expected), *[joint] * (len(call.node.meta["val"]) - 1))
 
 
 RULES = table(
@@ -286,18 +299,17 @@ RULES = table(
         same: "clone contiguous detach alias lift_fresh lift_fresh_copy to _to_copy type_as"
         " positive conj resolve_conj resolve_neg view_as_real view_as_complex real imag"
         " _to_dtype expand_copy long int",
-        like: "zeros_like ones_like full_like empty_like rand_like randn_like randint_like",
         written: "copy",
         pointwise: "dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout"
         " where fill zero masked_fill rrelu prelu softplus hardtanh gelu silu bernoulli normal"
-        " uniform exponential bucketize one_hot hardswish hardsigmoid mish elu celu selu isclose"
-        " nan_to_num clamp clip lerp addcmul addcdiv float_power square complex polar isnan"
+        " uniform exponential floor_divide isreal one_hot hardswish hardsigmoid mish elu celu selu"
+        " isclose nan_to_num clamp clip lerp addcmul addcdiv float_power square complex polar isnan"
         " isfinite isinf rsub cauchy log_normal geometric random poisson _standard_gamma binomial"
         " _sample_dirichlet __and__ __or__ __xor__ relu6 threshold logit",
         reduction: "sum mean amax amin max min all any prod logsumexp norm linalg_vector_norm var"
         " std argmax argmin nansum nanmean median nanmedian mode var_mean std_mean count_nonzero"
         " kthvalue aminmax",
-        along: "cosine_similarity",
+        distance: "cosine_similarity pairwise_distance",
         matmul: "matmul mm bmm mv dot vdot inner addmm baddbmm addmv",
         linear: "linear",
         einsum: "einsum",
@@ -306,7 +318,8 @@ RULES = table(
         pairs: "cdist",
         convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
         " convolution",
-        batch_first: "group_norm native_group_norm instance_norm im2col col2im multinomial",
+        batch_first: "group_norm instance_norm im2col col2im multinomial",
+        native_group_norm: "native_group_norm",
         first_dims: "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d"
         " upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d"
         " _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
@@ -317,16 +330,21 @@ RULES = table(
         last_dims(2): "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d"
         " max_pool2d_with_indices tril triu inverse linalg_inv linalg_inv_ex cholesky"
         " linalg_cholesky linalg_det linalg_qr linalg_svd linalg_eigh linalg_eigvalsh logdet"
-        " linalg_slogdet matrix_exp linalg_matrix_exp linalg_pinv",
+        " linalg_slogdet matrix_exp linalg_matrix_exp linalg_pinv linalg_cholesky_ex linalg_lu"
+        " linalg_lu_factor linalg_lu_factor_ex _lu_with_info linalg_ldl_factor"
+        " linalg_ldl_factor_ex linalg_matrix_rank",
         last_dims(3): "max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d"
         " max_pool3d_with_indices pixel_shuffle pixel_unshuffle",
         embedding: "embedding",
         element_loss: "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy"
         " binary_cross_entropy_with_logits kl_div soft_margin_loss poisson_nll_loss"
-        " hinge_embedding_loss",
-        sample_loss: "cosine_embedding_loss margin_ranking_loss triplet_margin_loss"
-        " multi_margin_loss multilabel_margin_loss",
+        " hinge_embedding_loss margin_ranking_loss",
+        sample_loss: "cosine_embedding_loss triplet_margin_loss multi_margin_loss"
+        " multilabel_margin_loss",
         class_loss: "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d",
         recurrent: "lstm gru rnn_tanh rnn_relu",
     }
 )
+
+TAKES_SIZES = {native_group_norm}
+"""Rules that know what the number of samples means where it is an argument."""

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .graphs import is_integer, size
+from .graphs import is_integer, owner_of, size, tensors_of
 from .samples import (
+    COUNT_AS_VALUE,
     STATIC,
     Reduced,
     Samples,
     State,
+    aligned,
+    alone,
     batch_dims,
+    depends_on_size,
     factor,
     fresh,
     join,
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+ALONG = "it works along the batch"
 PLACES = "a part of the batch is picked by place"
 
 
@@ -41,6 +46,17 @@ def reshape(call: Call) -> State:
     if not isinstance(state, Samples):
         return state
     return reshaped(call, state, call.shape(call.first), call.out)
+
+
+def reshape_each(call: Call) -> State | tuple[State, ...]:
+    """atleast_2d and the like, of one tensor or of several."""
+    states: list[State] = []
+    for node, out in zip(call.tensors, tensors_of(call.node), strict=True):
+        state, shape = call.state(node), tuple(map(size, out.shape))
+        if isinstance(state, Samples):
+            state = reshaped(call, state, call.shape(node), shape)
+        states.append(state)
+    return tuple(states) if isinstance(call.node.meta["val"], (tuple, list)) else states[0]
 
 
 def expand(call: Call) -> State:
@@ -79,12 +95,10 @@ def rearrange(call: Call) -> State:
 def along(call: Call) -> State:
     """What works along some dimensions and keeps the others: softmax, cumsum, sort, flip, fft."""
     node = call.first
-    state = call.state(node)
-    if isinstance(state, Samples) and state.dim in _dims(call, call.rank(node)):
-        return call.mixed(
-            "it works along the batch", certain=not (is_integer(node) and is_integer(call.node))
-        )
-    return join(call, [state])
+    state = aligned(call, call.tensors)
+    if isinstance(state, Samples) and state.dim in _dims(call, max(map(call.rank, call.tensors))):
+        return call.mixed(ALONG, certain=not (is_integer(node) and is_integer(call.node)))
+    return state
 
 
 def _dims(call: Call, rank: int) -> set[int]:
@@ -99,10 +113,9 @@ def last_dims(count: int) -> Callable[[Call], State]:
     """What works on the last `count` dimensions: pooling, matrix factorisations, padding."""
 
     def rule(call: Call) -> State:
-        node = call.first
-        state = join(call, [call.state(node)])
-        if isinstance(state, Samples) and state.dim >= call.rank(node) - count:
-            return call.mixed("it works along the batch")
+        state = alone(call)
+        if isinstance(state, Samples) and state.dim >= call.rank(call.first) - count:
+            return call.mixed(ALONG)
         return state
 
     return rule
@@ -119,6 +132,8 @@ def select(call: Call) -> State:
     if not isinstance(state, Samples):
         return state
     dim = call["dim"] % call.rank(node)
+    if dim != state.dim and depends_on_size(call["index"]):
+        return call.mixed(COUNT_AS_VALUE)
     if dim == state.dim and state.constant and state.outer == 1:
         return STATIC
     if dim == state.dim:
@@ -132,7 +147,8 @@ def narrow(call: Call) -> State:
     if not isinstance(state, Samples):
         return state
     if (call["dim"] or 0) % call.rank(node) != state.dim:
-        return state
+        moves = any(depends_on_size(call[n]) for n in ("start", "end"))
+        return call.mixed(COUNT_AS_VALUE) if moves else state
     whole, taken = call.shape(node)[state.dim], call.out[state.dim]
     start = call["start"]
     begin = size(start.meta["val"] if isinstance(start, fx.Node) else start or 0)
@@ -225,34 +241,54 @@ def as_strided(call: Call) -> State:
 
     Where the samples' dimension has the stride t, address a belongs to sample
     ``a // (t * inner) % B``, be the batch the first dimension of the memory or a later one.
+    Micro-batches of an input are windows themselves, over the memory of the whole batch: there
+    only strides that do not depend on its size, counted from the window's own begin, will do.
     """
     node, state = call.first, call.state(call.first)
     if not isinstance(state, Samples):
         return state
     own = list(map(size, node.meta["val"].stride()))
-    given = [call["storage_offset"] or 0, *call["stride"]]
-    offset, *strides = [size(s.meta["val"] if isinstance(s, fx.Node) else s) for s in given]
+    if owner_of(node).op == "placeholder" and (
+        call["storage_offset"] is not None or any(s.free_symbols for s in own)
+    ):
+        return call.mixed("windows over memory of the whole batch")
+    begin = size(node.meta["val"].storage_offset())
+    offset = begin if call["storage_offset"] is None else _number(call["storage_offset"])
+    strides = list(map(_number, call["stride"]))
     dims = batch_dims(call.out)
     times = factor(call.out[dims[0]]) if len(dims) == 1 else None
     block = own[state.dim] * state.inner
-    if times is None or block.free_symbols or offset != 0 or state.outer != 1:
+    if times is None or block.free_symbols or offset != begin or state.outer != 1:
         return call.undecided("windows over memory that is no plain array")
-    before = _stays_within(block, own, call.shape(node), state.dim, state.inner)
+    before = _stays_within(block, begin, own, call.shape(node), state.dim, state.inner)
     after = strides[dims[0]] * times == block and _stays_within(
-        block, strides, call.out, dims[0], times
+        block, begin, strides, call.out, dims[0], times
     )
     if before and after:
         return Samples(dims[0], 1, times)
     return call.undecided("windows that may overlap several samples")
 
 
-def _stays_within(block: Any, strides: Sequence[Any], shape: Shape, dim: int, times: int) -> bool:
+def _number(argument: Any) -> Any:
+    return size(argument.meta["val"] if isinstance(argument, fx.Node) else argument)
+
+
+def _stays_within(
+    block: Any, begin: Any, strides: Sequence[Any], shape: Shape, dim: int, times: int
+) -> bool:
     """Whether steps along other dimensions lead through one sample's block, or to whole batches."""
-    reach = (times - 1) * strides[dim]
+    reach = begin + (times - 1) * strides[dim]
     for d, (stride, extent) in enumerate(zip(strides, shape, strict=True)):
         if d != dim and not (stride / (block * B)).is_Integer:
             reach += (extent - 1) * stride
     return bool(not reach.free_symbols and reach < block)
+
+
+def as_strided_scatter(call: Call) -> State:
+    """Windows written to: by which samples they are read only a trial can tell."""
+    if owner_of(call.first).op == "placeholder" and isinstance(call.state(call.first), Samples):
+        return call.mixed("windows over memory of the whole batch")
+    return call.undecided("windows that may overlap several samples")
 
 
 def diagonal(call: Call) -> State:
@@ -285,12 +321,13 @@ def table(groups: dict[Callable[[Call], Any], str]) -> dict[Any, Callable[[Call]
 RULES = table(
     {
         reshape: "view reshape _unsafe_view flatten unflatten squeeze unsqueeze ravel view_as"
-        " reshape_as _reshape_alias",
+        " reshape_as _reshape_alias view_copy squeeze_copy unsqueeze_copy",
+        reshape_each: "atleast_1d atleast_2d atleast_3d",
         expand: "expand expand_as broadcast_to",
         broadcast_tensors: "broadcast_tensors",
         rearrange: "permute transpose t numpy_T mT mH adjoint movedim moveaxis swapaxes swapdims",
-        along: "softmax _softmax log_softmax _log_softmax cumsum cumprod logcumsumexp cummax"
-        " cummin sort argsort topk flip roll fft_fft fft_ifft fft_rfft fft_irfft fft_fft2"
+        along: "softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod logcumsumexp"
+        " cummax cummin sort argsort topk flip roll fft_fft fft_ifft fft_rfft fft_irfft fft_fft2"
         " fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfft"
         " fft_ihfft fft_fftshift fft_ifftshift glu diff _fft_r2c _fft_c2r _fft_c2c softmin unfold"
         " trapezoid cumulative_trapezoid gradient",
@@ -305,7 +342,21 @@ RULES = table(
         stack: "stack",
         repeat: "repeat tile",
         repeat_interleave: "repeat_interleave",
-        as_strided: "as_strided",
+        as_strided: "as_strided as_strided_copy",
+        as_strided_scatter: "as_strided_scatter",
         diagonal: "diagonal",
     }
 )
+
+TAKES_SIZES = {
+    reshape,
+    expand,
+    select,
+    narrow,
+    split,
+    repeat,
+    repeat_interleave,
+    as_strided,
+    as_strided_scatter,
+}
+"""Rules that know what the number of samples means where it is an argument."""

@@ -89,6 +89,8 @@ State: TypeAlias = "Static | Size | Samples | Reduced | Mixed"
 
 STATIC, SIZE, REDUCED = Static(), Size(), Reduced()
 
+COUNT_AS_VALUE = "the number of samples is used as a value"
+
 
 class Call:
     """One node as the rules see it: arguments by name, their states and shapes."""
@@ -130,7 +132,7 @@ class Call:
         """A number that depends on the batch's size is among the arguments."""
         found: list[fx.Node] = []
         fx.map_arg((self.node.args, self.node.kwargs), found.append)
-        return any(is_size(n) and size(n.meta["val"]).free_symbols for n in found)
+        return any(map(depends_on_size, found))
 
     def state(self, node: Any) -> State:
         """An argument's state; numbers and None are static."""
@@ -154,6 +156,15 @@ class Call:
 
     def undecided(self, reason: str) -> Mixed:
         return Mixed(self.node, reason, certain=False)
+
+
+def depends_on_size(argument: Any) -> bool:
+    """An argument that is a number computed from the batch's size."""
+    return (
+        isinstance(argument, fx.Node)
+        and is_size(argument)
+        and bool(size(argument.meta["val"]).free_symbols)
+    )
 
 
 def batch_dims(shape: Shape) -> list[int]:
@@ -237,6 +248,16 @@ def join(call: Call, states: Iterable[State]) -> State:
     if len(samples) > 1:
         return call.undecided("it combines samples that are arranged in different orders")
     return samples.pop()
+
+
+def alone(call: Call, reason: str = "a further operand depends on the batch") -> State:
+    """The first tensor's state, for what takes further ones that must not depend on the batch."""
+    first, *others = [call.state(n) for n in call.tensors]
+    if any(isinstance(s, Reduced) for s in others):
+        return join(call, [first, REDUCED])
+    if any(s != STATIC for s in others):
+        return call.undecided(reason)
+    return join(call, [first])
 
 
 def aligned(call: Call, nodes: Sequence[fx.Node], rank: int | None = None) -> State:

@@ -99,6 +99,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "product of two losses": lambda y: (y.mean() + 1) * y.sum(),
     "ratio of sums": lambda y: (y * (y > 0)).sum() / (y > 0).sum(),
     "sum by the number of samples": lambda y: y.sum() / y.shape[0],
+    "sum times one by that number": lambda y: y.sum() * (1 / y.shape[0]),
     "several results": lambda y: (y.mean(), y, y.sum() + y.mean(), y.argmax(-1)),
     "share of hits": lambda y: y.mean() + (y.argmax(-1) == 0).double().mean(),
     "a reduced value twice": lambda y: (lambda m: (m, m * 2))(y.mean()),
@@ -295,6 +296,30 @@ COUPLED: dict[str, Callable[[Tensor], Any]] = {
     "norm": lambda y: y.norm(),
     "product": lambda y: y.prod(),
     "log of summed exponentials": lambda y: y.logsumexp(0),
+    "layer norm by a mean": lambda y: F.layer_norm(y, (C,), weight=y.mean(0)),
+    "batch norm by a mean": lambda y: F.batch_norm(y, None, None, y.mean(0), training=True),
+    "likeness to the mean": lambda y: F.cosine_similarity(y, y.mean(0, keepdim=True)),
+    "likeness in another order": lambda y: F.cosine_similarity(
+        y.repeat(2, 1), y.repeat_interleave(2, 0)
+    ),
+    "differences in another order": lambda y: y.repeat(2, 1).diff(
+        dim=1, prepend=y.repeat_interleave(2, 0)
+    ),
+    "integrated along a mean": lambda y: torch.trapezoid(y, y.mean(0).cumsum(0)),
+    "put into others' boundaries": lambda y: y + torch.bucketize(y[:, 0], y[:, 0])[:, None],
+    "searched for among others": lambda y: y + torch.searchsorted(y[:, 0], y),
+    "is among others": lambda y: y * torch.isin(y.argmax(1), y.argmin(1))[:, None],
+    "distances to others": lambda y: torch.cdist(y, y * 2),
+    "triplets of single numbers": lambda y: F.triplet_margin_loss(y[:, 0], y[:, 1], y[:, 2]),
+    "one margin for all": lambda y: F.multi_margin_loss(y[:, 0], torch.tensor(1)),
+    "filled with the number of samples": lambda y: y / torch.full_like(y, y.shape[0]),
+    "a product times that number": lambda y: torch.addmm(y, y, torch.ones(C, C), alpha=y.shape[0]),
+    "rolled by that number": lambda y: y.roll(y.shape[0], 1),
+    "a norm of that power": lambda y: y.norm(p=y.shape[0], dim=1),
+    "a triangle of that size": lambda y: (y[:, None] * y[..., None]).tril(y.shape[0] - 6),
+    "that number written by index": lambda y: y.index_fill(1, torch.tensor([0]), y.shape[0]),
+    "up to that number": lambda y: y * torch.linspace(0, y.shape[0], C),
+    "another column for every size": lambda y: y[:, y.shape[0] - BATCH],
     "the first sample": lambda y: y[0],
     "the last sample": lambda y: y[-1:],
 }
@@ -322,6 +347,13 @@ def test_with_a_single_micro_batch_samples_may_mix(name: str) -> None:
 
 UNCOUPLED: dict[str, Callable[[Tensor], Any]] = {
     "softmax over classes": lambda y: y.softmax(-1),
+    "likeness to a vector": lambda y: F.cosine_similarity(y, torch.ones(C)),
+    "distances to a code book": lambda y: torch.cdist(y, torch.eye(C)),
+    "put into boundaries": lambda y: y + torch.bucketize(y, torch.linspace(-1, 1, 5)),
+    "searched for in its own row": lambda y: y + torch.searchsorted(y.cumsum(1).sort(1)[0], y),
+    "is among some": lambda y: y * torch.isin(y.argmax(1), torch.tensor([0, 2]))[:, None],
+    "whole divided": lambda y: y + (y.argmax(1) // 2)[:, None],
+    "ranked pairs": lambda y: F.margin_ranking_loss(y, y * 2, y.sign()),
     "less its own mean": lambda y: y - y.mean(1, keepdim=True),
     "normalised per sample": lambda y: F.normalize(y, dim=1),
     "cumulated per sample": lambda y: y.cumsum(1),
@@ -352,6 +384,44 @@ UNCOUPLED: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("name", UNCOUPLED)
 def test_what_keeps_samples_apart_is_not_refused(name: str) -> None:
     agrees(UNCOUPLED[name])
+
+
+def test_a_micro_batch_of_one_sample_keeps_its_dimension() -> None:
+    """`squeeze` removes what has one entry in the whole batch, not what has one by chance."""
+    for f in (lambda y: y[:, :1].squeeze(), lambda y: y.squeeze(0), lambda y: y.squeeze((0, 1))):
+        pipe = pipelined(Model(f), chunks=BATCH)
+        assert_agrees(pipe, inputs())
+
+
+def test_states_of_a_recurrent_layer_in_another_order() -> None:
+    class Recurrent(Model):
+        def __init__(self) -> None:
+            super().__init__(lambda: None)
+            self.rnn = nn.GRU(C, C, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            first = x.repeat_interleave(2, 0)[None]
+            result: Tensor = self.rnn(x.repeat(2, 1)[:, None], first)[0]
+            return result
+
+    with pytest.raises(CouplingError, match="different orders"):
+        pipelined(Recurrent(), devices=1)(inputs())
+
+
+def test_windows_over_an_inputs_own_memory() -> None:
+    """A micro-batch is a part of the batch's memory, which begins with the first one's."""
+
+    class Windows(nn.Module):
+        def __init__(self, *begin: int) -> None:
+            super().__init__()
+            self.begin = begin
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.as_strided((x.shape[0], 2), (C, 1), *self.begin) * 2
+
+    assert_agrees(pipelined(Windows(), devices=1), inputs())
+    with pytest.raises(CouplingError, match="memory of the whole batch"):
+        pipelined(Windows(0), devices=1)(inputs())
 
 
 def test_reductions_of_inputs_without_batch_are_not_refused() -> None:
