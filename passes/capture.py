@@ -24,6 +24,7 @@ from ._torch import free_unbacked_symbols
 from .branches import branches
 from .buffers import defer
 from .combine import combine
+from .ctc import ctc_losses
 from .export import Sizes, export
 from .flat import Flat, Hole
 from .follow import follow
@@ -82,6 +83,7 @@ def capture(
     names = _names(module, leaves, spec)
     with (
         off_meta(module, examples),
+        ctc_losses(),
         cumulative_norms(module) as cumulative,
         noted_hooks(module) as hooks,
     ):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from . import ctc
 from .graphs import is_integer
 from .rules_shape import ALONG, last_dims, table
 from .samples import (
@@ -276,6 +277,17 @@ def _reduced(call: Call, state: State, mean: str = "mean") -> State:
     return Reduced(how) if how is not None and isinstance(state, Samples) else state
 
 
+def ctc_loss(call: Call) -> State:
+    """See `ctc.losses`: log probabilities (T, N, C), everything else (N, …)."""
+    state, *others = [call.state(n) for n in call.tensors]
+    if isinstance(state, Samples):
+        if state.dim != 1:
+            return call.mixed(ALONG)
+        state = state.at(0)
+    joint = join(call, [state, *others])
+    return call.mixed(ALONG) if isinstance(joint, Samples) and joint.dim != 0 else joint
+
+
 def recurrent(call: Call) -> tuple[State, ...] | State:
     """lstm, gru: results, then states of shape (layers, N, H)."""
     state = call.state(call["input"])
@@ -344,7 +356,7 @@ RULES = table(
         class_loss: "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d",
         recurrent: "lstm gru rnn_tanh rnn_relu",
     }
-)
+) | {ctc.PACKET: ctc_loss}
 
 TAKES_SIZES = {native_group_norm}
 """Rules that know what the number of samples means where it is an argument."""
