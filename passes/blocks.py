@@ -20,7 +20,8 @@ def cut(value: Any, state: Any, start: int, count: int) -> Any:
         return type(value)(cut(v, s, start, count) for v, s in zip(value, each, strict=True))
     if isinstance(state, Samples):
         dim = state.dim
-        return _blocks(value, state).narrow(dim + 1, start, count).flatten(dim, dim + 2)
+        part = _blocks(value, state).narrow(dim + 1, start, count).flatten(dim, dim + 2)
+        return part.clone()  # whoever looks at its memory sees no other part's
     return value
 
 

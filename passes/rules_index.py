@@ -82,8 +82,12 @@ def pointwise_index(call: Call) -> State:
     state = aligned(call, nodes)
     if call["dim"] is None:
         return call.undecided("it flattens the batch") if isinstance(state, Samples) else state
-    along_batch = isinstance(state, Samples) and call["dim"] % call.rank(nodes[0]) == state.dim
-    if along_batch and call.state(nodes[0]) != STATIC:
+    own = call["dim"] % call.rank(nodes[0])
+    if isinstance(state, Samples) and own != state.dim:
+        fixed = [n for n in nodes if call.rank(n) == len(call.out) and call.state(n) == STATIC]
+        if any(call.shape(n)[state.dim] != 1 for n in fixed):
+            return call.mixed(PLACES)
+    elif isinstance(state, Samples) and call.state(nodes[0]) != STATIC:
         return call.undecided(OTHERS)
     return state
 

@@ -36,6 +36,7 @@ from ._torch import (
     preserve_node_meta,
     static_fakes,
     to_functional,
+    unordered_checks,
 )
 from .graphs import source_line
 from .tidy import tidy
@@ -91,7 +92,7 @@ def forward_looks(
     stage: StageGraph, inputs: Sequence[Look], device: torch.device, *, grad: bool
 ) -> tuple[Look, ...]:
     """What a stage's results look like, given its held and received tensors; without tracing."""
-    with static_fakes(), _uncached_autocast(), torch.set_grad_enabled(grad):
+    with static_fakes(), unordered_checks(), _uncached_autocast(), torch.set_grad_enabled(grad):
         plain = [look.fake(device) for look in inputs]
         with FunctionalTensorMode():
             leaves = [
@@ -144,11 +145,10 @@ def trace(
                     torch.autocast(device.type, enabled=False),
                     torch.autograd.set_multithreading_enabled(False),
                 ):
-                    found = torch.autograd.grad(
+                    found = _gradients(
                         [known[kind][i] for kind, i, _ in arriving],
                         [leaves[i] for i in wanted],
                         [to_functional(t) for t in tangents],
-                        allow_unused=True,
                     )
                 gradients = list(zip(wanted, found, strict=True))
             plain = [from_functional(_resolved(r.detach())) for r in results]
@@ -158,7 +158,7 @@ def trace(
         grads[:] = [i for i, _ in pairs]
         return plain + [now[i] for i in updates] + [g for _, g in pairs]
 
-    with static_fakes(), preserve_node_meta(), _uncached_autocast():
+    with static_fakes(), unordered_checks(), preserve_node_meta(), _uncached_autocast():
         primals = [look.fake(device) for look in inputs]
         tangents_ = [look.fake(device) for _, _, look in arriving]
         module = make_fx(joint, _allow_non_fake_inputs=True)(primals, tangents_)
@@ -166,6 +166,19 @@ def trace(
     calls = enumerate(stage.graph_module.graph.nodes)
     static = {position for position, node in calls if node.meta.get("static")}
     return Joint(module.graph, tuple(updates), tuple(grads), tidy(module.graph, static))
+
+
+def _gradients(
+    results: list[Tensor], leaves: list[Tensor], tangents: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(results, leaves, tangents, allow_unused=True)
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise CaptureError(
+            "a shape in the backward depends on the values of tensors",
+            found=str(error),
+            remedy="take gradients of what index_fill writes, and the like, by torch.where instead",
+        ) from error
 
 
 def _refuse_constants(stage: StageGraph, graph: fx.Graph) -> None:

@@ -320,6 +320,9 @@ COUPLED: dict[str, Callable[[Tensor], Any]] = {
     "that number written by index": lambda y: y.index_fill(1, torch.tensor([0]), y.shape[0]),
     "up to that number": lambda y: y * torch.linspace(0, y.shape[0], C),
     "another column for every size": lambda y: y[:, y.shape[0] - BATCH],
+    "scattered to the first samples": lambda y: y.scatter(
+        1, torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+    ),
     "the first sample": lambda y: y[0],
     "the last sample": lambda y: y[-1:],
 }
@@ -354,6 +357,9 @@ UNCOUPLED: dict[str, Callable[[Tensor], Any]] = {
     "is among some": lambda y: y * torch.isin(y.argmax(1), torch.tensor([0, 2]))[:, None],
     "whole divided": lambda y: y + (y.argmax(1) // 2)[:, None],
     "ranked pairs": lambda y: F.margin_ranking_loss(y, y * 2, y.sign()),
+    "inverted per sample": lambda y: torch.linalg.inv(y[:, :, None] * y[:, None] + torch.eye(C)),
+    "solved per sample": lambda y: torch.linalg.solve(y[:, :, None] * 0 + torch.eye(C), y),
+    "scattered per sample": lambda y: y.scatter_add(1, y.argsort(1), y * 2),
     "less its own mean": lambda y: y - y.mean(1, keepdim=True),
     "normalised per sample": lambda y: F.normalize(y, dim=1),
     "cumulated per sample": lambda y: y.cumsum(1),
