@@ -188,7 +188,9 @@ class Pipeline(Face):
                     progress,
                 )
                 compiled = make(single=batch == 1 and bool(self._compiled[key]))
-                if not compiled.fits(batch):  # one sample is traced as two, unless it is alone
+                if batch == 1 and not compiled.fits(
+                    1
+                ):  # one sample is traced as two, unless it is alone
                     self._compiled[key].append(compiled)
                     compiled = make(single=True)
                 fitting = [compiled]

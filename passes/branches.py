@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def branches(graph: fx.Graph, decisions: Iterable[tuple[Any, bool]]) -> Branches:
+def branches(graph: fx.Graph, decisions: Iterable[tuple[Any, bool]], batch: int) -> Branches:
     """Branches of a normalized graph.
 
     Args:
         graph: its placeholders know what was assumed of their sizes.
         decisions: conditions on sizes that the model itself evaluated, and what they gave.
+        batch: the number of samples that it was traced with.
     """
     conditions: dict[sympy.Basic, None] = {}
     for node in graph.nodes:
@@ -37,4 +38,7 @@ def branches(graph: fx.Graph, decisions: Iterable[tuple[Any, bool]]) -> Branches
                 conditions |= {in_batch(g.expr): None for g in environment.guards}
     squeezed = any("squeezed" in n.meta for n in graph.nodes)
     one = all(is_true(in_batch(c), 1) == taken for c, taken in decisions)
-    return Branches(tuple(c for c in conditions if c != sympy.true), one and not squeezed)
+    # (Where strides of the example were assumed to differ from what its sizes give, the symbols
+    # stand for more than the batch's size; what is not even true of the example says nothing.)
+    taken_ones = (c for c in conditions if c.free_symbols and is_true(c, batch))
+    return Branches(tuple(taken_ones), one and not squeezed)

@@ -119,7 +119,10 @@ def capture(
     )
     if not single:
         _check_batch(inputs, next(iter(sizes.fixed), None))
-    holds = ONE if single else branches(graph, sizes.decisions)
+    traced_with = next(
+        (x.shape[d] for x, d in zip(examples, dims, strict=True) if d is not None), 1
+    )
+    holds = ONE if single else branches(graph, sizes.decisions, traced_with)
     notes = list(result.notes)
     if cumulative and batch_norm == "micro":
         raise UnsupportedError(
@@ -216,7 +219,7 @@ def _examples(leaves: Sequence[Any], batch_dims: Sequence[int | None]) -> list[T
     for leaf, dim in zip(leaves, batch_dims, strict=True):
         if not isinstance(leaf, Tensor):
             continue
-        example = leaf.detach().clone()
+        example = leaf.detach().clone(memory_format=torch.contiguous_format)
         if dim is not None and example.shape[dim] < 2:
             if example.shape[dim] == 0:
                 raise InputError("a batch without samples", found=f"shape {tuple(leaf.shape)}")

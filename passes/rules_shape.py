@@ -122,8 +122,14 @@ def last_dims(count: int) -> Callable[[Call], State]:
 
 
 def pad(call: Call) -> State:
-    """Values put around the last dimensions."""
-    return last_dims(len(call["pad"] or call["padding"] or ()) // 2)(call)
+    """Values put around the last dimensions; an amount of nothing leaves a dimension alone."""
+    amounts: Any = call["pad"] or call["padding"] or ()
+    state = join(call, [call.state(call.first)])
+    if isinstance(state, Samples):
+        n = 2 * (call.rank(call.first) - 1 - state.dim)  # the last dimension's stand first
+        if any(isinstance(a, fx.Node) or a for a in amounts[n : n + 2]):
+            return call.mixed("it works along the batch")
+    return state
 
 
 def select(call: Call) -> State:

@@ -2,8 +2,8 @@
 
 Where tokens are sorted by expert and put back later, or entries are picked by indices that were
 computed, only data can tell whether samples stay apart. `Parts` runs the captured graph beside
-`follow`, once on all samples, and, where a value's samples have been mixed, also on two
-parts of them. As soon as a value is again what its parts are when put together, it counts as
+`follow`, once on all samples, and, where a value's samples have been mixed, also on two or
+three parts of them. As soon as a value is again what its parts are when put together, it counts as
 kept apart. Of a custom autograd.Function the gradients are tried too. Random calls draw nothing in
 mixed regions.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from operator import getitem
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,9 @@ class Parts:
         self.tensor = tensor
         given = [tensor(i).shape[i.batch_dim] for i in inputs if i.batch_dim is not None]
         self.samples = min(max([FEWEST, *given]), MOST)
-        first = self.samples * 2 // 5
-        self.cuts = ((0, first), (first, self.samples - first))
+        a, b = self.samples * 2 // 7, self.samples * 4 // 7
+        ends = [0, a, b, self.samples] if self.samples > 6 else [0, 2, self.samples]
+        self.cuts = tuple((start, end - start) for start, end in pairwise(ends))
         self.functions: dict[fx.Node, tuple[Run, list[Run], list[Any]]] = {}
         self.whole: dict[fx.Node, Any] = {}
         self.parts: dict[fx.Node, list[Any]] = {}
