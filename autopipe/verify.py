@@ -22,6 +22,7 @@ from autopipe.compiled import move
 from autopipe.locate import holder, locate
 from autopipe.passes._torch import CheckpointFunction
 from autopipe.passes.graphs import is_random, source_line
+from autopipe.passes.remains import fill, held_buffers
 from autopipe.report.table import columns
 from autopipe.runtime.executor import Run
 from autopipe.step import Difference, Step
@@ -163,15 +164,13 @@ def _observed(
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Leave a model's buffers and the random state as they were."""
+    """Leave a model's buffers (the objects and their values) and the random state as they were."""
     before = [(b, b.clone()) for b in model.buffers()]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), held_buffers(model):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+        fill(before)
 
 
 @contextmanager

@@ -5,162 +5,240 @@ take M small steps, a counter would count micro-batches. Here such calls are rew
 buffers are only read, and their new values are results like others: what is reduced over the batch
 is combined over the micro-batches, and each buffer is written once a step (`combine`).
 
-BatchNorm still normalises each micro-batch by its own statistics, as in GPipe's paper (section
-2.2). The batch's mean and variance follow from those of the micro-batches (n samples times
-positions in all, n_i in one; s the old running mean, a shift against cancellation):
-
-    mean = Σ n_i mean_i / n,   variance = Σ n_i (var_i + (mean_i - s)²) / n - (mean - s)²
+The graph is walked in its order. A call that writes becomes the same one out of place; if it wrote
+to a view, the view's new value is put into a copy of what it shows. Whoever reads the buffer or a
+view of it afterwards reads the new value, or a new view of it.
 """
 
 from __future__ import annotations
 
-import operator
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import fx
 
-from .graphs import HIDDEN_WRITES, add_call, add_size, owners, size, written_arguments
-from .spec import Input, Kind
+from autopipe.errors import UnsupportedError
 
-CUMULATIVE = -1.0
-"""What stands for momentum None while a model is captured: 1 / (number of batches so far)."""
+from ._torch import storage_id, storage_id_of
+from .graphs import HIDDEN_WRITES, add_call, size, source_line, tensors_of, written_arguments
+from .spec import Input, Kind
+from .statistics import NORMS, momentum_of, own_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 aten = torch.ops.aten
 
+SAME_ORDER = {
+    *(aten.detach, aten.alias, aten.view, aten.view_as, aten.reshape, aten.reshape_as, aten.ravel),
+    *(aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze, aten.contiguous, aten.to),
+}
+"""Views of all entries, in the order in which they are."""
+
+TURNED = {
+    *(aten.t, aten.transpose, aten.permute, aten.movedim, aten.moveaxis, aten.swapaxes),
+    *(aten.swapdims, aten.numpy_T, aten.mT, aten.mH, aten.adjoint, aten.matrix_H),
+}
+"""Views of all entries, the dimensions in another order."""
+
+SCATTERS = {
+    aten.select.int: aten.select_scatter.default,
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.diagonal.default: aten.diagonal_scatter.default,
+}
+"""View of some entries → the call that puts new ones in their place."""
+
 
 def defer(
     graph: fx.Graph, inputs: Sequence[Input]
-) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, str], list[str]]:
+) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, str]]:
     """Rewrite the calls that write to buffers; changes `graph`.
 
     Returns:
-        For each buffer rewritten the node of its new value; for nodes in these values how the
-        micro-batches' are combined; the names of buffers that stay as they are, written once per
-        micro-batch, because they are written through views or by an operator of unknown effect.
+        For each buffer that is written the node of its new value; for nodes in these values how
+        the micro-batches' are combined.
+
+    Raises:
+        UnsupportedError: a buffer is written in a way that cannot be rewritten.
     """
-    buffers = {i.name for i in inputs if i.kind is Kind.BUFFER}
-    nodes = {n for n in graph.nodes if n.op == "placeholder" and n.name in buffers}
-    owner = owners(graph)
-    counters = _counters(graph, inputs)
-    left = [b for b in nodes if not _is_simple(graph, b, owner)]
-    value: dict[fx.Node, fx.Node] = {}
-    how: dict[fx.Node, str] = {}
+    walk = _Walk(graph, inputs)
     for node in list(graph.nodes):
-        node.args = fx.map_arg(node.args, lambda n: value.get(n, n))
-        node.kwargs = fx.map_arg(node.kwargs, lambda n: value.get(n, n))
-        originals = [
-            b for n in written_arguments(node) for b in nodes - set(left) if value.get(b, b) is n
-        ]
-        if not originals:
-            continue
-        with graph.inserting_before(node):
-            if node.target in HIDDEN_WRITES:
-                counter = counters.get(originals[0])
-                counter = value.get(counter, counter) if counter is not None else None
-                _batch_norm(graph, node, originals, counter, value, how)
-            else:
-                _out_of_place(graph, node, originals[0], value)
-    return value, how, sorted(b.name for b in left)
+        walk.visit(node)
+    return walk.value, walk.how
 
 
-def _counters(graph: fx.Graph, inputs: Sequence[Input]) -> dict[fx.Node, fx.Node]:
-    """For each running mean the number of batches that its layer has seen."""
-    nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    by_target = {i.target: nodes[i.name] for i in inputs if i.kind is Kind.BUFFER}
-    return {
-        node: by_target[counter]
-        for target, node in by_target.items()
-        if (counter := target.replace("running_mean", "num_batches_tracked")) != target
-        and counter in by_target
-    }
+class _Walk:
+    """One walk in program order.
 
+    value: for each buffer written so far the node of its value.
+    home: the buffer in whose memory a node lies.
+    made: how a view of a buffer was made: its arguments, before they were replaced.
+    now: nodes in buffers' memory → what shows the same of the present value.
+    """
 
-def _is_simple(graph: fx.Graph, buffer: fx.Node, owner: dict[fx.Node, fx.Node]) -> bool:
-    """Whether every write is to the buffer itself, while nothing else looks at its memory."""
-    aliases = {n for n, o in owner.items() if o is buffer}
-    whole = {buffer}
-    writers = []
-    for node in graph.nodes:
-        targets = [n for n in written_arguments(node) if n in aliases]
+    def __init__(self, graph: fx.Graph, inputs: Sequence[Input]) -> None:
+        self.graph = graph
+        self.target = {i.name: i.target for i in inputs if i.kind is Kind.BUFFER}
+        self.value: dict[fx.Node, fx.Node] = {}
+        self.how: dict[fx.Node, str] = {}
+        self.made: dict[fx.Node, tuple[Any, Any]] = {}
+        self.now: dict[fx.Node, fx.Node] = {}
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        buffers = {storage_id_of(n): n for n in placeholders if n.name in self.target}
+        home = {
+            node: buffers[storage_id(t)]
+            for node in graph.nodes
+            for t in tensors_of(node)
+            if storage_id(t) in buffers
+        }
+        written = {home[t]: n for n in graph.nodes for t in written_arguments(n) if t in home}
+        self.home = {n: b for n, b in home.items() if b in written}
+        self.counters = self._counters(placeholders)
+        for node in placeholders:
+            if self.home.get(node, node) is not node:
+                buffer = self.home[node]
+                self.refuse(written[buffer], [buffer], f"whose memory {node.name} shows, too")
+
+    def _counters(self, placeholders: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """For each running mean the number of batches that its layer has seen."""
+        by_target = {self.target[n.name]: n for n in placeholders if n.name in self.target}
+        return {
+            node: by_target[counter]
+            for target, node in by_target.items()
+            if (counter := target.replace("running_mean", "num_batches_tracked")) != target
+            and counter in by_target
+        }
+
+    def visit(self, node: fx.Node) -> None:
+        targets = [n for n in written_arguments(node) if n in self.home]
+        if not targets and node in self.home and node.op != "placeholder":
+            self.made[node] = (node.args, node.kwargs)
+        with self.graph.inserting_before(node):
+            node.args, node.kwargs = self.read((node.args, node.kwargs))
         if not targets:
-            continue
-        if not set(targets) <= whole or not _replaceable(node):
-            return False
-        writers.append(node)
-        if node in aliases:
-            whole.add(node)
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    first = min((order[w] for w in writers), default=len(order))
-    views = aliases - whole
-    return all(order[user] < first for v in views for user in v.users) or not writers
+            self.now |= {node: node} if node in self.home else {}
+        elif node.target in HIDDEN_WRITES:
+            with self.graph.inserting_before(node.next):
+                self.norm(node, targets)
+        else:
+            with self.graph.inserting_before(node):
+                self.write(node, targets[0], self.out_of_place(node, targets))
+            node.replace_all_uses_with(targets[0])  # in eager torch they are one tensor
+            self.graph.erase_node(node)
+
+    def read(self, arguments: Any) -> Any:
+        """Arguments of a call, with the present values of buffers and of their views."""
+        return fx.map_arg(arguments, self._present)
+
+    def _present(self, node: fx.Node) -> fx.Node:
+        if node not in self.home:
+            return node
+        if node not in self.now:
+            args, kwargs = self.read(self.made[node])
+            self.now[node] = self.add(node, node.target, *args, **kwargs)
+        return self.now[node]
+
+    def add(self, like: fx.Node, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a call, of the same place in the model as another."""
+        new = add_call(self.graph, target, *args, **kwargs)
+        new.meta |= {k: v for k, v in like.meta.items() if k in ("stack_trace", "modules")}
+        return new
+
+    def out_of_place(self, node: fx.Node, targets: list[fx.Node]) -> fx.Node:
+        """What a call would write, as a value of its own."""
+        old = targets[0].meta["val"]
+        if any(size(n).free_symbols for n in old.shape):
+            self.refuse(node, targets, "sample by sample")
+        if node.target is aten.copy_.default:  # aten.copy has no derivative
+            new = self.add(node, aten.expand.default, node.args[1], list(old.shape))
+            return self.add(node, aten.clone.default, self.cast(node, new, old.dtype))
+        functional = functional_of(node.target)
+        if functional is None or len(written_arguments(node)) != 1:
+            self.refuse(node, targets)
+        names = {a.name for a in functional._schema.arguments}
+        kwargs = {k: v for k, v in node.kwargs.items() if k in names}
+        new = self.add(node, functional, *node.args, **kwargs)
+        if new.meta["val"].shape != old.shape:
+            self.refuse(node, targets, "with another shape")
+        return self.cast(node, new, old.dtype)
+
+    def cast(self, node: fx.Node, new: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """What is written takes the type of where it is written to."""
+        same = new.meta["val"].dtype == dtype
+        return new if same else self.add(node, aten.to.dtype, new, dtype)
+
+    def write(self, node: fx.Node, view: fx.Node, new: fx.Node) -> None:
+        """From here on, `view` shows `new`."""
+        buffer = self.home[view]
+        now = {view: new}
+        while view is not buffer:
+            (source, *_), _ = self.made[view]
+            new = self.put_back(node, view, self._present(source), new)
+            now[source] = new
+            view = source
+        self.now = {n: v for n, v in self.now.items() if self.home.get(n) is not buffer} | now
+        self.value[buffer] = new
+
+    def put_back(self, node: fx.Node, view: fx.Node, whole: fx.Node, new: fx.Node) -> fx.Node:
+        """A copy of `whole` of which `view` shows `new`."""
+        target: Any = view.target
+        args, kwargs = self.made[view]
+        packet = getattr(target, "overloadpacket", None)
+        old = whole.meta["val"]
+        if target in SCATTERS:
+            return self.add(node, SCATTERS[target], whole, new, *args[1:], **kwargs)
+        if target is aten.narrow.default:
+            dim, start, length = args[1:]
+            start = start % old.shape[dim]
+            where = (dim, start, start + length)
+            return self.add(node, aten.slice_scatter.default, whole, new, *where)
+        if packet in SAME_ORDER and new.meta["val"].dtype == old.dtype:
+            return self.add(node, aten.reshape.default, new, list(old.shape))
+        if packet in TURNED and not old.is_complex():
+            example = torch.empty(*range(2, old.dim() + 2), device="meta")  # tells dimensions apart
+            order = [n - 2 for n in target(example, *args[1:], **kwargs).shape]
+            back = [order.index(d) for d in range(old.dim())]
+            return self.add(node, aten.permute.default, new, back)
+        self.refuse(node, [view], f"through {target}")
+
+    def norm(self, node: fx.Node, targets: list[fx.Node]) -> None:
+        if node.target not in NORMS or len(targets) != 2 or momentum_of(node) is None:
+            self.refuse(node, targets)
+
+        def add(target: Any, *args: Any) -> fx.Node:
+            return self.add(node, target, *args)
+
+        counter = self.counters.get(targets[0])
+        counter = counter if counter is None else self._present(counter)
+        before = self.home[targets[0]]  # of every micro-batch the same
+        mean, variance, packed = own_statistics(self.graph, node, add, counter, before)
+        self.how[packed] = "mean"
+        self.write(node, targets[0], mean)
+        self.write(node, targets[1], variance)
+
+    def refuse(self, node: fx.Node, targets: Sequence[fx.Node], more: str = "") -> NoReturn:
+        names = ", ".join(self.target[self.home[t].name] for t in targets)
+        raise UnsupportedError(
+            "a buffer is written in a way that cannot be done once a step, for the whole batch",
+            node=node.name,
+            source=source_line(node),
+            found=f"{node.target} writes to {names} {more}".strip(),
+            remedy='write to it by a plain call in place (copy_, add_); or batch_norm="micro", with'
+            " which buffers are written once per micro-batch",
+        )
 
 
-def _replaceable(node: fx.Node) -> bool:
-    if node.target in HIDDEN_WRITES:
-        momentum = node.args[6] if len(node.args) > 6 else None
-        return node.target is aten.batch_norm.default and isinstance(momentum, float)
-    return _functional(node) is not None
-
-
-def _functional(node: fx.Node) -> Any:
-    """``add`` for ``add_``: the same operator, overload by overload, that writes nowhere."""
-    target: Any = node.target
-    name = target._schema.name.removeprefix("aten::")
-    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
-    return getattr(packet, target._overloadname, None)
-
-
-def _out_of_place(
-    graph: fx.Graph, node: fx.Node, buffer: fx.Node, value: dict[fx.Node, fx.Node]
-) -> None:
-    new = graph.call_function(_functional(node), node.args, node.kwargs)
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    value[buffer] = new
-
-
-def _batch_norm(
-    graph: fx.Graph,
-    node: fx.Node,
-    buffers: list[fx.Node],
-    counter: fx.Node | None,
-    value: dict[fx.Node, fx.Node],
-    how: dict[fx.Node, str],
-) -> None:
-    """Let the call write its statistics (momentum 1) to tensors of its own."""
-    x, mean, variance, momentum = node.args[0], node.args[3], node.args[4], node.args[6]
-    assert isinstance(x, fx.Node)
-    own = [add_call(graph, aten.zeros_like.default, b) for b in buffers]
-    node.args = (*node.args[:3], *own, True, 1.0, *node.args[7:])
-    with graph.inserting_before(node.next):
-
-        def call(target: Any, *args: Any) -> fx.Node:
-            made = add_call(graph, target, *args)
-            made.meta |= {k: v for k, v in node.meta.items() if k == "stack_trace"}
-            return made
-
-        positions = prod(int(size(n)) for n in x.meta["val"].shape[2:])
-        samples = add_size(graph, aten.sym_size.int, x, 0)
-        count = add_size(graph, operator.mul, samples, positions)
-        moved = call(aten.square.default, call(aten.sub.Tensor, own[0], buffers[0]))
-        biased = call(aten.sub.Tensor, own[1], call(aten.div.Tensor, own[1], count))
-        packed = call(aten.stack.default, [own[0], moved, biased])
-        how[packed] = "mean"
-        whole = call(aten.select.int, packed, 0, 0)
-        shift = call(aten.square.default, call(aten.sub.Tensor, whole, buffers[0]))
-        spread = call(aten.sum.dim_IntList, call(aten.slice.Tensor, packed, 0, 1, 3), [0])
-        scaled = call(aten.mul.Tensor, call(aten.sub.Tensor, spread, shift), count)
-        unbiased = call(aten.div.Tensor, scaled, add_size(graph, operator.sub, count, 1))
-        blend: Any = aten.lerp.Scalar
-        if momentum == CUMULATIVE:
-            blend = aten.lerp.Tensor
-            batches = call(aten.to.dtype, counter, buffers[0].meta["val"].dtype)
-            momentum = call(aten.reciprocal.default, batches)
-        value[buffers[0]] = call(blend, mean, whole, momentum)
-        value[buffers[1]] = call(blend, variance, unbiased, momentum)
+def functional_of(target: Any) -> Any:
+    """``add`` for ``add_``, ``div`` for ``div(out=)``: what takes the same and writes nowhere."""
+    if target is aten.zero_.default:
+        return aten.zeros_like.default
+    schema = target._schema
+    name = schema.name.removeprefix("aten::")
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else target.overloadpacket
+    wanted = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)._schema
+        writes = found.is_mutable or any(r.alias_info is not None for r in found.returns)
+        if not writes and [(a.name, str(a.type)) for a in found.arguments] == wanted:
+            return getattr(packet, overload)
+    return None

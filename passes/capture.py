@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import CaptureError, InputError, UnsupportedError
 
 from ._torch import free_unbacked_symbols
+from .assigned import kept_apart
 from .branches import branches
 from .buffers import defer
 from .combine import combine
@@ -34,7 +35,7 @@ from .normalize import Normalized, normalize
 from .remains import forgotten
 from .samples import STATIC, Reduced
 from .spec import ONE
-from .stand_ins import cumulative_norms, noted_hooks, off_meta
+from .stand_ins import DataDetached, cumulative_norms, noted_hooks, off_meta
 from .trial import settle
 from .users import advise
 
@@ -86,6 +87,7 @@ def capture(
         ctc_losses(),
         cumulative_norms(module) as cumulative,
         noted_hooks(module) as hooks,
+        DataDetached(),
     ):
 
         def trace() -> tuple[Sizes, Normalized]:
@@ -130,12 +132,13 @@ def capture(
             node=cumulative[0],
             remedy='use batch_norm="deferred"',
         )
+    if whole or single or batch_norm == "micro":
+        kept_apart(graph, _assigned(module, result.assigned, graph, inputs))
     if whole or single:
         updates = defer(graph, inputs)[0] if cumulative else {}
         combined = combine(graph, inputs, {}, updates=updates)
     else:
-        updates, stated, left = defer(graph, inputs) if batch_norm == "deferred" else ({}, {}, [])
-        notes += [f"{name} changes once per micro-batch" for name in left]
+        updates, stated = defer(graph, inputs) if batch_norm == "deferred" else ({}, {})
         wanted = [*results_of(graph), *updates.values()]
         states, tried = settle(
             graph, inputs, follow(graph, inputs), wanted, _values(module, constants, leaves)
@@ -185,6 +188,19 @@ def _note_static(states: Mapping[fx.Node, Any]) -> None:
         each = state if isinstance(state, tuple) else (state,)
         if node.op == "call_function" and all(s == STATIC for s in each):
             node.meta["static"] = True
+
+
+def _assigned(
+    module: nn.Module, names: Sequence[str], graph: fx.Graph, inputs: Sequence[Input]
+) -> list[fx.Node]:
+    """The placeholders of buffers, some of which have several names."""
+    tensors = {id(module.get_buffer(name)) for name in names}
+    found = {
+        i.name
+        for i in inputs
+        if i.kind is Kind.BUFFER and id(module.get_buffer(i.target)) in tensors
+    }
+    return [n for n in graph.nodes if n.op == "placeholder" and n.name in found]
 
 
 def _names(module: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:

@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
 
-from .remains import Attribute, attributes, changes, put
+from .assigned import in_place, is_assigned
+from .remains import Attribute, attributes, changes, held_buffers, put
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,12 +32,14 @@ class _Result:
     spec: pytree.TreeSpec | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
     remains: list[Attribute] = dataclasses.field(default_factory=list)
+    assigned: list[str] = dataclasses.field(default_factory=list)
 
 
 class Flat(nn.Module):
     """The model as a function from flat tensors to flat tensors, which is all export must know.
 
-    What the model leaves in its modules' attributes is noted in `result`, and taken back.
+    What the model leaves in its modules' attributes is noted in `result`, and taken back. A buffer
+    that it assigns is given the new value in place, where the graph shows it.
     """
 
     prefix = "model."
@@ -60,11 +63,15 @@ class Flat(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
         before = attributes(self.model)
-        try:
-            out = self.model(*args, **kwargs)
-        finally:
-            self._result.remains = changes(self.model, before)
-            put(self._result.remains, "before")
+        with held_buffers(self.model):
+            try:
+                out = self.model(*args, **kwargs)
+            finally:
+                changed = changes(self.model, before)
+                put(changed, "before")
+        assigned = [c for c in changed if is_assigned(c)]
+        self._result.assigned = [str(c) for c in assigned]
+        self._result.remains = [c for c in changed if not is_assigned(c)]
         register_dataclasses(out)
         found, spec = pytree.tree_flatten(out, is_leaf=_is_cache)
         result = self._result
@@ -92,7 +99,7 @@ class Flat(nn.Module):
                     remedy="return tensors in tuples, lists, dicts, named tuples or dataclasses, or"
                     " register the class with torch.utils._pytree.register_pytree_node",
                 )
-        return tuple(values)
+        return in_place(self.model, assigned, values)
 
 
 @dataclasses.dataclass

@@ -1,13 +1,16 @@
-"""What a forward leaves behind in the attributes of a model's modules.
+"""What a forward leaves behind in the attributes of a model's modules, buffers among them.
 
 A graph has no Python attributes: what the model's next call would find there, a captured model
 never sees. A cache that would be the same is harmless, a counter by which a loss is warmed up or a
 state that is carried to the next batch is not. So a model that sets attributes is traced a second
-time, with what it left. If that gives another graph, two real calls on two samples decide.
+time, with what it left. If that gives another graph, real calls on two samples decide. Buffers are
+part of the model's state: where one is made or remade in the forward, real calls decide at once.
+(Assigning one that looks as before is no matter of this file, but a write: `assigned`.)
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +24,7 @@ from .graphs import fingerprint
 from .rounding import close
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from .flat import Flat
     from .normalize import Normalized
@@ -36,34 +39,41 @@ class Absent:
 
 
 class Attribute(NamedTuple):
-    """One attribute of one module, before and after a forward."""
+    """One attribute, or buffer, of one module, before and after a forward."""
 
     path: str
     module: nn.Module
     name: str
+    is_buffer: bool
     before: Any
     after: Any
+
+    @property
+    def holder(self) -> dict[str, Any]:
+        return self.module._buffers if self.is_buffer else vars(self.module)
 
     def __str__(self) -> str:
         return f"{self.path}.{self.name}" if self.path else self.name
 
 
-def attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """Every module's own attributes; containers are copied, what they hold is not."""
+def attributes(model: nn.Module) -> dict[tuple[str, str, bool], Any]:
+    """Every module's own attributes and (True) buffers; containers are copied, what they hold is
+    not."""
     return {
-        (path, name): pytree.tree_map(lambda x: x, value)
+        (path, name, holder is module._buffers): pytree.tree_map(lambda x: x, value)
         for path, module in model.named_modules()
-        for name, value in vars(module).items()
+        for holder in (vars(module), module._buffers)
+        for name, value in holder.items()
         if name not in OWN and not isinstance(value, nn.Module)
     }
 
 
-def changes(model: nn.Module, before: dict[tuple[str, str], Any]) -> list[Attribute]:
+def changes(model: nn.Module, before: dict[tuple[str, str, bool], Any]) -> list[Attribute]:
     """What differs now from a snapshot made earlier."""
     modules = dict(model.named_modules())
     after = attributes(model)
     return [
-        Attribute(key[0], modules[key[0]], key[1], old, new)
+        Attribute(key[0], modules[key[0]], *key[1:], old, new)
         for key in {**before, **after}
         if key[0] in modules
         and not _same(old := before.get(key, Absent), new := after.get(key, Absent))
@@ -75,9 +85,25 @@ def put(changed: Iterable[Attribute], which: str) -> None:
     for item in changed:
         value = getattr(item, which)
         if value is Absent:
-            vars(item.module).pop(item.name, None)
+            item.holder.pop(item.name, None)
         else:
-            vars(item.module)[item.name] = pytree.tree_map(lambda x: x, value)
+            item.holder[item.name] = pytree.tree_map(lambda x: x, value)
+
+
+@contextmanager
+def held_buffers(model: nn.Module) -> Iterator[None]:
+    """Leave every module with the buffers that it has: objects, names, their order."""
+    kept: list[tuple[Any, Any]] = [
+        (registry, registry.copy())
+        for module in model.modules()
+        for registry in (module._buffers, module._non_persistent_buffers_set)
+    ]
+    try:
+        yield
+    finally:
+        for registry, content in kept:
+            registry.clear()
+            registry.update(content)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -109,25 +135,25 @@ def forgotten(
     left = flat.result.remains
     if not left:
         return []
-    put(left, "after")
-    try:
-        second = again()
-        same = _equal_programs(traced, second)
-    except AutopipeError:
-        same = False
-    finally:
-        last = flat.result.remains
-        put(left, "before")
+    same = False
+    if not any(a.is_buffer for a in left):
+        put(left, "after")
+        try:
+            same = _equal_programs(traced, again())
+        except AutopipeError:
+            pass
+        finally:
+            put(left, "before")
     if not same and not _computes_the_same(flat, examples, dims):
         raise CaptureError(
             "the model keeps state in attributes of its modules: its next call would compute"
             " something else, a captured model would not",
             expected="a second call, on the same inputs, that gives the same",
             found=", ".join(map(str, left)),
-            remedy="keep it in a buffer that the forward changes in place (register_buffer), or"
-            " pass it in",
+            remedy="keep it in a buffer (register_buffer) that has its shape and type from the"
+            " start, or pass it in",
         )
-    return [str(a) for a in last]
+    return [str(a) for a in flat.result.remains]
 
 
 def _equal_programs(a: Normalized, b: Normalized) -> bool:
@@ -140,34 +166,55 @@ def _equal_programs(a: Normalized, b: Normalized) -> bool:
 
 
 def _computes_the_same(flat: Flat, examples: Sequence[Tensor], dims: Sequence[int | None]) -> bool:
-    """Two calls of the model itself, the second with what the first left."""
+    """Real calls: two samples, with and without what a call on other samples left."""
     model = flat.model
     tensors = [*examples, *model.parameters(), *model.buffers()]
     if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
         return False
-    samples = [
-        x.detach() if d is None else x.detach().narrow(d, 0, 2)
-        for x, d in zip(examples, dims, strict=True)
-    ]
-    buffers = [b.clone() for b in model.buffers()]
-    results, left = [], []
-    try:
-        for _ in range(2):
-            with torch.no_grad(), torch.random.fork_rng():
-                torch.manual_seed(0)
-                results.append(flat(*samples))
-            left.append(flat.result.remains)
-            put(left[-1], "after")
-            _fill(model, buffers)
-    finally:
-        _fill(model, buffers)
-        for changed in reversed(left):
-            put(changed, "before")
-    first, second = results
-    return len(first) == len(second) and all(map(close, first, second))
+
+    def samples(*which: int) -> list[Tensor]:
+        return [
+            x.detach() if d is None else x.detach().index_select(d, x.new_tensor(which).long())
+            for x, d in zip(examples, dims, strict=True)
+        ]
+
+    fresh = _left_by(flat, [samples(0, 1)])
+    again = _left_by(flat, [samples(0, 0), samples(0, 1)])
+    return len(fresh) == len(again) and all(map(_alike, fresh, again))
 
 
-def _fill(model: nn.Module, values: Sequence[Tensor]) -> None:
+def _left_by(flat: Flat, calls: Sequence[Sequence[Tensor]]) -> list[Any]:
+    """The last call's results, and the buffers made or remade by any of the calls."""
+    held = [(b, b.clone()) for b in flat.model.buffers()]
+    left: list[list[Attribute]] = []
+    results: Sequence[Tensor] = ()
+    with held_buffers(flat.model):
+        try:
+            for given in calls:
+                with torch.no_grad(), torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    results = flat(*given)
+                left.append(flat.result.remains)
+                put(left[-1], "after")
+                fill(held)
+            made = {(a.path, a.name): a.holder.get(a.name) for c in left for a in c if a.is_buffer}
+            return [*results, *made.items()]
+        finally:
+            fill(held)
+            for changed in reversed(left):
+                put(changed, "before")
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple):  # a buffer, by its name
+        return a[0] == b[0] and _alike(a[1], b[1])
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return close(a, b)
+    return _same(a, b)
+
+
+def fill(held: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give tensors the values that were kept of them."""
     with torch.no_grad():
-        for buffer, value in zip(model.buffers(), values, strict=True):
-            buffer.copy_(value)
+        for tensor, value in held:
+            tensor.copy_(value)

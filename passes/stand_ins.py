@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ._torch import symbolic_fakes
-from .buffers import CUMULATIVE
+from .statistics import CUMULATIVE
 from .users import is_users
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+class DataDetached(TorchFunctionMode):
+    """``tensor.data`` is ``tensor.detach()``: export loses sight of the one, not of the other."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        is_data = func == Tensor.data.__get__  # type: ignore[attr-defined]
+        return args[0].detach() if is_data else func(*args, **(kwargs or {}))
 
 
 @contextmanager

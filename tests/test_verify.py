@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -122,13 +123,11 @@ class Layer(nn.Module):
     def __init__(self, drift: float = 0.0) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 6)
-        self.state = {"scale": 1.0}  # a plain attribute would be seen
-        self.drift = drift
+        self.scales = itertools.count(1.0, drift)  # an attribute that is set would be seen
 
     def forward(self, x: Tensor) -> Tensor:
-        self.state["scale"] += self.drift
         y = torch.tanh(self.linear(x))
-        return y * self.state["scale"]  # the line that drifts
+        return y * next(self.scales)  # the line that drifts
 
 
 def test_it_names_where_the_captured_graph_is_another_than_the_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import autopipe
 from autopipe.errors import CaptureError
-from tests.agreement import assert_agrees, pipelined
+from tests.agreement import assert_agrees, assert_close, objective, pipelined
 
 
 class Keeps(nn.Module):
@@ -32,8 +33,8 @@ class Keeps(nn.Module):
         return self.f(self, x)
 
 
-def x() -> Tensor:
-    return torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def x(seed: int = 0) -> Tensor:
+    return torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def warms_up(s: Any, x: Tensor) -> Tensor:
@@ -133,6 +134,129 @@ def test_a_table_that_is_there_already_is_a_constant() -> None:
     model(x())
     assert_agrees(pipelined(model), x())
     assert model.table is not None
+
+
+def carries_an_average(s: Any, x: Tensor) -> Tensor:
+    y = s.layer(x)
+    now = y.detach().mean(0)
+    s.table = now if s.table is None else 0.9 * s.table + 0.1 * now
+    return y - s.table.sum()
+
+
+def test_a_state_that_the_same_samples_leave_as_it_is() -> None:
+    """An average of equal values is that value: two calls on the same samples agree."""
+    with pytest.raises(CaptureError, match="keeps state"):
+        pipelined(Keeps(carries_an_average), out_reduce="mean", chunks=1)(x())
+
+
+# ------------------------------------------------------------------------------- buffers
+
+
+class KeepsBuffers(Keeps):
+    """`table` is a buffer, and so is `count`."""
+
+    def __init__(self, f: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__(f)
+        del self.table
+        self.register_buffer("table", None)
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("last_one", torch.ones(4, dtype=torch.float64), persistent=False)
+
+
+def registers_a_table(s: Any, x: Tensor) -> Tensor:
+    if not hasattr(s, "made"):
+        s.register_buffer("made", torch.arange(4, dtype=x.dtype).sin(), persistent=False)
+    return s.layer(x) * s.made
+
+
+def grows_a_table(s: Any, x: Tensor) -> Tensor:
+    if s.last_one.numel() < 2 * x.shape[1]:
+        s.last_one = torch.arange(2 * x.shape[1], dtype=x.dtype).cos()
+    return s.layer(x) * s.last_one[: x.shape[1]]
+
+
+def remakes_a_table(s: Any, x: Tensor) -> Tensor:
+    del s.count
+    s.table = torch.arange(4, dtype=x.dtype).sin()
+    s.register_buffer("count", torch.zeros((), dtype=torch.long))
+    return s.layer(x) * s.table
+
+
+@pytest.mark.parametrize("f", [caches_a_table, registers_a_table, grows_a_table, remakes_a_table])
+@pytest.mark.filterwarnings("ignore:the model's forward sets the attributes table")
+def test_a_buffer_made_in_the_first_call_is_made_in_every_one(f: Any) -> None:
+    """It was a FakeTensor after the capture: in state_dict, in the model's own results."""
+    model = nn.Sequential(nn.Linear(4, 4).double(), KeepsBuffers(f))
+    held = model[1]
+    before, passing = dict(held._buffers), set(held._non_persistent_buffers_set)
+    twin = copy.deepcopy(model)
+    pipe = pipelined(model)
+    for seed in range(2):
+        expected = twin(x(seed))
+        assert_close(pipe(x(seed)), expected)
+        objective(expected).backward()
+        objective(pipe(x(seed))).backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert_close(p.grad, q.grad, name)
+    assert list(held._buffers.items()) == list(before.items()), "same names, order and objects"
+    assert held._non_persistent_buffers_set == passing
+    assert all(d.ok for d in pipe.verify(x()).differences if d.kind != "buffer")
+    assert list(held._buffers.items()) == list(before.items())
+    assert type(model(x())) is Tensor
+
+
+def averages(s: Any, x: Tensor) -> Tensor:
+    y = s.layer(x)
+    now = y.detach().mean(0)
+    s.table = now if s.table is None else 0.9 * s.table + 0.1 * now
+    return y
+
+
+def averages_in_place(s: Any, x: Tensor) -> Tensor:
+    if s.table is None:
+        s.table = torch.zeros(4, dtype=x.dtype)
+    s.table += 1
+    return s.layer(x)
+
+
+def turns_into_floats(s: Any, x: Tensor) -> Tensor:
+    s.count = s.count + 1.5
+    return s.layer(x)
+
+
+def collects(s: Any, x: Tensor) -> Tensor:
+    s.last_one = torch.cat([s.last_one, s.last_one[:1]])
+    return s.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("f", "name"),
+    [
+        (averages, "table"),
+        (averages_in_place, "table"),
+        (turns_into_floats, "count"),
+        (collects, "last_one"),
+    ],
+)
+def test_a_buffer_that_later_calls_change_is_refused(f: Any, name: str) -> None:
+    """Though no result depends on it, a checkpoint does."""
+    model = KeepsBuffers(f)
+    before = dict(model._buffers)
+    with pytest.raises(CaptureError, match="keeps state") as caught:
+        pipelined(model)(x())
+    assert caught.value.found == name
+    assert dict(model._buffers) == before
+
+
+def test_a_failing_forward_leaves_the_buffers() -> None:
+    def f(s: Any, x: Tensor) -> Tensor:
+        s.table = x.sum(0)
+        raise ValueError("no")
+
+    model = KeepsBuffers(f)
+    with pytest.raises(CaptureError, match="cannot capture"):
+        pipelined(model)(x())
+    assert model.table is None
 
 
 def test_without_weights_nothing_can_be_called_twice() -> None:
