@@ -65,6 +65,15 @@ class Still(TorchFunctionMode):
                 args = (*args[:4], 0.0, *args[5:])
             kwargs.pop("dropout_p", None)
             return func(*args, **kwargs)
+        # What dispatches as a whole is not looked into.
+        if func is F.multi_head_attention_forward:
+            kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
+            args = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args
+            return func(*args, **kwargs)
+        if func is F.gumbel_softmax:
+            return _softmax(*args, **kwargs)
+        if func in (F.rrelu, torch.rrelu):
+            return _slopes(*args, **kwargs)
         if name in RECURRENT and len(args) > 5 and isinstance(args[5], float):
             return func(*args[:5], 0.0, *args[6:], **kwargs)
         if name in CONSTANTS:
@@ -83,6 +92,20 @@ class Still(TorchFunctionMode):
                 remedy="verify in evaluation mode, or without that call",
             )
         return func(*args, **kwargs)
+
+
+def _softmax(
+    logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
+) -> Tensor:
+    """Gumbel softmax without its noise; soft, also where the model's is hard."""
+    return (logits / tau).softmax(dim)
+
+
+def _slopes(
+    x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *rest: Any, **more: Any
+) -> Tensor:
+    """Randomized ReLU by its mean slope."""
+    return F.leaky_relu(x, (lower + upper) / 2)
 
 
 class MicroBatchNorm(TorchFunctionMode):

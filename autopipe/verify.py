@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.compiled import move
+from autopipe.errors import UnsupportedError
 from autopipe.locate import holder, locate
 from autopipe.passes._torch import CheckpointFunction
 from autopipe.passes.graphs import is_random, source_line
@@ -94,6 +95,14 @@ def compare(
             pipe = type(pipe)(pipe.model, pipe.options)
         compiled, ready, _ = pipe._prepare(args, kwargs, leaves, spec, strict=False)
         captured, sizes = compiled.split.captured, ready.program.sizes
+        for node in filter(is_random, captured.graph_module.graph.nodes):
+            raise UnsupportedError(
+                "the model draws random numbers that verify cannot still",
+                node=node.name,
+                source=source_line(node),
+                found=str(node.target),
+                remedy="verify in evaluation mode, or without that call",
+            )
         if any(n.target is aten.batch_norm.default for n in captured.graph_module.graph.nodes):
             notes.append("the model's batch norm, too, normalised by micro-batch")
         deferred = pipe.options.batch_norm == "deferred"

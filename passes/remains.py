@@ -64,8 +64,13 @@ def attributes(model: nn.Module) -> dict[tuple[str, str, bool], Any]:
         for path, module in model.named_modules()
         for holder in (vars(module), module._buffers)
         for name, value in holder.items()
-        if name not in OWN and not isinstance(value, nn.Module)
+        if name not in OWN and not isinstance(value, nn.Module) and not _recomputed(module, name)
     }
+
+
+def _recomputed(module: nn.Module, name: str) -> bool:
+    """A weight that torch's hooks (weight norm, spectral norm, pruning) set before every call."""
+    return f"{name}_orig" in module._parameters or f"{name}_g" in module._parameters
 
 
 def changes(model: nn.Module, before: dict[tuple[str, str, bool], Any]) -> list[Attribute]:

@@ -154,11 +154,13 @@ def test_forward_hooks_of_layers_that_look_on() -> None:
     alike(train)
 
 
-def test_what_a_forward_hook_of_torch_itself_does_is_captured() -> None:
+@pytest.mark.parametrize("wrap", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+def test_what_a_forward_hook_of_torch_itself_does_is_captured(wrap: Callable[..., Any]) -> None:
     """Weight norm is a hook that returns nothing: it sets the weight. That is no cause to warn."""
 
     def loop(module: nn.Module) -> Any:
-        torch.nn.utils.weight_norm(module.second)
+        torch.manual_seed(0)
+        wrap(module.second)
         return train(module, 2)
 
     with warnings.catch_warnings():

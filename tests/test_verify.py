@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import autopipe
+from autopipe.errors import UnsupportedError
 from autopipe.runtime.executor import Run
 from tests.agreement import pipelined
 from tests.models import MODELS
@@ -81,6 +82,36 @@ def test_a_model_with_reentrant_checkpoints() -> None:
     found = pipelined(Checkpointed()).verify(torch.randn(7, 6, requires_grad=True))
     assert found.ok, str(found)
     assert found.worst("gradient") is not None
+
+
+class Draws(nn.Module):
+    def __init__(self, f: Any) -> None:
+        super().__init__()
+        self.layer, self.f = nn.Linear(6, 6), f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.layer(x)) * 1.5
+
+
+STILLED: dict[str, Any] = {
+    "attention": lambda: nn.TransformerEncoderLayer(6, 2, 12, 0.3, batch_first=True),
+    "gumbel": lambda: Draws(F.gumbel_softmax),
+    "slopes": lambda: nn.Sequential(nn.Linear(6, 6), nn.RReLU(), nn.Linear(6, 6)),
+    "dropouts": lambda: Draws(lambda y: F.alpha_dropout(F.dropout(y, 0.3), 0.3, training=True)),
+}
+
+
+@pytest.mark.parametrize("name", STILLED)
+def test_functions_that_draw_inside_are_stilled(name: str) -> None:
+    found = pipelined(STILLED[name]()).verify(torch.randn(7, 5, 6))
+    assert found.ok, str(found)
+    assert "random calls were stilled" in str(found)
+
+
+def test_what_cannot_be_stilled_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="cannot still") as caught:
+        pipelined(Draws(lambda y: y * torch.poisson(y.abs()))).verify(torch.randn(7, 6))
+    assert str(caught.value.source).startswith(__file__)
 
 
 def test_nothing_is_left_behind() -> None:
