@@ -96,6 +96,8 @@ OPS: dict[str, Op] = {
         x + torch.distributions.Categorical(logits=x, validate_args=False).sample()[..., None]
     ),
 }
+if torch.__version__ < "2.12":  # its operator cannot be exported there
+    del OPS["Gamma"]
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: Recurrent(nn.LSTM),
     "gru": lambda: Recurrent(nn.GRU),
