@@ -48,6 +48,12 @@ SCATTERS = {
 }
 """View of some entries → the call that puts new ones in their place."""
 
+OTHER_NAMES = {
+    aten.zero_.default: aten.zeros_like.default,  # aten.zero has no derivative
+    aten.normal_.default: aten.normal_functional.default,
+}
+"""What writes in place → the same out of place, where the name does not tell."""
+
 
 def defer(
     graph: fx.Graph, inputs: Sequence[Input]
@@ -230,8 +236,8 @@ class _Walk:
 
 def functional_of(target: Any) -> Any:
     """``add`` for ``add_``, ``div`` for ``div(out=)``: what takes the same and writes nowhere."""
-    if target is aten.zero_.default:
-        return aten.zeros_like.default
+    if target in OTHER_NAMES:
+        return OTHER_NAMES[target]
     schema = target._schema
     name = schema.name.removeprefix("aten::")
     packet = getattr(aten, name[:-1], None) if name.endswith("_") else target.overloadpacket

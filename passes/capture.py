@@ -95,6 +95,7 @@ def capture(
             return sizes, normalize(program, module, flat.prefix, names)
 
         sizes, traced = trace()
+        assigned = flat.result.assigned
         left = forgotten(flat, traced, lambda: trace()[1], examples, dims)
     for hook in hooks:
         advise(
@@ -133,7 +134,7 @@ def capture(
             remedy='use batch_norm="deferred"',
         )
     if whole or single or batch_norm == "micro":
-        kept_apart(graph, _assigned(module, result.assigned, graph, inputs))
+        kept_apart(graph, _assigned(module, assigned, graph, inputs))
     if whole or single:
         updates = defer(graph, inputs)[0] if cumulative else {}
         combined = combine(graph, inputs, {}, updates=updates)

@@ -101,6 +101,7 @@ def held_buffers(model: nn.Module) -> Iterator[None]:
     kept: list[tuple[Any, Any]] = [
         (registry, registry.copy())
         for module in model.modules()
+        if isinstance(module._buffers, dict)  # else it is scripted, and has no Python state
         for registry in (module._buffers, module._non_persistent_buffers_set)
     ]
     try:
@@ -189,16 +190,18 @@ def _computes_the_same(flat: Flat, examples: Sequence[Tensor], dims: Sequence[in
 
 
 def _left_by(flat: Flat, calls: Sequence[Sequence[Tensor]]) -> list[Any]:
-    """The last call's results, and the buffers made or remade by any of the calls."""
+    """The last call's results, and what the model's buffers are then: as it changed them, given
+    those of before the first call; and those made or remade by any call."""
     held = [(b, b.clone()) for b in flat.model.buffers()]
     left: list[list[Attribute]] = []
-    results: Sequence[Tensor] = ()
+    results: list[Tensor] = []
     with held_buffers(flat.model):
         try:
             for given in calls:
                 with torch.no_grad(), torch.random.fork_rng():
                     torch.manual_seed(0)
-                    results = flat(*given)
+                    results = [*flat(*given)]
+                results += [b.clone() for b, _ in held]
                 left.append(flat.result.remains)
                 put(left[-1], "after")
                 fill(held)

@@ -206,6 +206,7 @@ def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
     names = {i.name for i in inputs if i.kind in (Kind.PARAMETER, Kind.INPUT)}
     placeholders = [n for c in calls for n in c.all_input_nodes if n.op == "placeholder"]
     fixed = {storage_id_of(n) for n in placeholders if n.name in names}
+    changing = {storage_id_of(n) for c in calls for n in written_arguments(c)}
 
     def hold(start: int, end: int) -> None:
         """Keep calls start…end together."""
@@ -217,6 +218,10 @@ def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
         for storage in map(storage_id_of, [*node.all_input_nodes, node]):
             if storage is not None:
                 first.setdefault(storage, i)
+        for read in node.all_input_nodes:  # a buffer, maybe after a write through a view
+            storage = storage_id_of(read)
+            if storage is not None and storage in changing and read.op == "placeholder":
+                hold(first[storage], i)
         for written in written_arguments(node):
             if storage_id_of(written) in fixed:
                 raise UnsupportedError(

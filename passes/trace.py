@@ -191,8 +191,8 @@ def _refuse_constants(stage: StageGraph, graph: fx.Graph) -> None:
             "a tensor is used that was not given as an argument",
             source=None if position is None else source_line(calls[position]),
             found=str(held.target),
-            remedy="give a custom autograd.Function every tensor that it uses as an argument, and make"
-            " a constant in it with torch.full, not with torch.tensor",
+            remedy="give a custom autograd.Function every tensor that it uses as an argument, and"
+            " make a constant in it with torch.full, not with torch.tensor",
         )
 
 

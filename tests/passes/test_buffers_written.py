@@ -353,6 +353,15 @@ def read_through_older_views(s: Any, x: Tensor) -> Tensor:
     return y + row
 
 
+def broadcast(s: Any, x: Tensor) -> Tensor:
+    y = s.layer(x) + s.table[0]
+    s.table[0] = y.detach().mean(0, keepdim=True)
+    s.table[1:] = s.a
+    s.table[1:, 1].zero_()
+    s.cube[..., None][1, :, :, 0] = 2.0
+    return y
+
+
 def a_type_that_differs_is_a_copy(s: Any, x: Tensor) -> Tensor:
     same, other = s.a.to(torch.float64), s.a.to(torch.float32)
     s.a.add_(1)
@@ -381,6 +390,7 @@ VIEWING = [
     flat,
     turned,
     diagonal,
+    broadcast,
     read_through_older_views,
     a_type_that_differs_is_a_copy,
     another_type_is_written,
@@ -416,6 +426,17 @@ def test_a_view_written_with_a_gradient() -> None:
         return y
 
     assert_agrees(pipelined(Holds(f)), x())
+
+
+def test_what_is_drawn_into_a_buffer() -> None:
+    def f(s: Any, x: Tensor) -> Tensor:
+        return s.layer(x) + s.a.normal_() + s.table[0].uniform_()
+
+    model = Holds(f)
+    before = model.a.clone(), model.table.clone()
+    pipelined(model, devices=1)(x()).sum().backward()
+    assert not (model.a == before[0]).any()
+    assert ((model.table == before[1]).sum(1) == torch.tensor([0, 4, 4])).all()
 
 
 # ------------------------------------------------------------------------------- refused

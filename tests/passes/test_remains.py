@@ -248,6 +248,28 @@ def test_a_buffer_that_later_calls_change_is_refused(f: Any, name: str) -> None:
     assert dict(model._buffers) == before
 
 
+def starts_once(s: Any, x: Tensor) -> Tensor:
+    if s.steps == 0:
+        s.last_one = x.detach().mean(0)
+        s.steps = 1
+    return s.layer(x)
+
+
+def starts_once_in_place(s: Any, x: Tensor) -> Tensor:
+    if s.steps == 0:
+        s.last_one.copy_(x.detach().mean(0))
+        s.steps = 1
+    return s.layer(x)
+
+
+@pytest.mark.parametrize("f", [starts_once, starts_once_in_place])
+def test_a_buffer_that_the_first_call_writes_and_no_other_is_refused(f: Any) -> None:
+    model = KeepsBuffers(f)
+    with pytest.raises(CaptureError, match="keeps state"):
+        pipelined(model)(x())
+    assert torch.equal(model.last_one, torch.ones(4, dtype=torch.float64))
+
+
 def test_a_failing_forward_leaves_the_buffers() -> None:
     def f(s: Any, x: Tensor) -> Tensor:
         s.table = x.sum(0)

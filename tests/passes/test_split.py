@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import PartitionError, UnsupportedError
+from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate, seconds
 from autopipe.passes.graphs import is_size
 from autopipe.passes.ir import B, Kind
@@ -379,6 +380,27 @@ def test_a_buffer_that_is_read_only_is_copied_to_each_stage_that_reads_it() -> N
     held = [[i.target for i in s.held if i.kind is Kind.BUFFER] for s in cut.stages]
     assert held == [["shift"], ["shift"]]
     assert not [r for r in cut.routes.values() if "shift" in r.name]
+
+
+def test_a_buffer_that_is_written_is_not_read_elsewhere() -> None:
+    """The stage that reads it would find what another has made of it for a later micro-batch."""
+
+    class Doubled(Layers):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.register_buffer("shift", torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers[1](self.layers[0](x))
+            self.shift.view(-1).mul_(2)
+            x = self.layers[2](x) + self.shift
+            return torch.tanh(self.layers[3](x))
+
+    x = torch.randn(4, 8)
+    leaves, spec = pytree.tree_flatten(((x,), {}))
+    cut = split(annotate(capture(Doubled(), leaves, spec, [0], batch_norm="micro")), 3, 2)
+    held = [i.target for s in cut.stages for i in s.held if i.kind is Kind.BUFFER]
+    assert held == ["shift"]
 
 
 def test_fingerprints_tell_different_stages_apart() -> None:
