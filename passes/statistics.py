@@ -71,7 +71,7 @@ def own_statistics(
     else:
         packed, whole, spread = _moments(graph, x, shift, own, add)
     blend: Any = aten.lerp.Scalar
-    if momentum == CUMULATIVE:
+    if momentum == CUMULATIVE and counter is not None:
         blend = aten.lerp.Tensor
         batches = add(aten.to.dtype, counter, own[0].meta["val"].dtype)
         momentum = add(aten.reciprocal.default, batches)
