@@ -33,6 +33,9 @@ PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.d
 OWN = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
 """What torch itself keeps there: parameters, hooks, weights of recurrent layers once more."""
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+"""A forward may register some, and remember in an attribute that it has."""
+
 
 class Absent:
     """Stands for an attribute that is not there."""
@@ -57,9 +60,15 @@ class Attribute(NamedTuple):
 
 
 def attributes(model: nn.Module) -> dict[tuple[str, str, bool], Any]:
-    """Every module's own attributes and (True) buffers; containers are copied, what they hold is
-    not."""
-    return {
+    """Every module's own attributes, its forward hooks and (True) buffers; containers are copied,
+    what they hold is not."""
+    hooks = {
+        (path, name, False): dict(vars(module)[name])
+        for path, module in model.named_modules()
+        for name in HOOKS
+        if name in vars(module)
+    }
+    return hooks | {
         (path, name, holder is module._buffers): pytree.tree_map(lambda x: x, value)
         for path, module in model.named_modules()
         for holder in (vars(module), module._buffers)
@@ -89,7 +98,10 @@ def put(changed: Iterable[Attribute], which: str) -> None:
     """Set attributes to what they were "before" or "after"."""
     for item in changed:
         value = getattr(item, which)
-        if value is Absent:
+        if item.name in HOOKS:  # in place: a hook's handle knows the registry
+            item.holder[item.name].clear()
+            item.holder[item.name].update(value)
+        elif value is Absent:
             item.holder.pop(item.name, None)
         else:
             item.holder[item.name] = pytree.tree_map(lambda x: x, value)

@@ -116,6 +116,37 @@ def caches_a_table(s: Any, x: Tensor) -> Tensor:
     return s.layer(x) * s.table
 
 
+def test_hooks_that_the_first_call_installs_are_taken_back_with_its_flag() -> None:
+    """As transformers collects hidden states. With the flag alone gone, the next call would install
+    them once more, and collect everything twice."""
+
+    class Collects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: list[Tensor] = []
+            self.collect = found.append
+            if not getattr(self, "installed", False):
+                for layer in self.layers:
+                    layer.register_forward_hook(lambda m, args, out: self.collect(out))
+                self.installed = True
+            for layer in self.layers:
+                x = layer(x).tanh()
+            return torch.cat(found, 1)
+
+    model = Collects()
+    before = copy.deepcopy(model)
+    assert pipelined(model, args=(x(),))(x()).shape == (7, 12)
+    assert not any(m._forward_hooks for m in model.modules())
+    found = pipelined(model)(x())
+    torch.testing.assert_close(found, before(x()))
+    torch.testing.assert_close(model(x()), before(x()))
+    torch.testing.assert_close(pipelined(model)(x()), found)
+
+
 def test_a_cache_of_plain_values_is_no_matter() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
