@@ -144,6 +144,13 @@ class _Walk:
             self.now[node] = self.add(node, node.target, *args, **kwargs)
         return self.now[node]
 
+    def _original(self, node: fx.Node) -> fx.Node:
+        """What a buffer or a view of it shows before the step."""
+        if node not in self.made:
+            return node
+        args, kwargs = fx.map_arg(self.made[node], self._original)
+        return self.add(node, node.target, *args, **kwargs)
+
     def add(self, like: fx.Node, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a call, of the same place in the model as another."""
         new = add_call(self.graph, target, *args, **kwargs)
@@ -216,7 +223,7 @@ class _Walk:
 
         counter = self.counters.get(targets[0])
         counter = counter if counter is None else self._present(counter)
-        before = self.home[targets[0]]  # of every micro-batch the same
+        before = self._original(targets[0])  # of every micro-batch the same
         mean, variance, packed = own_statistics(self.graph, node, add, counter, before)
         self.how[packed] = "mean"
         self.write(node, targets[0], mean)

@@ -300,6 +300,24 @@ def test_statistics_that_are_rows_of_one_buffer() -> None:
     assert_steps_agree(Rows(counts), *batches(4, 5))
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_batch_statistics_that_are_rows_of_one_buffer(chunks: int) -> None:
+    """Written by two calls, so that the second blends with what the first has made."""
+
+    def f(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, variance = s.table[1], s.table[2]
+        first = F.batch_norm(x, mean, variance, training=True)
+        return first, F.batch_norm(x.sin() + 5, mean, variance, training=True, momentum=0.3)
+
+    model = Holds(f)
+    twin = copy.deepcopy(model)
+    pipe = pipelined(model, devices=1, chunks=chunks)
+    for seed in range(2):
+        pipe(x(seed))
+        twin(x(seed))
+        assert_close(model.table, twin.table)
+
+
 # ------------------------------------------------------------------------------- views
 
 
