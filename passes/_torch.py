@@ -57,15 +57,18 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "attribute",
+    "attributed",
     "flop_registry",
     "free_unbacked_symbols",
     "from_functional",
+    "is_traced",
     "is_transform",
     "is_transformed",
     "keep_regions",
     "make_fx",
     "min_cut_saved",
     "preserve_node_meta",
+    "recorded_as",
     "right_lstm_states",
     "saves_through_hooks",
     "size_calls",
@@ -177,6 +180,29 @@ def attribute(call: int, stack_trace: str | None) -> None:
     if has_preserved_node_meta():
         get_current_meta()["custom"] = {"call": call}
         set_stack_trace([stack_trace] if stack_trace else [])
+
+
+def attributed() -> int | None:
+    """While tracing: the call that what is recorded now belongs to."""
+    position: int | None = get_current_meta().get("custom", {}).get("call")
+    return position
+
+
+@contextmanager
+def recorded_as(fact: str) -> Iterator[None]:
+    """While tracing: what is recorded meanwhile is marked."""
+    meta = get_current_meta()
+    before = meta.get("custom", {})
+    meta["custom"] = {**before, fact: True}
+    try:
+        yield
+    finally:
+        meta["custom"] = before
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a trace: it has no values yet."""
+    return isinstance(tensor, (FunctionalTensor, FakeTensor))
 
 
 def to_functional(tensor: Tensor) -> Tensor:

@@ -8,14 +8,20 @@ and autograd calls the user's backward.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
@@ -45,6 +51,41 @@ class _Site:
         )
 
 
+_watch: ContextVar[AbstractContextManager[Any] | None] = ContextVar("watch", default=None)
+
+METHODS = ("forward", "setup_context", "backward", "vjp")
+
+
+@contextmanager
+def under(watch: AbstractContextManager[Any]) -> Iterator[None]:
+    """The methods of Functions that are applied meanwhile run under `watch`, backward included."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def _watched(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The Function, whose methods run under what `under` was given, if it was."""
+    watch = _watch.get()
+    if watch is None:
+        return function
+
+    def method(original: Callable[..., Any]) -> Any:
+        def run(*args: Any) -> Any:
+            with watch:
+                return original(*args)
+
+        return staticmethod(run)
+
+    own = [n for n in METHODS if getattr(function, n) is not getattr(torch.autograd.Function, n)]
+    methods = {n: method(getattr(function, n)) for n in own}
+    kind: Any = type(function)
+    made: type[torch.autograd.Function] = kind(function.__name__, (function,), methods)
+    return made
+
+
 _SITES: list[_Site] = []
 """The calls met so far: an operator can name what is no tensor only by a number."""
 
@@ -60,7 +101,8 @@ def _run(tensors: list[Tensor], site: int) -> list[Tensor]:
     for position, tensor in zip(known.positions, tensors, strict=True):
         leaves[position] = tensor
     before = [t._version for t in tensors]
-    results = apply.__func__(known.function, *pytree.tree_unflatten(leaves, known.spec))
+    function = _watched(known.function)
+    results = apply.__func__(function, *pytree.tree_unflatten(leaves, known.spec))
     if [t._version for t in tensors] != before:
         raise _refused(known.function, "it changes an argument in place")
     found, known.out_spec = pytree.tree_flatten(results)

@@ -38,6 +38,7 @@ from ._torch import (
     to_functional,
     unordered_checks,
 )
+from .constants import make_anew, watched
 from .graphs import source_line
 from .tidy import tidy
 
@@ -158,11 +159,17 @@ def trace(
         grads[:] = [i for i, _ in pairs]
         return plain + [now[i] for i in updates] + [g for _, g in pairs]
 
-    with static_fakes(), unordered_checks(), preserve_node_meta(), _uncached_autocast():
+    with (
+        static_fakes(),
+        unordered_checks(),
+        preserve_node_meta(),
+        _uncached_autocast(),
+        watched(stage),
+    ):
         primals = [look.fake(device) for look in inputs]
         tangents_ = [look.fake(device) for _, _, look in arriving]
         module = make_fx(joint, _allow_non_fake_inputs=True)(primals, tangents_)
-    _refuse_constants(stage, module.graph)
+    make_anew(stage, module)
     calls = enumerate(stage.graph_module.graph.nodes)
     static = {position for position, node in calls if node.meta.get("static")}
     return Joint(module.graph, tuple(updates), tuple(grads), tidy(module.graph, static))
@@ -179,21 +186,6 @@ def _gradients(
             found=str(error),
             remedy="take gradients of what index_fill writes, and the like, by torch.where instead",
         ) from error
-
-
-def _refuse_constants(stage: StageGraph, graph: fx.Graph) -> None:
-    """Tensors that came in by another way than the stage's arguments: a Function's closure."""
-    held = next((n for n in graph.nodes if n.op == "get_attr"), None)
-    if held is not None:
-        calls = list(stage.graph_module.graph.nodes)
-        position = next((u.meta["custom"]["call"] for u in held.users if "custom" in u.meta), None)
-        raise CaptureError(
-            "a tensor is used that was not given as an argument",
-            source=None if position is None else source_line(calls[position]),
-            found=str(held.target),
-            remedy="give a custom autograd.Function every tensor that it uses as an argument, and"
-            " make a constant in it with torch.full, not with torch.tensor",
-        )
 
 
 def _resolved(tensor: Tensor) -> Tensor:
