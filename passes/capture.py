@@ -78,9 +78,10 @@ def capture(
         CouplingError: an output that no micro-batches can be combined to.
     """
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
-    examples = _examples(leaves, [None] * len(leaves) if single else batch_dims)
+    symbolic = [None] * len(leaves) if single else batch_dims
+    examples = _examples(leaves, symbolic)
     flat = Flat(module, leaves, spec)
-    dims = [batch_dims[i] for i in flat.tensor_positions]
+    dims = [symbolic[i] for i in flat.tensor_positions]
     names = _names(module, leaves, spec)
     with (
         off_meta(module, examples),
@@ -91,7 +92,7 @@ def capture(
     ):
 
         def trace() -> tuple[Sizes, Normalized]:
-            program, sizes = export(flat, examples, [None] * len(dims) if single else dims)
+            program, sizes = export(flat, examples, dims)
             return sizes, normalize(program, module, flat.prefix, names)
 
         sizes, traced = trace()
@@ -120,12 +121,11 @@ def capture(
         else item
         for item in inputs
     )
+    holds = ONE
     if not single:
         _check_batch(inputs, next(iter(sizes.fixed), None))
-    traced_with = next(
-        (x.shape[d] for x, d in zip(examples, dims, strict=True) if d is not None), 1
-    )
-    holds = ONE if single else branches(graph, sizes.decisions, traced_with)
+        cut = [x.shape[d] for x, d in zip(examples, dims, strict=True) if d is not None]
+        holds = branches(graph, sizes.decisions, cut[0])
     notes = list(result.notes)
     if cumulative and batch_norm == "micro":
         raise UnsupportedError(

@@ -120,3 +120,23 @@ def test_going_through_the_batch_is_refused_by_line(f: Callable[..., Any]) -> No
         pipelined(Model(f))(batch(8))
     assert str(caught.value.source).startswith(__file__)
     assert "sample by sample" in str(caught.value)
+
+
+def test_a_batch_of_one_in_a_model_that_makes_a_table() -> None:
+    """It is traced as itself; what the first call leaves is tried with that one sample."""
+
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6).double()
+            self.table: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.arange(6.0, dtype=x.dtype).sin()
+            y = self.layer(x) * self.table
+            return y.tanh() if x.shape[0] == 1 else y.sin()
+
+    pipe = pipelined(Made())
+    for size in (7, 1, 4):
+        assert_agrees(pipe, batch(size))
