@@ -93,29 +93,29 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     return [a for a in flat if isinstance(a, fx.Node)]
 
 
-def shares_memory(node: fx.Node) -> bool:
-    """The result is (a view of) the first argument, by the operator's schema."""
+def viewed(node: fx.Node) -> fx.Node | None:
+    """What the result is, or is a view of: the first argument, if the operator's schema says so."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
-
-
-def owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """For each node the first that had its memory: itself, or what it is a view of."""
-    owner: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        viewed = shares_memory(node) or node.target is operator.getitem
-        source = next((n for n in node.all_input_nodes if not is_size(n)), node) if viewed else node
-        owner[node] = owner.get(source, source)
-    return owner
+    shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    if not shares and node.target is not operator.getitem:
+        return None
+    return next((n for n in node.all_input_nodes if not is_size(n)), None)
 
 
 def owner_of(node: fx.Node) -> fx.Node:
     """The call or placeholder that made the memory which a view looks at."""
-    while node.op == "call_function" and node.all_input_nodes:
-        if node.target is not operator.getitem and not shares_memory(node):
-            break
-        node = node.all_input_nodes[0]
+    while (source := viewed(node)) is not None:
+        node = source
     return node
+
+
+def owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """`owner_of` every node, in one walk."""
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = viewed(node)
+        owner[node] = node if source is None else owner[source]
+    return owner
 
 
 def drop_dead(graph: fx.Graph) -> None:
