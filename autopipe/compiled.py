@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from autopipe.options import Options
-    from autopipe.passes.spec import Branches
     from autopipe.passes.staged import Split, StagePhases
     from autopipe.runtime.transfer import Place
 
@@ -147,8 +146,7 @@ class Compiled:
     def fits(self, batch: int) -> bool:
         """Whether the model takes the captured branches for a batch of this size."""
         if batch not in self._fits:
-            holds: Branches = self.split.captured.branches
-            self._fits[batch] = holds.hold(batch)
+            self._fits[batch] = self.split.captured.branches.hold(batch)
         return self._fits[batch]
 
     def tensor(self, kind: Kind, target: str) -> Tensor:

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from autopipe.errors import CaptureError
+from autopipe.passes.remains import OWN
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
 PLAIN: frozenset[type] = frozenset({int, float, bool, str, type(None), torch.dtype})
 RECORDS = (types.SimpleNamespace, argparse.Namespace)
-OWN = frozenset(vars(nn.Module()))
-"""Attributes that every module has: registries, hooks."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 

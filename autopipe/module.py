@@ -188,9 +188,8 @@ class Pipeline(Face):
                     progress,
                 )
                 compiled = make(single=batch == 1 and bool(self._compiled[key]))
-                if batch == 1 and not compiled.fits(
-                    1
-                ):  # one sample is traced as two, unless it is alone
+                if batch == 1 and not compiled.fits(1):
+                    # One sample is traced as two, which took another branch: as itself, then.
                     self._compiled[key].append(compiled)
                     compiled = make(single=True)
                 fitting = [compiled]

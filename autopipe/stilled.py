@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from autopipe.errors import UnsupportedError
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -49,8 +47,7 @@ CONSTANTS: dict[str, float] = {
 class Still(TorchFunctionMode):
     """Nothing is random: dropout drops nothing, noise is constant.
 
-    Raises:
-        UnsupportedError: a random function that has no neutral result.
+    What it does not know draws on; a graph that was captured under it shows that (`verify`).
     """
 
     def __torch_function__(
@@ -86,11 +83,6 @@ class Still(TorchFunctionMode):
         if name in ("randint", "randint_like"):
             bounds = [a for a in args if isinstance(a, int)]
             return torch.full_like(func(*args, **kwargs), bounds[0] if len(bounds) > 1 else 0)
-        if name in ("randperm", "multinomial"):
-            raise UnsupportedError(
-                f"torch.{name} draws what verify cannot still",
-                remedy="verify in evaluation mode, or without that call",
-            )
         return func(*args, **kwargs)
 
 

@@ -12,12 +12,10 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import CaptureError
 
 from .assigned import in_place, is_assigned
-from .remains import Attribute, attributes, changes, held_buffers, put
+from .remains import PLAIN, Attribute, attributes, changes, held_buffers, put
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-PLAIN_LEAVES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class Hole:
@@ -90,7 +88,7 @@ class Flat(nn.Module):
                     )
                 result.notes.append(f"left out of the result: {type(leaf).__name__}")
                 result.leaves.append(None)
-            elif isinstance(leaf, (*PLAIN_LEAVES, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            elif isinstance(leaf, (*PLAIN, torch.SymInt, torch.SymFloat, torch.SymBool)):
                 result.leaves.append(leaf)
             else:
                 raise CaptureError(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .flat import Flat
     from .normalize import Normalized
 
-PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 OWN = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
 """What torch itself keeps there: parameters, hooks, weights of recurrent layers once more."""
 
