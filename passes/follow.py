@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import fx
 
-from . import rules_index, rules_math, rules_shape
+from . import rules_index, rules_losses, rules_math, rules_pieces, rules_shape
 from .graphs import (
     HIDDEN_WRITES,
     is_integer,
@@ -45,9 +45,20 @@ if TYPE_CHECKING:
 
     from .spec import Input
 
-RULES = rules_shape.RULES | rules_index.RULES | rules_math.RULES
+RULES = (
+    rules_shape.RULES
+    | rules_pieces.RULES
+    | rules_index.RULES
+    | rules_math.RULES
+    | rules_losses.RULES
+)
 SHAPE_ONLY = (rules_index.new, rules_index.like)
-TAKES_SIZES = rules_shape.TAKES_SIZES | rules_index.TAKES_SIZES | rules_math.TAKES_SIZES
+TAKES_SIZES = (
+    rules_shape.TAKES_SIZES
+    | rules_pieces.TAKES_SIZES
+    | rules_index.TAKES_SIZES
+    | rules_math.TAKES_SIZES
+)
 
 
 class Trial(Protocol):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from . import ctc
 from .graphs import is_integer
 from .rules_shape import ALONG, last_dims, table
 from .samples import (
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from .samples import Call
 
 aten = torch.ops.aten
-
-MEAN, SUM = 1, 2  # ATen's numbers for `reduction`
 
 
 def pointwise(call: Call) -> State:
@@ -238,56 +235,6 @@ def embedding(call: Call) -> State:
     return join(call, [call.state(call["indices"])])
 
 
-def element_loss(call: Call) -> State:
-    """mse_loss and others that compare entry by entry, then reduce."""
-    return _reduced(call, aligned(call, call.tensors))
-
-
-def sample_loss(call: Call) -> State:
-    """Losses whose operands have the samples in their first dimension."""
-    operands = [n for n in call.tensors if n is not call["target"]]
-    state = join(call, [call.state(n) for n in call.tensors])
-    if isinstance(state, Samples) and (state.dim != 0 or call.rank(call.first) < 2):
-        return call.mixed(ALONG)
-    if len({call.rank(n) for n in operands if isinstance(call.state(n), Samples)}) > 1:
-        return call.undecided("samples in different dimensions")
-    return _reduced(call, state)
-
-
-def class_loss(call: Call) -> State:
-    """cross_entropy, nll_loss: logits (N, C, d…) and targets (N, d…), or probabilities."""
-    logits, target = call["self"], call["target"]
-    states = []
-    for node in (logits, target):
-        state = call.state(node)
-        rank = call.rank(logits)
-        if isinstance(state, Samples) and call.rank(node) == rank:
-            if state.dim == min(1, rank - 1):
-                return call.mixed(ALONG)
-            state = state.at(state.dim - (state.dim > 1))
-        states.append(state)
-    if call["weight"] is not None and call.state(call["weight"]) != STATIC:
-        return call.undecided("class weights that depend on the batch")
-    probabilities = target.meta["val"].is_floating_point()
-    return _reduced(call, join(call, states), mean="mean" if probabilities else "counted")
-
-
-def _reduced(call: Call, state: State, mean: str = "mean") -> State:
-    how = {MEAN: mean, SUM: "sum"}.get(call["reduction"])
-    return Reduced(how) if how is not None and isinstance(state, Samples) else state
-
-
-def ctc_loss(call: Call) -> State:
-    """See `ctc.losses`: log probabilities (T, N, C), everything else (N, …)."""
-    state, *others = [call.state(n) for n in call.tensors]
-    if isinstance(state, Samples):
-        if state.dim != 1:
-            return call.mixed(ALONG)
-        state = state.at(0)
-    joint = join(call, [state, *others])
-    return call.mixed(ALONG) if isinstance(joint, Samples) and joint.dim != 0 else joint
-
-
 def recurrent(call: Call) -> tuple[State, ...] | State:
     """lstm, gru: results, then states of shape (layers, N, H)."""
     state = call.state(call["input"])
@@ -348,15 +295,9 @@ RULES = table(
         last_dims(3): "max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d"
         " max_pool3d_with_indices pixel_shuffle pixel_unshuffle",
         embedding: "embedding",
-        element_loss: "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy"
-        " binary_cross_entropy_with_logits kl_div soft_margin_loss poisson_nll_loss"
-        " hinge_embedding_loss margin_ranking_loss",
-        sample_loss: "cosine_embedding_loss triplet_margin_loss multi_margin_loss"
-        " multilabel_margin_loss",
-        class_loss: "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d",
         recurrent: "lstm gru rnn_tanh rnn_relu",
     }
-) | {ctc.PACKET: ctc_loss}
+)
 
 TAKES_SIZES = {native_group_norm}
 """Rules that know what the number of samples means where it is an argument."""
