@@ -22,9 +22,10 @@ from ._torch import (
     wrap_with_autocast,
     wrap_with_set_grad_enabled,
 )
-from .graphs import drop_dead, size, source_line, spec_of
+from .graphs import drop_dead, source_line, spec_of
 from .ir import Input, Kind
 from .numbers import keep_tensors
+from .simplify import SQUEEZES, does_nothing, squeeze_ones
 from .users import users_trace
 
 if TYPE_CHECKING:
@@ -39,26 +40,6 @@ ASSERTIONS = {
     aten._assert_async.default,
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
-}
-
-SQUEEZES: dict[Any, Any] = {
-    aten.squeeze.default: aten.squeeze.dims,
-    aten.squeeze.dim: aten.squeeze.dims,
-    aten.squeeze.dims: aten.squeeze.dims,
-    aten.squeeze_.default: aten.squeeze_.dims,
-    aten.squeeze_.dim: aten.squeeze_.dims,
-    aten.squeeze_.dims: aten.squeeze_.dims,
-}
-
-DROPOUTS = {
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.alpha_dropout.default,
-    aten.alpha_dropout_.default,
-    aten.feature_dropout.default,
-    aten.feature_dropout_.default,
-    aten.feature_alpha_dropout.default,
-    aten.feature_alpha_dropout_.default,
 }
 
 
@@ -191,7 +172,7 @@ def _inline(
             env[node] = _region(module, node, mapped, graph, autocast, without_grad)
         elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
             env[node] = env[node.args[0]][node.args[1]]
-        elif _does_nothing(node):
+        elif does_nothing(node):
             env[node] = mapped(node.args[0])
         elif is_transform(node.target):
             raise CaptureError(
@@ -212,34 +193,10 @@ def _inline(
             env[node] = graph.node_copy(node, lambda n: env[n])
             env[node].meta = _facts(node)
             if node.target in SQUEEZES:
-                _squeeze_ones(env[node])
+                squeeze_ones(env[node])
             if autocast is not None:
                 env[node].meta["autocast"] = autocast
     raise AssertionError("a graph without output")
-
-
-def _squeeze_ones(node: fx.Node) -> None:
-    """Let a squeeze name the dimensions of one entry that the batch it was captured with has.
-
-    A micro-batch of one sample keeps its dimension. A batch of one would not have: see `branches`.
-    """
-    source: Any = node.args[0]
-    shape = source.meta["val"].shape
-    given: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
-    dims = [d % len(shape) for d in ([given] if isinstance(given, int) else given)] if shape else []
-    sizes = {d: size(shape[d]) for d in dims}
-    if any(s.free_symbols for s in sizes.values()):
-        node.meta["squeezed"] = True
-    node.target = SQUEEZES[node.target]
-    node.args = (source, [d for d, s in sizes.items() if s == 1])
-
-
-def _does_nothing(node: fx.Node) -> bool:
-    """A dropout that drops nothing: in eager torch its result is its argument, the same tensor."""
-    if node.target not in DROPOUTS:
-        return False
-    chance, train = node.args[1:3]
-    return train is False or (isinstance(chance, (int, float)) and chance == 0)
 
 
 def _region(
