@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -26,6 +25,7 @@ from torch import fx
 
 from autopipe.errors import CouplingError
 
+from .epilogue import Epilogue
 from .graphs import add_call, emit_size, is_random, is_size, source_line, spec_of
 from .ir import Input, Kind, Leaf, Output, results_of
 from .samples import STATIC, Mixed, Reduced, Samples
@@ -99,10 +99,8 @@ class _Combine:
         self.states = states
         self.out_reduce = out_reduce
         self.outputs: dict[fx.Node, Output] = {}
-        self.epilogue = fx.Graph()
+        self.epilogue = Epilogue()
         self.env: dict[fx.Node, fx.Node] = {}  # main graph → epilogue
-        self.batch: fx.Node | None = None
-        self.held: dict[fx.Node, fx.Node] = {}  # buffers that the epilogue reads
         self.writes = Writes(graph)
         self.replayed: set[fx.Node] = set()  # whose memory is written to in the epilogue
         self.needs_epilogue = False
@@ -136,9 +134,8 @@ class _Combine:
         self.writes.drop(self.replayed)
         epilogue = None
         if self.needs_epilogue:
-            self.epilogue.output(tuple(values))
-            self._order()
-            epilogue = fx.GraphModule({}, self.epilogue, "Epilogue")
+            made = [self.env[n] for n in self.program if n in self.env]
+            epilogue = self.epilogue.finished([o.name for o in self.outputs.values()], made, values)
         return Combined(
             fx.GraphModule({}, self.graph, "Captured"),
             tuple(self.outputs.values()),
@@ -202,7 +199,7 @@ class _Combine:
         self.needs_epilogue = True
         parts = add_call(self.graph, aten.unflatten.int, node, state.dim, [state.outer, -1])
         return add_call(
-            self.epilogue,
+            self.epilogue.graph,
             aten.flatten.using_ints,
             self.yields(parts, "cat", state.dim + 1),
             state.dim,
@@ -249,22 +246,20 @@ class _Combine:
             return self.reduction(owner, state)
         with self.graph.inserting_before(owner.next):
             first = add_call(self.graph, aten.clone.default, owner)
-        return add_call(self.epilogue, aten.clone.default, self.yields(first, how))
+        return add_call(self.epilogue.graph, aten.clone.default, self.yields(first, how))
 
     def copied(self, node: fx.Node) -> fx.Node:
         """The call itself, in the epilogue."""
         if self._is_first(node):
             refuse(node, "a result is reduced over the batch in a way that has no known sum")
-        new = self.epilogue.node_copy(node, partial(self._argument, node))
-        new.meta = dict(node.meta)
-        return new
+        return self.epilogue.copied(node, partial(self._argument, node))
 
     def _argument(self, reader: fx.Node, node: fx.Node) -> Any:
         if is_size(node):
-            return emit_size(node.meta["val"], self.batch_size)
+            return emit_size(node.meta["val"], self.epilogue.batch_size)
         item = self.inputs.get(node.name)
         if node.op == "placeholder" and item is not None and item.kind is Kind.BUFFER:
-            return self.holds(node)
+            return self.epilogue.given(node)
         later = self.writes.to(node)[-1:]
         if self.state(node) == STATIC and later and self.order[later[0]] > self.order[reader]:
             with self.graph.inserting_before(reader):  # as it is now
@@ -287,32 +282,14 @@ class _Combine:
 
     def copied_from_buffers(self, node: fx.Node) -> fx.Node:
         if node.op == "placeholder":
-            return self.holds(node)
-        new = self.epilogue.node_copy(node, self.copied_from_buffers)
-        new.meta = dict(node.meta)
-        return new
-
-    def holds(self, buffer: fx.Node) -> fx.Node:
-        """The epilogue's placeholder for a buffer as it was before the call."""
-        if buffer not in self.held:
-            self.held[buffer] = self.epilogue.placeholder(buffer.name)
-            self.held[buffer].meta["val"] = buffer.meta["val"]
-        return self.held[buffer]
-
-    def batch_size(self) -> fx.Node:
-        """The epilogue's placeholder for the number of samples in the whole batch."""
-        if self.batch is None:
-            first = next(iter(self.epilogue.nodes))
-            with self.epilogue.inserting_before(first):
-                self.batch = self.epilogue.placeholder("batch_size")
-        return self.batch
+            return self.epilogue.given(node)
+        return self.epilogue.copied(node, self.copied_from_buffers)
 
     def yields(self, node: fx.Node, how: str, dim: int | None = None) -> fx.Node:
         """Make `node` an output of each micro-batch; returns the combined value's placeholder."""
         if node not in self.outputs:
             self.outputs[node] = Output(spec_of(node), how, dim, self.internal)
-            self.env[node] = self.epilogue.placeholder(node.name)
-            self.env[node].meta["val"] = node.meta["val"]
+            self.env[node] = self.epilogue.given(node)
         return self.env[node]
 
     def counted_mean(self, node: fx.Node) -> fx.Node:
@@ -331,26 +308,7 @@ class _Combine:
                 kept = add_call(self.graph, aten.mul.Tensor, weights, kept)
             count = add_call(self.graph, aten.sum.default, kept)
         ratio = (self.yields(total, "sum"), self.yields(count, "sum"))
-        return add_call(self.epilogue, aten.div.Tensor, *ratio)
-
-    def _order(self) -> None:
-        """Placeholders first: the outputs in their order, `batch_size`, buffers. Then the calls in
-        the order of the program, since some of them may write in place."""
-        by_name = {n.target: n for n in self.epilogue.nodes if n.op == "placeholder"}
-        ordered = {by_name[o.name]: None for o in self.outputs.values()}
-        ordered |= {} if self.batch is None else {self.batch: None}
-        ordered |= dict.fromkeys(self.held.values())
-        todo = [self.env[n] for n in reversed(self.program) if n in self.env]
-        todo = [self.epilogue.output_node(), *todo]
-        while todo:
-            node = todo[-1]
-            missing = [n for n in node.all_input_nodes if n not in ordered]
-            if missing:
-                todo += reversed(missing)
-            else:
-                ordered[todo.pop()] = None
-        for before, after in pairwise(ordered):
-            before.append(after)
+        return add_call(self.epilogue.graph, aten.div.Tensor, *ratio)
 
 
 def refuse(node: fx.Node, reason: str) -> NoReturn:
