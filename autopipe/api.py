@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from autopipe.batch import batch_of
 from autopipe.errors import OptionError
 from autopipe.module import Pipeline
-from autopipe.options import batch_dims, batch_size, check
+from autopipe.options import check
 from autopipe.passes.driver import cut_in_space
 from autopipe.planner import Plan
 from autopipe.planner import plan as make_plan
@@ -141,8 +142,8 @@ def plan(
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     kwargs = kwargs or {}
     leaves, spec = flatten(args, kwargs)
-    dims = batch_dims(in_dims, module, args, kwargs)
-    sizes = microbatch.sizes(batch_size(leaves, dims), chunks)
+    dims, batch = batch_of(in_dims, module, args, kwargs)
+    sizes = microbatch.sizes(batch, chunks)
     split = cut_in_space(
         module,
         leaves,

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autopipe.batch import batch_of
 from autopipe.call import Call
 from autopipe.compiled import Compiled, Ready
 from autopipe.configuration import configuration
 from autopipe.errors import OptionError
 from autopipe.face import Face
-from autopipe.options import Options, batch_dims, batch_size
+from autopipe.options import Options
 from autopipe.planner import Plan, plan
 from autopipe.progress import Progress, silent
 from autopipe.report.stages import StageView, views
@@ -162,8 +163,7 @@ class Pipeline(Face):
         *,
         strict: bool,
     ) -> tuple[Compiled, Ready, Callable[[frozenset[str]], Ready]]:
-        dims = batch_dims(self.options.in_dims, self.model, args, kwargs)
-        batch = batch_size(leaves, dims)
+        dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)
         mode = configuration(self.model)
         structure = Structure.of(leaves, spec)
         known = self._structures.setdefault(mode, set())

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from autopipe.errors import DeviceError, InputError, OptionError, UnsupportedError
+from autopipe.errors import DeviceError, OptionError, UnsupportedError
 from autopipe.passes.phases import POLICIES
 from autopipe.passes.schedule import KNOWN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
+
+    from torch import Tensor
 
 EXECUTED = ("gpipe",)
 """The schedules that the runtime runs (the simulator knows more)."""
@@ -151,96 +150,3 @@ def _device(value: str | torch.device, gpus: int) -> torch.device:
         expected='"cpu"' + (f' or "cuda:0" … "cuda:{gpus - 1}"' if gpus else " (there is no GPU)"),
         found=repr(str(value)),
     )
-
-
-def batch_dims(
-    in_dims: Any, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[int | None, ...]:
-    """For each leaf of ``(args, kwargs)``, the dimension that micro-batches cut, or None.
-
-    Args:
-        in_dims: an integer or None for all inputs; a tuple for the positional ones (keyword inputs
-            are then batched in dimension 0), its entries nested like the inputs if need be; or a
-            dict by argument name, in which what is left out is batched in dimension 0. Tensors
-            without dimensions are never batched.
-        model: for the names of its arguments.
-    """
-    kwargs = dict(sorted(kwargs.items()))  # as `structure.flatten` does
-    if isinstance(in_dims, dict):
-        names = _argument_names(model, len(args))
-        unknown = set(in_dims) - set(names) - set(kwargs)
-        if unknown:
-            raise OptionError(
-                "in_dims names inputs that the call does not have",
-                expected=f"some of {sorted({*names, *kwargs})}",
-                found=str(sorted(unknown)),
-            )
-        of_args: Any = tuple(in_dims.get(n, 0) for n in names)
-        of_kwargs: Any = {n: in_dims.get(n, 0) for n in kwargs}
-    elif isinstance(in_dims, (tuple, list)):
-        of_args, of_kwargs = tuple(in_dims), 0
-    else:
-        of_args = of_kwargs = in_dims
-    found: list[int | None] = []
-    for leaf, dim in zip(
-        pytree.tree_leaves((args, kwargs)),
-        [*_spread(of_args, args, "args"), *_spread(of_kwargs, kwargs, "kwargs")],
-        strict=True,
-    ):
-        if dim is None or not isinstance(leaf, Tensor) or leaf.ndim == 0:
-            found.append(None)
-            continue
-        if not -leaf.ndim <= dim < leaf.ndim:
-            raise InputError(
-                f"in_dims asks for dimension {dim} of a tensor that has {leaf.ndim}",
-                expected="a dimension of every batched input; None for those that are not",
-                found=f"shape {tuple(leaf.shape)}",
-            )
-        found.append(dim % leaf.ndim)
-    return tuple(found)
-
-
-def _argument_names(model: Any, count: int) -> list[str]:
-    forward = model.forward if isinstance(model, nn.Module) else model.module().forward
-    return list(inspect.signature(forward).parameters)[:count]
-
-
-def _spread(dims: Any, value: Any, where: str) -> list[int | None]:
-    """`dims` for every leaf of `value`, of whose structure it may be a prefix."""
-    if dims is None or isinstance(dims, int):
-        return [dims] * len(pytree.tree_leaves(value))
-    if isinstance(dims, (tuple, list)) and isinstance(value, (tuple, list)):
-        if len(dims) == len(value):
-            pairs = zip(dims, value, strict=True)
-            return [d for n, (a, b) in enumerate(pairs) for d in _spread(a, b, f"{where}[{n}]")]
-    elif isinstance(dims, dict) and isinstance(value, dict) and dims.keys() == value.keys():
-        return [d for k, v in value.items() for d in _spread(dims[k], v, f"{where}[{k!r}]")]
-    raise OptionError(
-        "in_dims does not fit the inputs",
-        expected=f"an integer, None or the structure of {where}",
-        found=repr(dims),
-    )
-
-
-def batch_size(leaves: Sequence[Any], dims: Sequence[int | None]) -> int:
-    """The number of samples, on which all batched inputs must agree."""
-    sizes = [x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None]
-    if not sizes:
-        raise InputError(
-            "no input has a batch dimension",
-            remedy="pass at least one batched tensor; in_dims says which dimension it is",
-        )
-    if len(set(sizes)) > 1:
-        shapes = [
-            f"{tuple(x.shape)} in dimension {d}"
-            for x, d in zip(leaves, dims, strict=True)
-            if d is not None
-        ]
-        raise InputError(
-            "the inputs differ in their number of samples",
-            found="; ".join(shapes),
-            remedy="say which inputs are not batched, for example in_dims={'mask': None}",
-        )
-    if sizes[0] == 0:
-        raise InputError("a batch without samples", found="0 samples")
-    return int(sizes[0])

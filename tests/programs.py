@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autopipe.options import batch_dims
+from autopipe.batch import batch_of
 from autopipe.passes import phases
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
@@ -35,7 +35,7 @@ def captured_of(
 ) -> Captured:
     """Capture `model(*args, **kwargs)`; writes to buffers stay, so that later passes see them."""
     leaves, spec = flatten(args, kwargs)
-    dims = batch_dims(in_dims, model, args, kwargs)
+    dims, _ = batch_of(in_dims, model, args, kwargs)
     return capture(model, leaves, spec, dims, whole=whole, batch_norm=batch_norm)
 
 

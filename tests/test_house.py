@@ -69,6 +69,7 @@ FORBIDDEN = {
     # within: what it must not import. The generated text, not the passes, imports the runtime.
     "autopipe.passes": [
         "autopipe.api",
+        "autopipe.batch",
         "autopipe.call",
         "autopipe.compiled",
         "autopipe.module",
@@ -79,6 +80,7 @@ FORBIDDEN = {
     ],
     "autopipe.runtime": [
         "autopipe.api",
+        "autopipe.batch",
         "autopipe.call",
         "autopipe.compiled",
         "autopipe.module",
@@ -88,6 +90,7 @@ FORBIDDEN = {
         "autopipe.report",
     ],
     "autopipe.errors": ["autopipe", "torch"],
+    "autopipe.batch": ["autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"],
     "autopipe.options": ["autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"],
     "autopipe.report": ["autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"],
     "autopipe.compiled": ["autopipe.api", "autopipe.module", "autopipe.call"],

@@ -608,8 +608,20 @@ def test_a_call_without_batch_is_refused() -> None:
         pipe(batch())
     with pytest.raises(InputError, match="without samples"):
         pipelined(Model(lambda s, x: s.last(x)))(batch(0))
-    with pytest.raises(InputError, match="differ in their number of samples"):
-        pipelined(Model(lambda s, x, y: s.last(x) * y))(batch(4), batch(1))
+
+
+def test_inputs_that_differ_in_their_number_of_samples_are_named() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, pair: list[Tensor], *more: Tensor, mask: Tensor) -> Tensor:
+            return x + pair[0] + pair[1] + more[0] + mask
+
+    with pytest.raises(InputError, match="differ in their number of samples") as raised:
+        pipelined(Sum())(batch(4), [batch(4), batch(1)], batch(4), mask=torch.randn(D))
+    assert raised.value.found == (
+        f"x: 4 in dimension 0 of (4, {D}); pair: 4 in dimension 0 of (4, {D}); "
+        f"pair: 1 in dimension 0 of (1, {D}); args[2]: 4 in dimension 0 of (4, {D}); "
+        f"mask: {D} in dimension 0 of ({D},)"
+    )
 
 
 # ------------------------------------------------------------------------------- other front doors

@@ -1,0 +1,124 @@
+"""Which inputs of a call are batched, in which dimension, and how many samples they hold."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopipe.errors import InputError, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def batch_of(
+    in_dims: Any, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[int | None, ...], int]:
+    """Where the samples of a call lie.
+
+    Args:
+        in_dims: an integer or None for all inputs; a tuple for the positional ones (keyword inputs
+            are then batched in dimension 0), its entries nested like the inputs if need be; or a
+            dict by argument name, in which what is left out is batched in dimension 0. Tensors
+            without dimensions are never batched.
+        model: for the names of its arguments.
+
+    Returns:
+        For each leaf of ``(args, kwargs)`` the dimension that micro-batches cut, or None; and the
+        number of samples.
+
+    Raises:
+        OptionError: `in_dims` does not fit the inputs.
+        InputError: there is no sample, or batched inputs differ in how many they hold.
+    """
+    kwargs = dict(sorted(kwargs.items()))  # as `structure.flatten` does
+    leaves = pytree.tree_leaves((args, kwargs))
+    asked = chain(*_asked(in_dims, model, args, kwargs))
+    dims = tuple(_dim(leaf, dim) for leaf, dim in zip(leaves, asked, strict=True))
+    sizes = [x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None]
+    if not sizes:
+        raise InputError(
+            "no input has a batch dimension",
+            remedy="pass at least one batched tensor; in_dims says which dimension it is",
+        )
+    if len(set(sizes)) > 1:
+        named = [*zip(_names(model, len(args)), args, strict=True), *kwargs.items()]
+        names = [name for name, value in named for _ in pytree.tree_leaves(value)]
+        found = [
+            f"{name}: {x.shape[d]} in dimension {d} of {tuple(x.shape)}"
+            for name, x, d in zip(names, leaves, dims, strict=True)
+            if d is not None
+        ]
+        raise InputError(
+            "the inputs differ in their number of samples",
+            found="; ".join(found),
+            remedy="say which inputs are not batched, for example in_dims={'mask': None}",
+        )
+    if sizes[0] == 0:
+        raise InputError("a batch without samples", found="0 samples")
+    return dims, int(sizes[0])
+
+
+def _asked(
+    in_dims: Any, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[int | None], list[int | None]]:
+    """What `in_dims` says of the leaves of `args` and of those of `kwargs`."""
+    if isinstance(in_dims, dict):
+        names = _names(model, len(args))
+        unknown = set(in_dims) - set(names) - set(kwargs)
+        if unknown:
+            raise OptionError(
+                "in_dims names inputs that the call does not have",
+                expected=f"some of {sorted({*names, *kwargs})}",
+                found=str(sorted(unknown)),
+            )
+        of_args: Any = tuple(in_dims.get(n, 0) for n in names)
+        of_kwargs: Any = {n: in_dims.get(n, 0) for n in kwargs}
+    elif isinstance(in_dims, (tuple, list)):
+        of_args, of_kwargs = tuple(in_dims), 0
+    else:
+        of_args = of_kwargs = in_dims
+    return _spread(of_args, args, "args"), _spread(of_kwargs, kwargs, "kwargs")
+
+
+def _names(model: Any, count: int) -> list[str]:
+    """What the model calls its first `count` arguments."""
+    forward = model.forward if isinstance(model, nn.Module) else model.module().forward
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in kinds][:count]
+    return names + [f"args[{i}]" for i in range(len(names), count)]
+
+
+def _dim(leaf: Any, dim: int | None) -> int | None:
+    """The dimension in which a leaf is batched, counted from the first."""
+    if dim is None or not isinstance(leaf, Tensor) or leaf.ndim == 0:
+        return None
+    if not -leaf.ndim <= dim < leaf.ndim:
+        raise InputError(
+            f"in_dims asks for dimension {dim} of a tensor that has {leaf.ndim}",
+            expected="a dimension of every batched input; None for those that are not",
+            found=f"shape {tuple(leaf.shape)}",
+        )
+    return dim % leaf.ndim
+
+
+def _spread(dims: Any, value: Any, where: str) -> list[int | None]:
+    """`dims` for every leaf of `value`, of whose structure it may be a prefix."""
+    if dims is None or isinstance(dims, int):
+        return [dims] * len(pytree.tree_leaves(value))
+    if isinstance(dims, (tuple, list)) and isinstance(value, (tuple, list)):
+        if len(dims) == len(value):
+            pairs = zip(dims, value, strict=True)
+            return [d for n, (a, b) in enumerate(pairs) for d in _spread(a, b, f"{where}[{n}]")]
+    elif isinstance(dims, dict) and isinstance(value, dict) and dims.keys() == value.keys():
+        return [d for k, v in value.items() for d in _spread(dims[k], v, f"{where}[{k!r}]")]
+    raise OptionError(
+        "in_dims does not fit the inputs",
+        expected=f"an integer, None or the structure of {where}",
+        found=repr(dims),
+    )
