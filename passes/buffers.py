@@ -73,6 +73,29 @@ def defer(
     return walk.value, walk.how
 
 
+def check_rows(graph: fx.Graph, inputs: Sequence[Input]) -> None:
+    """Refuse writes of the batch's samples to rows of a buffer: which rows, each micro-batch would
+    say for itself.
+
+    Raises:
+        UnsupportedError: with the call and the buffer.
+    """
+    names = {i.name: i.target for i in inputs if i.kind is Kind.BUFFER}
+    buffers = {storage_id_of(n): names[n.name] for n in graph.nodes if n.name in names}
+    for node in graph.nodes:
+        for target in written_arguments(node):
+            shape = target.meta["val"].shape
+            if storage_id_of(target) in buffers and any(size(n).free_symbols for n in shape):
+                raise UnsupportedError(
+                    "the samples of a batch are written to a buffer",
+                    node=node.name,
+                    source=source_line(node),
+                    found=f"{node.target} writes to {buffers[storage_id_of(target)]} sample by"
+                    " sample; micro-batches would all write to the same rows",
+                    remedy="return the samples, and write them to the buffer after the call",
+                )
+
+
 class _Walk:
     """One walk in program order.
 
@@ -160,8 +183,6 @@ class _Walk:
     def out_of_place(self, node: fx.Node, targets: list[fx.Node]) -> fx.Node:
         """What a call would write, as a value of its own."""
         old = targets[0].meta["val"]
-        if any(size(n).free_symbols for n in old.shape):
-            self.refuse(node, targets, "sample by sample")
         if node.target is aten.copy_.default:  # aten.copy has no derivative
             new = self.add(node, aten.expand.default, node.args[1], list(old.shape))
             return self.add(node, aten.clone.default, self.cast(node, new, old.dtype))

@@ -23,7 +23,7 @@ from autopipe.errors import CaptureError, InputError, UnsupportedError
 from ._torch import free_unbacked_symbols
 from .assigned import kept_apart
 from .branches import branches
-from .buffers import defer
+from .buffers import check_rows, defer
 from .combine import combine
 from .ctc import ctc_losses
 from .export import Sizes, export
@@ -139,6 +139,7 @@ def capture(
         updates = defer(graph, inputs)[0] if cumulative else {}
         combined = combine(graph, inputs, {}, updates=updates)
     else:
+        check_rows(graph, inputs)
         updates, stated = defer(graph, inputs) if batch_norm == "deferred" else ({}, {})
         wanted = [*results_of(graph), *updates.values()]
         states, tried = settle(

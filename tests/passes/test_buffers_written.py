@@ -494,6 +494,19 @@ def test_what_cannot_be_deferred_is_refused(f: Any, name: str) -> None:
     assert_close(found, torch.cat([twin(chunk) for chunk in x().tensor_split(3)]))
 
 
+@pytest.mark.parametrize("batch_norm", ["deferred", "micro"])
+def test_samples_written_to_rows_are_refused(batch_norm: str) -> None:
+    def banks(s: Any, x: Tensor) -> Tensor:
+        s.queue[: x.shape[0]] = x.detach()
+        return s.layer(x)
+
+    with pytest.raises(UnsupportedError, match="sample by sample") as caught:
+        pipelined(Holds(banks), devices=1, batch_norm=batch_norm)(x())
+    assert "queue" in str(caught.value.found)
+    assert str(caught.value.source).startswith(banks.__code__.co_filename)
+    assert_steps_agree(Holds(banks), *batches(), chunks=1)
+
+
 def test_a_buffer_that_shows_another_is_refused() -> None:
     """Of those that a forward uses: they are two placeholders of the graph, in eager one memory."""
 
