@@ -20,7 +20,15 @@ from torch import fx
 from autopipe.errors import UnsupportedError
 
 from ._torch import storage_id, storage_id_of
-from .graphs import HIDDEN_WRITES, add_call, size, source_line, tensors_of, written_arguments
+from .graphs import (
+    HIDDEN_WRITES,
+    add_call,
+    functional_of,
+    size,
+    source_line,
+    tensors_of,
+    written_arguments,
+)
 from .spec import Input, Kind
 from .statistics import NORMS, momentum_of, own_statistics
 
@@ -47,12 +55,6 @@ SCATTERS = {
     aten.diagonal.default: aten.diagonal_scatter.default,
 }
 """View of some entries → the call that puts new ones in their place."""
-
-OTHER_NAMES = {
-    aten.zero_.default: aten.zeros_like.default,  # aten.zero has no derivative
-    aten.normal_.default: aten.normal_functional.default,
-}
-"""What writes in place → the same out of place, where the name does not tell."""
 
 
 def defer(
@@ -260,19 +262,3 @@ class _Walk:
             remedy='write to it by a plain call in place (copy_, add_); or batch_norm="micro", with'
             " which buffers are written once per micro-batch",
         )
-
-
-def functional_of(target: Any) -> Any:
-    """``add`` for ``add_``, ``div`` for ``div(out=)``: what takes the same and writes nowhere."""
-    if target in OTHER_NAMES:
-        return OTHER_NAMES[target]
-    schema = target._schema
-    name = schema.name.removeprefix("aten::")
-    packet = getattr(aten, name[:-1], None) if name.endswith("_") else target.overloadpacket
-    wanted = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
-    for overload in packet.overloads() if packet is not None else ():
-        found = getattr(packet, overload)._schema
-        writes = found.is_mutable or any(r.alias_info is not None for r in found.returns)
-        if not writes and [(a.name, str(a.type)) for a in found.arguments] == wanted:
-            return getattr(packet, overload)
-    return None

@@ -26,17 +26,24 @@ from torch import fx
 from autopipe.errors import CouplingError
 
 from .epilogue import Epilogue
-from .graphs import add_call, emit_size, is_random, is_size, source_line, spec_of
+from .graphs import (
+    add_call,
+    emit_size,
+    is_random,
+    is_size,
+    source_line,
+    spec_of,
+    written_arguments,
+)
 from .ir import Input, Kind, Leaf, Output, results_of
 from .samples import STATIC, Mixed, Reduced, Samples
+from .sums import added_to, addend, counts
 from .writes import Writes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 aten = torch.ops.aten
-
-SUM = 2  # ATen's number for `reduction`
 
 
 @dataclass(frozen=True)
@@ -159,9 +166,9 @@ class _Combine:
         state = self.state(node)
         if isinstance(state, Mixed):
             return state.node
-        if not isinstance(state, Reduced) or state.how is not None:
+        if not isinstance(state, Reduced) or state.how not in (None, "added"):
             return None
-        if self._is_first(node):
+        if state.how is None and self._is_first(node):
             return node
         return next((o for n in node.all_input_nodes if (o := self.obstacle(n)) is not None), None)
 
@@ -213,7 +220,10 @@ class _Combine:
         mean of means weighted by samples; a mean over what is not ignored is Σ sums / Σ counts.
         """
         if state.how == "counted":
-            return self.counted_mean(node)
+            ratio = [self.yields(n, "sum") for n in counts(self.graph, node)]
+            return add_call(self.epilogue.graph, aten.div.Tensor, *ratio)
+        if state.how == "added":
+            return self.added(node)
         if state.how is not None:
             return self.yields(node, state.how)
         return self.copied(node)
@@ -250,9 +260,17 @@ class _Combine:
 
     def copied(self, node: fx.Node) -> fx.Node:
         """The call itself, in the epilogue."""
+        if self.state(node) == Reduced("added"):
+            return self.added(node)
         if self._is_first(node):
             refuse(node, "a result is reduced over the batch in a way that has no known sum")
         return self.epilogue.copied(node, partial(self._argument, node))
+
+    def added(self, node: fx.Node) -> fx.Node:
+        """What the batch adds to a value, added to the whole's; in place where the call is."""
+        added = self.yields(addend(self.graph, node), "sum")
+        add = aten.add_.Tensor if written_arguments(node) else aten.add.Tensor
+        return add_call(self.epilogue.graph, add, self._argument(node, added_to(node)), added)
 
     def _argument(self, reader: fx.Node, node: fx.Node) -> Any:
         if is_size(node):
@@ -291,24 +309,6 @@ class _Combine:
             self.outputs[node] = Output(spec_of(node), how, dim, self.internal)
             self.env[node] = self.epilogue.given(node)
         return self.env[node]
-
-    def counted_mean(self, node: fx.Node) -> fx.Node:
-        """Cross entropy and its kin: the mean over targets that are not `ignore_index`, by class
-        weight. A chunk with nothing to count adds 0 to both sums."""
-        operator: Any = node.target
-        names = [a.name for a in operator._schema.arguments]
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        target, weight = given["target"], given.get("weight")
-        with self.graph.inserting_before(node.next):  # its arguments may be written to later
-            total = add_call(self.graph, operator, **given | {"reduction": SUM})
-            kept = add_call(self.graph, aten.ne.Scalar, target, given.get("ignore_index", -100))
-            if weight is not None:
-                index = add_call(self.graph, aten.where.ScalarOther, kept, target, 0)
-                weights = add_call(self.graph, aten.index.Tensor, weight, [index])
-                kept = add_call(self.graph, aten.mul.Tensor, weights, kept)
-            count = add_call(self.graph, aten.sum.default, kept)
-        ratio = (self.yields(total, "sum"), self.yields(count, "sum"))
-        return add_call(self.epilogue.graph, aten.div.Tensor, *ratio)
 
 
 def refuse(node: fx.Node, reason: str) -> NoReturn:

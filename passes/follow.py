@@ -103,8 +103,9 @@ class _Walk:
         call = Call(node, self.states)
         state = checked(call, state_of(call))
         hidden = node.target in HIDDEN_WRITES
+        written = REDUCED if hidden or isinstance(state, Reduced) else state
         for target in written_arguments(node):
-            self.write(target, REDUCED if hidden else state, call)
+            self.write(target, written, call)
         return state
 
     def write(self, target: fx.Node, new: Any, call: Call) -> None:

@@ -150,6 +150,29 @@ def is_integer(node: fx.Node) -> bool:
     )
 
 
+OTHER_NAMES = {
+    aten.zero_.default: aten.zeros_like.default,  # aten.zero has no derivative
+    aten.normal_.default: aten.normal_functional.default,
+}
+"""What writes in place → the same out of place, where the name does not tell."""
+
+
+def functional_of(target: Any) -> Any:
+    """``add`` for ``add_``, ``div`` for ``div(out=)``: what takes the same and writes nowhere."""
+    if target in OTHER_NAMES:
+        return OTHER_NAMES[target]
+    schema = target._schema
+    name = schema.name.removeprefix("aten::")
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else target.overloadpacket
+    wanted = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)._schema
+        writes = found.is_mutable or any(r.alias_info is not None for r in found.returns)
+        if not writes and [(a.name, str(a.type)) for a in found.arguments] == wanted:
+            return getattr(packet, overload)
+    return None
+
+
 def add_call(graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Node:
     """Append a call to a captured graph, with its looks worked out on the spot."""
     node = graph.call_function(target, args, kwargs)

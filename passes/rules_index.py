@@ -14,6 +14,7 @@ from .samples import (
     REDUCED,
     STATIC,
     Mixed,
+    Reduced,
     Samples,
     State,
     aligned,
@@ -92,6 +93,21 @@ def pointwise_index(call: Call) -> State:
     return state
 
 
+def scatter_add(call: Call) -> State:
+    """Entries added to those that indices say, along `dim`; scatter_reduce with "sum" is the same.
+
+    Added to what holds no samples, they are a sum over the batch.
+    """
+    adds = "reduce" not in call or (call["reduce"] == "sum" and call["include_self"])
+    if isinstance(call.state(call["self"]), Samples) or not adds:
+        return pointwise_index(call)
+    parts = join(call, [call.state(call["index"]), call.state(call["src"])])
+    if isinstance(parts, Samples):  # along another dimension it would be row by row
+        along = call["dim"] % len(call.out) == parts.dim
+        return Reduced("added") if along else call.mixed(PLACES)
+    return parts
+
+
 def bucketize(call: Call) -> State:
     """Where entries would be put into boundaries, which are the same for all."""
     return _among(call, call["boundaries"]) or aligned(call, call.tensors)
@@ -133,8 +149,12 @@ def index_select(call: Call) -> State:
 
 def index(call: Call) -> State:
     """``x[i, j, :]`` with tensors i, j; also `index_put`, whose result is x again."""
-    table, given = call["self"], call["indices"]
-    state = call.state(table)
+    return _picked(call, call.state(call["self"]))
+
+
+def _picked(call: Call, state: State) -> State:
+    """What an index picks of a tensor in this state."""
+    given = call["indices"]
     if any(i is not None and i.meta["val"].dtype is torch.bool for i in given):
         return call.undecided("entries are picked by a mask")
     at = [d for d, i in enumerate(given) if i is not None]
@@ -186,17 +206,15 @@ def index_put(call: Call) -> State:
             at_front = call["indices"][0] is masks[0] and len(given) == 1
             return join(call, [state, parts]) if at_front else call.undecided("written by a mask")
         return call.undecided("entries are written by a mask")
-    written = index(call)
-    if isinstance(written, Mixed):
-        return written
-    if state == STATIC and call.state(values) == STATIC and written == STATIC:
-        return STATIC
-    if not isinstance(state, Samples):
-        return REDUCED
     value = call.state(values)
     if isinstance(value, Samples):
         value = value.at(value.dim + _index_rank(call) - call.rank(values))
-    joint = join(call, [written, value])
+    if not isinstance(state, Samples):
+        joint = join(call, [_picked(call, STATIC), value])
+        if isinstance(joint, Samples):
+            return Reduced("added" if call["accumulate"] else None)
+        return join(call, [state, joint])
+    joint = join(call, [_picked(call, state), value])
     return joint if isinstance(joint, Mixed) else state
 
 
@@ -206,7 +224,18 @@ def _index_rank(call: Call) -> int:
 
 
 def index_add(call: Call) -> State:
-    """index_add, index_copy, index_fill: rows along `dim` are changed."""
+    """Rows added to those that indices say; to what holds no samples, a sum over the batch."""
+    if isinstance(call.state(call["self"]), Samples):
+        return rows(call)
+    index, source = call.state(call["index"]), call.state(call["source"])
+    if isinstance(index, Samples):
+        index = index.at(call["dim"] % max(len(call.out), 1))
+    parts = join(call, [index, source])
+    return Reduced("added") if isinstance(parts, Samples) else parts
+
+
+def rows(call: Call) -> State:
+    """Rows along `dim` are changed."""
     nodes = call.tensors
     state = call.state(nodes[0])
     dim = call["dim"] % max(call.rank(nodes[0]), 1)
@@ -219,6 +248,16 @@ def index_add(call: Call) -> State:
     return aligned(call, [n for n in nodes if call.rank(n) == call.rank(nodes[0])])
 
 
+def histc(call: Call) -> State:
+    """How many entries fall between fixed numbers."""
+    state = join(call, [call.state(call.first)])
+    if not isinstance(state, Samples):
+        return state
+    if call["min"] == call["max"]:
+        return call.mixed("its bounds are the batch's smallest and largest entry")
+    return Reduced("sum")
+
+
 RULES = table(
     {
         new: "zeros ones full empty rand randn randint new_zeros new_ones new_full new_empty"
@@ -227,14 +266,17 @@ RULES = table(
         scalar: "scalar_tensor tensor",
         arange: "arange",
         among_all: "eye randperm tril_indices triu_indices linspace",
-        pointwise_index: "gather take_along_dim scatter scatter_add scatter_reduce",
+        pointwise_index: "gather take_along_dim scatter",
+        scatter_add: "scatter_add scatter_reduce",
         bucketize: "bucketize",
         searchsorted: "searchsorted",
         isin: "isin",
         index_select: "index_select",
         index: "index _unsafe_index",
         index_put: "index_put _unsafe_index_put _index_put_impl",
-        index_add: "index_add index_copy index_fill",
+        index_add: "index_add",
+        rows: "index_copy index_fill",
+        histc: "histc",
     }
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import sympy
 from torch import fx
 
 from .graphs import owner_of, size
@@ -19,6 +20,7 @@ from .samples import (
     factor,
     fresh,
     join,
+    reshaped,
 )
 from .spec import B
 
@@ -127,12 +129,17 @@ def repeat(call: Call) -> State:
 
 def repeat_interleave(call: Call) -> State:
     """Each entry several times: along the batch, more of each sample."""
-    node, state = call.first, call.state(call.first)
-    if not isinstance(state, Samples) or call["dim"] is None:
-        return state if not isinstance(state, Samples) else call.undecided("it flattens the batch")
-    if call["dim"] % call.rank(node) != state.dim or state.numbered is not None:
+    state: State = call.state(call.first)
+    shape, dim = call.shape(call.first), call["dim"]
+    if dim is None and isinstance(state, Samples):  # of all entries in a row
+        whole, dim = shape, 0
+        shape = (sympy.prod(whole),)
+        state = reshaped(call, state, whole, shape)
+    if not isinstance(state, Samples):
+        return state
+    if dim % len(shape) != state.dim or state.numbered is not None:
         return join(call, [state])
-    times = call.out[state.dim] / call.shape(node)[state.dim]
+    times = call.out[state.dim] / shape[state.dim]
     if not times.is_Integer:
         return call.mixed("the batch is repeated as often as it has samples")
     return Samples(state.dim, state.outer, state.inner * int(times))

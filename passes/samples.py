@@ -65,7 +65,8 @@ class Reduced:
     """A reduction over all samples, or what was computed from one.
 
     how: the whole batch's value is the "sum" of the micro-batches', their "mean" weighted by
-    samples, or "counted": a mean over what is not ignored. None: unknown.
+    samples; "counted": a mean over what is not ignored; "added": something the batch does not
+    change, to which each sample adds its part. None: unknown.
     """
 
     how: str | None = None

@@ -29,12 +29,12 @@ class DataDetached(TorchFunctionMode):
 
 @contextmanager
 def noted_hooks(module: nn.Module) -> Iterator[list[str]]:
-    """Name the user's forward hooks that return nothing.
+    """Name the user's forward hooks that return nothing: where they are written, and of what.
 
     What a hook returns is captured. One that returns nothing may only look on (and keep what it
     sees): it runs now, and never again.
     """
-    found: dict[str, None] = {}
+    found: dict[str, list[str]] = {}
 
     def noting(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         code = getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None)
@@ -43,7 +43,7 @@ def noted_hooks(module: nn.Module) -> Iterator[list[str]]:
             result = hook(*args, **kwargs)
             if result is None and code is not None and is_users(code.co_filename):
                 where = f"{code.co_filename}:{code.co_firstlineno}"
-                found[f"{path or 'the model'} ({where})"] = None
+                found.setdefault(where, []).append(path or "the model")
             return result
 
         return noted
@@ -62,7 +62,10 @@ def noted_hooks(module: nn.Module) -> Iterator[list[str]]:
     finally:
         for registry, key, hook in originals:
             registry[key] = hook
-        names += found
+        for where, paths in found.items():
+            first, *others = dict.fromkeys(paths)
+            more = f" and {len(others)} more" if others else ""
+            names.append(f"{first}{more} ({where})")
 
 
 @contextmanager

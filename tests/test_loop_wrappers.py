@@ -154,6 +154,15 @@ def test_forward_hooks_of_layers_that_look_on() -> None:
     alike(train)
 
 
+def test_one_forward_hook_of_several_layers_is_named_once() -> None:
+    pipe = pipelined(net())
+    for layer in (pipe.model.first, pipe.model.second):
+        layer.register_forward_hook(lambda m, args, out: None)
+    with pytest.warns(UserWarning, match=r"hook of first and 1 more \(") as warned:
+        train(pipe, 1)
+    assert sum("forward hook" in str(w.message) for w in warned) == 1
+
+
 @pytest.mark.parametrize("wrap", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
 def test_what_a_forward_hook_of_torch_itself_does_is_captured(wrap: Callable[..., Any]) -> None:
     """Weight norm is a hook that returns nothing: it sets the weight. That is no cause to warn."""

@@ -372,6 +372,8 @@ UNCOUPLED: dict[str, Callable[[Tensor], Any]] = {
     "picked per sample": lambda y: y[torch.arange(y.shape[0]), y.argmax(-1)],
     "gathered per sample": lambda y: y.gather(1, y.argsort(1)),
     "repeated in place": lambda y: y.repeat_interleave(2, 0),
+    "entries repeated in a row": lambda y: y.repeat_interleave(2).view(-1, C, 2).sin(),
+    "turned entries repeated": lambda y: y.t().contiguous().repeat_interleave(2).view(C, -1, 2),
     "transposed and back": lambda y: y.t().softmax(0).t(),
     "two per sample": lambda y: y.view(y.shape[0] * 2, -1).sum(-1),
     "sequence first": lambda y: y.view(-1, 3, 2).transpose(0, 1).softmax(0),
