@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autopipe.errors import DeviceError, UnsupportedError
 from autopipe.passes.driver import Lowered, cut_in_space, cut_in_time
 from autopipe.passes.ir import Kind
-from autopipe.passes.phases import received_strides
+from autopipe.passes.phases import Traced, received_strides
 from autopipe.passes.trace import Look
 from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from autopipe.options import Options
-    from autopipe.passes.staged import Split, StagePhases
+    from autopipe.passes.staged import Split
     from autopipe.runtime.transfer import Place
 
 
@@ -140,7 +140,7 @@ class Compiled:
         self.expected = frozenset(reduced or {o.name for o in results})
         self._fits: dict[int, bool] = {}
         self._programs: dict[Hashable, Ready] = {}
-        self._traced: dict[Hashable, StagePhases] = {}
+        self._traced = Traced()
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
 
     def fits(self, batch: int) -> bool:

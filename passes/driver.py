@@ -15,26 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._torch import lazy_code
 from .capture import capture
 from .codegen import Generated, codegen
 from .cost import annotate
-from .phases import phases
+from .phases import Traced, phases
 from .schedule import Scheduled, schedule
 from .split import split
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from torch import nn
     from torch.utils._pytree import TreeSpec
 
-    from .staged import Phased, Split, StagePhases
+    from .staged import Phased, Split
     from .trace import Look
 
 _dumped = itertools.count(1)
 
 
+@lazy_code()
 def cut_in_space(
     model: nn.Module | torch.export.ExportedProgram,
     leaves: Sequence[Any],
@@ -80,6 +82,7 @@ class Lowered:
     generated: Generated
 
 
+@lazy_code()
 def cut_in_time(
     split: Split,
     sizes: Sequence[int],
@@ -90,7 +93,7 @@ def cut_in_time(
     remat: str,
     grad: bool,
     differentiated: frozenset[str],
-    traced: MutableMapping[Hashable, StagePhases],
+    traced: Traced,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Lowered:
     """Phases, schedule and source; `looks` by micro-batch size, the rest as for `phases`."""

@@ -34,12 +34,24 @@ from .staged import Phased, Split, StageGraph, StagePhases
 from .trace import Joint, Look, forward_looks, trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
 aten = torch.ops.aten
 
 POLICIES = ("full", "none", "min-cut")
 """Values of the option `remat` that are implemented."""
+
+
+@dataclasses.dataclass
+class Traced:
+    """What was found out about stages, by everything it depends on: identical ones are traced once.
+
+    looks: what their results look like.
+    stages: their phases.
+    """
+
+    looks: dict[Hashable, tuple[Look, ...]] = dataclasses.field(default_factory=dict)
+    stages: dict[Hashable, StagePhases] = dataclasses.field(default_factory=dict)
 
 
 def phases(
@@ -51,7 +63,7 @@ def phases(
     remat: str,
     grad: bool,
     differentiated: frozenset[str],
-    traced: MutableMapping[Hashable, StagePhases],
+    traced: Traced,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Phased:
     """Trace and cut every stage at one micro-batch size.
@@ -65,7 +77,7 @@ def phases(
         grad: False for inference: the forward alone, traced under no_grad.
         differentiated: outputs for which a gradient will come, if one can; if it can for none of
             them, all others count.
-        traced: stages cut so far, by everything they depend on; identical ones are traced once.
+        traced: what is known so far, and grows.
         progress: told about each stage.
 
     Raises:
@@ -74,13 +86,13 @@ def phases(
     _check_statistics(split, size)
     known = {name: (look, devices[0]) for name, look in looks.items()}
     inputs: list[list[Look]] = []
-    memo: dict[Hashable, tuple[Look, ...]] = {}
     for stage, device in zip(split.stages, devices, strict=True):
         inputs.append([_arrived(known[n], device) for n in stage.signature])
-        key: Hashable = (stage.fingerprint, tuple(inputs[-1]), device.type, _autocast(device))
-        if key not in memo:
-            memo[key] = forward_looks(stage, inputs[-1], device, grad=grad)
-        known |= {n: (look, device) for n, look in zip(stage.returns, memo[key], strict=True)}
+        key: Hashable = (stage.fingerprint, tuple(inputs[-1]), device.type, grad, _autocast(device))
+        if key not in traced.looks:
+            traced.looks[key] = forward_looks(stage, inputs[-1], device, grad=grad)
+        found = traced.looks[key]
+        known |= {n: (look, device) for n, look in zip(stage.returns, found, strict=True)}
     differentiable = frozenset(
         o.name for o in split.captured.outputs if known[o.name][0].requires_grad
     )
@@ -96,11 +108,11 @@ def phases(
             *(tuple(held_and_received), tuple(tangents)),
             *(device.type, remat, grad, _autocast(device)),
         )
-        if key not in traced:
+        if key not in traced.stages:
             progress(f"tracing stage {stage.index}")
             joint = trace(stage, held_and_received, tangents, device, grad=grad)
-            traced[key] = cut_joint(stage, joint, remat, device)
-        phased = _named(traced[key], stage, [n for *_, n in places])
+            traced.stages[key] = cut_joint(stage, joint, remat, device)
+        phased = _named(traced.stages[key], stage, [n for *_, n in places])
         cut.insert(0, phased)
         for name, node in zip(phased.sent_grads, phased.results()["sent_grads"], strict=True):
             arriving[name] = (Look.of(node.meta["val"]), device)

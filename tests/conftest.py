@@ -1,11 +1,14 @@
-"""Shared by all tests: one thread per operator (so that sums have one order), and GPU skipping."""
+"""Shared by all tests: one thread per operator (so that sums have one order), GPU skipping."""
 
 from __future__ import annotations
+
+import gc
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 100)  # tracing makes objects by the million; this saves a tenth
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

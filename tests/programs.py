@@ -53,7 +53,7 @@ def phased_of(
     remat: str = "full",
     grad: bool = True,
     differentiated: Sequence[str] | None = None,
-    traced: dict[Any, Any] | None = None,
+    traced: phases.Traced | None = None,
 ) -> Phased:
     """Cut a split program in time, for the CPU, from the first `size` samples of a call."""
     looks = {
@@ -69,7 +69,7 @@ def phased_of(
         remat=remat,
         grad=grad,
         differentiated=frozenset(wanted),
-        traced={} if traced is None else traced,
+        traced=traced or phases.Traced(),
     )
 
 

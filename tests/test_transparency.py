@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import autopipe
-from autopipe.passes import driver, phases
 from autopipe.structure import flatten
 
 from .models import MODELS
+from .once import pure_passes_once
 from .reference import Truth, objective, over_chunks
 
 CHUNKS, BATCHES, REMATS = (1, 3, 4), (4, 10), ("none", "full", "min-cut")
@@ -27,33 +27,9 @@ ROUNDING = 2e-6  # of a gradient's own norm per element: promise 2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _trace_once():
-    """Capture and trace are pure: within this module the same work is done once."""
-    captures: dict[Any, Any] = {}
-    traces: dict[Any, Any] = {}
-    capture, trace = driver.capture, phases.trace
-
-    def capture_once(model: nn.Module, leaves: Any, spec: Any, dims: Any, **options: Any) -> Any:
-        chosen = tuple(sorted(options.items(), key=str))
-        key = (type(model), repr(model), str(spec), tuple(dims), chosen, *_looks(leaves))
-        if key not in captures:
-            captures[key] = capture(model, leaves, spec, dims, **options)
-        return captures[key]
-
-    def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:
-        key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, grad)
-        if key not in traces:
-            traces[key] = trace(stage, inputs, tangents, device, grad=grad)
-        return traces[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "capture", capture_once)
-        patch.setattr(phases, "trace", trace_once)
+def _once():
+    with pure_passes_once():
         yield
-
-
-def _looks(leaves: list[Any]) -> list[Any]:
-    return [(x.shape[1:], x.dtype) if isinstance(x, Tensor) else x for x in leaves]
 
 
 @functools.cache

@@ -458,7 +458,7 @@ def test_identical_stages_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> No
     seen = counted(monkeypatch)
     model, x = Layers(5), torch.randn(4, 6)
     cut = split_of(model, 5, x)
-    traced: dict[Any, Any] = {}
+    traced = room.Traced()
     phased = phased_of(cut, model, SIZE, ((x,), {}), traced=traced)
     assert seen == [4, 0]
     assert len({id(s.graph) for s in phased.stages}) == 2
