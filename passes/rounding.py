@@ -9,13 +9,18 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Of the largest entry: kernels round differently for other sizes. 2e-2 for shorter types."""
 
 
+def is_inexact(tensor: Tensor) -> bool:
+    """Of numbers that are rounded: floating point or complex."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def close(found: Tensor, expected: Tensor) -> bool:
     """Of one shape and type, and equal but for rounding."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
-    if not (found.is_floating_point() or found.is_complex()):
+    if not is_inexact(found):
         return torch.equal(found, expected)
     finite = expected[expected.isfinite()].abs()
     scale = finite.max().item() if finite.numel() else 0.0
-    tolerance = TOLERANCE.get(expected.dtype, 2e-2) * scale
+    tolerance = TOLERANCE.get(expected.abs().dtype, 2e-2) * scale
     return torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)

@@ -256,8 +256,8 @@ RULES = table(
     {
         shifted: "mul",
         same: "clone contiguous detach alias lift_fresh lift_fresh_copy to _to_copy type_as"
-        " positive conj resolve_conj resolve_neg view_as_real view_as_complex real imag"
-        " _to_dtype expand_copy long int",
+        " positive conj _conj conj_physical _conj_physical _neg_view resolve_conj resolve_neg"
+        " view_as_real view_as_complex real imag _to_dtype expand_copy long int",
         written: "copy",
         pointwise: "dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout"
         " where fill zero masked_fill rrelu prelu softplus hardtanh gelu silu bernoulli normal"

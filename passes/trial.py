@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from .blocks import cut, put_together
 from .follow import follow
 from .graphs import is_random, is_size, size, source_line, tensors_of, written_arguments
-from .rounding import close
+from .rounding import close, is_inexact
 from .samples import Mixed, Reduced, Samples, batch_dims, factor
 from .spec import Kind, at_batch
 from .tangents import Run, keeps_apart
@@ -190,7 +190,7 @@ class Parts:
 
     def _decide(self, node: fx.Node, state: Mixed) -> Any:
         whole, parts = self.whole[node], self.parts[node]
-        if not isinstance(whole, Tensor) or not whole.is_floating_point():
+        if not isinstance(whole, Tensor) or not is_inexact(whole):
             return state
         if any(p is UnknownError for p in parts):
             return state
@@ -234,7 +234,7 @@ def settle(
 def _arrangements(node: fx.Node) -> list[Samples]:
     """How samples may lie in a result, judging by its shape; the usual one first."""
     tensors = tensors_of(node)
-    if len(tensors) != 1 or not tensors[0].is_floating_point():
+    if len(tensors) != 1 or not is_inexact(tensors[0]):
         return []
     shape = tuple(map(size, tensors[0].shape))
     dims = batch_dims(shape)

@@ -22,6 +22,8 @@ def assert_close(found: Any, expected: Any, what: str = "") -> None:
         return
     assert found.dtype == expected.dtype, what
     assert found.shape == expected.shape, what
+    if expected.is_complex():
+        found, expected = (torch.view_as_real(x.resolve_conj()) for x in (found, expected))
     if not expected.is_floating_point():
         assert torch.equal(found, expected), what
         return

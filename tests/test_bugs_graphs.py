@@ -115,6 +115,28 @@ def test_a_conjugated_value_between_stages(devices: int) -> None:
     assert_agrees(pipelined(Conjugated(), devices=devices), batch())
 
 
+def test_a_conjugated_result() -> None:
+    """``aten._conj`` had no rule, and a trial did not look at complex numbers: it was refused."""
+
+    class Result(Model):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return torch.complex(x, x * 2).detach().conj(), super().forward(x)
+
+    assert_agrees(pipelined(Result(torch.tanh)), batch())
+
+
+def test_complex_samples_put_back_in_order_are_tried() -> None:
+    """What the rules cannot follow is tried, complex or real."""
+
+    class Sorted(Model):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            order, y = x.argmax(1).argsort(), super().forward(x)
+            moved = torch.fft.rfft(y.detach())[order] * 2
+            return moved[order.argsort()], y
+
+    assert_agrees(pipelined(Sorted(torch.tanh), devices=1), batch())
+
+
 def test_a_count_beside_a_differentiable_result() -> None:
     """A result that is reduced over the batch was taken for the loss, though no gradient can come
     from a number of samples; then no program for the backward was made at all."""
