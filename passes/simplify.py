@@ -12,12 +12,9 @@ from .graphs import size
 aten = torch.ops.aten
 
 SQUEEZES: dict[Any, Any] = {
-    aten.squeeze.default: aten.squeeze.dims,
-    aten.squeeze.dim: aten.squeeze.dims,
-    aten.squeeze.dims: aten.squeeze.dims,
-    aten.squeeze_.default: aten.squeeze_.dims,
-    aten.squeeze_.dim: aten.squeeze_.dims,
-    aten.squeeze_.dims: aten.squeeze_.dims,
+    getattr(packet, overload): packet.dims
+    for packet in (aten.squeeze, aten.squeeze_, aten.squeeze_copy)
+    for overload in ("default", "dim", "dims")
 }
 
 DROPOUTS = {

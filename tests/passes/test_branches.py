@@ -87,6 +87,7 @@ def test_a_branch_for_one_size_alone_is_refused_by_line() -> None:
 SQUEEZES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "all": lambda h, x: h[:, :1].squeeze(),
     "in place": lambda h, x: (h[:, :1] * 1).squeeze_(),
+    "a copy": lambda h, x: torch.squeeze_copy(h[:, :1]),
     "one": lambda h, x: h[:, None].squeeze(1),
     "two": lambda h, x: h[:, None, :1].squeeze((1, 2)),
     "the batch's": lambda h, x: h.squeeze(0).sin(),
