@@ -4,7 +4,7 @@ from autopipe.api import compile, plan
 from autopipe.module import Pipeline
 from autopipe.passes.partition import CostGraph, Partition, partition
 from autopipe.passes.simulate import Timeline, simulate
-from autopipe.planner import Plan
+from autopipe.plans import Plan
 
 __version__ = "0.1.0"
 

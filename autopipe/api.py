@@ -12,22 +12,24 @@ from autopipe.errors import OptionError
 from autopipe.module import Pipeline
 from autopipe.options import check
 from autopipe.passes.driver import cut_in_space
-from autopipe.planner import Plan
 from autopipe.planner import plan as make_plan
+from autopipe.plans import Plan
 from autopipe.runtime import microbatch
 from autopipe.structure import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from os import PathLike
 
 
 def compile(
     model: nn.Module | torch.export.ExportedProgram,
-    devices: int | Sequence[str | torch.device],
-    chunks: int,
+    devices: int | Sequence[str | torch.device] | None = None,
+    chunks: int | None = None,
     *,
-    schedule: str = "gpipe",
-    remat: str | float = "full",
+    plan: Plan | str | PathLike[str] | None = None,
+    schedule: str | None = None,
+    remat: str | float | None = None,
     memory: int | str | None = None,
     in_dims: Any = 0,
     out_reduce: str | None = None,
@@ -46,10 +48,12 @@ def compile(
             where there is no GPU, that many CPU workers.
         chunks: M, the number of micro-batches that a batch is cut into (fewer for a batch with
             fewer samples; it need not divide).
-        schedule: "gpipe": all micro-batches forward, then all backward.
-        remat: what stages keep from forward to backward: "full" only what they received, running
-            their forward again (GPipe section 2.3); "none" all that autograd would; "min-cut" what
-            functorch's partitioner chooses.
+        plan: a `Plan`, or the file of one: its cut, and whatever of devices, chunks, schedule and
+            remat is not given. It must be of this model, with inputs like those it was made with.
+        schedule: "gpipe" (default): all micro-batches forward, then all backward.
+        remat: what stages keep from forward to backward: "full" (default) only what they received,
+            running their forward again (GPipe section 2.3); "none" all that autograd would;
+            "min-cut" what functorch's partitioner chooses.
         memory: must be None (not implemented).
         in_dims: the batch dimension of the inputs, as for `torch.vmap`: an integer for all, None
             for "not batched", a tuple by position or a dict by name.
@@ -71,7 +75,10 @@ def compile(
         CouplingError: the model mixes the samples of a batch.
         InputError: the example inputs have no common batch size.
         PartitionError: the model has too few calls for so many stages.
+        PlanError: the file is no plan, or the plan names calls that this model does not make.
     """
+    if plan is not None and not isinstance(plan, Plan):
+        plan = Plan.load(plan)
     options = check(
         devices=devices,
         chunks=chunks,
@@ -83,6 +90,7 @@ def compile(
         batch_norm=batch_norm,
         loss_fn=loss_fn,
         backend=backend,
+        plan=plan,
     )
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
@@ -155,4 +163,4 @@ def plan(
         batch_norm=batch_norm,
         out_reduce=out_reduce,
     )
-    return make_plan(split, sizes, options)
+    return make_plan(module, split, sizes, options)

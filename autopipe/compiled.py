@@ -13,6 +13,7 @@ from autopipe.errors import DeviceError, UnsupportedError
 from autopipe.passes.driver import Lowered, cut_in_space, cut_in_time
 from autopipe.passes.ir import Kind
 from autopipe.passes.phases import Traced, received_strides
+from autopipe.passes.split import Planned
 from autopipe.passes.trace import Look
 from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load
@@ -118,6 +119,7 @@ class Compiled:
         self.model = model
         self.options = options
         self.places = places
+        plan = options.plan
         self.split: Split = cut_in_space(
             model,
             leaves,
@@ -129,6 +131,8 @@ class Compiled:
             single=single,
             batch_norm=options.batch_norm,
             out_reduce=options.out_reduce,
+            planned=None if plan is None else Planned(plan.graph, plan.starts),
+            must_fit=plan is not None and plan.training == model.training,
             progress=progress,
         )
         captured = self.split.captured

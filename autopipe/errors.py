@@ -78,6 +78,10 @@ class PartitionError(AutopipeError, ValueError):
     """The graph cannot be cut into the stages asked for."""
 
 
+class PlanError(AutopipeError, ValueError):
+    """A file is no plan, or a plan is not one for this model."""
+
+
 class VerifyError(AutopipeError, AssertionError):
     """A pass produced a program that breaks its own rules: a bug in autopipe."""
 

@@ -18,7 +18,8 @@ from autopipe.configuration import configuration
 from autopipe.errors import OptionError
 from autopipe.face import Face
 from autopipe.options import Options
-from autopipe.planner import Plan, plan
+from autopipe.planner import plan
+from autopipe.plans import Plan
 from autopipe.progress import Progress, silent
 from autopipe.report.stages import StageView, views
 from autopipe.runtime import microbatch
@@ -290,7 +291,7 @@ class Pipeline(Face):
     def plan(self) -> Plan:
         """Who runs what, with predicted costs and timeline; `print` it for a table."""
         compiled, ready = self._compiled_or_raise()
-        return plan(compiled.split, ready.program.sizes, self.options)
+        return plan(self.model, compiled.split, ready.program.sizes, self.options)
 
     def explain(self) -> str:
         """The plan as a table: the stages and what crosses between them."""

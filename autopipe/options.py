@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from autopipe.plans import Plan
+
 EXECUTED = ("gpipe",)
 """The schedules that the runtime runs (the simulator knows more)."""
 
@@ -37,26 +39,37 @@ class Options:
     out_reduce: str | None
     batch_norm: str
     loss_fn: Callable[..., Tensor] | None
+    plan: Plan | None = None
 
 
 def check(
     *,
-    devices: int | Sequence[str | torch.device],
-    chunks: int,
-    schedule: str,
-    remat: str | float,
+    devices: int | Sequence[str | torch.device] | None,
+    chunks: int | None,
+    schedule: str | None,
+    remat: str | float | None,
     memory: int | str | None,
     in_dims: Any,
     out_reduce: str | None,
     batch_norm: str,
     loss_fn: Callable[..., Tensor] | None,
     backend: str,
+    plan: Plan | None = None,
 ) -> Options:
-    """Turn what the user wrote into `Options`.
+    """Turn what the user wrote into `Options`; what is None is the plan's, or has a default.
 
     Raises:
         OptionError, DeviceError, UnsupportedError: with what would be right.
     """
+    if plan is not None:
+        devices, chunks, schedule, remat = _planned(plan, devices, chunks, schedule, remat)
+    if devices is None or chunks is None:
+        raise OptionError(
+            "a pipeline needs devices and chunks",
+            expected="devices=8, chunks=16, or a plan that says them",
+            found=f"devices={devices!r}, chunks={chunks!r}",
+        )
+    schedule, remat = schedule or "gpipe", "full" if remat is None else remat
     if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
         raise OptionError(
             "chunks is the number of micro-batches that a batch is cut into",
@@ -101,8 +114,35 @@ def check(
             "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
         )
     return Options(
-        _devices(devices), chunks, schedule, remat, in_dims, out_reduce, batch_norm, loss_fn
+        _devices(devices), chunks, schedule, remat, in_dims, out_reduce, batch_norm, loss_fn, plan
     )
+
+
+def _planned(
+    plan: Plan,
+    devices: int | Sequence[str | torch.device] | None,
+    chunks: int | None,
+    schedule: str | None,
+    remat: str | float | None,
+) -> tuple[Any, int, str, str]:
+    """A plan's own options; those given beside it must be the same (devices: as many)."""
+    K = len(plan.stages)
+    asked = devices if isinstance(devices, int) or devices is None else len(devices)
+    pairs = {
+        "devices": (asked, K),
+        "chunks": (chunks, plan.chunks),
+        "schedule": (schedule, plan.schedule),
+        "remat": (remat, plan.remat),
+    }
+    for name, (given, planned) in pairs.items():
+        if given is not None and given != planned:
+            raise OptionError(
+                f"{name} is not the plan's",
+                expected=f"{name}={planned!r}",
+                found=f"{name}={given!r}",
+                remedy=f"leave {name} to the plan, or make another plan",
+            )
+    return K if devices is None else devices, plan.chunks, plan.schedule, plan.remat
 
 
 def _devices(devices: int | Sequence[str | torch.device]) -> tuple[torch.device, ...]:

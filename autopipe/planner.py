@@ -1,71 +1,84 @@
-"""How a model would be cut and what each device would do, before anything runs.
+"""Split → `Plan`: what each stage does, in numbers.
 
-Today's plan takes devices, chunks, schedule and rematerialization as given, balances the cut by the
-rough costs of the cost pass, and asks the simulator for the timeline. Choosing them under a memory
-limit is not implemented; asking for it is an error (`autopipe.options`).
+Today's planner takes devices, chunks, schedule and rematerialization as given and balances the cut
+by the rough costs of the cost pass. Choosing them under a memory limit is not implemented; asking
+for it is an error (`autopipe.options`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import sympy
+
 from autopipe.passes.cost import BACKWARD_FACTOR
-from autopipe.passes.simulate import Timeline, simulate
-from autopipe.report.stages import StageView, views
-from autopipe.report.table import table
+from autopipe.passes.graphs import fingerprint, is_size
+from autopipe.passes.ir import Kind, at_batch
+from autopipe.passes.staged import CALLER
+from autopipe.plans import Crossing, Plan, StagePlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import nn
+
     from autopipe.options import Options
-    from autopipe.passes.staged import Split
+    from autopipe.passes.staged import Route, Split, StageGraph
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Who runs what.
-
-    Attributes:
-        stages: the stages with their boundary tensors and costs.
-        sizes: samples in each micro-batch.
-        schedule: name of the schedule.
-        remat: rematerialization policy.
-        timeline: predicted; its unit is the mean stage's forward of one micro-batch, since costs
-            are those of a rough device. Transfers are taken as free.
-        notes: what capture did that a reader should know.
-    """
-
-    stages: tuple[StageView, ...]
-    sizes: tuple[int, ...]
-    schedule: str
-    remat: str
-    timeline: Timeline
-    notes: tuple[str, ...]
-
-    @property
-    def balance(self) -> float:
-        """Mean stage over largest stage, by estimated time."""
-        seconds = [s.cost.seconds for s in self.stages]
-        return sum(seconds) / len(seconds) / max(seconds) if max(seconds) else 1.0
-
-    def __str__(self) -> str:
-        return table(self)
-
-
-def plan(split: Split, sizes: Sequence[int], options: Options) -> Plan:
+def plan(model: nn.Module, split: Split, sizes: Sequence[int], options: Options) -> Plan:
     """The plan of a split program for a sequence of micro-batch sizes."""
-    stages = views(split, sizes, options.devices)
-    mean = sum(s.cost.seconds for s in stages) / len(stages) or 1.0
-    forward = [s.cost.seconds / mean for s in stages]
-    timeline = simulate(
-        options.schedule,
-        stages=len(stages),
-        chunks=len(sizes),
-        forward=forward,
-        backward=[(BACKWARD_FACTOR - 1) * f for f in forward],
-        recompute=forward if options.remat == "full" else 0.0,
+    size = max(sizes)
+    made = Plan(
+        model=type(model).__name__,
+        training=model.training,
+        graph=fingerprint(split.captured.graph_module.graph),
+        schedule=options.schedule,
+        remat=options.remat,
+        chunks=options.chunks,
+        sizes=tuple(sizes),
+        stages=tuple(
+            _stage(split, stage, str(device), size, again=options.remat == "full")
+            for stage, device in zip(split.stages, options.devices, strict=True)
+        ),
+        crossings=tuple(_crossing(r, size) for r in split.routes.values() if r.consumers),
+        notes=split.captured.notes,
     )
-    return Plan(
-        stages, tuple(sizes), options.schedule, options.remat, timeline, split.captured.notes
+    made.verify()
+    return made
+
+
+def _stage(split: Split, stage: StageGraph, device: str, size: int, *, again: bool) -> StagePlan:
+    names = [
+        n.name
+        for n in stage.graph_module.graph.nodes
+        if n.op == "call_function" and n.name in split.annotated.costs and not is_size(n)
+    ]
+    costs = [split.annotated.costs[n] for n in names]
+    parameters = [i for i in stage.held if i.kind is Kind.PARAMETER]
+    forward = stage.seconds / BACKWARD_FACTOR
+    return StagePlan(
+        first=names[0] if names else None,
+        calls=len(names),
+        device=device,
+        parameters=tuple(i.target for i in parameters),
+        flops=at_batch(sympy.Add(*(c.flops for c in costs)), size),
+        forward_seconds=forward,
+        backward_seconds=stage.seconds - forward,
+        recompute_seconds=forward if again else 0.0,
+        parameter_bytes=sum(int(i.spec.nbytes) for i in parameters),
+        activation_bytes=at_batch(sympy.Add(*(c.activation_bytes for c in costs)), size),
+    )
+
+
+def _crossing(route: Route, size: int) -> Crossing:
+    dtype = str(route.spec.dtype).removeprefix("torch.")
+    return Crossing(
+        name=route.name,
+        kind=route.kind,
+        looks=f"{dtype}[{', '.join(map(str, route.spec.shape))}]",
+        source=None if route.source == CALLER else route.source,
+        targets=route.consumers,
+        returned=route.output is not None,
+        nbytes=at_batch(route.spec.nbytes, size),
     )

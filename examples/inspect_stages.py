@@ -89,7 +89,7 @@ def main() -> None:
     print(plan)
     print(f"\n{plan.timeline}")
     assert plan.balance > 0.9
-    held = sum(stage.cost.parameter_bytes for stage in plan.stages)
+    held = sum(stage.parameter_bytes for stage in plan.stages)
     assert held == sum(p.nbytes for p in large.parameters())
 
 

@@ -21,7 +21,7 @@ from .codegen import Generated, codegen
 from .cost import annotate
 from .phases import Traced, phases
 from .schedule import Scheduled, schedule
-from .split import split
+from .split import Planned, split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +49,8 @@ def cut_in_space(
     single: bool = False,
     batch_norm: str,
     out_reduce: str | None,
+    planned: Planned | None = None,
+    must_fit: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Split:
     """Capture a model and cut it into stages; arguments as for `capture` and `split`."""
@@ -68,7 +70,7 @@ def cut_in_space(
     annotated = annotate(captured)
     _dump("annotated", annotated)
     progress("splitting")
-    result = split(annotated, stages, batch)
+    result = split(annotated, stages, batch, planned=planned, must_fit=must_fit)
     _dump("split", result)
     return result
 

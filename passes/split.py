@@ -14,11 +14,12 @@ Sizes are not sent: each stage reads the batch size off a tensor it has.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx
 
-from autopipe.errors import PartitionError, UnsupportedError
+from autopipe.errors import PartitionError, PlanError, UnsupportedError
 
 from ._torch import storage_id_of
 from .cost import seconds
@@ -34,6 +35,7 @@ from .graphs import (
 )
 from .ir import Annotated, Captured, Input, Kind, at_batch, results_of
 from .staged import CALLER, Route, Split, StageGraph
+from .users import advise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,41 +45,90 @@ SLACK = 0.03
 known better than that, and a cut between layers saves memory and reads better."""
 
 
-def split(annotated: Annotated, stages: int, batch: int) -> Split:
+class Planned(NamedTuple):
+    """A cut that was chosen before.
+
+    graph: fingerprint of the graph that it was chosen for.
+    starts: the first call of each stage but the first.
+    """
+
+    graph: str
+    starts: tuple[str, ...]
+
+
+def split(
+    annotated: Annotated,
+    stages: int,
+    batch: int,
+    *,
+    planned: Planned | None = None,
+    must_fit: bool = False,
+) -> Split:
     """Cut a captured graph into `stages` stage graphs.
 
     Args:
         annotated: the graph and its costs.
         stages: K ≥ 1.
         batch: micro-batch size at which stages are balanced.
+        planned: where to cut; without it, where stages are balanced best.
+        must_fit: a planned cut must be one of this graph; else one that is not is left alone (in
+            evaluation a model makes other calls than in training).
 
     Raises:
         PartitionError: fewer than K runs of calls can be formed.
+        PlanError: a planned cut is not one of this graph.
     """
     graph = annotated.captured.graph_module.graph
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
     time = [seconds(annotated.costs[n.name], batch) for n in calls]
     if not calls and stages == 1:
         return build(annotated, {}, [0.0])
-    try:
-        positions = cut(
-            time,
-            stages,
-            allowed=_allowed(calls, annotated.captured.inputs),
-            crossing=_crossing(calls, batch),
-            slack=SLACK,
-        )
-    except PartitionError as error:
-        raise PartitionError(
-            f"the model cannot be cut into {stages} stages",
-            expected=f"at least {stages} runs of calls that nothing holds together",
-            found=f"{len(calls)} calls; {error.found or error.problem}",
-            remedy="use fewer devices",
-        ) from error
+    allowed = _allowed(calls, annotated.captured.inputs)
+    positions = None
+    if planned is not None:
+        positions = _planned(planned, calls, allowed, must_fit=must_fit)
+    if positions is None:
+        try:
+            positions = cut(
+                time, stages, allowed=allowed, crossing=_crossing(calls, batch), slack=SLACK
+            )
+        except PartitionError as error:
+            raise PartitionError(
+                f"the model cannot be cut into {stages} stages",
+                expected=f"at least {stages} runs of calls that nothing holds together",
+                found=f"{len(calls)} calls; {error.found or error.problem}",
+                remedy="use fewer devices",
+            ) from error
     bounds = [0, *positions, len(calls)]
     stage_of = {node: k for k in range(stages) for node in calls[bounds[k] : bounds[k + 1]]}
     times = [sum(time[bounds[k] : bounds[k + 1]]) for k in range(stages)]
     return build(annotated, stage_of, times)
+
+
+def _planned(
+    planned: Planned, calls: Sequence[fx.Node], allowed: Sequence[bool], *, must_fit: bool
+) -> tuple[int, ...] | None:
+    """The positions of a planned cut; None if it is not one of this graph, and need not be."""
+    position = {n.name: i for i, n in enumerate(calls)}
+    positions = tuple(position.get(name, -1) for name in planned.starts)
+    rising = all(a < b for a, b in pairwise((0, *positions)))
+    wrong = [n for n, p in zip(planned.starts, positions, strict=True) if p < 1 or not allowed[p]]
+    if rising and not wrong:
+        if must_fit and fingerprint(calls[0].graph) != planned.graph:
+            advise(
+                "the plan was made for a graph that differs from the model's in some calls: it is"
+                " cut as planned, but what was predicted may not hold"
+            )
+        return positions
+    if not must_fit:
+        return None
+    raise PlanError(
+        "the plan is not one for this model",
+        node=wrong[0] if wrong else None,
+        expected="calls of the captured graph, in its order, at which a stage may start",
+        found=", ".join(planned.starts),
+        remedy="make a plan of this model, in the same mode and with the same options",
+    )
 
 
 def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], times: Sequence[float]) -> Split:

@@ -130,6 +130,13 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             autopipe.compile(nn.Linear(4, 4), devices=3, chunks=2)(torch.randn(6, 4))
             """,
     },
+    errors.PlanError: {
+        "A plan of another model": """\
+            large = nn.Sequential(*[nn.Linear(4, 4)] * 3)
+            plan = autopipe.plan(large, 2, 2, args=(torch.ones(4, 4),))
+            autopipe.compile(nn.Linear(4, 4), plan=plan)(torch.randn(6, 4))
+            """,
+    },
     errors.UnsupportedError: {
         "A schedule that is not there yet": """\
             autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2, schedule="zb-h1")

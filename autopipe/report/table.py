@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autopipe.passes.ir import at_batch
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autopipe.planner import Plan
+    from autopipe.plans import Plan
 
 
 def table(plan: Plan) -> str:
     """A plan as text: the stages, what crosses between them, and what the schedule costs."""
-    size, total = max(plan.sizes), sum(s.cost.seconds for s in plan.stages)
+    size, total = max(plan.sizes), sum(s.seconds for s in plan.stages)
     rows = [["stage", "device", "calls", "parameters", "flops", "load", "sends"]]
-    for stage in plan.stages:
-        calls = sum(n.op == "call_function" for n in stage.graph_module.graph.nodes)
-        sent = sum(at_batch(b.nbytes, size) for b in stage.outputs if b.targets)
+    for k, stage in enumerate(plan.stages):
+        sent = sum(c.nbytes for c in plan.crossings if c.source == k)
         rows.append(
             [
-                str(stage.index),
-                str(stage.device),
-                str(calls),
-                nbytes(stage.cost.parameter_bytes),
-                f"{at_batch(stage.cost.flops, size):.2e}",
-                f"{stage.cost.seconds / total:.1%}" if total else "-",
+                str(k),
+                stage.device,
+                str(stage.calls),
+                nbytes(stage.parameter_bytes),
+                f"{stage.flops:.2e}",
+                f"{stage.seconds / total:.1%}" if total else "-",
                 nbytes(sent),
             ]
         )
@@ -38,12 +35,12 @@ def table(plan: Plan) -> str:
         f"flops and bytes are those of a micro-batch of {size}; balance {plan.balance:.3f}"
         f" (mean load / largest), predicted bubble {plan.timeline.bubble:.1%}",
     ]
-    crossing = {b.name: b for s in plan.stages for b in s.inputs if b.source is not None}
+    crossing = [c for c in plan.crossings if c.source is not None]
     if crossing:
         lines.append("between stages:")
-    for boundary in crossing.values():
-        once = " once a step" if boundary.kind == "parameter" else ""
-        lines.append(f"  {boundary}  {nbytes(at_batch(boundary.nbytes, size))}{once}")
+    for one in crossing:
+        once = " once a step" if one.kind == "parameter" else ""
+        lines.append(f"  {one}  {nbytes(one.nbytes)}{once}")
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
