@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.errors import DeviceError, UnsupportedError
+from autopipe.looks import differentiated, input_looks, state_looks
 from autopipe.passes.driver import Lowered, cut_in_space, cut_in_time
 from autopipe.passes.ir import Kind
 from autopipe.passes.phases import Traced, received_strides
 from autopipe.passes.split import Planned
-from autopipe.passes.trace import Look
 from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load
 
@@ -138,10 +138,7 @@ class Compiled:
         captured = self.split.captured
         self.parameters = tuple(i for i in captured.inputs if i.kind is Kind.PARAMETER)
         self.calls = tuple(i for i in captured.inputs if i.kind is Kind.INPUT)
-        # A model that returns its own loss gets its gradient there; else any output may get one.
-        results = [o for o in captured.outputs if not o.internal]
-        reduced = {o.name for o in results if o.combine in ("sum", "mean")}
-        self.expected = frozenset(reduced or {o.name for o in results})
+        self.expected = differentiated(captured)
         self._fits: dict[int, bool] = {}
         self._programs: dict[Hashable, Ready] = {}
         self._traced = Traced()
@@ -221,13 +218,14 @@ class Compiled:
             progress: told what is being done.
         """
         frozen = tuple((p.requires_grad, p.dtype) for p in map(self._parameter, self.parameters))
-        chunks = {size: self._input_looks(leaves, size) for size in dict.fromkeys(sizes)}
+        captured = self.split.captured
+        chunks = {size: input_looks(captured, leaves, size) for size in dict.fromkeys(sizes)}
         key = (
             *(sizes, grad, expected, frozen, tuple(tuple(c.items()) for c in chunks.values())),
             *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
         )
         if key not in self._programs:
-            constant = self._state_looks()
+            constant = state_looks(captured, lambda i: self.tensor(i.kind, i.target))
             lowered = cut_in_time(
                 self.split,
                 sizes,
@@ -245,23 +243,6 @@ class Compiled:
 
     def _parameter(self, item: Any) -> nn.Parameter:
         return parameter(self.model, item.target)
-
-    def _input_looks(self, leaves: Sequence[Any], size: int) -> dict[str, Look]:
-        looks = {}
-        for item in self.calls:
-            tensor = leaves[item.index].detach()
-            if item.batch_dim is not None:
-                tensor = tensor.narrow(item.batch_dim, 0, size)
-            look = Look.of(tensor)._replace(requires_grad=leaves[item.index].requires_grad)
-            looks[item.name] = look.settled()
-        return looks
-
-    def _state_looks(self) -> dict[str, Look]:
-        return {
-            i.name: Look.of(self.tensor(i.kind, i.target))
-            for i in self.split.captured.inputs
-            if i.kind is not Kind.INPUT
-        }
 
     def _load(self, lowered: Lowered, sizes: tuple[int, ...]) -> Program:
         generated = lowered.generated

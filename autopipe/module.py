@@ -291,7 +291,8 @@ class Pipeline(Face):
     def plan(self) -> Plan:
         """Who runs what, with predicted costs and timeline; `print` it for a table."""
         compiled, ready = self._compiled_or_raise()
-        return plan(self.model, compiled.split, ready.program.sizes, self.options)
+        phased = ready.lowered.phased
+        return plan(self.model, compiled.split, phased, ready.program.sizes, self.options)
 
     def explain(self) -> str:
         """The plan as a table: the stages and what crosses between them."""

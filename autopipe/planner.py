@@ -14,21 +14,30 @@ import sympy
 from autopipe.passes.cost import BACKWARD_FACTOR
 from autopipe.passes.graphs import fingerprint, is_size
 from autopipe.passes.ir import Kind, at_batch
+from autopipe.passes.memory import saved_bytes
+from autopipe.passes.schedule import schedule
 from autopipe.passes.staged import CALLER
 from autopipe.plans import Crossing, Plan, StagePlan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
     from autopipe.options import Options
-    from autopipe.passes.staged import Route, Split, StageGraph
+    from autopipe.passes.staged import Phased, Route, Split, StageGraph
 
 
-def plan(model: nn.Module, split: Split, sizes: Sequence[int], options: Options) -> Plan:
-    """The plan of a split program for a sequence of micro-batch sizes."""
+def plan(
+    model: nn.Module,
+    split: Split,
+    phased: Mapping[int, Phased],
+    sizes: Sequence[int],
+    options: Options,
+) -> Plan:
+    """The plan of a split program for a sequence of micro-batch sizes; `phased` by size."""
     size = max(sizes)
+    order = schedule(options.schedule, len(split.stages), len(sizes))
     made = Plan(
         model=type(model).__name__,
         training=model.training,
@@ -38,8 +47,18 @@ def plan(model: nn.Module, split: Split, sizes: Sequence[int], options: Options)
         chunks=options.chunks,
         sizes=tuple(sizes),
         stages=tuple(
-            _stage(split, stage, str(device), size, again=options.remat == "full")
-            for stage, device in zip(split.stages, options.devices, strict=True)
+            _stage(
+                split,
+                stage,
+                str(device),
+                size,
+                again=options.remat == "full",
+                saved=[_saved(phased[s], stage.index) for s in sizes],
+                in_flight=in_flight,
+            )
+            for stage, device, in_flight in zip(
+                split.stages, options.devices, order.in_flight(), strict=True
+            )
         ),
         crossings=tuple(_crossing(r, size) for r in split.routes.values() if r.consumers),
         notes=split.captured.notes,
@@ -48,7 +67,16 @@ def plan(model: nn.Module, split: Split, sizes: Sequence[int], options: Options)
     return made
 
 
-def _stage(split: Split, stage: StageGraph, device: str, size: int, *, again: bool) -> StagePlan:
+def _stage(
+    split: Split,
+    stage: StageGraph,
+    device: str,
+    size: int,
+    *,
+    again: bool,
+    saved: Sequence[int],
+    in_flight: int,
+) -> StagePlan:
     names = [
         n.name
         for n in stage.graph_module.graph.nodes
@@ -68,7 +96,17 @@ def _stage(split: Split, stage: StageGraph, device: str, size: int, *, again: bo
         recompute_seconds=forward if again else 0.0,
         parameter_bytes=sum(int(i.spec.nbytes) for i in parameters),
         activation_bytes=at_batch(sympy.Add(*(c.activation_bytes for c in costs)), size),
+        saved_bytes=max(saved),
+        in_flight=in_flight,
+        peak_saved_bytes=max(
+            sum(saved[m : m + in_flight]) for m in range(len(saved) - in_flight + 1)
+        ),
     )
+
+
+def _saved(phased: Phased, stage: int) -> int:
+    """Bytes that a micro-batch saves; in inference none."""
+    return saved_bytes(phased.stages[stage]) if phased.differentiated else 0
 
 
 def _crossing(route: Route, size: int) -> Crossing:

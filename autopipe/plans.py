@@ -67,6 +67,9 @@ class StagePlan:
         forward_seconds, backward_seconds, recompute_seconds: predicted.
         parameter_bytes: of the parameters that live here.
         activation_bytes: new memory that its forward's calls make.
+        saved_bytes: what a micro-batch keeps from forward to backward.
+        in_flight: how many micro-batches are kept at once, at most.
+        peak_saved_bytes: what they keep together.
     """
 
     first: str | None
@@ -79,6 +82,9 @@ class StagePlan:
     recompute_seconds: float
     parameter_bytes: int
     activation_bytes: int
+    saved_bytes: int
+    in_flight: int
+    peak_saved_bytes: int
 
     @property
     def seconds(self) -> float:

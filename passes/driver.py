@@ -85,21 +85,20 @@ class Lowered:
 
 
 @lazy_code()
-def cut_in_time(
+def phases_at(
     split: Split,
     sizes: Sequence[int],
     looks: Mapping[int, Mapping[str, Look]],
     devices: Sequence[torch.device],
     *,
-    kind: str,
     remat: str,
     grad: bool,
     differentiated: frozenset[str],
     traced: Traced,
     progress: Callable[[str], None] = lambda text: None,
-) -> Lowered:
-    """Phases, schedule and source; `looks` by micro-batch size, the rest as for `phases`."""
-    phased = {
+) -> dict[int, Phased]:
+    """A split program's phases at each micro-batch size; `looks` by size, the rest as `phases`."""
+    return {
         size: phases(
             split,
             size,
@@ -113,6 +112,34 @@ def cut_in_time(
         )
         for size in dict.fromkeys(sizes)
     }
+
+
+@lazy_code()
+def cut_in_time(
+    split: Split,
+    sizes: Sequence[int],
+    looks: Mapping[int, Mapping[str, Look]],
+    devices: Sequence[torch.device],
+    *,
+    kind: str,
+    remat: str,
+    grad: bool,
+    differentiated: frozenset[str],
+    traced: Traced,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Lowered:
+    """Phases, schedule and source; arguments as for `phases_at`."""
+    phased = phases_at(
+        split,
+        sizes,
+        looks,
+        devices,
+        remat=remat,
+        grad=grad,
+        differentiated=differentiated,
+        traced=traced,
+        progress=progress,
+    )
     for cut in phased.values():
         _dump("phased", cut)
     backward = any(cut.differentiated for cut in phased.values())

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import autopipe
 
-from .models import gpt2, resnet
+from .models import MODELS, gpt2, resnet
+from .reference import objective
 
 
 def _loss(result: Any) -> Tensor:
@@ -36,6 +37,22 @@ def test_full_keeps_only_what_was_received(devices: int) -> None:
 def received_bytes(stage: Any, batch: int) -> int:
     """Bytes of a stage's boundary inputs for one micro-batch, from their formulas."""
     return sum(int(b.nbytes.subs("B", batch)) for b in stage.inputs if b.kind != "parameter")
+
+
+@pytest.mark.parametrize("remat", ["full", "none", "min-cut"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "unet"])
+def test_what_is_kept_is_what_was_planned(name: str, remat: str) -> None:
+    """Read off the joint graphs, before anything runs: per micro-batch and at the peak."""
+    model, inputs = MODELS[name].make()
+    args, kwargs = inputs(5)
+    kwargs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in kwargs.items()}
+    plan = autopipe.plan(model, ["cpu"] * 2, 3, remat=remat, args=args, kwargs=kwargs)
+    pipe = autopipe.compile(model, plan=plan)
+    objective(pipe(*args, **kwargs)).backward()
+    for planned, counted in zip(plan.stages, pipe.memory.stages, strict=True):
+        assert planned.saved_bytes == counted.per_microbatch[2] > 0
+        assert planned.peak_saved_bytes == counted.peak
+    assert pipe.plan == plan
 
 
 def test_full_keeps_least_and_none_most() -> None:

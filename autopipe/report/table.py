@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def table(plan: Plan) -> str:
     """A plan as text: the stages, what crosses between them, and what the schedule costs."""
     size, total = max(plan.sizes), sum(s.seconds for s in plan.stages)
-    rows = [["stage", "device", "calls", "parameters", "flops", "load", "sends"]]
+    rows = [["stage", "device", "calls", "parameters", "flops", "load", "sends", "saves"]]
     for k, stage in enumerate(plan.stages):
         sent = sum(c.nbytes for c in plan.crossings if c.source == k)
         rows.append(
@@ -25,6 +25,7 @@ def table(plan: Plan) -> str:
                 f"{stage.flops:.2e}",
                 f"{stage.seconds / total:.1%}" if total else "-",
                 nbytes(sent),
+                f"{stage.in_flight} × {nbytes(stage.saved_bytes)}",
             ]
         )
     samples = " or ".join(str(s) for s in sorted(set(plan.sizes), reverse=True))
