@@ -84,24 +84,25 @@ class Scheduled:
 
         Ends early if no device can go on: `verify` makes that an error.
         """
-        waits: dict[tuple[str, int], tuple[tuple[str, int], ...]] = {}
+        waits = {
+            one: waits_for(*one, self.stages)
+            for one in {(action.phase, action.stage) for row in self.devices for action in row}
+        }
         done: set[tuple[str, int, int]] = set()
-        at = [0] * len(self.devices)
+        left = [iter(actions) for actions in self.devices]
+        heads = [next(actions, None) for actions in left]
         moved = True
         while moved:
             moved = False
-            for device, actions in enumerate(self.devices):
-                while at[device] < len(actions):
-                    action = actions[at[device]]
+            for device, action in enumerate(heads):
+                while action is not None:
                     phase, stage, m = action.phase, action.stage, action.microbatch
-                    if (phase, stage) not in waits:
-                        waits[phase, stage] = waits_for(phase, stage, self.stages)
-                    if any((*need, m) not in done for need in waits[phase, stage]):
+                    if not done.issuperset([(letter, k, m) for letter, k in waits[phase, stage]]):
                         break
-                    done.update((letter, stage, m) for letter in phase)
-                    at[device] += 1
+                    done.update([(letter, stage, m) for letter in phase])
                     moved = True
                     yield device, action
+                    action = heads[device] = next(left[device], None)
 
     def verify(self) -> None:
         """Check that every micro-batch visits every stage once per phase, that each stage's
@@ -110,6 +111,14 @@ class Scheduled:
 
         Raises:
             VerifyError: naming the device and the action.
+        """
+        self.in_order()
+
+    def in_order(self) -> list[tuple[int, Action]]:
+        """All of `runnable`, verified; for those who need both.
+
+        Raises:
+            VerifyError: as `verify`.
         """
         trains = any(action.phase != "F" for row in self.devices for action in row)
         done: dict[tuple[str, int], list[int]] = {}
@@ -128,7 +137,9 @@ class Scheduled:
                 for letter in action.phase:
                     done.setdefault((letter, action.stage), []).append(action.microbatch)
         self._verify_visits("FRBW" if trains else "F", done, home)
-        self._verify_progress()
+        order = list(self.runnable())
+        self._verify_progress(order)
+        return order
 
     def _verify_visits(
         self, letters: str, done: dict[tuple[str, int], list[int]], home: dict[int, int]
@@ -167,8 +178,9 @@ class Scheduled:
             and one.phase in action.phase
         )
 
-    def _verify_progress(self) -> None:
-        done = Counter(device for device, _ in self.runnable())
+    def _verify_progress(self, order: list[tuple[int, Action]]) -> None:
+        """All actions are in the order, or some device waits forever."""
+        done = Counter(device for device, _ in order)
         for device, actions in enumerate(self.devices):
             if done[device] < len(actions):
                 stuck = actions[done[device]]

@@ -138,7 +138,7 @@ def play(
             stage.
         VerifyError: the schedule is not sound.
     """
-    scheduled.verify()
+    order = scheduled.in_order()
     K = scheduled.stages
     seconds = {
         "F": _per_stage("forward", forward, K),
@@ -162,7 +162,7 @@ def play(
                 ]
     ends: dict[tuple[str, int, int], float] = {}
     spans: list[list[Span]] = [[] for _ in scheduled.devices]
-    for device, action in scheduled.runnable():
+    for device, action in order:
         phase, own, m = action.phase, action.stage, action.microbatch
         start = spans[device][-1].end if spans[device] else 0.0
         for letter, stage, delay in waits[phase, own]:
