@@ -13,90 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
-from autopipe.errors import OptionError, VerifyError
-from autopipe.passes.schedule import Action, Scheduled, schedule
+from autopipe.errors import OptionError
+
+from .schedule import schedule, stages_per_device
+from .scheduled import Scheduled, waits_for
+from .timeline import Span, Timeline
+
+__all__ = ["Span", "Timeline", "Times", "peak_bytes", "play", "simulate"]
 
 Times = float | Sequence[float]
-"""One time for all stages, or one for each."""
-
-_COLUMNS = 88  # of the drawing; with the label 100
-
-
-@dataclass(frozen=True)
-class Span:
-    """When one action ran, from `start` to `end`."""
-
-    action: Action
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """What a simulated step looks like.
-
-    Attributes:
-        makespan: end of the last action; the first starts at 0.
-        bubble: share of the pipeline's time that is idle, 1 - work/span. Work is the most that one
-            device does, for equal stages M(F + R + B + W); span the longest that one device takes
-            from its first action's start to its last one's end (arXiv 2401.10241, Table 5).
-        spans: per device, its actions in order.
-        in_flight: per stage, the most micro-batches between forward and backward.
-    """
-
-    makespan: float
-    bubble: float
-    spans: tuple[tuple[Span, ...], ...]
-    in_flight: tuple[int, ...]
-
-    def verify(self, scheduled: Scheduled) -> None:
-        """Check that each device does its actions in order, one at a time, after what they need.
-
-        Raises:
-            VerifyError: naming the device and the action.
-        """
-        ends = {
-            Action(letter, span.action.stage, span.action.microbatch): span.end
-            for row in self.spans
-            for span in row
-            for letter in span.action.phase
-        }
-        if tuple(tuple(span.action for span in row) for row in self.spans) != scheduled.devices:
-            raise VerifyError("the timeline does not have the schedule's actions in its order")
-        for device, row in enumerate(self.spans):
-            for one, two in pairwise(row):
-                if two.start < one.end:
-                    what = f"{two.action} on device {device} overlaps {one.action}"
-                    raise VerifyError(what, expected=f">= {one.end}", found=f"{two.start}")
-            for span in row:
-                what = f"{span.action} on device {device}"
-                if not 0 <= span.start <= span.end <= self.makespan:
-                    raise VerifyError(f"{what} has no place in time", found=str(span))
-                for need in span.action.needs(scheduled.stages):
-                    if span.start < ends[need]:
-                        found = f"starts at {span.start}, {need} ends at {ends[need]}"
-                        raise VerifyError(f"{what} does not wait for {need}", found=found)
-
-    def __str__(self) -> str:
-        """A Gantt chart: digits are forwards, letters the other phases (a: micro-batch 0)."""
-        title = (
-            f"makespan {self.makespan:.6g}, bubble {self.bubble:.4f}, "
-            f"in flight {' '.join(map(str, self.in_flight))}"
-        )
-        rows = [f"device {device:<3}  {self._draw(row)}" for device, row in enumerate(self.spans)]
-        return "\n".join([title, *rows])
-
-    def _draw(self, row: Sequence[Span]) -> str:
-        cells = ["."] * _COLUMNS
-        for span in row if self.makespan else ():
-            m = span.action.microbatch
-            mark = str(m % 10) if span.action.phase == "F" else chr(ord("a") + m % 26)
-            first, last = (round(t / self.makespan * _COLUMNS) for t in (span.start, span.end))
-            cells[first:last] = mark * (last - first)
-        return "".join(cells)
+"""One time (or one count of bytes) for all stages, or one for each."""
 
 
 def simulate(
@@ -109,33 +36,82 @@ def simulate(
     weight: Times = 0.0,
     recompute: Times = 0.0,
     transfer: float = 0.0,
+    early_recompute: bool = False,
+    virtual_stages: int | None = None,
+    saved_bytes: Times | None = None,
+    remade_bytes: Times = 0.0,
+    weight_bytes: Times | None = None,
 ) -> Timeline:
-    """Play one training step out in time.
+    """Play one training step of a schedule out in time, on K devices.
 
-    With equal stages and free transfers GPipe and 1F1B both take (M + K - 1)(F + R + B + W).
+    Kinds that put v stages on a device ("interleaved", "zb-v") are given the same model: one value
+    is what a device has to do, as for the other kinds, and each of its v stages takes a v-th of it.
+    So the results of two kinds called alike compare.
+
+    With free transfers, equal stages, and T = F + R + B + W, the bubble (idle time in the longest
+    device's span) is
+
+    - (K - 1)T with "gpipe" and "1f1b"; (K - 1)T/v with "interleaved" if M is a multiple of K;
+    - with "gpipe" and `early_recompute`, what is left of a makespan of (M + K - 1)F + M(R + B + W)
+      + (K - 1)(B + W);
+
+    and without R
+
+    - (K - 1)(F + B - W) with "zb-h1" if W <= F and M >= K;
+    - (K - 1)(F + B - 2W) with "zb-h2" if W <= min(F, B) and M >= 2K - 1;
+    - 0 with "zb-v" if F = B = W and M >= 2K - 1;
+    - if M <= K and W <= min(F, B), with "zb-h1" and "zb-h2" what is left of a makespan of
+      (M + K - 1)(F + B) + W, and with "zb-v" at most that (1F1B: (M + K - 1)(F + B + W)).
 
     Args:
         kind: a schedule that `schedule` knows.
-        stages: K >= 1.
+        stages: K >= 1, one per device (v per device for "interleaved" and "zb-v").
         chunks: M >= 1.
-        forward: time of F, for all stages or for each of K.
+        forward: time of F: one for all devices, or one for each of K, or, where v > 1, one for each
+            of the vK stages. So too every other argument that may be a sequence.
         backward: time of B, the gradients of a stage's inputs alone.
         weight: time of W, the gradients of its parameters.
         recompute: time of R, rematerialization.
         transfer: from the end of an action to the earliest start, on another device, of one that
-            needs it.
+            needs it. Between stages of one device nothing is transferred.
+        early_recompute: R runs before its B as an action of its own, and so while the device would
+            wait for the gradient.
+        virtual_stages: v, the stages per device; see `schedule`.
+        saved_bytes: what F leaves for the backward, per micro-batch; None leaves memory out.
+        remade_bytes: what R adds to it.
+        weight_bytes: what B leaves of it for W; None for all. See `peak_bytes`.
 
     Raises:
-        OptionError: a time that is negative, not finite, or not one for each stage.
-        UnsupportedError: a kind that is known and not implemented.
+        OptionError: an unknown kind, a count that is no count, a time or a number of bytes that is
+            negative, not finite, or not one for each.
     """
+    scheduled = schedule(
+        kind,
+        stages,
+        chunks,
+        early_recompute=early_recompute,
+        virtual_stages=virtual_stages,
+    )
+    v = stages_per_device(kind, virtual_stages)
+    home = _home(scheduled)
+
+    def per_stage(what: str, values: Times) -> tuple[float, ...]:
+        """Values of the stages, from those of devices if that is what was given."""
+        if isinstance(values, Sequence) and len(values) == stages * v:
+            return _per_stage(what, values, stages * v)
+        checked = _per_stage(what, values, stages, or_count=stages * v)
+        return tuple(checked[home[stage]] / v for stage in range(stages * v))
+
     return play(
-        schedule(kind, stages, chunks),
-        forward=forward,
-        backward=backward,
-        weight=weight,
-        recompute=recompute,
+        scheduled,
+        forward=per_stage("forward", forward),
+        backward=per_stage("backward", backward),
+        weight=per_stage("weight", weight),
+        recompute=per_stage("recompute", recompute),
         transfer=transfer,
+        saved_bytes=None if saved_bytes is None else per_stage("saved_bytes", saved_bytes),
+        remade_bytes=per_stage("remade_bytes", remade_bytes),
+        weight_bytes=None if weight_bytes is None else per_stage("weight_bytes", weight_bytes),
     )
 
 
@@ -147,17 +123,22 @@ def play(
     weight: Times = 0.0,
     recompute: Times = 0.0,
     transfer: float = 0.0,
+    saved_bytes: Times | None = None,
+    remade_bytes: Times = 0.0,
+    weight_bytes: Times | None = None,
 ) -> Timeline:
     """Play a schedule out in time; `simulate` says what the arguments mean.
 
-    An action takes the sum of its phases, and what it makes leaves when it ends: with RBW the
-    gradient for the stage before waits for W.
+    Here a sequence has one value for each stage, and one value is that of every stage. An action
+    takes the sum of its phases, and what it makes leaves when it ends: with RBW the gradient for
+    the stage before waits for W.
 
     Raises:
-        OptionError: a time that is negative, not finite, or not one for each stage.
+        OptionError: a time or a number of bytes that is negative, not finite, or not one for each
+            stage.
         VerifyError: the schedule is not sound.
     """
-    scheduled.verify()
+    order = scheduled.in_order()
     K = scheduled.stages
     seconds = {
         "F": _per_stage("forward", forward, K),
@@ -166,34 +147,103 @@ def play(
         "W": _per_stage("weight", weight, K),
     }
     (transfer,) = _per_stage("transfer", transfer, 1)
-    home = {action.stage: device for device, row in enumerate(scheduled.devices) for action in row}
-    ends: dict[Action, float] = {}
+    home = _home(scheduled)
+    # Per kind of action: how long it takes, and what it waits for, with the way it has to come.
+    takes: dict[tuple[str, int], float] = {}
+    waits: dict[tuple[str, int], list[tuple[str, int, float]]] = {}
+    for row in scheduled.devices:
+        for action in row:
+            one = (action.phase, action.stage)
+            if one not in takes:
+                takes[one] = sum(seconds[letter][action.stage] for letter in action.phase)
+                waits[one] = [
+                    (letter, stage, transfer if home[stage] != home[action.stage] else 0.0)
+                    for letter, stage in waits_for(*one, K)
+                ]
+    ends: dict[tuple[str, int, int], float] = {}
     spans: list[list[Span]] = [[] for _ in scheduled.devices]
-    for device, action in scheduled.runnable():
+    for device, action in order:
+        phase, own, m = action.phase, action.stage, action.microbatch
         start = spans[device][-1].end if spans[device] else 0.0
-        for need in action.needs(K):
-            start = max(start, ends[need] + (transfer if home[need.stage] != device else 0.0))
-        end = start + sum(seconds[letter][action.stage] for letter in action.phase)
+        for letter, stage, delay in waits[phase, own]:
+            start = max(start, ends[letter, stage, m] + delay)
+        end = start + takes[phase, own]
         spans[device].append(Span(action, start, end))
-        for letter in action.phase:
-            ends[Action(letter, action.stage, action.microbatch)] = end
+        for letter in phase:
+            ends[letter, own, m] = end
     longest = max(row[-1].end - row[0].start for row in spans if row)
     work = max(math.fsum(span.end - span.start for span in row) for row in spans)
+    memory = None
+    if saved_bytes is not None:
+        memory = peak_bytes(scheduled, saved_bytes, remade_bytes, weight_bytes)
     return Timeline(
         makespan=max(row[-1].end for row in spans if row),
         bubble=max(0.0, 1 - work / longest) if longest else 0.0,
         spans=tuple(map(tuple, spans)),
         in_flight=scheduled.in_flight(),
+        peak_bytes=memory,
     )
 
 
-def _per_stage(what: str, times: Times, K: int) -> tuple[float, ...]:
-    """K times, checked."""
-    values = tuple(times) if isinstance(times, Sequence) else (times,) * K
-    if len(values) != K:
-        found = f"{len(values)} times"
-        raise OptionError(f"`{what}`", expected=f"one time, or {K} times", found=found)
-    for value in values:
+def peak_bytes(
+    scheduled: Scheduled,
+    saved_bytes: Times,
+    remade_bytes: Times = 0.0,
+    weight_bytes: Times | None = None,
+) -> tuple[float, ...]:
+    """Per device, the most bytes that its micro-batches occupy at once.
+
+    A micro-batch at a stage occupies nothing before F; `saved_bytes` from the start of F;
+    `remade_bytes` more from the start of R; `weight_bytes` from the end of B; nothing from the end
+    of W. While B runs, the larger of what it reads and what it leaves is counted. A
+    device does one thing at a time, so this follows from the order of its actions and no times.
+
+    Not counted: parameters, their gradients and the optimizer's state, values within an action,
+    and what has arrived from other devices and is not used yet.
+
+    Args:
+        scheduled: a sound schedule; without backward actions nothing is kept and all are 0.
+        saved_bytes: one value for all stages or one for each, per micro-batch.
+        remade_bytes: likewise.
+        weight_bytes: likewise; None for saved + remade, the safe bound: all is kept until W. (In
+            arXiv 2401.10241, Table 1, B frees the larger part.)
+
+    Raises:
+        OptionError: a number of bytes that is negative, not finite, or not one for each stage.
+    """
+    K = scheduled.stages
+    saved = _per_stage("saved_bytes", saved_bytes, K)
+    remade = _per_stage("remade_bytes", remade_bytes, K)
+    whole = [a + b for a, b in zip(saved, remade, strict=True)]
+    left = whole if weight_bytes is None else _per_stage("weight_bytes", weight_bytes, K)
+    before = {"F": [0.0] * K, "R": saved, "B": whole, "W": left}
+    after = {"F": saved, "R": whole, "B": left, "W": [0.0] * K}
+    trains = any(action.phase != "F" for row in scheduled.devices for action in row)
+    peaks = []
+    for row in scheduled.devices:
+        now = peak = 0.0
+        for action in row if trains else ():
+            for letter in action.phase:
+                one, two = before[letter][action.stage], after[letter][action.stage]
+                peak = max(peak, now, now + two - one)
+                now += two - one
+        peaks.append(peak)
+    return tuple(peaks)
+
+
+def _home(scheduled: Scheduled) -> dict[int, int]:
+    """The device of each stage."""
+    return {action.stage: device for device, row in enumerate(scheduled.devices) for action in row}
+
+
+def _per_stage(what: str, values: Times, count: int, *, or_count: int = 0) -> tuple[float, ...]:
+    """That many values, checked; `or_count` is another length that would have been right."""
+    checked = tuple(values) if isinstance(values, Sequence) else (values,) * count
+    if len(checked) != count:
+        counts = f"{count} or {or_count}" if or_count > count else f"{count}"
+        found = f"{len(checked)} values"
+        raise OptionError(f"`{what}`", expected=f"one value, or {counts}", found=found)
+    for value in checked:
         if not 0 <= value < math.inf:
-            raise OptionError(f"`{what}`", expected="a finite time >= 0", found=str(value))
-    return values
+            raise OptionError(f"`{what}`", expected="a finite value >= 0", found=str(value))
+    return checked

@@ -105,7 +105,19 @@ FORBIDDEN = {
     # plain arrays and lists: no tensors
     "autopipe.passes.cuts": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
     "autopipe.passes.partition": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
-    "autopipe.passes.schedule": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
+    "autopipe.passes.orders": ["torch", "autopipe"],
+    "autopipe.passes.scheduled": [
+        "torch",
+        *(f"autopipe.passes.{p}" for p in ("ir", "graphs", "orders", "schedule", "simulate")),
+    ],
+    "autopipe.passes.timeline": [
+        "torch",
+        *(f"autopipe.passes.{p}" for p in ("ir", "graphs", "orders", "schedule", "simulate")),
+    ],
+    "autopipe.passes.schedule": [
+        "torch",
+        *(f"autopipe.passes.{p}" for p in ("ir", "graphs", "timeline", "simulate")),
+    ],
     "autopipe.passes.simulate": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
     # the passes themselves: only the driver knows the line they stand in
     "autopipe.passes.spec": ["autopipe.passes"],

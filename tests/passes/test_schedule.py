@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from autopipe.errors import OptionError, UnsupportedError, VerifyError
+from autopipe.errors import OptionError, VerifyError
 from autopipe.passes.schedule import Action, Scheduled, schedule
 
 SIZES = [(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (3, 7), (8, 24)]
@@ -75,10 +75,15 @@ def test_a_schedule_prints_as_a_table() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["interleaved", "zb-h1", "zb-h2", "zb-v"])
-def test_known_kinds_are_unsupported(kind: str) -> None:
-    with pytest.raises(UnsupportedError, match="use 'gpipe' or '1f1b'"):
-        schedule(kind, 2, 2)
+@pytest.mark.parametrize(
+    ("kind", "virtual_stages"),
+    [("gpipe", 2), ("1f1b", 2), ("zb-h1", 0), ("zb-h2", 3), ("zb-v", 1), ("interleaved", 0)],
+)
+def test_stages_per_device_that_a_kind_does_not_have_are_refused(
+    kind: str, virtual_stages: int
+) -> None:
+    with pytest.raises(OptionError, match="`virtual_stages`"):
+        schedule(kind, 2, 2, virtual_stages=virtual_stages)
 
 
 def test_unknown_kinds_list_the_known() -> None:
@@ -130,6 +135,20 @@ def test_schedules_that_are_wrong_are_caught(rows: tuple[str, ...], message: str
     wrong = Scheduled("wrong", 2, 1, tuple(map(row, rows)))
     with pytest.raises(VerifyError, match=message):
         wrong.verify()
+
+
+@pytest.mark.parametrize("phases", [("F", "RBW"), ("F", "RB", "W")])
+def test_gradients_out_of_the_order_of_micro_batches_are_caught(phases: tuple[str, ...]) -> None:
+    """Forwards may run in any order: nothing is added up there."""
+    forward, *backward = phases
+    actions = [Action(forward, 0, 1), Action(forward, 0, 0)]
+    sound = [Action(phase, 0, m) for phase in backward for m in (0, 1)]
+    Scheduled("sound", 1, 2, ((*actions, *sound),)).verify()
+    last = f"{backward[-1]}0.1"
+    sound[-2:] = reversed(sound[-2:])
+    with pytest.raises(VerifyError, match=f"{last} on device 0 is out of turn") as caught:
+        Scheduled("wrong", 1, 2, ((*actions, *sound),)).verify()
+    assert caught.value.found == "1, 0"
 
 
 def test_an_empty_phase_is_caught() -> None:

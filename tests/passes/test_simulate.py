@@ -4,46 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 
 import pytest
 
-from autopipe.errors import OptionError, UnsupportedError, VerifyError
-from autopipe.passes.schedule import Action, Scheduled, schedule
+from autopipe.errors import OptionError, VerifyError
+from autopipe.passes.schedule import KNOWN, Action, Scheduled, schedule
 from autopipe.passes.simulate import Span, Timeline, play, simulate
 
 SIZES = [(1, 1), (1, 4), (2, 1), (4, 2), (3, 3), (4, 8), (8, 24)]
-
-
-@pytest.mark.parametrize(
-    ("stages", "chunks", "forward", "backward", "weight", "transfer", "bubble"),
-    [
-        (8, 24, 18.522, 18.086, 9.337, 0.601, 0.2431),
-        (8, 24, 29.718, 29.444, 19.927, 0.527, 0.2347),
-        (16, 48, 11.347, 11.248, 8.132, 0.377, 0.2552),
-        (32, 96, 10.419, 10.207, 7.715, 0.408, 0.2646),
-    ],
-)
-def test_1f1b_bubbles_of_the_zero_bubble_paper(
-    stages: int,
-    chunks: int,
-    forward: float,
-    backward: float,
-    weight: float,
-    transfer: float,
-    bubble: float,
-) -> None:
-    """arXiv 2401.10241, Table 9 in, Table 5 out."""
-    timeline = simulate(
-        "1f1b",
-        stages=stages,
-        chunks=chunks,
-        forward=forward,
-        backward=backward,
-        weight=weight,
-        transfer=transfer,
-    )
-    timeline.verify(schedule("1f1b", stages, chunks))
-    assert round(timeline.bubble, 4) == bubble
 
 
 @pytest.mark.parametrize(("stages", "chunks"), SIZES)
@@ -84,21 +53,6 @@ def test_the_slowest_stage_bounds_the_makespan(kind: str) -> None:
     # at the stage after.
     assert timeline.makespan == 1 + 10 * 15 + 2 + (1 + 2 if kind == "gpipe" else 0)
     assert timeline.bubble == pytest.approx(1 - 150 / timeline.makespan)
-
-
-def test_rematerializing_while_waiting_shortens_the_step() -> None:
-    """Balanced, R run early: [(M+K-1)f + M(r+b) + (K-1)b] per stage."""
-    K, M, f, r, b = 4, 3, 2.0, 1.0, 3.0
-    rows = []
-    for k in range(K):
-        actions = [Action("F", k, m) for m in range(M)]
-        for m in range(M):
-            actions += [Action("R", k, m), Action("BW", k, m)]
-        rows.append(tuple(actions))
-    early = Scheduled("early", K, M, tuple(rows))
-    timeline = play(early, forward=f, recompute=r, backward=b)
-    timeline.verify(early)
-    assert timeline.makespan == (M + K - 1) * f + M * (r + b) + (K - 1) * b
 
 
 @pytest.mark.parametrize("chunks", [1, 5])
@@ -156,6 +110,9 @@ def test_a_timeline_prints_as_a_gantt_chart() -> None:
         {"forward": [1.0, 1.0, 1.0]},
         {"backward": [1.0, -1.0]},
         {"transfer": -0.1},
+        {"saved_bytes": -1.0},
+        {"saved_bytes": 1.0, "remade_bytes": math.inf},
+        {"saved_bytes": 1.0, "weight_bytes": [1.0]},
         {"chunks": 0},
         {"stages": 0},
     ],
@@ -167,8 +124,8 @@ def test_values_that_are_no_times_are_refused(change: dict[str, object]) -> None
 
 
 def test_kinds_are_checked() -> None:
-    with pytest.raises(UnsupportedError):
-        simulate("zb-h1", stages=2, chunks=2, forward=1, backward=1)
+    with pytest.raises(OptionError, match="there is no such schedule"):
+        simulate("zb-h3", stages=2, chunks=2, forward=1, backward=1)
 
 
 def test_an_unsound_schedule_is_refused() -> None:
@@ -206,3 +163,14 @@ def test_timelines_that_are_wrong_are_caught(wrong: Timeline, message: str) -> N
     SOUND.verify(scheduled)
     with pytest.raises(VerifyError, match=message):
         wrong.verify(scheduled)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_thirty_two_stages_take_less_than_a_second(kind: str) -> None:
+    """M = 96. Processor time, the best of three, as others may be using the machine."""
+    taken = []
+    for _ in range(3):
+        start = time.process_time()
+        simulate(kind, stages=32, chunks=96, forward=2, backward=2, weight=1, saved_bytes=1)
+        taken.append(time.process_time() - start)
+    assert min(taken) < 1
