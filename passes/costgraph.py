@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import NoReturn
@@ -14,7 +15,7 @@ from autopipe.errors import PartitionError
 _NODE = (
     r"(?P<name>\S+) -- (?P<what>.*) -- forward_compute_time=(?P<forward>[^,]+), "
     r"backward_compute_time=(?P<backward>[^,]+), activation_size=(?P<sizes>[^,]+), "
-    r"parameter_size=[^,\s]+( -- stage_id=\d+)?"
+    r"parameter_size=(?P<parameters>[^,\s]+)( -- stage_id=\d+)?"
 )
 _EDGE = r"\t(\S+) -- (\S+)"
 
@@ -28,12 +29,14 @@ class CostGraph:
         seconds: forward + backward time of each node, N values >= 0.
         edges: (producer, consumer) index pairs, in the order in which consumers become ready.
         nbytes: size of each node's output, N values >= 0, or None if not known.
+        parameter_nbytes: size of each node's parameters, N values >= 0, or None if not known.
     """
 
     names: tuple[str, ...]
     seconds: tuple[float, ...]
     edges: tuple[tuple[int, int], ...] = ()
     nbytes: tuple[int, ...] | None = None
+    parameter_nbytes: tuple[int, ...] | None = None
 
     @classmethod
     def from_pipedream(cls, path: str | PathLike[str]) -> CostGraph:
@@ -47,7 +50,7 @@ class CostGraph:
             OSError: the file cannot be read.
         """
         index: dict[str, int] = {}
-        seconds, nbytes, edges = [], [], []
+        seconds, nbytes, parameters, edges = [], [], [], []
         with open(path, encoding="utf-8") as file:
             lines = [(f"{path}:{n}", line.rstrip()) for n, line in enumerate(file, 1)]
         for source, line in lines:
@@ -61,6 +64,7 @@ class CostGraph:
             try:
                 milliseconds = float(node["forward"]) + float(node["backward"])
                 sizes = [int(float(size)) for size in node["sizes"].strip("[]").split(";")]
+                parameters.append(int(float(node["parameters"])))
             except (ValueError, OverflowError):
                 _malformed(source, line)
             seconds.append(0.0 if node["what"].startswith("Input") else milliseconds / 1000)
@@ -72,7 +76,7 @@ class CostGraph:
                 if unknown := [name for name in edge.groups() if name not in index]:
                     raise PartitionError("no such node", node=unknown[0], source=source)
                 edges.append((index[edge[1]], index[edge[2]]))
-        graph = cls(tuple(index), tuple(seconds), tuple(edges), tuple(nbytes))
+        graph = cls(tuple(index), tuple(seconds), tuple(edges), tuple(nbytes), tuple(parameters))
         graph.verify()
         return graph
 
@@ -86,8 +90,14 @@ class CostGraph:
         for name, count in Counter(self.names).items():
             if count > 1:
                 raise PartitionError(f"{count} nodes have the same name", node=name)
-        nbytes = (0,) * N if self.nbytes is None else self.nbytes
-        for what, values in (("seconds", self.seconds), ("nbytes", nbytes)):
+        facts: dict[str, Sequence[float] | None] = {
+            "seconds": self.seconds,
+            "nbytes": self.nbytes,
+            "parameter_nbytes": self.parameter_nbytes,
+        }
+        for what, values in facts.items():
+            if values is None:
+                continue
             if len(values) != N:
                 raise PartitionError(f"{len(values)} {what} for {N} names")
             for name, value in zip(self.names, values, strict=True):

@@ -85,7 +85,7 @@ def _cut(
         return None
     if exact:
         slack = Fraction(limit, least) - 1 if least else Fraction(0)
-        starts = cut(costs, stages, crossing=_alive(dag, nbytes, order), slack=slack)
+        starts = cut(costs, stages, crossing=crossing_at(dag, nbytes, order), slack=slack)
     else:
         starts = tuple(fill(prefix, stages, limit))
     stage_of = [0] * len(order)
@@ -94,7 +94,7 @@ def _cut(
     return stage_of
 
 
-def _alive(dag: Dag, nbytes: Sequence[int], order: Sequence[int]) -> list[int]:
+def crossing_at(dag: Dag, nbytes: Sequence[int], order: Sequence[int]) -> list[int]:
     """Bytes alive across each position 0..N of the order: made before it, used at or after it."""
     place = [0] * len(order)
     for at, v in enumerate(order):

@@ -15,21 +15,27 @@ torch: it takes measured profiles as well as captured models.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import accumulate
 
 from autopipe.errors import OptionError, PartitionError, VerifyError
 
 from .bounds import simple_bound
 from .costgraph import CostGraph
-from .crossing import least_crossing
+from .crossing import crossing_at, least_crossing
 from .cuts import cut, integers
 from .dag import Dag
-from .solve import alternatives, refutes, solve
+from .devices import DeviceSpec, Loads, cut_on, unit_of
+from .solve import Solved, alternatives, refutes, solve
 
-__all__ = ["CostGraph", "Partition", "cut", "partition"]
+__all__ = ["CostGraph", "DeviceSpec", "Partition", "cut", "partition"]
+
+ORDER_STEPS = 1 << 18
+"""Items times stages for which orders are cut on devices that differ; one order always is."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,14 @@ class Partition:
         bottleneck: seconds of the largest stage.
         lower_bound: seconds that the largest stage of no K-split of the graph is below, whatever
             the order of its nodes. Where it is the bottleneck, the cut is optimal.
+        stage_bytes: what each stage keeps on its device, K values, if devices were given.
     """
 
     stage_of: Mapping[str, int]
     stage_seconds: tuple[float, ...]
     bottleneck: float
     lower_bound: float
+    stage_bytes: tuple[int, ...] | None = None
 
     @property
     def balance(self) -> float:
@@ -70,33 +78,46 @@ class Partition:
         gap = f"gap {self.gap:.2%}" if self.gap else "optimal"
         return "\n".join([*lines, f"{bound} ({gap}), balance {self.balance:.3f}"])
 
-    def verify(self, graph: CostGraph) -> None:
-        """Check this partition against the graph it was made from; the bound is proven anew.
+    def verify(self, graph: CostGraph, devices: Sequence[DeviceSpec] | None = None) -> None:
+        """Check this partition against what it was made from; the bound is proven anew.
 
         Raises:
             VerifyError: a node in no stage or out of range, an empty stage, an edge that goes
-                backward, sums that do not agree, or a bound that is above the bottleneck, below
-                what the costs alone give, or not proven by a search as long as `partition`'s.
+                backward, sums that do not agree, a stage above its device's limit, or a bound that
+                is above the bottleneck, below what the costs alone give, or not proven by a search
+                as long as `partition`'s.
         """
         K = len(self.stage_seconds)
-        costs: list[list[float]] = [[] for _ in range(K)]
+        members: list[list[int]] = [[] for _ in range(K)]
         for name in self.stage_of.keys() - set(graph.names):
             raise VerifyError("a node is not in the graph", node=name)
-        for name, seconds in zip(graph.names, graph.seconds, strict=True):
+        for node, name in enumerate(graph.names):
             stage = self.stage_of.get(name, -1)
             if not 0 <= stage < K:
                 raise VerifyError(f"a node is in none of {K} stages", node=name, found=str(stage))
-            costs[stage].append(seconds)
+            members[stage].append(node)
         for producer, consumer in graph.edges:
             a, b = graph.names[producer], graph.names[consumer]
             if self.stage_of[a] > self.stage_of[b]:
                 found = f"{a} in stage {self.stage_of[a]}, {b} in stage {self.stage_of[b]}"
                 raise VerifyError("an edge goes backward", node=b, found=found)
-        for stage, values in enumerate(costs):
-            if not values:
+        if devices is not None and len(devices) != K:
+            raise VerifyError(f"{K} stages on {len(devices)} devices")
+        for stage, nodes in enumerate(members):
+            if not nodes:
                 raise VerifyError(f"stage {stage} has no node")
-            _agree(f"cost of stage {stage}", math.fsum(values), self.stage_seconds[stage])
+            device = DeviceSpec() if devices is None else devices[stage]
+            seconds = graph.seconds if device.seconds is None else device.seconds
+            cost = math.fsum(seconds[node] for node in nodes)
+            cost = cost / device.speed if device.seconds is None else cost
+            _agree(f"cost of stage {stage}", cost, self.stage_seconds[stage])
         _agree("bottleneck", max(self.stage_seconds), self.bottleneck)
+        if devices is None:
+            self._verify_bound(graph, K)
+        else:
+            self._verify_devices(graph, devices, members)
+
+    def _verify_bound(self, graph: CostGraph, K: int) -> None:
         dag, unit = _dag(graph)
         least = _seconds(simple_bound(dag.costs, K), unit)
         if not least <= self.lower_bound <= self.bottleneck:
@@ -108,8 +129,32 @@ class Partition:
         if self.lower_bound > least and not refutes(dag, K, math.floor(below / unit)):
             raise VerifyError("the lower bound is not proven", found=f"{self.lower_bound!r} s")
 
+    def _verify_devices(
+        self, graph: CostGraph, devices: Sequence[DeviceSpec], members: Sequence[Sequence[int]]
+    ) -> None:
+        # The nodes stage by stage are an order too, so that the sums of runs are those of stages.
+        order = [node for nodes in members for node in nodes]
+        loads = _loads(graph, devices, order)
+        starts = list(accumulate(len(nodes) for nodes in members))[:-1]
+        nbytes = loads.stage_bytes(starts)
+        if self.stage_bytes != nbytes:
+            expected, found = f"{nbytes} bytes", f"{self.stage_bytes}"
+            raise VerifyError("the bytes of the stages are wrong", expected=expected, found=found)
+        for stage, (device, size) in enumerate(zip(devices, nbytes, strict=True)):
+            if device.memory_bytes is not None and size > device.memory_bytes:
+                expected, found = f"at most {device.memory_bytes} bytes", f"{size} bytes"
+                problem = f"stage {stage} does not fit its device"
+                raise VerifyError(problem, expected=expected, found=found)
+        _agree("lower bound", _seconds(loads.bound, loads.unit), self.lower_bound)
 
-def partition(costs: CostGraph, stages: int, *, slack: float = 0.0) -> Partition:
+
+def partition(
+    costs: CostGraph,
+    stages: int,
+    *,
+    slack: float = 0.0,
+    devices: Sequence[DeviceSpec] | None = None,
+) -> Partition:
     """Cut a cost graph into `stages` stages, the largest as small as the search finds.
 
     Never worse than the exact contiguous cut of `costs.order()`. Optimal, and known to be, where
@@ -119,14 +164,21 @@ def partition(costs: CostGraph, stages: int, *, slack: float = 0.0) -> Partition
     Where output sizes are known, a cut with few bytes crossing it is taken among those as good (a
     value that passes over a stage counts once for each boundary it crosses).
 
+    With `devices`, stage k is on device k. The cut is then exact for `costs.order()`, under the
+    devices' memory limits; the other orders that the search finds for equal devices are tried as
+    well. The bound is weaker: no search proves it.
+
     Args:
         costs: N nodes.
         stages: K, at most N.
         slack: how much of the bottleneck may be given for fewer bytes, a fraction >= 0.
+        devices: K devices that differ; None: equal ones without a limit.
 
     Raises:
-        OptionError: `stages` < 1, or `slack` is not a finite fraction >= 0.
-        PartitionError: the graph is not sound, or has fewer nodes than `stages`.
+        OptionError: `stages` < 1, `slack` is not a finite fraction >= 0, or `devices` are not K or
+            have a value out of range.
+        PartitionError: the graph is not sound, or has fewer nodes than `stages`; or no cut keeps
+            the limits of the devices: which stage, and how many bytes are missing.
     """
     order, N = costs.order(), len(costs.names)
     if stages < 1:
@@ -140,13 +192,18 @@ def partition(costs: CostGraph, stages: int, *, slack: float = 0.0) -> Partition
             found=f"{N} nodes",
             remedy=f"ask for at most {N} stages" if N else None,
         )
+    if devices is not None and len(devices) != stages:
+        found = f"{len(devices)}"
+        raise OptionError("`devices`", expected=f"{stages}, one for each stage", found=found)
     dag, unit = _dag(costs)
     solved = solve(dag, stages)
+    if devices is not None:
+        return _on_devices(costs, devices, dag, solved, slack)
     limit = min(sum(dag.costs), math.floor(solved.high * (1 + Fraction(slack))))
     nbytes = [0] * N if costs.nbytes is None else [costs.nbytes[node] for node in order]
     orders = [*solved.orders, *(alternatives(dag, stages, limit) if any(nbytes) else ())]
-    found = least_crossing(dag, nbytes, orders, stages, limit)
-    stage_of = {costs.names[node]: stage for node, stage in zip(order, found, strict=True)}
+    best = least_crossing(dag, nbytes, orders, stages, limit)
+    stage_of = {costs.names[node]: stage for node, stage in zip(order, best, strict=True)}
     members: list[list[float]] = [[] for _ in range(stages)]
     for name, seconds in zip(costs.names, costs.seconds, strict=True):
         members[stage_of[name]].append(seconds)
@@ -154,14 +211,55 @@ def partition(costs: CostGraph, stages: int, *, slack: float = 0.0) -> Partition
     return Partition(stage_of, sums, max(sums), _seconds(solved.low, unit))
 
 
+def _on_devices(
+    costs: CostGraph, devices: Sequence[DeviceSpec], dag: Dag, solved: Solved, slack: float
+) -> Partition:
+    """The best of the exact cuts of the orders at hand, that of `costs.order()` among them."""
+    order, K = costs.order(), len(devices)
+    nbytes = [0 if costs.nbytes is None else costs.nbytes[node] for node in order]
+    found: list[tuple[int, tuple[int, ...], list[int], Loads]] = []
+    failed: list[PartitionError] = []
+    places = [*solved.orders, *alternatives(dag, K, solved.high)]
+    for place in places[: max(1, ORDER_STEPS // (len(order) * K))]:
+        loads = _loads(costs, devices, [order[v] for v in place])
+        crossing = crossing_at(dag, nbytes, place)
+        try:
+            starts = cut_on(loads, crossing if any(nbytes) else None, slack)
+        except PartitionError as error:
+            failed.append(error)
+        else:
+            nodes = [order[v] for v in place]
+            found.append((max(loads.stage_times(starts)), starts, nodes, loads))
+    if not found:
+        raise failed[0]
+    _, starts, nodes, loads = min(found, key=lambda each: each[0])
+    stage_of = {costs.names[node]: bisect_right(starts, at) for at, node in enumerate(nodes)}
+    times = tuple(_seconds(time, loads.unit) for time in loads.stage_times(starts))
+    bound = _seconds(loads.bound, loads.unit)
+    return Partition(stage_of, times, max(times), bound, loads.stage_bytes(starts))
+
+
+def _loads(costs: CostGraph, devices: Sequence[DeviceSpec], order: Sequence[int]) -> Loads:
+    """What the nodes, in an order, take of each device."""
+    none = (0,) * len(order)
+    facts = (costs.seconds, costs.parameter_nbytes or none, costs.nbytes or none)
+    rows = [[values[node] for node in order] for values in facts]
+    turned = [
+        device
+        if device.seconds is None or len(device.seconds) != len(order)
+        else replace(device, seconds=tuple(device.seconds[node] for node in order))
+        for device in devices
+    ]
+    return Loads.of(turned, rows[0], [int(p) for p in rows[1]], [int(a) for a in rows[2]])
+
+
 def _dag(graph: CostGraph) -> tuple[Dag, Fraction]:
     """The graph in its `order()`, and the seconds that one unit of its costs is."""
     order = graph.order()
     place = {node: at for at, node in enumerate(order)}
-    costs = integers("seconds", [graph.seconds[node] for node in order])
-    unit = next((Fraction(graph.seconds[v]) / c for v, c in zip(order, costs, strict=True) if c), 1)
-    dag = Dag.of(costs, [(place[a], place[b]) for a, b in graph.edges])
-    return dag, Fraction(unit)
+    seconds = [graph.seconds[node] for node in order]
+    costs = integers("seconds", seconds)
+    return Dag.of(costs, [(place[a], place[b]) for a, b in graph.edges]), unit_of(seconds, costs)
 
 
 def _seconds(units: int, unit: Fraction) -> float:

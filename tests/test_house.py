@@ -99,7 +99,7 @@ FORBIDDEN = {
     # plain arrays and lists: no tensors
     **{
         f"autopipe.passes.{room}": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"]
-        for room in ("bounds", "costgraph", "crossing", "cuts", "dag", "ideals", "lists")
+        for room in ("bounds", "costgraph", "crossing", "cuts", "dag", "devices", "ideals", "lists")
     },
     "autopipe.passes.partition": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
     "autopipe.passes.solve": [

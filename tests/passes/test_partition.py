@@ -408,7 +408,7 @@ def test_a_profile_is_read_in_seconds_and_bytes(tmp_path: Path) -> None:
         NODE.format("node2", "Linear(1 -- 2)", "[8.0; 16.0]") + " -- stage_id=0",
     )
     graph = CostGraph.from_pipedream(path)
-    assert graph == CostGraph(("node1", "node2"), (0.0, 0.004), ((0, 1),), (4, 24))
+    assert graph == CostGraph(("node1", "node2"), (0.0, 0.004), ((0, 1),), (4, 24), (0, 0))
 
 
 @pytest.mark.parametrize(
