@@ -2,7 +2,7 @@
 
 from autopipe.api import compile, plan
 from autopipe.module import Pipeline
-from autopipe.passes.partition import CostGraph, Partition, partition
+from autopipe.passes.partition import CostGraph, DeviceSpec, Partition, partition
 from autopipe.passes.simulate import Timeline, simulate
 from autopipe.plans import Plan
 
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CostGraph",
+    "DeviceSpec",
     "Partition",
     "Pipeline",
     "Plan",

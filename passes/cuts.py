@@ -23,7 +23,7 @@ def cut(
     *,
     allowed: Sequence[bool] | None = None,
     crossing: Sequence[float] | None = None,
-    slack: float = 0.0,
+    slack: float | Fraction = 0.0,
 ) -> tuple[int, ...]:
     """Cut N items in a row into K stages of at least one item, the largest as small as can be.
 
@@ -66,12 +66,12 @@ def cut(
         )
     # From here on everything is integers, and items that no position parts are one block.
     at = [0, *inner, N]
-    sums = list(accumulate(_integers("seconds", seconds), initial=0))
+    sums = list(accumulate(integers("seconds", seconds), initial=0))
     prefix = [sums[p] for p in at]
-    limit = _bottleneck(prefix, stages)
+    limit = bottleneck(prefix, stages)
     if crossing is None:
-        return tuple(at[block] for block in _fill(prefix, stages, limit))
-    weights = [0, *_integers("crossing", [crossing[p] for p in inner]), 0]
+        return tuple(at[block] for block in fill(prefix, stages, limit))
+    weights = [0, *integers("crossing", [crossing[p] for p in inner]), 0]
 
     def search(limit: int) -> list[int]:
         return _least_crossing(prefix, stages, limit, weights)
@@ -86,18 +86,23 @@ def cut(
     return tuple(at[block] for block in search([*limits[tight : tight + 1], widest][0]))
 
 
-def _integers(what: str, values: Sequence[float]) -> list[int]:
-    """The same values times one power of two, without rounding."""
+def integers(what: str, values: Sequence[float]) -> list[int]:
+    """The same values times one power of two, without rounding.
+
+    Raises:
+        OptionError: a value that is not finite, or below 0; `what` names them.
+    """
     for at, value in enumerate(values):
         if not 0 <= value < math.inf:
             found = f"{value} at {at}"
             raise OptionError(f"`{what}`", expected="finite numbers >= 0", found=found)
-    ratios = [float(value).as_integer_ratio() for value in values]
+    exact = (value if isinstance(value, int) else float(value) for value in values)
+    ratios = [value.as_integer_ratio() for value in exact]
     scale = max((below for _, below in ratios), default=1)
     return [above * (scale // below) for above, below in ratios]
 
 
-def _bottleneck(prefix: Sequence[int], K: int) -> int:
+def bottleneck(prefix: Sequence[int], K: int) -> int:
     """The least limit under which filling from the left needs at most K stages (exact bisection).
 
     Each probe moves a bound to the next value that changes anything, so the search ends at the
@@ -121,7 +126,7 @@ def _bottleneck(prefix: Sequence[int], K: int) -> int:
     return high
 
 
-def _fill(prefix: Sequence[int], K: int, limit: int) -> list[int]:
+def fill(prefix: Sequence[int], K: int, limit: int) -> list[int]:
     """Stages filled up to `limit` from the left, at least one block kept for each one after."""
     end, starts = len(prefix) - 1, [0]
     for left in range(K - 1, 0, -1):

@@ -103,7 +103,10 @@ FORBIDDEN = {
     "autopipe.call": ["autopipe.api", "autopipe.module"],
     "autopipe.module": ["autopipe.api"],
     # plain arrays and lists: no tensors
-    "autopipe.passes.cuts": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
+    **{
+        f"autopipe.passes.{room}": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"]
+        for room in ("bounds", "costgraph", "crossing", "cuts", "dag", "ideals", "lists", "unequal")
+    },
     "autopipe.passes.partition": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
     "autopipe.passes.orders": ["torch", "autopipe"],
     "autopipe.passes.scheduled": [
@@ -117,6 +120,10 @@ FORBIDDEN = {
     "autopipe.passes.schedule": [
         "torch",
         *(f"autopipe.passes.{p}" for p in ("ir", "graphs", "timeline", "simulate")),
+    ],
+    "autopipe.passes.solve": [
+        "torch",
+        *(f"autopipe.passes.{p}" for p in ("ir", "graphs", "costgraph", "crossing", "partition")),
     ],
     "autopipe.passes.simulate": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
     # the passes themselves: only the driver knows the line they stand in

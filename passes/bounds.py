@@ -1,0 +1,157 @@
+"""Lower bounds on the largest stage that hold for every cut of a DAG into K stages.
+
+`simple_bound` needs the costs alone. The others are destructive (Klein and Scholl, "Computing lower
+bounds by destructive improvement", EJOR 1999): they suppose a limit T and refute it, and the bound
+is the least T that is not refuted.
+
+- Heads and tails: what a node needs, with all that it depends on, fills whole stages before it;
+  likewise behind it. So each node has an earliest and a latest stage, and the nodes that must be
+  within some run of stages must fit into them.
+- Bin packing: K bins of T must hold all costs, order or not (Martello and Toth's L2, "Lower bounds
+  and reduction procedures for the bin packing problem", Discrete Applied Mathematics 1990; Fekete
+  and Schepers' dual feasible functions, "New classes of fast lower bounds for bin packing
+  problems", Mathematical Programming 2001).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from .dag import Dag
+
+CLOSURE_NODES = 16_384
+"""Up to so many nodes heads and tails count all ancestors and descendants (N^2 bits: 32 MiB); for
+more nodes, those along the longest path only."""
+
+INTERVAL_STAGES = 512
+"""Up to so many stages every run of stages is looked at (K^2 sums)."""
+
+FUNCTIONS = 16
+"""Dual feasible functions tried."""
+
+
+def simple_bound(costs: Sequence[int], stages: int) -> int:
+    """The largest of: mean stage; largest cost; what must come together.
+
+    Of the K j + 1 largest costs some stage has at least j + 1, which are at least the j + 1 least
+    of them.
+    """
+    bound, sums = -(-sum(costs) // stages), list(accumulate(sorted(costs, reverse=True), initial=0))
+    for j, end in enumerate(range(1, len(sums), stages)):
+        bound = max(bound, sums[end] - sums[end - j - 1])
+    return bound
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What refutes limits on the largest stage of a DAG cut into K stages.
+
+    Attributes:
+        stages: K.
+        costs: N costs, largest first.
+        heads: for each node at most the cost of itself and all that it depends on.
+        tails: for each node at most the cost of itself and all that depends on it.
+        shift: the costs in `units` are those of the nodes over 2**shift, rounded down.
+        units: see `shift`.
+    """
+
+    stages: int
+    costs: tuple[int, ...]
+    heads: tuple[int, ...]
+    tails: tuple[int, ...]
+    shift: int
+    units: tuple[int, ...]
+
+    @classmethod
+    def of(cls, dag: Dag, stages: int) -> Bounds:
+        """The bounds of a graph, O(N^2) bits."""
+        shift = max(0, sum(dag.costs).bit_length() - 53)
+        units = tuple(cost >> shift for cost in dag.costs)
+        tails = _tails(dag, units, shift)
+        heads = tuple(reversed(_tails(dag.reversed(), units[::-1], shift)))
+        return cls(stages, tuple(sorted(dag.costs, reverse=True)), heads, tails, shift, units)
+
+    def least(self, low: int, high: int) -> int:
+        """A T, low <= T <= high, such that no cut has a largest stage below T.
+
+        No cut is below `low` >= the largest cost, > 0, and whether one is at `high` is not asked.
+        Found to 2**-24.
+        """
+        while high - low > low >> 24:
+            limit = (low + high) // 2
+            if self.refutes(limit):
+                low = limit + 1
+            else:
+                high = limit
+        return low
+
+    def refutes(self, limit: int) -> bool:
+        """Whether no cut can keep a limit >= the largest cost, > 0."""
+        return self._too_early(limit) or any(
+            bins > self.stages for bins in bins_needed(self.costs, limit)
+        )
+
+    def _too_early(self, limit: int) -> bool:
+        """Is a node's latest stage before its earliest, or a run of stages overfull?"""
+        K = self.stages
+        first = [max(1, -(-head // limit)) - 1 for head in self.heads]
+        last = [K - max(1, -(-tail // limit)) for tail in self.tails]
+        if any(a > b for a, b in zip(first, last, strict=True)):
+            return True
+        if K > INTERVAL_STAGES:
+            return False
+        held = np.zeros((K, K))  # whole numbers below 2**53: exact
+        np.add.at(held, (first, last), self.units)
+        # held[a, b] becomes the sum over nodes of which all stages are in a..b
+        held = np.cumsum(np.cumsum(held[::-1], axis=0)[::-1], axis=1)
+        return any(
+            int(held.diagonal(n - 1).max()) > (n * limit) >> self.shift for n in range(1, K + 1)
+        )
+
+
+def _tails(dag: Dag, units: Sequence[int], shift: int) -> tuple[int, ...]:
+    """For each node at most the cost of itself and all that depends on it."""
+    N = len(dag.costs)
+    if N > CLOSURE_NODES:
+        longest = [0] * N
+        for v in reversed(range(N)):
+            longest[v] = dag.costs[v] + max((longest[u] for u in dag.after[v]), default=0)
+        return tuple(longest)
+    sets = [0] * N
+    for v in reversed(range(N)):
+        sets[v] = 1 << v
+        for u in dag.after[v]:
+            sets[v] |= sets[u]
+    weights, row, tails = np.array(units, dtype=np.float64), -(-N // 8), []
+    for at in range(0, N, 256):
+        part = b"".join(each.to_bytes(row, "little") for each in sets[at : at + 256])
+        packed = np.frombuffer(part, np.uint8).reshape(-1, row)
+        bits = np.unpackbits(packed, axis=1, count=N, bitorder="little")
+        tails += [int(tail) << shift for tail in (bits.astype(np.float64) @ weights).tolist()]
+    return tuple(tails)
+
+
+def bins_needed(costs: Sequence[int], limit: int) -> Iterator[int]:
+    """Lower bounds on the number of bins of `limit` that hold `costs` (largest first)."""
+    upward = costs[::-1]
+    sums = list(accumulate(upward, initial=0))
+    N = len(costs)
+    half = bisect_right(upward, limit // 2)  # from here on no two share a bin
+    for at in range(half if half < N else 0):  # L2, with the threshold upward[at] <= limit / 2
+        if at and upward[at] == upward[at - 1]:
+            continue
+        alone = bisect_right(upward, limit - upward[at])  # from here on nothing counted fits
+        room = (alone - half) * limit - (sums[alone] - sums[half])
+        yield N - half + max(0, -(-(sums[half] - sums[at] - room) // limit))
+    yield N - half
+    for k in range(1, FUNCTIONS + 1):
+        total = 0
+        for cost in upward[bisect_left(upward, -(-limit // (k + 1))) :]:
+            parts, rest = divmod((k + 1) * cost, limit)
+            total += parts * limit if rest else k * cost
+        yield -(-total // (k * limit))
