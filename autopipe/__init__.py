@@ -1,10 +1,18 @@
 """autopipe: any PyTorch model as a micro-batch pipeline, in one line."""
 
-from autopipe.api import compile, plan
-from autopipe.module import Pipeline
-from autopipe.passes.partition import CostGraph, DeviceSpec, Partition, partition
-from autopipe.passes.simulate import Timeline, simulate
-from autopipe.plans import Plan
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from autopipe import errors
+
+if TYPE_CHECKING:
+    from autopipe.api import compile, plan
+    from autopipe.module import Pipeline
+    from autopipe.passes.partition import CostGraph, DeviceSpec, Partition, partition
+    from autopipe.passes.simulate import Timeline, simulate
+    from autopipe.plans import Plan
 
 __version__ = "0.1.0"
 
@@ -16,7 +24,31 @@ __all__ = [
     "Plan",
     "Timeline",
     "compile",
+    "errors",
     "partition",
     "plan",
     "simulate",
 ]
+
+# A name is imported when it is first used (PEP 562): a simulation, a page or `autopipe --help`
+# needs no torch, which takes seconds to import.
+_HOMES = {
+    "api": ("compile", "plan"),
+    "module": ("Pipeline",),
+    "passes.partition": ("CostGraph", "DeviceSpec", "Partition", "partition"),
+    "passes.simulate": ("Timeline", "simulate"),
+    "plans": ("Plan",),
+}
+
+
+def __getattr__(name: str) -> object:
+    for home, names in _HOMES.items():
+        if name in names:
+            value: object = getattr(import_module(f"autopipe.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'autopipe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

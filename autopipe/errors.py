@@ -86,6 +86,16 @@ class VerifyError(AutopipeError, AssertionError):
     """A pass produced a program that breaks its own rules: a bug in autopipe."""
 
 
+def require(condition: bool, problem: str, **facts: str | None) -> None:
+    """One rule that a program or a plan keeps.
+
+    Raises:
+        VerifyError: it does not.
+    """
+    if not condition:
+        raise VerifyError(problem, **facts)
+
+
 class UnsupportedError(AutopipeError, NotImplementedError):
     """Something that autopipe knows of but does not implement."""
 

@@ -11,10 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autopipe.errors import PlanError, VerifyError
+from autopipe.errors import PlanError, VerifyError, require
 from autopipe.passes.schedule import KNOWN
 from autopipe.passes.simulate import Timeline, simulate
-from autopipe.passes.spec import require
 from autopipe.report.table import table
 from autopipe.typed_json import MisfitError, convert, parse, to_json
 

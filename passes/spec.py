@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-from autopipe.errors import VerifyError
+from autopipe.errors import require as require  # used by the programs that import from here
 
 B = sympy.Symbol("B")
 """The batch size of whatever runs: the whole batch, or one micro-batch.
@@ -27,12 +27,6 @@ def results_of(graph: fx.Graph) -> list[Any]:
     """What a graph returns: nodes, now and then a constant."""
     returned: Any = graph.output_node().args[0]
     return list(returned)
-
-
-def require(condition: bool, problem: str, **facts: str | None) -> None:
-    """One rule of a program level; breaking it is a bug in the pass before."""
-    if not condition:
-        raise VerifyError(problem, **facts)
 
 
 class Kind(str, Enum):

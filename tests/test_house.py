@@ -71,6 +71,7 @@ FORBIDDEN = {
         "autopipe.api",
         "autopipe.batch",
         "autopipe.call",
+        "autopipe.cli",
         "autopipe.compiled",
         "autopipe.module",
         "autopipe.options",
@@ -78,11 +79,13 @@ FORBIDDEN = {
         "autopipe.plans",
         "autopipe.report",
         "autopipe.runtime",
+        "autopipe.target",
     ],
     "autopipe.runtime": [
         "autopipe.api",
         "autopipe.batch",
         "autopipe.call",
+        "autopipe.cli",
         "autopipe.compiled",
         "autopipe.module",
         "autopipe.options",
@@ -90,6 +93,7 @@ FORBIDDEN = {
         "autopipe.planner",
         "autopipe.plans",
         "autopipe.report",
+        "autopipe.target",
     ],
     "autopipe.errors": ["autopipe", "torch"],
     "autopipe.batch": ["autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"],
@@ -98,7 +102,21 @@ FORBIDDEN = {
         *("autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call", "torch"),
         *("autopipe.options", "autopipe.planner"),
     ],
-    "autopipe.report": ["autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"],
+    "autopipe.report": [
+        *("autopipe.api", "autopipe.cli", "autopipe.module", "autopipe.compiled", "autopipe.call"),
+        "autopipe.planner",
+    ],
+    # data in, text out: a page is drawn where there is no torch
+    **{
+        f"autopipe.report.{room}": ["torch", "sympy", "numpy", "autopipe.runtime"]
+        for room in (
+            *("page", "style", "svg", "facts", "tables", "table"),
+            *("graph_figure", "bars_figure", "timeline_figure", "chunks_figure"),
+        )
+    },
+    "autopipe.cli": ["torch", "autopipe.module", "autopipe.planner", "autopipe.runtime"],
+    "autopipe.target": ["autopipe.api", "autopipe.cli", "autopipe.module", "autopipe.passes"],
+    "autopipe.api": ["autopipe.cli", "autopipe.target"],
     "autopipe.compiled": ["autopipe.api", "autopipe.module", "autopipe.call"],
     "autopipe.call": ["autopipe.api", "autopipe.module"],
     "autopipe.module": ["autopipe.api"],

@@ -1,0 +1,7 @@
+"""``python -m autopipe``."""
+
+import sys
+
+from autopipe.cli import main
+
+sys.exit(main())

@@ -1,0 +1,59 @@
+"""Plans made by hand, of any size: for what is drawn of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from autopipe.plans import Crossing, Plan, StagePlan
+
+
+def crossing(
+    name: str, source: int | None, *targets: int, nbytes: int = 1024, kind: str = "activation"
+) -> Crossing:
+    kind = "input" if source is None else kind
+    return Crossing(name, kind, "float32[B, 16]", source, targets, False, nbytes)
+
+
+def made_plan(
+    stages: int = 3,
+    sizes: Sequence[int] = (4, 4, 3),
+    crossings: Sequence[Crossing] | None = None,
+    **facts: Any,
+) -> Plan:
+    """K stages: stage k takes (k + 2) ms forward and again, two and a half times that backward."""
+    if crossings is None:
+        crossings = [crossing("x", None, 0)]
+        crossings += [crossing(f"h_{k}", k, k + 1, nbytes=512 * (k + 1)) for k in range(stages - 1)]
+    plan = Plan(
+        model=facts.pop("model", "Net"),
+        training=True,
+        graph="0123456789abcdef",
+        schedule=facts.pop("schedule", "gpipe"),
+        remat=facts.pop("remat", "full"),
+        chunks=len(sizes),
+        sizes=tuple(sizes),
+        stages=tuple(
+            StagePlan(
+                first=f"linear_{k}",
+                calls=3 + k,
+                device="cpu",
+                parameters=(f"layers.{k}.weight", f"layers.{k}.bias"),
+                flops=10**6 * (k + 1),
+                forward_seconds=1e-3 * (k + 2),
+                backward_seconds=2.5e-3 * (k + 2),
+                recompute_seconds=1e-3 * (k + 2),
+                parameter_bytes=4096 * (k + 1),
+                activation_bytes=2048 * (k + 1),
+                saved_bytes=1000 * (k + 1),
+                in_flight=len(sizes),
+                peak_saved_bytes=1000 * (k + 1) * len(sizes),
+            )
+            for k in range(stages)
+        ),
+        crossings=tuple(crossings),
+        notes=facts.pop("notes", ()),
+    )
+    assert not facts, facts
+    plan.verify()
+    return plan
