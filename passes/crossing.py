@@ -19,8 +19,8 @@ from .dag import Dag
 CUT_STEPS = 1 << 22
 """Positions times stages for which all exact cuts together are sought, per graph."""
 
-MOVE_STEPS = 1 << 19
-"""Edges that moves of nodes look at, per order."""
+MOVE_STEPS = 1 << 21
+"""Edges that all moves of nodes look at, per graph."""
 
 RECUTS = 3
 """How often an improved cut is brought into an order and cut again, per order."""
@@ -48,7 +48,7 @@ def least_crossing(
         limit: of what a stage may cost.
     """
     best: tuple[int, list[int]] | None = None
-    steps = CUT_STEPS if any(nbytes) else 0
+    steps, moves = (CUT_STEPS, MOVE_STEPS) if any(nbytes) else (0, 0)
     price = len(dag.costs) * stages
     for start in orders:
         order, least = start, None
@@ -59,7 +59,7 @@ def least_crossing(
             if stage_of is None:
                 break
             steps -= price
-            moved = _moved(dag, nbytes, stage_of, stages, limit)
+            moved, moves = _moved(dag, nbytes, stage_of, stages, limit, moves)
             weight = crossing_bytes(dag, nbytes, moved)
             if best is None or weight < best[0]:
                 best = weight, moved
@@ -107,15 +107,18 @@ def crossing_at(dag: Dag, nbytes: Sequence[int], order: Sequence[int]) -> list[i
 
 
 def _moved(
-    dag: Dag, nbytes: Sequence[int], stage_of: Sequence[int], stages: int, limit: int
-) -> list[int]:
-    """The cut after moves of single nodes, each of which lessens what crosses, until none does."""
-    stage, steps = list(stage_of), MOVE_STEPS
+    dag: Dag, nbytes: Sequence[int], stage_of: Sequence[int], stages: int, limit: int, steps: int
+) -> tuple[list[int], int]:
+    """The cut after moves of single nodes, each of which lessens what crosses, until none does.
+
+    Also what is left of the steps; without any the cut stays as it is.
+    """
+    stage = list(stage_of)
     load, count = [0] * stages, [0] * stages
     for v, k in enumerate(stage):
         load[k] += dag.costs[v]
         count[k] += 1
-    changed = True
+    changed = steps > 0
     while changed:
         changed = False
         for v, cost in enumerate(dag.costs):
@@ -131,7 +134,7 @@ def _moved(
                 others = (stage[u] if u != v else stage[p] for u in dag.after[p])
                 used.append((nbytes[p], max(others) if steps >= 0 else 0))
             if steps < 0:
-                return stage
+                return stage, steps
             made = nbytes[v] if dag.after[v] else 0
             weight = partial(_weight, made, used)
             fits = [k for k in range(first, last + 1) if k == here or load[k] + cost <= limit]
@@ -142,7 +145,7 @@ def _moved(
                 load[to] += cost
                 count[here] -= 1
                 count[to] += 1
-    return stage
+    return stage, steps
 
 
 def _weight(made: int, used: Sequence[tuple[int, int]], k: int) -> int:
