@@ -1,8 +1,9 @@
 """How a model would be cut and what each device would do, before anything runs.
 
 Today's plan takes devices, chunks, schedule and rematerialization as given, balances the cut by the
-rough costs of the cost pass, and asks the simulator for the timeline. Choosing them under a memory
-limit is not implemented; asking for it is an error (`autopipe.options`).
+cost pass's forward and backward on a default device, and asks the simulator for the timeline.
+Choosing them under a memory limit is not implemented; asking for it is an error
+(`autopipe.options`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autopipe.passes.cost import BACKWARD_FACTOR
 from autopipe.passes.simulate import Timeline, simulate
 from autopipe.report.stages import StageView, views
 from autopipe.report.table import table
@@ -32,7 +32,7 @@ class Plan:
         schedule: name of the schedule.
         remat: rematerialization policy.
         timeline: predicted; its unit is the mean stage's forward of one micro-batch, since costs
-            are those of a rough device. Transfers are taken as free.
+            are those of a default device. Transfers are taken as free.
         notes: what capture did that a reader should know.
     """
 
@@ -56,15 +56,15 @@ class Plan:
 def plan(split: Split, sizes: Sequence[int], options: Options) -> Plan:
     """The plan of a split program for a sequence of micro-batch sizes."""
     stages = views(split, sizes, options.devices)
-    mean = sum(s.cost.seconds for s in stages) / len(stages) or 1.0
-    forward = [s.cost.seconds / mean for s in stages]
+    costs = [stage.cost for stage in stages]
+    mean = sum(c.forward_seconds for c in costs) / len(costs) or 1.0
     timeline = simulate(
         options.schedule,
         stages=len(stages),
         chunks=len(sizes),
-        forward=forward,
-        backward=[(BACKWARD_FACTOR - 1) * f for f in forward],
-        recompute=forward if options.remat == "full" else 0.0,
+        forward=[c.forward_seconds / mean for c in costs],
+        backward=[c.backward_seconds / mean for c in costs],
+        recompute=[c.recompute_seconds / mean for c in costs] if options.remat == "full" else 0.0,
     )
     return Plan(
         stages, tuple(sizes), options.schedule, options.remat, timeline, split.captured.notes
