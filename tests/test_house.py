@@ -75,6 +75,7 @@ FORBIDDEN = {
         "autopipe.module",
         "autopipe.options",
         "autopipe.planner",
+        "autopipe.profile",
         "autopipe.report",
         "autopipe.runtime",
     ],
@@ -87,26 +88,40 @@ FORBIDDEN = {
         "autopipe.options",
         "autopipe.passes",
         "autopipe.planner",
+        "autopipe.profile",
         "autopipe.report",
     ],
     "autopipe.errors": ["autopipe", "torch"],
     "autopipe.batch": ["autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"],
     "autopipe.options": ["autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"],
+    "autopipe.profile": [
+        *("autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"),
+        *("autopipe.options", "autopipe.planner", "autopipe.report", "autopipe.runtime"),
+    ],
     "autopipe.report": ["autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"],
     "autopipe.compiled": ["autopipe.api", "autopipe.module", "autopipe.call"],
     "autopipe.call": ["autopipe.api", "autopipe.module"],
     "autopipe.module": ["autopipe.api"],
     # plain arrays and lists: no tensors
     "autopipe.passes.cuts": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
+    "autopipe.passes.devices": ["torch", "autopipe.passes"],
     "autopipe.passes.partition": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
     "autopipe.passes.schedule": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
     "autopipe.passes.simulate": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
     # the passes themselves: only the driver knows the line they stand in
     "autopipe.passes.spec": ["autopipe.passes"],
     "autopipe.passes.ir": [
-        f"autopipe.passes.{p}" for p in ("staged", "graphs", "capture", "cost", "split", "driver")
+        f"autopipe.passes.{p}"
+        for p in ("staged", "graphs", "capture", "gradients", "cost", "totals", "split", "driver")
     ],
     "autopipe.passes._torch": ["autopipe"],
+    # how a call is costed knows nothing of the graph around it
+    **{
+        f"autopipe.passes.{p}": [
+            f"autopipe.passes.{q}" for q in ("gradients", "cost", "totals", "split", "driver")
+        ]
+        for p in ("meter", "runs", "distinct")
+    },
     "autopipe.passes.graphs": [
         f"autopipe.passes.{p}" for p in ("capture", "cost", "split", "phases", "codegen", "driver")
     ],
