@@ -1,22 +1,20 @@
 """Split → `Plan`: what each stage does, in numbers.
 
-Today's planner takes devices, chunks, schedule and rematerialization as given and balances the cut
-by the rough costs of the cost pass. Choosing them under a memory limit is not implemented; asking
-for it is an error (`autopipe.options`).
+Today's planner takes devices, chunks, schedule and rematerialization as given; the cut is balanced
+by the cost pass's forward and backward on a default device. Choosing them under a memory limit is
+not implemented; asking for it is an error (`autopipe.options`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import sympy
-
-from autopipe.passes.cost import BACKWARD_FACTOR
 from autopipe.passes.graphs import fingerprint, is_size
 from autopipe.passes.ir import Kind, at_batch
 from autopipe.passes.memory import saved_bytes
 from autopipe.passes.schedule import schedule
 from autopipe.passes.staged import CALLER
+from autopipe.passes.totals import stage_cost
 from autopipe.plans import Crossing, Plan, StagePlan
 
 if TYPE_CHECKING:
@@ -82,20 +80,18 @@ def _stage(
         for n in stage.graph_module.graph.nodes
         if n.op == "call_function" and n.name in split.annotated.costs and not is_size(n)
     ]
-    costs = [split.annotated.costs[n] for n in names]
-    parameters = [i for i in stage.held if i.kind is Kind.PARAMETER]
-    forward = stage.seconds / BACKWARD_FACTOR
+    cost = stage_cost(split, stage, size)
     return StagePlan(
         first=names[0] if names else None,
         calls=len(names),
         device=device,
-        parameters=tuple(i.target for i in parameters),
-        flops=at_batch(sympy.Add(*(c.flops for c in costs)), size),
-        forward_seconds=forward,
-        backward_seconds=stage.seconds - forward,
-        recompute_seconds=forward if again else 0.0,
-        parameter_bytes=sum(int(i.spec.nbytes) for i in parameters),
-        activation_bytes=at_batch(sympy.Add(*(c.activation_bytes for c in costs)), size),
+        parameters=tuple(i.target for i in stage.held if i.kind is Kind.PARAMETER),
+        flops=at_batch(cost.flops, size),
+        forward_seconds=cost.forward_seconds,
+        backward_seconds=cost.backward_seconds,
+        recompute_seconds=cost.recompute_seconds if again else 0.0,
+        parameter_bytes=cost.parameter_bytes,
+        activation_bytes=at_batch(cost.activation_bytes, size),
         saved_bytes=max(saved),
         in_flight=in_flight,
         peak_saved_bytes=max(

@@ -116,6 +116,7 @@ def capture(
             item,
             index=flat.tensor_positions[item.index],
             batch_dim=batch_dims[flat.tensor_positions[item.index]],
+            requires_grad=leaves[flat.tensor_positions[item.index]].requires_grad,
         )
         if item.kind is Kind.INPUT
         else item

@@ -1,136 +1,119 @@
 """Captured → Annotated: what every node costs, as expressions in the batch size `B`.
 
-FLOPs come from torch's own formulas (`torch.utils.flop_counter`), which also takes composite
-operators (linear, attention) apart; what it has no formula for (element-wise work) counts no FLOPs,
-as in torch. Bytes moved are one read of every argument and one write of every result; views move
-nothing.
+`B` is the only symbol: of a captured graph the batch is the one dimension that is not fixed (a
+sequence of another length is captured anew).
 
-Identical calls (operator, sizes, dtypes) are costed once: a model's layers repeat.
+Each call runs without memory, forward and backward (`runs`), with exactly the gradients that it
+takes part in (`gradients`); calls that are alike are costed once (`distinct`). FLOPs are those of
+torch's own formulas; what it has none for (element-wise work) counts none, as in torch. Bytes moved
+forwards are one read of every argument and one write of every result of the call as it was
+captured; views move nothing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import sympy
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from ._torch import FlopCounterMode, OpOverload, flop_registry, storage_id
-from .graphs import is_size, size, tensors_of
-from .ir import Annotated, B, Captured, NodeCost, at_batch
+from ._torch import storage_id
+from .distinct import nbytes
+from .gradients import Gradients
+from .graphs import tensors_of
+from .ir import Annotated, B, Captured, NodeCost
+from .runs import operands_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Mapping, Sequence
 
-FREE = NodeCost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
+    from torch import fx
 
-SECONDS_PER_FLOP = 1 / 50e9
-SECONDS_PER_BYTE = 1 / 10e9
-"""A rough device (one CPU core; a GPU has much the same ratio of 1:200 in fp32) that turns FLOPs
-and bytes into one figure to balance by. Only ratios between nodes matter for the cut."""
+    from .devices import Device
+    from .ir import Flow
 
-BACKWARD_FACTOR = 3
-"""Forward and backward together, in forwards: the backward of a product is two products."""
+FREE = NodeCost()
 
 
 def annotate(captured: Captured) -> Annotated:
     """Cost every call of a captured graph.
 
     Returns:
-        `Annotated` with FLOPs, bytes moved and activation bytes per node, each a sympy expression
-        whose only symbol is `B`.
+        `Annotated` with a `NodeCost` per node, whose only symbol is `B`.
     """
-    known: dict[Hashable, NodeCost] = {}
-    costs: dict[str, NodeCost] = {}
-    for node in captured.graph_module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if not isinstance(node.target, OpOverload) or is_size(node):
-            costs[node.name] = FREE
-            continue
-        key = (node.target, _looks(node.args), _looks(node.kwargs))
-        if key not in known:
-            known[key] = _cost(node)
-        costs[node.name] = known[key]
-    annotated = Annotated(captured, costs)
-    annotated.verify()
-    return annotated
+    found = Gradients(captured)
+    with torch.random.fork_rng(devices=[]):  # a custom Function may draw numbers
+        found.run()
+    calls = [n for n in captured.graph_module.graph.nodes if n.op == "call_function"]
+    costs = {n.name: _cost(n, found) if n in found.of else FREE for n in calls}
+    flows = {n.name: found.flows[n] for n in calls if n in found.flows}
+    result = Annotated(captured, costs, flows)
+    result.verify()
+    return result
 
 
-def seconds(cost: NodeCost, batch: int) -> float:
-    """Estimated time of forward and backward at one batch size, in seconds of a rough device."""
-    flops, moved = (float(e.subs(B, batch)) for e in (cost.flops, cost.moved_bytes))
-    return BACKWARD_FACTOR * (flops * SECONDS_PER_FLOP + moved * SECONDS_PER_BYTE)
+class Seconds(NamedTuple):
+    """Time of one call at one batch size, on one device."""
+
+    forward: float
+    backward: float
+    recompute: float
 
 
-def _looks(value: Any) -> Hashable:
-    """A hashable summary of arguments: tensors by size and dtype, the rest as it is."""
-    if isinstance(value, fx.Node):
-        if is_size(value):
-            return str(size(value.meta["val"]))
-        return tuple((str(t.shape), str(t.stride()), t.dtype) for t in tensors_of(value))
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_looks, value))
-    if isinstance(value, dict):
-        return tuple((k, _looks(v)) for k, v in value.items())
-    return str(value)
+def seconds(cost: NodeCost, device: Device, batch: int) -> Seconds:
+    """Estimated time of a call on a device at one batch size.
 
+    Args:
+        cost: of the call.
+        device: see `autopipe.passes.devices`.
+        batch: samples.
 
-def _bytes(tensor: Tensor) -> sympy.Expr:
-    return sympy.Mul(*map(size, tensor.shape)) * tensor.dtype.itemsize
-
-
-def _cost(node: fx.Node) -> NodeCost:
-    sources = [t for n in node.all_input_nodes for t in tensors_of(n)]
-    owned = {storage_id(t) for t in sources}
-    results = tensors_of(node)
-    new = [t for t in results if storage_id(t) not in owned]
-    schema = node.target._schema  # type: ignore[union-attr]
-    if not new and not schema.is_mutable:
-        return FREE  # a view
-    activation = sum((_bytes(t) for t in new), sympy.Integer(0))
-    moved = sum((_bytes(t) for t in sources + results), sympy.Integer(0))
-    return NodeCost(_flops(node), moved, activation)
-
-
-PROBES = (2, 3, 5)
-"""FLOPs are polynomials in the batch size, of degree two at most: three points determine them."""
-
-
-def _flops(node: fx.Node) -> sympy.Expr:
-    """FLOPs by torch's counter, on meta tensors at three batch sizes.
-
-    (Running on the graph's own symbolic fakes would add guards to their shape environment: an
-    upsample there fixes the batch size for good.)
+    Returns:
+        Seconds of the forward, the backward, and of one more forward (`recompute`).
     """
-    target: Any = node.target
-    operands = sum(t.is_floating_point() for n in node.all_input_nodes for t in tensors_of(n))
-    composite = target.has_kernel_for_dispatch_key("CompositeImplicitAutograd")
-    if target.overloadpacket not in flop_registry and not (composite and operands > 1):
-        return sympy.Integer(0)  # element-wise work counts none; a product needs two operands
-    points = [(batch, _flops_at(node, batch)) for batch in PROBES]
-    if len({flops for _, flops in points}) == 1:
-        return sympy.Integer(points[0][1])
-    return sympy.interpolate(points, B)
+
+    def time(flops: sympy.Expr, nbytes: sympy.Expr) -> float:
+        work, moved = (float(e.subs(B, batch)) for e in (flops, nbytes))
+        return device.seconds(work, moved, cost.kind, cost.precision)
+
+    forward = time(cost.forward_flops, cost.forward_bytes)
+    return Seconds(forward, time(cost.backward_flops, cost.backward_bytes), forward)
 
 
-def _flops_at(node: fx.Node, batch: int) -> int:
-    target: Any = node.target
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _stand_in(n, batch))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        target(*args, **kwargs)
-    return int(counter.get_total_flops())
+def run_again(nodes: Sequence[fx.Node], flows: Mapping[str, Flow]) -> set[fx.Node]:
+    """The calls that a backward runs again if of a stage only what it received was kept.
+
+    Those whose results are read again, by their own backward or by that of another call of the
+    stage, and what leads to them: the others have done their work when the forward is over.
+
+    Args:
+        nodes: the calls of the stage, in order.
+        flows: by name of the call.
+    """
+    read: set[fx.Node] = set()
+    for node in nodes:
+        flow = flows.get(node.name)
+        if flow is not None:
+            operands = operands_of(node)
+            read.update(operands[i] for i in flow.saves)
+            if flow.saves_own:
+                read.add(node)
+    for node in reversed(nodes):
+        if node in read:
+            read.update(node.all_input_nodes)
+    return read.intersection(nodes)
 
 
-def _stand_in(node: fx.Node, batch: int) -> Any:
-    """What `node` makes, at one batch size, as meta tensors."""
-
-    def concrete(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            shape = [at_batch(size(s), batch) for s in value.shape]
-            return torch.empty(shape, dtype=value.dtype, device="meta")
-        return at_batch(size(value), batch) if isinstance(value, torch.SymInt) else value
-
-    return pytree.tree_map(concrete, node.meta["val"])
+def _cost(node: fx.Node, found: Gradients) -> NodeCost:
+    """Of one call, with what depends on its neighbours: memory that is kept, sums of gradients."""
+    cost = found.of[node].cost(found.flows[node].gets)
+    owned = found.owned(node)
+    made = {s: nbytes(t) for t in tensors_of(node) if (s := storage_id(t)) not in owned}
+    kept = [size for s, size in made.items() if s in found.kept]
+    if kept:
+        cost = replace(cost, saved_bytes=sympy.Add(cost.saved_bytes, *kept))
+    if (more := found.shares[node] - 1) > 0:
+        sums = [3 * more * nbytes(t) for t in tensors_of(node)]
+        cost = replace(cost, backward_bytes=sympy.Add(cost.backward_bytes, *sums))
+    return cost

@@ -15,13 +15,14 @@ their names. `verify()` raises `VerifyError` on a program that breaks the rules 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 
+from .devices import KINDS, PRECISIONS
 from .spec import (
     ALL,
     B,
@@ -45,6 +46,7 @@ __all__ = [
     "Annotated",
     "B",
     "Captured",
+    "Flow",
     "Input",
     "Kind",
     "Leaf",
@@ -165,43 +167,104 @@ class _Regions(fx.Interpreter):
             return super().run_node(n)
 
 
+ZERO = sympy.Integer(0)
+
+
 @dataclass(frozen=True)
 class NodeCost:
     """What one node costs, as expressions in `B`.
 
-    flops: floating-point operations of the forward (multiply and add counted as two).
-    moved_bytes: bytes read plus bytes written by the forward.
+    forward_flops: floating-point operations of the forward (multiply and add counted as two).
+    forward_bytes: bytes read plus bytes written by the forward: every argument and every result.
     activation_bytes: bytes of new memory that its result takes (0 for a view).
+    backward_flops: of what autograd runs for those operands that need a gradient.
+    backward_bytes: bytes read plus bytes written by the backward, kernel by kernel, the sums of
+        gradients of a value that is used several times included.
+    saved_bytes: of the memory that the call makes, what autograd keeps for the backward, whichever
+        call saves it; memory inside a composite operator counts, a shared one once.
+    kind: which fraction of a device's peak it reaches: one of `autopipe.passes.devices.KINDS`.
+    precision: "half" for elements of two bytes, else "fp32".
+    exact: False where its kernels could not be run without memory, or a size is no polynomial in
+        `B`: then the backward is taken for twice the forward, or the expressions for those of the
+        batch sizes at which they were read.
     """
 
-    flops: sympy.Expr
-    moved_bytes: sympy.Expr
-    activation_bytes: sympy.Expr
+    forward_flops: sympy.Expr = ZERO
+    forward_bytes: sympy.Expr = ZERO
+    activation_bytes: sympy.Expr = ZERO
+    backward_flops: sympy.Expr = ZERO
+    backward_bytes: sympy.Expr = ZERO
+    saved_bytes: sympy.Expr = ZERO
+    kind: str = "memory"
+    precision: str = "fp32"
+    exact: bool = True
+
+    @property
+    def recompute_flops(self) -> sympy.Expr:
+        """Of one more forward, where rematerialization runs it again."""
+        return self.forward_flops
+
+    @property
+    def expressions(self) -> dict[str, sympy.Expr]:
+        """The facts that depend on the batch size, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {n: e for n, e in found.items() if isinstance(e, sympy.Expr)}
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The gradients that a call takes part in.
+
+    needs: for each node that gives it tensors, for each of these: does it need a gradient?
+    gets: for each of its results: does a gradient come for it?
+    saves: positions of the nodes that give it tensors which its backward reads again.
+    saves_own: whether its backward reads what the call itself makes.
+    """
+
+    needs: tuple[tuple[bool, ...], ...]
+    gets: tuple[bool, ...]
+    saves: tuple[int, ...] = ()
+    saves_own: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Annotated:
-    """A captured graph with a cost on every computing node (key: the node's name)."""
+    """A captured graph with a cost on every computing node (key: the node's name).
+
+    flows: for the calls that were run to be costed (not sizes, not Python's own functions).
+    """
 
     captured: Captured
     costs: Mapping[str, NodeCost]
+    flows: Mapping[str, Flow] = field(default_factory=dict)
 
     def verify(self) -> None:
         for node in self.captured.graph_module.graph.nodes:
             if node.op == "call_function":
                 require(node.name in self.costs, "a node without a cost", node=node.name)
+        for name in self.flows:
+            require(name in self.costs, "gradients of a node without a cost", node=name)
         for name, cost in self.costs.items():
-            for expr in (cost.flops, cost.moved_bytes, cost.activation_bytes):
+            require(cost.kind in KINDS, "unknown kind of work", node=name, found=cost.kind)
+            require(
+                cost.precision in PRECISIONS,
+                "unknown precision",
+                node=name,
+                found=cost.precision,
+            )
+            for fact, expr in cost.expressions.items():
                 require(
                     expr.free_symbols <= {B},
                     "a cost may depend on the batch size only",
                     node=name,
-                    found=str(expr),
+                    found=f"{fact} {expr}",
                 )
 
     def __str__(self) -> str:
         rows = [
-            f"{n:40} {c.flops!s:>28} flops {c.moved_bytes!s:>24} B moved"
+            f"{n:40} {c.forward_flops!s:>28} flops {c.backward_flops!s:>28} backward"
+            f" {c.forward_bytes!s:>24} B moved {c.saved_bytes!s:>20} B saved"
+            + ("" if c.exact else "  (estimated)")
             for n, c in self.costs.items()
         ]
         return "\n".join(["annotated:", *rows])

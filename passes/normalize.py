@@ -99,7 +99,8 @@ def normalize(
         env[node] = new
         if kind in (Kind.PARAMETER, Kind.BUFFER):
             first_of[id(tensor)] = new
-        inputs.append(Input(spec_of(new), kind, target, index))
+        wants = kind is Kind.PARAMETER and tensor.requires_grad
+        inputs.append(Input(spec_of(new), kind, target, index, requires_grad=wants))
     result = _inline(program.graph_module, env, graph, autocast=None)
     graph.output(tuple(result))
     drop_dead(graph)

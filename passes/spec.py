@@ -78,6 +78,8 @@ class Input:
         target: qualified name in the model, or key in `Captured.constants`; "" for inputs.
         index: position among the call's flattened leaves; -1 for everything else.
         batch_dim: the dimension that is cut into micro-batches; None where there is none.
+        requires_grad: whether it wanted a gradient when it was captured. (Costs go by it; programs
+            go by what it wants when they run.)
     """
 
     spec: TensorSpec
@@ -85,6 +87,7 @@ class Input:
     target: str = ""
     index: int = -1
     batch_dim: int | None = None
+    requires_grad: bool = False
 
     @property
     def name(self) -> str:

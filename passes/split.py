@@ -24,6 +24,7 @@ from autopipe.errors import PartitionError, PlanError, UnsupportedError
 from ._torch import storage_id_of
 from .cost import seconds
 from .cuts import cut
+from .devices import DEFAULT, Device
 from .graphs import (
     batch_size_node,
     emit_size,
@@ -33,7 +34,7 @@ from .graphs import (
     spec_of,
     written_arguments,
 )
-from .ir import Annotated, Captured, Input, Kind, at_batch, results_of
+from .ir import Annotated, Input, Kind, NodeCost, at_batch, results_of
 from .staged import CALLER, Route, Split, StageGraph
 from .users import advise
 
@@ -60,6 +61,7 @@ def split(
     annotated: Annotated,
     stages: int,
     batch: int,
+    device: Device = DEFAULT,
     *,
     planned: Planned | None = None,
     must_fit: bool = False,
@@ -70,6 +72,7 @@ def split(
         annotated: the graph and its costs.
         stages: K ≥ 1.
         batch: micro-batch size at which stages are balanced.
+        device: whose times of forward and backward are balanced.
         planned: where to cut; without it, where stages are balanced best.
         must_fit: a planned cut must be one of this graph; else one that is not is left alone (in
             evaluation a model makes other calls than in training).
@@ -80,18 +83,16 @@ def split(
     """
     graph = annotated.captured.graph_module.graph
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
-    time = [seconds(annotated.costs[n.name], batch) for n in calls]
+    time = _seconds([annotated.costs[n.name] for n in calls], device, batch)
     if not calls and stages == 1:
         return build(annotated, {}, [0.0])
-    allowed = _allowed(calls, annotated.captured.inputs)
-    positions = None
+    starts = None
     if planned is not None:
-        positions = _planned(planned, calls, allowed, must_fit=must_fit)
-    if positions is None:
+        allowed = _allowed(calls, annotated.captured.inputs)
+        starts = _planned(planned, calls, allowed, must_fit=must_fit)
+    if starts is None:
         try:
-            positions = cut(
-                time, stages, allowed=allowed, crossing=_crossing(calls, batch), slack=SLACK
-            )
+            starts = positions(annotated, calls, time, stages, batch)
         except PartitionError as error:
             raise PartitionError(
                 f"the model cannot be cut into {stages} stages",
@@ -99,7 +100,7 @@ def split(
                 found=f"{len(calls)} calls; {error.found or error.problem}",
                 remedy="use fewer devices",
             ) from error
-    bounds = [0, *positions, len(calls)]
+    bounds = [0, *starts, len(calls)]
     stage_of = {node: k for k in range(stages) for node in calls[bounds[k] : bounds[k + 1]]}
     times = [sum(time[bounds[k] : bounds[k + 1]]) for k in range(stages)]
     return build(annotated, stage_of, times)
@@ -129,6 +130,33 @@ def _planned(
         found=", ".join(planned.starts),
         remedy="make a plan of this model, in the same mode and with the same options",
     )
+
+
+def positions(
+    annotated: Annotated, calls: Sequence[fx.Node], time: Sequence[float], stages: int, batch: int
+) -> tuple[int, ...]:
+    """Where stages 1 … K-1 start among the calls, for the times that these take.
+
+    Raises:
+        PartitionError: as `cut`.
+    """
+    return cut(
+        time,
+        stages,
+        allowed=_allowed(calls, annotated.captured.inputs),
+        crossing=_crossing(calls, batch),
+        slack=SLACK,
+    )
+
+
+def _seconds(costs: Sequence[NodeCost], device: Device, batch: int) -> list[float]:
+    """Forward and backward of each call, the same expression evaluated once."""
+    known: dict[NodeCost, float] = {}
+    for cost in costs:
+        if cost not in known:
+            time = seconds(cost, device, batch)
+            known[cost] = time.forward + time.backward
+    return [known[cost] for cost in costs]
 
 
 def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], times: Sequence[float]) -> Split:
@@ -167,10 +195,16 @@ def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], times: Sequence
         )
         for k in consumers:
             (lent if kind == "parameter" else receives)[k].append(node.name)
+    by_name: dict[str, fx.Node] = {}
+    calls: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
+    for position, node in enumerate(captured.graph_module.graph.nodes):
+        by_name[node.name] = node
+        if node in stage_of:
+            calls[stage_of[node]].append((position, node))
     result = Split(
         annotated,
         tuple(
-            _stage(captured, stage_of, k, held[k], lent[k], receives[k], returns[k], times[k])
+            _stage(by_name, calls[k], k, held[k], lent[k], receives[k], returns[k], times[k])
             for k in range(len(times))
         ),
         routes,
@@ -194,15 +228,15 @@ def _users(graph: fx.Graph, stage_of: Mapping[fx.Node, int]) -> dict[fx.Node, se
     batched = [
         n for n in users if isinstance(n.meta["val"], Tensor) and spec_of(n).batch_dim is not None
     ]
-    for k in sized:  # a stage that needs the batch size needs a tensor to read it off
-        if not any(k in users[n] and stage_of.get(n) != k for n in batched):
-            users[batched[0]].add(k)
+    shown = {k for n in batched for k in users[n] if stage_of.get(n) != k}
+    for k in sized - shown:  # a stage that needs the batch size needs a tensor to read it off
+        users[batched[0]].add(k)
     return {n: s for n, s in users.items() if s}
 
 
 def _stage(
-    captured: Captured,
-    stage_of: Mapping[fx.Node, int],
+    by_name: Mapping[str, fx.Node],
+    calls: Sequence[tuple[int, fx.Node]],
     k: int,
     held: Sequence[Input],
     lent: Sequence[str],
@@ -210,9 +244,7 @@ def _stage(
     returns: Sequence[str],
     time: float,
 ) -> StageGraph:
-    """Copy stage k's calls into a graph of their own."""
-    graph = captured.graph_module.graph
-    by_name = {n.name: n for n in graph.nodes}
+    """Copy stage k's calls, with their positions in the whole graph, into a graph of their own."""
     stage = fx.Graph()
     env: dict[fx.Node, Any] = {}
     for name in [*(i.name for i in held), *lent, *receives]:
@@ -231,11 +263,10 @@ def _stage(
             env[node] = emit_size(node.meta["val"], batch_node)
         return env[node]
 
-    for node in graph.nodes:
-        if stage_of.get(node) == k:
-            env[node] = stage.node_copy(node, argument)
+    for _, node in calls:
+        env[node] = stage.node_copy(node, argument)
     stage.output(tuple(env[by_name[name]] for name in returns))
-    position = {env[n]: i for i, n in enumerate(graph.nodes) if stage_of.get(n) == k}
+    position = {env[n]: i for i, n in calls}
     return StageGraph(
         index=k,
         graph_module=fx.GraphModule({}, stage, f"Stage{k}"),

@@ -73,7 +73,7 @@ class StageGraph:
     receives: values that come with every micro-batch.
     origins: for each node of its graph, its position in the captured graph (-1: none).
     fingerprint: equal for stages whose graphs make the same calls.
-    seconds: estimated time of forward and backward, on the rough device of the cost pass.
+    seconds: estimated time of forward and backward, on the device that it was cut for.
     """
 
     index: int

@@ -77,6 +77,7 @@ FORBIDDEN = {
         "autopipe.options",
         "autopipe.planner",
         "autopipe.plans",
+        "autopipe.profile",
         "autopipe.report",
         "autopipe.runtime",
         "autopipe.target",
@@ -92,6 +93,7 @@ FORBIDDEN = {
         "autopipe.passes",
         "autopipe.planner",
         "autopipe.plans",
+        "autopipe.profile",
         "autopipe.report",
         "autopipe.target",
     ],
@@ -117,6 +119,10 @@ FORBIDDEN = {
     "autopipe.cli": ["torch", "autopipe.module", "autopipe.planner", "autopipe.runtime"],
     "autopipe.target": ["autopipe.api", "autopipe.cli", "autopipe.module", "autopipe.passes"],
     "autopipe.api": ["autopipe.cli", "autopipe.target"],
+    "autopipe.profile": [
+        *("autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"),
+        *("autopipe.options", "autopipe.planner", "autopipe.report", "autopipe.runtime"),
+    ],
     "autopipe.compiled": ["autopipe.api", "autopipe.module", "autopipe.call"],
     "autopipe.call": ["autopipe.api", "autopipe.module"],
     "autopipe.module": ["autopipe.api"],
@@ -125,6 +131,7 @@ FORBIDDEN = {
         f"autopipe.passes.{room}": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"]
         for room in ("bounds", "costgraph", "crossing", "cuts", "dag", "ideals", "lists", "unequal")
     },
+    "autopipe.passes.devices": ["torch", "autopipe.passes"],
     "autopipe.passes.partition": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
     "autopipe.passes.orders": ["torch", "autopipe"],
     "autopipe.passes.scheduled": [
@@ -147,9 +154,17 @@ FORBIDDEN = {
     # the passes themselves: only the driver knows the line they stand in
     "autopipe.passes.spec": ["autopipe.passes"],
     "autopipe.passes.ir": [
-        f"autopipe.passes.{p}" for p in ("staged", "graphs", "capture", "cost", "split", "driver")
+        f"autopipe.passes.{p}"
+        for p in ("staged", "graphs", "capture", "gradients", "cost", "totals", "split", "driver")
     ],
     "autopipe.passes._torch": ["autopipe"],
+    # how a call is costed knows nothing of the graph around it
+    **{
+        f"autopipe.passes.{p}": [
+            f"autopipe.passes.{q}" for q in ("gradients", "cost", "totals", "split", "driver")
+        ]
+        for p in ("meter", "runs", "distinct")
+    },
     "autopipe.passes.graphs": [
         f"autopipe.passes.{p}" for p in ("capture", "cost", "split", "phases", "codegen", "driver")
     ],

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import sympy
-
 from autopipe.passes.ir import Kind
 from autopipe.passes.staged import CALLER
+from autopipe.passes.totals import StageCost, stage_cost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import sympy
     import torch
     from torch import fx
 
@@ -65,23 +65,6 @@ class Boundary:
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """What a stage costs, as sympy expressions in the batch size B.
-
-    Attributes:
-        flops: floating-point operations of its forward.
-        activation_bytes: bytes of new memory that its forward's calls make.
-        parameter_bytes: bytes of the parameters that it holds.
-        seconds: estimate of forward and backward on a rough device; only ratios mean anything.
-    """
-
-    flops: sympy.Expr
-    activation_bytes: sympy.Expr
-    parameter_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
 class StageView:
     """One stage.
 
@@ -93,7 +76,7 @@ class StageView:
         parameters: qualified names of the parameters that live here.
         inputs: what it receives.
         outputs: what it returns.
-        cost: see `StageCost`.
+        cost: see `autopipe.passes.totals.StageCost`.
     """
 
     index: int
@@ -114,29 +97,19 @@ class StageView:
 def views(
     split: Split, sizes: Sequence[int], devices: Sequence[torch.device]
 ) -> tuple[StageView, ...]:
-    """All stages of a split program."""
-    return tuple(_view(split, s, d) for s, d in zip(split.stages, devices, strict=True))
+    """All stages of a split program; times are those of its largest micro-batch."""
+    placed = zip(split.stages, devices, strict=True)
+    return tuple(_view(split, stage, device, max(sizes)) for stage, device in placed)
 
 
-def _view(split: Split, stage: StageGraph, device: torch.device) -> StageView:
-    costs = [
-        split.annotated.costs[n.name]
-        for n in stage.graph_module.graph.nodes
-        if n.op == "call_function" and n.name in split.annotated.costs  # not a received value
-    ]
-    parameters = [i for i in stage.held if i.kind is Kind.PARAMETER]
+def _view(split: Split, stage: StageGraph, device: torch.device, batch: int) -> StageView:
     return StageView(
         index=stage.index,
         device=device,
         graph_module=stage.graph_module,
         held=tuple(i.name for i in stage.held),
-        parameters=tuple(i.target for i in parameters),
+        parameters=tuple(i.target for i in stage.held if i.kind is Kind.PARAMETER),
         inputs=tuple(Boundary.of(split.routes[n]) for n in (*stage.lent, *stage.receives)),
         outputs=tuple(Boundary.of(split.routes[n]) for n in stage.returns),
-        cost=StageCost(
-            flops=sympy.Add(*(c.flops for c in costs)),
-            activation_bytes=sympy.Add(*(c.activation_bytes for c in costs)),
-            parameter_bytes=sum(int(i.spec.nbytes) for i in parameters),
-            seconds=stage.seconds,
-        ),
+        cost=stage_cost(split, stage, batch),
     )

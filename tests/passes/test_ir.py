@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from autopipe.errors import VerifyError
-from autopipe.passes.ir import Annotated, B, Captured, Kind, NodeCost, Output, TensorSpec, at_batch
+from autopipe.passes.ir import (
+    Annotated,
+    B,
+    Captured,
+    Flow,
+    Kind,
+    NodeCost,
+    Output,
+    TensorSpec,
+    at_batch,
+)
 from autopipe.passes.staged import CALLER, Phased, Route, Split, StagePhases
 from tests.programs import calls, copied, node, phased_of, split_of
 
@@ -172,7 +182,17 @@ def test_annotated_with_a_node_without_cost() -> None:
     broken(Annotated(captured(), costs), "a node without a cost", f"node: {tanh}")
 
 
-@pytest.mark.parametrize("field", ["flops", "moved_bytes", "activation_bytes"])
+EXPRESSIONS = (
+    "forward_flops",
+    "forward_bytes",
+    "activation_bytes",
+    "backward_flops",
+    "backward_bytes",
+    "saved_bytes",
+)
+
+
+@pytest.mark.parametrize("field", EXPRESSIONS)
 def test_annotated_with_a_cost_in_another_symbol(field: str) -> None:
     program = programs()[1]
     name, cost = next(iter(program.costs.items()))
@@ -181,14 +201,38 @@ def test_annotated_with_a_cost_in_another_symbol(field: str) -> None:
         Annotated(captured(), {**program.costs, name: bad}),
         "may depend on the batch size only",
         f"node: {name}",
-        "found: 2*s7",
+        f"found: {field} 2*s7",
     )
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [("kind", "sorting", "unknown kind of work"), ("precision", "fp8", "unknown precision")],
+)
+def test_annotated_with_work_that_no_device_knows(field: str, value: str, problem: str) -> None:
+    program = programs()[1]
+    name, cost = next(iter(program.costs.items()))
+    bad: Any = {field: value}
+    broken(
+        Annotated(captured(), {**program.costs, name: dataclasses.replace(cost, **bad)}),
+        problem,
+        f"node: {name}",
+        f"found: {value}",
+    )
+
+
+def test_annotated_with_gradients_of_a_node_that_is_not_there() -> None:
+    program = programs()[1]
+    flows = {**program.flows, "elsewhere": Flow(((True,),), (True,))}
+    bad = Annotated(captured(), program.costs, flows)
+    broken(bad, "gradients of a node without a cost", "node: elsewhere")
+
+
 def test_annotated_prints_costs() -> None:
-    cost = NodeCost(7 * B, ZERO, ZERO)
+    cost = NodeCost(7 * B, backward_flops=14 * B, exact=False)
     text = str(Annotated(captured(), {"linear": cost}))
-    assert re.search(r"linear +7\*B flops +0 B moved", text)
+    assert re.search(r"linear +7\*B flops +14\*B backward +0 B moved +0 B saved", text)
+    assert "(estimated)" in text
 
 
 # ------------------------------------------------------------------------------- Split
