@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from autopipe.batch import batch_of
 from autopipe.errors import OptionError
-from autopipe.looks import differentiated, input_looks, state_looks
 from autopipe.module import Pipeline
 from autopipe.options import check
-from autopipe.passes.driver import cut_in_space, phases_at
-from autopipe.passes.ir import Kind
-from autopipe.passes.phases import Traced
+from autopipe.passes.driver import cut_in_space
+from autopipe.planner import phases_of
 from autopipe.planner import plan as make_plan
 from autopipe.plans import Plan
 from autopipe.runtime import microbatch
@@ -23,8 +21,6 @@ from autopipe.structure import flatten
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
-
-    from autopipe.passes.ir import Input
 
 
 def compile(
@@ -168,23 +164,5 @@ def plan(
         batch_norm=batch_norm,
         out_reduce=out_reduce,
     )
-    captured = split.captured
-
-    def held(item: Input) -> Tensor:
-        if item.kind is Kind.CONSTANT:
-            return captured.constants[item.target]
-        get = module.get_parameter if item.kind is Kind.PARAMETER else module.get_buffer
-        return get(item.target)
-
-    state = state_looks(captured, held)
-    phased = phases_at(
-        split,
-        sizes,
-        {size: state | input_looks(captured, leaves, size) for size in sizes},
-        options.devices,
-        remat=options.remat,
-        grad=True,
-        differentiated=differentiated(captured),
-        traced=Traced(),
-    )
+    phased = phases_of(module, split, leaves, sizes, options)
     return make_plan(module, split, phased, sizes, options)

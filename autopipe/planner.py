@@ -7,11 +7,14 @@ not implemented; asking for it is an error (`autopipe.options`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from autopipe.looks import differentiated, input_looks, state_looks
+from autopipe.passes.driver import phases_at
 from autopipe.passes.graphs import fingerprint, is_size
 from autopipe.passes.ir import Kind, at_batch
 from autopipe.passes.memory import saved_bytes
+from autopipe.passes.phases import Traced
 from autopipe.passes.schedule import schedule
 from autopipe.passes.staged import CALLER
 from autopipe.passes.totals import stage_cost
@@ -20,10 +23,45 @@ from autopipe.plans import Crossing, Plan, StagePlan
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from autopipe.options import Options
+    from autopipe.passes.ir import Input
     from autopipe.passes.staged import Phased, Route, Split, StageGraph
+
+
+def phases_of(
+    model: nn.Module, split: Split, leaves: Sequence[Any], sizes: Sequence[int], options: Options
+) -> dict[int, Phased]:
+    """The phases of a split program in training, by micro-batch size; weights are not needed.
+
+    Args:
+        model: what was captured.
+        split: the stages.
+        leaves: a call's flattened inputs.
+        sizes: samples in each micro-batch.
+        options: devices and rematerialization.
+    """
+    captured = split.captured
+
+    def tensor(item: Input) -> Tensor:
+        if item.kind is Kind.CONSTANT:
+            return captured.constants[item.target]
+        if item.kind is Kind.PARAMETER:
+            return model.get_parameter(item.target)
+        return model.get_buffer(item.target)
+
+    state = state_looks(captured, tensor)
+    return phases_at(
+        split,
+        sizes,
+        {size: state | input_looks(captured, leaves, size) for size in dict.fromkeys(sizes)},
+        options.devices,
+        remat=options.remat,
+        grad=True,
+        differentiated=differentiated(captured),
+        traced=Traced(),
+    )
 
 
 def plan(

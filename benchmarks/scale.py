@@ -27,6 +27,8 @@ from autopipe.passes._torch import lazy_code
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
 from autopipe.passes.split import split
+from autopipe.passes.totals import stage_cost
+from autopipe.planner import phases_of
 from autopipe.planner import plan as make_plan
 from autopipe.structure import flatten
 
@@ -35,7 +37,7 @@ from .transformer_l import on_meta
 
 SAMPLES = 8
 """Of the batch; micro-batches of one."""
-PASSES = ("capture", "annotate", "split", "plan")
+PASSES = ("capture", "annotate", "split", "trace", "plan")
 DEPTHS = (12, 24, 48, 96, 192)
 TABLE_1 = {3: (1, 3.15), 13: (1, 8.78), 103: (8, 59.40), 415: (32, 234.9), 1663: (128, 936.9)}
 """L → partitions and GiB of parameter memory in the paper's Table 1."""
@@ -67,9 +69,11 @@ def planned(
         marks.append(time.process_time())
         cut = split(annotated, stages, 1)
         marks.append(time.process_time())
-        plan = make_plan(cut, [1] * SAMPLES, options)
+        phased = phases_of(model, cut, leaves, [1] * SAMPLES, options)
+        marks.append(time.process_time())
+        plan = make_plan(model, cut, phased, [1] * SAMPLES, options)
     marks.append(time.process_time())
-    costs = [stage.cost for stage in plan.stages]
+    costs = [stage_cost(cut, stage, 1) for stage in cut.stages]
     names = PASSES
     found = {n: b - a for n, a, b in zip(names, marks, marks[1:], strict=False)}
     return found | {

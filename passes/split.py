@@ -22,9 +22,7 @@ from torch import Tensor, fx
 from autopipe.errors import PartitionError, PlanError, UnsupportedError
 
 from ._torch import storage_id_of
-from .cost import seconds
 from .cuts import cut
-from .devices import DEFAULT, Device
 from .graphs import (
     batch_size_node,
     emit_size,
@@ -34,7 +32,7 @@ from .graphs import (
     spec_of,
     written_arguments,
 )
-from .ir import Annotated, Input, Kind, NodeCost, at_batch, results_of
+from .ir import Annotated, B, Input, Kind, NodeCost, at_batch, results_of
 from .staged import CALLER, Route, Split, StageGraph
 from .users import advise
 
@@ -61,7 +59,6 @@ def split(
     annotated: Annotated,
     stages: int,
     batch: int,
-    device: Device = DEFAULT,
     *,
     planned: Planned | None = None,
     must_fit: bool = False,
@@ -72,7 +69,6 @@ def split(
         annotated: the graph and its costs.
         stages: K ≥ 1.
         batch: micro-batch size at which stages are balanced.
-        device: whose times of forward and backward are balanced.
         planned: where to cut; without it, where stages are balanced best.
         must_fit: a planned cut must be one of this graph; else one that is not is left alone (in
             evaluation a model makes other calls than in training).
@@ -83,7 +79,7 @@ def split(
     """
     graph = annotated.captured.graph_module.graph
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
-    time = _seconds([annotated.costs[n.name] for n in calls], device, batch)
+    time = _rough([annotated.costs[n.name] for n in calls], batch)
     if not calls and stages == 1:
         return build(annotated, {}, [0.0])
     starts = None
@@ -149,13 +145,19 @@ def positions(
     )
 
 
-def _seconds(costs: Sequence[NodeCost], device: Device, batch: int) -> list[float]:
-    """Forward and backward of each call, the same expression evaluated once."""
+def _rough(costs: Sequence[NodeCost], batch: int) -> list[float]:
+    """Forward and backward of each call as three forwards on a rough device, in seconds.
+
+    (Not yet by a `Device` and the backward's own cost: a cut of a U-Net that this gives is not
+    bit-equal, see tests/test_bugs.py.)
+    """
     known: dict[NodeCost, float] = {}
     for cost in costs:
         if cost not in known:
-            time = seconds(cost, device, batch)
-            known[cost] = time.forward + time.backward
+            flops, moved = (
+                float(e.subs(B, batch)) for e in (cost.forward_flops, cost.forward_bytes)
+            )
+            known[cost] = 3 * (flops / 50e9 + moved / 10e9)
     return [known[cost] for cost in costs]
 
 
