@@ -22,7 +22,9 @@ from torch import Tensor, fx
 from autopipe.errors import PartitionError, PlanError, UnsupportedError
 
 from ._torch import storage_id_of
+from .cost import seconds
 from .cuts import cut
+from .devices import DEFAULT
 from .graphs import (
     batch_size_node,
     emit_size,
@@ -79,7 +81,8 @@ def split(
     """
     graph = annotated.captured.graph_module.graph
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
-    time = _rough([annotated.costs[n.name] for n in calls], batch)
+    costs = [annotated.costs[n.name] for n in calls]
+    time = _seconds(costs, batch)
     if not calls and stages == 1:
         return build(annotated, {}, [0.0])
     starts = None
@@ -88,7 +91,7 @@ def split(
         starts = _planned(planned, calls, allowed, must_fit=must_fit)
     if starts is None:
         try:
-            starts = positions(annotated, calls, time, stages, batch)
+            starts = positions(annotated, calls, rough(costs, batch), stages, batch)
         except PartitionError as error:
             raise PartitionError(
                 f"the model cannot be cut into {stages} stages",
@@ -145,7 +148,17 @@ def positions(
     )
 
 
-def _rough(costs: Sequence[NodeCost], batch: int) -> list[float]:
+def _seconds(costs: Sequence[NodeCost], batch: int) -> list[float]:
+    """Forward and backward of each call on the default device, the same expression once."""
+    known: dict[NodeCost, float] = {}
+    for cost in costs:
+        if cost not in known:
+            time = seconds(cost, DEFAULT, batch)
+            known[cost] = time.forward + time.backward
+    return [known[cost] for cost in costs]
+
+
+def rough(costs: Sequence[NodeCost], batch: int) -> list[float]:
     """Forward and backward of each call as three forwards on a rough device, in seconds.
 
     (Not yet by a `Device` and the backward's own cost: a cut of a U-Net that this gives is not
