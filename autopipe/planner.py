@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autopipe.looks import differentiated, input_looks, state_looks
 from autopipe.passes.driver import phases_at
-from autopipe.passes.graphs import fingerprint, is_size
+from autopipe.passes.graphs import fingerprint
 from autopipe.passes.ir import Kind, at_batch
 from autopipe.passes.memory import saved_bytes
 from autopipe.passes.phases import Traced
@@ -23,10 +23,9 @@ from autopipe.plans import Crossing, Plan, StagePlan
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from autopipe.options import Options
-    from autopipe.passes.ir import Input
     from autopipe.passes.staged import Phased, Route, Split, StageGraph
 
 
@@ -43,15 +42,7 @@ def phases_of(
         options: devices and rematerialization.
     """
     captured = split.captured
-
-    def tensor(item: Input) -> Tensor:
-        if item.kind is Kind.CONSTANT:
-            return captured.constants[item.target]
-        if item.kind is Kind.PARAMETER:
-            return model.get_parameter(item.target)
-        return model.get_buffer(item.target)
-
-    state = state_looks(captured, tensor)
+    state = state_looks(captured, lambda item: captured.held(model, item))
     return phases_at(
         split,
         sizes,
@@ -113,15 +104,11 @@ def _stage(
     saved: Sequence[int],
     in_flight: int,
 ) -> StagePlan:
-    names = [
-        n.name
-        for n in stage.graph_module.graph.nodes
-        if n.op == "call_function" and n.name in split.annotated.costs and not is_size(n)
-    ]
+    calls = split.calls[stage.index]
     cost = stage_cost(split, stage, size)
     return StagePlan(
-        first=names[0] if names else None,
-        calls=len(names),
+        first=calls[0].name if calls else None,
+        calls=len(calls),
         device=device,
         parameters=tuple(i.target for i in stage.held if i.kind is Kind.PARAMETER),
         flops=at_batch(cost.flops, size),

@@ -40,6 +40,7 @@ from .spec import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from torch import nn
     from torch.utils._pytree import TreeSpec
 
 __all__ = [
@@ -122,6 +123,14 @@ class Captured:
                 "a constant without a value",
                 node=item.name,
             )
+
+    def held(self, model: nn.Module, item: Input) -> Tensor:
+        """The parameter, buffer or constant that a placeholder stands for in a model."""
+        if item.kind is Kind.CONSTANT:
+            return self.constants[item.target]
+        if item.kind is Kind.PARAMETER:
+            return model.get_parameter(item.target)
+        return model.get_buffer(item.target)
 
     def finish(
         self, combined: Sequence[Tensor], batch: int, buffer: Callable[[str], Tensor]

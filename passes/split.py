@@ -1,45 +1,40 @@
 """Annotated → Split: K stage graphs with explicit boundary values (the cut in space).
 
-The captured order of calls is cut into K contiguous runs by `partition.cut`, on plain arrays. What
-this file adds is where a cut is allowed, and the signatures of the stages. A cut may not fall
+The captured order of calls is cut into K contiguous runs by `cuts.cut`, on plain arrays; the stages
+are made by `stages.build`. What this file adds is where a cut is allowed. A cut may not fall
 
 - between a value with several results and the calls that unpack it, nor
 - inside the life of a tensor that is changed in place: from the first call that knows its memory
   to the last one that writes to it, all stay in one stage, so that no stage ever sees another
   stage's memory change.
-
-Sizes are not sent: each stage reads the batch size off a tensor it has.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, fx
 
 from autopipe.errors import PartitionError, PlanError, UnsupportedError
 
 from ._torch import storage_id_of
-from .cost import seconds
 from .cuts import cut
-from .devices import DEFAULT
 from .graphs import (
-    batch_size_node,
-    emit_size,
     fingerprint,
     is_size,
     source_line,
     spec_of,
     written_arguments,
 )
-from .ir import Annotated, B, Input, Kind, NodeCost, at_batch, results_of
-from .staged import CALLER, Route, Split, StageGraph
+from .ir import Annotated, B, Input, Kind, NodeCost, at_batch
+from .stages import build
 from .users import advise
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+
+    from .staged import Split
 
 SLACK = 0.03
 """How far above the least possible bottleneck a cut may lie if fewer bytes cross it. Costs are not
@@ -81,17 +76,16 @@ def split(
     """
     graph = annotated.captured.graph_module.graph
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
-    costs = [annotated.costs[n.name] for n in calls]
-    time = _seconds(costs, batch)
     if not calls and stages == 1:
-        return build(annotated, {}, [0.0])
+        return build(annotated, {}, 1)
     starts = None
     if planned is not None:
         allowed = _allowed(calls, annotated.captured.inputs)
         starts = _planned(planned, calls, allowed, must_fit=must_fit)
     if starts is None:
+        time = rough([annotated.costs[n.name] for n in calls], batch)
         try:
-            starts = positions(annotated, calls, rough(costs, batch), stages, batch)
+            starts = positions(annotated, calls, time, stages, batch)
         except PartitionError as error:
             raise PartitionError(
                 f"the model cannot be cut into {stages} stages",
@@ -101,8 +95,7 @@ def split(
             ) from error
     bounds = [0, *starts, len(calls)]
     stage_of = {node: k for k in range(stages) for node in calls[bounds[k] : bounds[k + 1]]}
-    times = [sum(time[bounds[k] : bounds[k + 1]]) for k in range(stages)]
-    return build(annotated, stage_of, times)
+    return build(annotated, stage_of, stages)
 
 
 def _planned(
@@ -148,151 +141,20 @@ def positions(
     )
 
 
-def _seconds(costs: Sequence[NodeCost], batch: int) -> list[float]:
-    """Forward and backward of each call on the default device, the same expression once."""
-    known: dict[NodeCost, float] = {}
-    for cost in costs:
-        if cost not in known:
-            time = seconds(cost, DEFAULT, batch)
-            known[cost] = time.forward + time.backward
-    return [known[cost] for cost in costs]
-
-
 def rough(costs: Sequence[NodeCost], batch: int) -> list[float]:
     """Forward and backward of each call as three forwards on a rough device, in seconds.
 
     (Not yet by a `Device` and the backward's own cost: a cut of a U-Net that this gives is not
     bit-equal, see tests/test_bugs.py.)
     """
-    known: dict[NodeCost, float] = {}
-    for cost in costs:
-        if cost not in known:
-            flops, moved = (
-                float(e.subs(B, batch)) for e in (cost.forward_flops, cost.forward_bytes)
-            )
-            known[cost] = 3 * (flops / 50e9 + moved / 10e9)
+
+    def time(cost: NodeCost) -> float:
+        facts = (cost.forward_flops, cost.forward_bytes)
+        flops, moved = (float(fact.subs(B, batch)) for fact in facts)
+        return 3 * (flops / 50e9 + moved / 10e9)
+
+    known = {cost: time(cost) for cost in set(costs)}
     return [known[cost] for cost in costs]
-
-
-def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], times: Sequence[float]) -> Split:
-    """The stage graphs for a given assignment of calls to stages (`times`: seconds per stage)."""
-    captured = annotated.captured
-    inputs = {i.name: i for i in captured.inputs}
-    users = _users(captured.graph_module.graph, stage_of)
-    outputs = {o.name: i for i, o in enumerate(captured.outputs)}
-    routes: dict[str, Route] = {}
-    held: dict[int, list[Input]] = defaultdict(list)
-    lent: dict[int, list[str]] = defaultdict(list)
-    receives: dict[int, list[str]] = defaultdict(list)
-    returns: dict[int, list[str]] = defaultdict(list)
-    for node, needed in users.items():
-        item = inputs.get(node.name)
-        stages = sorted(needed)
-        if item is not None and item.kind in (Kind.BUFFER, Kind.CONSTANT):
-            for k in stages:  # read-only copies: `_allowed` keeps a written one in one stage
-                held[k].append(item)
-            continue
-        if item is None:
-            source, kind = stage_of[node], "activation"
-            consumers = [k for k in stages if k != source]
-            if not consumers and node.name not in outputs:
-                continue
-            returns[source].append(node.name)
-        elif item.kind is Kind.PARAMETER:
-            source, kind, consumers = stages[0], "parameter", stages[1:]
-            held[source].append(item)
-            if not consumers:
-                continue
-        else:
-            source, kind, consumers = CALLER, "input", stages
-        routes[node.name] = Route(
-            spec_of(node), kind, source, tuple(consumers), outputs.get(node.name)
-        )
-        for k in consumers:
-            (lent if kind == "parameter" else receives)[k].append(node.name)
-    by_name: dict[str, fx.Node] = {}
-    calls: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
-    for position, node in enumerate(captured.graph_module.graph.nodes):
-        by_name[node.name] = node
-        if node in stage_of:
-            calls[stage_of[node]].append((position, node))
-    result = Split(
-        annotated,
-        tuple(
-            _stage(by_name, calls[k], k, held[k], lent[k], receives[k], returns[k], times[k])
-            for k in range(len(times))
-        ),
-        routes,
-    )
-    result.verify()
-    return result
-
-
-def _users(graph: fx.Graph, stage_of: Mapping[fx.Node, int]) -> dict[fx.Node, set[int]]:
-    """For each tensor, in graph order, the stages that use it (its own if it is an output)."""
-    users: dict[fx.Node, set[int]] = {n: set() for n in graph.nodes if n.op != "output"}
-    sized: set[int] = set()
-    for node, k in stage_of.items():
-        for source in node.all_input_nodes:
-            users[source].add(k)
-            if is_size(source):
-                sized.add(k)
-    for node in results_of(graph):
-        users[node].add(stage_of[node])
-    users = {n: s for n, s in users.items() if not is_size(n)}
-    batched = [
-        n for n in users if isinstance(n.meta["val"], Tensor) and spec_of(n).batch_dim is not None
-    ]
-    shown = {k for n in batched for k in users[n] if stage_of.get(n) != k}
-    for k in sized - shown:  # a stage that needs the batch size needs a tensor to read it off
-        users[batched[0]].add(k)
-    return {n: s for n, s in users.items() if s}
-
-
-def _stage(
-    by_name: Mapping[str, fx.Node],
-    calls: Sequence[tuple[int, fx.Node]],
-    k: int,
-    held: Sequence[Input],
-    lent: Sequence[str],
-    receives: Sequence[str],
-    returns: Sequence[str],
-    time: float,
-) -> StageGraph:
-    """Copy stage k's calls, with their positions in the whole graph, into a graph of their own."""
-    stage = fx.Graph()
-    env: dict[fx.Node, Any] = {}
-    for name in [*(i.name for i in held), *lent, *receives]:
-        env[by_name[name]] = stage.placeholder(name)
-        env[by_name[name]].meta = dict(by_name[name].meta)
-    batch: list[fx.Node] = []
-
-    def batch_node() -> fx.Node:
-        if not batch:
-            tensors = [n for n in env if isinstance(n.meta["val"], Tensor)]
-            batch.append(batch_size_node(stage, [(env[n], spec_of(n)) for n in tensors]))
-        return batch[0]
-
-    def argument(node: fx.Node) -> Any:
-        if is_size(node) and node not in env:
-            env[node] = emit_size(node.meta["val"], batch_node)
-        return env[node]
-
-    for _, node in calls:
-        env[node] = stage.node_copy(node, argument)
-    stage.output(tuple(env[by_name[name]] for name in returns))
-    position = {env[n]: i for i, n in calls}
-    return StageGraph(
-        index=k,
-        graph_module=fx.GraphModule({}, stage, f"Stage{k}"),
-        held=tuple(held),
-        lent=tuple(lent),
-        receives=tuple(receives),
-        returns=tuple(returns),
-        origins=tuple(position.get(n, -1) for n in stage.nodes),
-        fingerprint=fingerprint(stage),
-        seconds=time,
-    )
 
 
 def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:

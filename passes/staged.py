@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -73,7 +74,6 @@ class StageGraph:
     receives: values that come with every micro-batch.
     origins: for each node of its graph, its position in the captured graph (-1: none).
     fingerprint: equal for stages whose graphs make the same calls.
-    seconds: estimated time of forward and backward, on the device that it was cut for.
     """
 
     index: int
@@ -84,7 +84,6 @@ class StageGraph:
     returns: tuple[str, ...]
     origins: tuple[int, ...]
     fingerprint: str
-    seconds: float
 
     @property
     def signature(self) -> list[str]:
@@ -103,6 +102,15 @@ class Split:
     @property
     def captured(self) -> Captured:
         return self.annotated.captured
+
+    @cached_property
+    def calls(self) -> tuple[tuple[fx.Node, ...], ...]:
+        """For each stage the calls it makes, as nodes of the captured graph.
+
+        (Not by name: in its own graph a stage works out sizes, which may take the names of calls.)
+        """
+        nodes = list(self.captured.graph_module.graph.nodes)
+        return tuple(tuple(nodes[i] for i in s.origins if i >= 0) for s in self.stages)
 
     def verify(self) -> None:
         placed: dict[str, int] = {}

@@ -81,13 +81,7 @@ def stage_cost(
         device: of the times.
         state_bytes: what the optimizer keeps per element of a parameter, in bytes.
     """
-    own = {
-        n.name
-        for n in stage.graph_module.graph.nodes
-        if n.op == "call_function" and n.name in split.annotated.costs  # not a received value
-    }
-    # As they were captured: in a stage's graph, sizes among the operands are its own.
-    calls = [n for n in split.captured.graph_module.graph.nodes if n.name in own]
+    calls = split.calls[stage.index]
     costs = [split.annotated.costs[n.name] for n in calls]
     repeated = run_again(calls, split.annotated.flows)
     again = [split.annotated.costs[n.name] for n in calls if n in repeated]

@@ -82,12 +82,8 @@ def tensors(captured: Captured, model: nn.Module, call: Call, size: int | None =
 def _tensor(
     captured: Captured, model: nn.Module, leaves: Sequence[Any], item: Input, size: int | None
 ) -> Tensor:
-    if item.kind is Kind.PARAMETER:
-        return model.get_parameter(item.target)
-    if item.kind is Kind.BUFFER:
-        return model.get_buffer(item.target)
-    if item.kind is Kind.CONSTANT:
-        return captured.constants[item.target]
+    if item.kind is not Kind.INPUT:
+        return captured.held(model, item)
     leaf: Tensor = leaves[item.index]
     if size is None or item.batch_dim is None:
         return leaf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -314,3 +315,29 @@ def test_verify_breaks_a_plan_made_by_hand(plan: Plan) -> None:
 def test_errors_are_autopipes_own() -> None:
     assert issubclass(PlanError, AutopipeError)
     assert copy.copy(PlanError("x")).problem == "x"
+
+
+def test_sizes_that_a_stage_works_out_are_no_calls_of_the_model() -> None:
+    """In a stage's graph ``2 * B`` may be named `mul`, as a product in the model is."""
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4)).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                h = layer(x)
+                x = (h.view(h.shape[0] * 2, 3).tanh() * h.view(h.shape[0] * 2, 3)).view(-1, 6)
+            return x
+
+    plan = autopipe.plan(Doubled(), ["cpu"] * 4, 3, args=(X,))
+    pipe = autopipe.compile(Doubled(), plan=plan, args=(X,))
+    nodes = [n for n in pipe.captured.graph_module.graph.nodes if n.op == "call_function"]
+    calls = [n.name for n in nodes if isinstance(n.meta["val"], Tensor)]
+    assert sum(s.calls for s in plan.stages) == len(calls)
+    starts = [calls.index(s.first) for s in plan.stages if s.first is not None]
+    assert starts == list(itertools.accumulate([0, *[s.calls for s in plan.stages[:-1]]]))
+    assert sum(s.flops for s in plan.stages) == 4 * 2 * 3 * 6 * 6
+    assert pipe.plan == plan

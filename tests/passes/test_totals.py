@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from autopipe.passes.cost import annotate
-from autopipe.passes.devices import DEVICES
+from autopipe.passes.cost import annotate, seconds
+from autopipe.passes.devices import DEFAULT, DEVICES
 from autopipe.passes.ir import at_batch
 from autopipe.passes.split import split
 from autopipe.passes.staged import Split, StagePhases
@@ -132,9 +132,10 @@ def test_half_precision_has_state_per_element() -> None:
 def test_seconds_of_a_stage_are_its_calls() -> None:
     _, _, annotated = known("unet")
     cut = split(annotated, STAGES, SIZE)
-    for stage in cut.stages:
+    for stage, own in zip(cut.stages, cut.calls, strict=True):
         cost = stage_cost(cut, stage, SIZE)
-        assert cost.seconds == pytest.approx(stage.seconds)
+        times = [seconds(annotated.costs[n.name], DEFAULT, SIZE) for n in own]
+        assert cost.seconds == pytest.approx(sum(t.forward + t.backward for t in times))
         assert cost.seconds == pytest.approx(cost.forward_seconds + cost.backward_seconds)
         assert 0 < cost.recompute_seconds <= cost.forward_seconds
 
