@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autopipe.errors import DeviceError, UnsupportedError
 from autopipe.looks import differentiated, input_looks, state_looks
-from autopipe.passes.driver import Lowered, cut_in_space, cut_in_time
+from autopipe.passes.driver import Lowered, cut_in_space, cut_in_time, phases_at
 from autopipe.passes.ir import Kind
 from autopipe.passes.phases import Traced, received_strides
 from autopipe.passes.split import Planned
@@ -226,18 +226,20 @@ class Compiled:
         )
         if key not in self._programs:
             constant = state_looks(captured, lambda i: self.tensor(i.kind, i.target))
-            lowered = cut_in_time(
+            devices = [p.device for p in self.places]
+            phased = phases_at(
                 self.split,
                 sizes,
                 {size: constant | chunk for size, chunk in chunks.items()},
-                [p.device for p in self.places],
-                kind=self.options.schedule,
+                devices,
                 remat=self.options.remat,
                 grad=grad,
                 differentiated=expected,
                 traced=self._traced,
                 progress=progress,
             )
+            kind = self.options.schedule
+            lowered = cut_in_time(phased, sizes, devices, kind=kind, progress=progress)
             self._programs[key] = Ready(self._load(lowered, sizes), lowered)
         return self._programs[key]
 

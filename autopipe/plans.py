@@ -15,7 +15,7 @@ from autopipe.errors import PlanError, VerifyError, require
 from autopipe.passes.schedule import KNOWN
 from autopipe.passes.simulate import Timeline, simulate
 from autopipe.report.table import table
-from autopipe.typed_json import MisfitError, convert, parse, to_json
+from autopipe.typed_json import MisfitError, convert, parse, short, to_json
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -199,7 +199,7 @@ class Plan:
             data = parse(content.decode("utf-8"))
             known = (data.get("format"), data.get("version")) if isinstance(data, dict) else None
             if known != (FORMAT, VERSION):
-                raise MisfitError("", f"format {FORMAT!r}, version {VERSION}", _short(known))
+                raise MisfitError("", f"format {FORMAT!r}, version {VERSION}", short(known))
             plan: Plan = convert(_File, data, "").plan
             plan.verify()
         except UnicodeDecodeError as error:
@@ -223,8 +223,3 @@ class _File:
     format: str
     version: int
     plan: Plan
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -10,11 +10,9 @@ import dataclasses
 import json
 import math
 from types import NoneType, UnionType
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-T = TypeVar("T")
-
-NUMBERS = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false"}
+PLAIN = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false"}
 
 
 class MisfitError(ValueError):
@@ -33,20 +31,6 @@ class MisfitError(ValueError):
 def to_json(value: Any) -> str:
     """A dataclass as indented JSON, its fields in their order."""
     return json.dumps(dataclasses.asdict(value), indent=1, allow_nan=False, ensure_ascii=False)
-
-
-def from_json(kind: type[T], text: str) -> T:
-    """The dataclass that a text describes.
-
-    Args:
-        kind: a dataclass of str, int, float, bool, None, tuples and such dataclasses.
-
-    Raises:
-        MisfitError: it is no JSON, a field is missing, unknown or given twice, or a value is of
-            another type than its field.
-    """
-    found: T = convert(kind, parse(text), "")
-    return found
 
 
 def parse(text: str) -> Any:
@@ -68,10 +52,15 @@ def parse(text: str) -> Any:
 def convert(kind: Any, value: Any, where: str) -> Any:
     """A parsed value as `kind` says.
 
+    Args:
+        kind: str, int, float, bool, one of them or None, a tuple, or a dataclass of such fields.
+        value: as `parse` gave it.
+        where: the place that it stands at, for messages.
+
     Raises:
         MisfitError: naming the place.
     """
-    if kind in NUMBERS:
+    if kind in PLAIN:
         return _plain(kind, value, where)
     if get_origin(kind) in (Union, UnionType):
         (one,) = [k for k in get_args(kind) if k is not NoneType]
@@ -96,9 +85,9 @@ def _plain(kind: type, value: Any, where: str) -> Any:
         try:
             value = float(value)
         except OverflowError:
-            _misfit(where, NUMBERS[kind], "one too large")
+            _misfit(where, PLAIN[kind], "one too large")
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        _misfit(where, NUMBERS[kind], value)
+        _misfit(where, PLAIN[kind], value)
     return value
 
 
@@ -117,6 +106,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _misfit(where: str, expected: str, value: Any) -> NoReturn:
+def short(value: object) -> str:
+    """A value in a message, which it must not flood."""
     text = repr(value)
-    raise MisfitError(where, expected, text if len(text) <= 80 else f"{text[:80]}…")
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _misfit(where: str, expected: str, value: Any) -> NoReturn:
+    raise MisfitError(where, expected, short(value))

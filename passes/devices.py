@@ -210,7 +210,7 @@ CPU_CORE = Device(
 DEVICES = {d.name: d for d in (H100, H200, A100, L4, RTX4090, CPU_CORE)}
 
 DEFAULT = CPU_CORE
-"""What cuts are balanced for where no device is named."""
+"""Whose times are told where no device is named."""
 
 
 def device_of(name: str) -> Device:

@@ -1,7 +1,8 @@
 """The straight line through the passes.
 
     nn.Module ─capture─▶ Captured ─annotate─▶ Annotated ─split─▶ Split              `cut_in_space`
-    Split ─phases─▶ Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated             `cut_in_time`
+    Split ─phases─▶ Phased                                                           `phases_at`
+    Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated                             `cut_in_time`
 
 Every program is verified where it is made. With ``AUTOPIPE_DUMP=dir`` in the environment each is
 also written to that folder, numbered in the order in which it was made.
@@ -116,30 +117,14 @@ def phases_at(
 
 @lazy_code()
 def cut_in_time(
-    split: Split,
+    phased: Mapping[int, Phased],
     sizes: Sequence[int],
-    looks: Mapping[int, Mapping[str, Look]],
     devices: Sequence[torch.device],
     *,
     kind: str,
-    remat: str,
-    grad: bool,
-    differentiated: frozenset[str],
-    traced: Traced,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Lowered:
-    """Phases, schedule and source; arguments as for `phases_at`."""
-    phased = phases_at(
-        split,
-        sizes,
-        looks,
-        devices,
-        remat=remat,
-        grad=grad,
-        differentiated=differentiated,
-        traced=traced,
-        progress=progress,
-    )
+    """Schedule and source, for phases by micro-batch size."""
     for cut in phased.values():
         _dump("phased", cut)
     backward = any(cut.differentiated for cut in phased.values())
