@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ROOT = f"{GOLDEN.parents[1]}/"
@@ -33,3 +34,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == expected, "\n".join(diff)
 
     return check
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Double precision, and the same random numbers in every test."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)

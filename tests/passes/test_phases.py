@@ -24,6 +24,7 @@ from autopipe.passes.split import split
 from autopipe.passes.staged import Phased, Split, StagePhases
 from autopipe.runtime.random import Kit
 from tests.agreement import assert_agrees, pipelined
+from tests.once import pure_passes_once
 from tests.programs import (
     calls,
     known,
@@ -40,19 +41,9 @@ STAGES = 3
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _trace_once() -> Iterator[None]:
-    """Tracing is pure and does not depend on the policy: within this module it is done once."""
-    traces: dict[Any, Any] = {}
-    trace = room.trace
-
-    def once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:
-        key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, grad)
-        if key not in traces:
-            traces[key] = trace(stage, inputs, tangents, device, grad=grad)
-        return traces[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "trace", once)
+def _once() -> Iterator[None]:
+    """Tracing does not depend on the policy."""
+    with pure_passes_once():
         yield
 
 
