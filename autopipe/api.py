@@ -11,6 +11,7 @@ from autopipe.batch import batch_of
 from autopipe.errors import OptionError
 from autopipe.module import Pipeline
 from autopipe.options import check
+from autopipe.passes.aim import aim_of
 from autopipe.passes.driver import cut_in_space
 from autopipe.planner import phases_of
 from autopipe.planner import plan as make_plan
@@ -158,8 +159,7 @@ def plan(
         leaves,
         spec,
         dims,
-        stages=len(options.devices),
-        batch=min(sizes),
+        aim=aim_of(options.devices, min(sizes), remat=options.remat),
         whole=chunks == 1,
         batch_norm=batch_norm,
         out_reduce=out_reduce,

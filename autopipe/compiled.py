@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autopipe.errors import DeviceError, UnsupportedError
 from autopipe.looks import differentiated, input_looks, state_looks
+from autopipe.passes.aim import aim_of
 from autopipe.passes.driver import Lowered, cut_in_space, cut_in_time, phases_at
 from autopipe.passes.ir import Kind
 from autopipe.passes.phases import Traced, received_strides
@@ -125,8 +126,7 @@ class Compiled:
             leaves,
             spec,
             dims,
-            stages=len(places),
-            batch=max(1, batch // options.chunks),
+            aim=aim_of(options.devices, max(1, batch // options.chunks), remat=options.remat),
             whole=options.chunks == 1,
             single=single,
             batch_norm=options.batch_norm,

@@ -1,8 +1,8 @@
 """Split → `Plan`: what each stage does, in numbers.
 
-Today's planner takes devices, chunks, schedule and rematerialization as given; the cut is balanced
-by three forwards of each call on a rough device, times are those of a default one. Choosing them
-under a memory limit is not implemented; asking for it is an error (`autopipe.options`).
+Today's planner takes devices, chunks, schedule and rematerialization as given; times are those of a
+default device. Choosing them under a memory limit is not implemented; asking for it is an error
+(`autopipe.options`).
 """
 
 from __future__ import annotations

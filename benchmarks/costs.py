@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopipe.batch import batch_of
+from autopipe.passes.aim import aim_of
 from autopipe.passes.capture import capture
-from autopipe.passes.cost import annotate, seconds
+from autopipe.passes.cost import Seconds, annotate, seconds
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.graphs import is_size
 from autopipe.passes.ir import Annotated, at_batch
-from autopipe.passes.split import positions
+from autopipe.passes.split import split
 from autopipe.passes.totals import total
 from autopipe.profile import profile
 from autopipe.structure import flatten
@@ -190,7 +192,9 @@ def splits(batch: int = 4) -> None:
             "seconds": [t.forward + t.backward for t in times],
         }
         for rule, weights in rules.items():
-            (start,) = positions(found, calls, weights, 2, batch)
+            times = {n.name: Seconds(w, 0.0, 0.0) for n, w in zip(calls, weights, strict=True)}
+            aim = aim_of([torch.device("cpu")] * 2, batch, remat="none")
+            start = len(split(found, replace(aim, times=times)).calls[0])
             print(
                 f"{name:8} cut by {rule:8} balance in FLOPs {balance(work, start):.3f},"
                 f" in measured time {balance(real, start):.3f}"

@@ -24,6 +24,7 @@ import torch
 from autopipe.batch import batch_of
 from autopipe.options import check
 from autopipe.passes._torch import lazy_code
+from autopipe.passes.aim import aim_of
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
 from autopipe.passes.split import split
@@ -67,7 +68,7 @@ def planned(
         marks.append(time.process_time())
         annotated = annotate(captured)
         marks.append(time.process_time())
-        cut = split(annotated, stages, 1)
+        cut = split(annotated, aim_of(options.devices, 1))
         marks.append(time.process_time())
         phased = phases_of(model, cut, leaves, [1] * SAMPLES, options)
         marks.append(time.process_time())

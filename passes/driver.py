@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils._pytree import TreeSpec
 
+    from .aim import Aim
     from .staged import Phased, Split
     from .trace import Look
 
@@ -44,8 +45,7 @@ def cut_in_space(
     spec: TreeSpec,
     batch_dims: Sequence[int | None],
     *,
-    stages: int,
-    batch: int,
+    aim: Aim,
     whole: bool,
     single: bool = False,
     batch_norm: str,
@@ -71,7 +71,7 @@ def cut_in_space(
     annotated = annotate(captured)
     _dump("annotated", annotated)
     progress("splitting")
-    result = split(annotated, stages, batch, planned=planned, must_fit=must_fit)
+    result = split(annotated, aim, planned=planned, must_fit=must_fit)
     _dump("split", result)
     return result
 

@@ -25,12 +25,13 @@ from itertools import accumulate
 from autopipe.errors import OptionError, PartitionError, VerifyError
 
 from .bounds import simple_bound
+from .contiguous import cut_on
 from .costgraph import CostGraph
 from .crossing import crossing_at, least_crossing
 from .cuts import cut, integers
 from .dag import Dag
 from .solve import Solved, alternatives, refutes, solve
-from .unequal import DeviceSpec, Loads, cut_on, unit_of
+from .unequal import DeviceSpec, Loads, unit_of
 
 __all__ = ["CostGraph", "DeviceSpec", "Partition", "cut", "partition"]
 

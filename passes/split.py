@@ -1,7 +1,8 @@
 """Annotated → Split: K stage graphs with explicit boundary values (the cut in space).
 
-The captured order of calls is cut into K contiguous runs by `cuts.cut`, on plain arrays; the stages
-are made by `stages.build`. What this file adds is where a cut is allowed. A cut may not fall
+The captured order of calls is cut into K contiguous runs by `contiguous.cut_on`, on plain arrays
+(`loads`: what each run takes of each device); the stages are made by `stages.build`. What this file
+adds is where a cut is allowed. A cut may not fall
 
 - between a value with several results and the calls that unpack it, nor
 - inside the life of a tensor that is changed in place: from the first call that knows its memory
@@ -19,7 +20,8 @@ from torch import Tensor, fx
 from autopipe.errors import PartitionError, PlanError, UnsupportedError
 
 from ._torch import storage_id_of
-from .cuts import cut
+from .aim import Facts
+from .contiguous import cut_on
 from .graphs import (
     fingerprint,
     is_size,
@@ -27,14 +29,17 @@ from .graphs import (
     spec_of,
     written_arguments,
 )
-from .ir import Annotated, B, Input, Kind, NodeCost, at_batch
+from .ir import Annotated, Input, Kind, at_batch
+from .loads import Rows
 from .stages import build
 from .users import advise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .aim import Aim
     from .staged import Split
+    from .unequal import Loads
 
 SLACK = 0.03
 """How far above the least possible bottleneck a cut may lie if fewer bytes cross it. Costs are not
@@ -54,48 +59,55 @@ class Planned(NamedTuple):
 
 def split(
     annotated: Annotated,
-    stages: int,
-    batch: int,
+    aim: Aim,
     *,
     planned: Planned | None = None,
     must_fit: bool = False,
 ) -> Split:
-    """Cut a captured graph into `stages` stage graphs.
+    """Cut a captured graph into stage graphs, the largest as fast as can be.
 
     Args:
         annotated: the graph and its costs.
-        stages: K ≥ 1.
-        batch: micro-batch size at which stages are balanced.
-        planned: where to cut; without it, where stages are balanced best.
+        aim: what it is cut for, K stages.
+        planned: where to cut; without it, where the largest stage is least, or within `SLACK` of
+            it with the fewest bytes crossing, under the aim's limits.
         must_fit: a planned cut must be one of this graph; else one that is not is left alone (in
             evaluation a model makes other calls than in training).
 
     Raises:
-        PartitionError: fewer than K runs of calls can be formed.
+        PartitionError: fewer than K runs of calls can be formed, or no cut keeps the limits.
         PlanError: a planned cut is not one of this graph.
     """
-    graph = annotated.captured.graph_module.graph
+    graph, stages = annotated.captured.graph_module.graph, aim.stages
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
     if not calls and stages == 1:
-        return build(annotated, {}, 1)
+        return build(annotated, {}, Facts((0.0,), (0,), 0.0))
+    allowed = _allowed(calls, annotated.captured.inputs)
+    at = [p for p in range(len(calls)) if not p or allowed[p]]
+    if stages > len(at):
+        raise PartitionError(
+            f"the model cannot be cut into {stages} stages",
+            expected=f"at least {stages} runs of calls that nothing holds together",
+            found=f"{len(calls)} calls, {max(0, len(at) - 1)} positions to cut at",
+            remedy="use fewer devices",
+        )
+    loads = Rows(annotated, calls, at, aim).loads()
     starts = None
     if planned is not None:
-        allowed = _allowed(calls, annotated.captured.inputs)
-        starts = _planned(planned, calls, allowed, must_fit=must_fit)
+        places = _planned(planned, calls, allowed, must_fit=must_fit)
+        starts = None if places is None else [at.index(p) for p in places]
     if starts is None:
-        time = rough([annotated.costs[n.name] for n in calls], batch)
-        try:
-            starts = positions(annotated, calls, time, stages, batch)
-        except PartitionError as error:
-            raise PartitionError(
-                f"the model cannot be cut into {stages} stages",
-                expected=f"at least {stages} runs of calls that nothing holds together",
-                found=f"{len(calls)} calls; {error.found or error.problem}",
-                remedy="use fewer devices",
-            ) from error
-    bounds = [0, *starts, len(calls)]
+        crossing = _crossing(calls, aim.batch)
+        starts = [*cut_on(loads, [crossing[p] for p in [*at, len(calls)]], SLACK)]
+    bounds = [0, *(at[start] for start in starts), len(calls)]
     stage_of = {node: k for k in range(stages) for node in calls[bounds[k] : bounds[k + 1]]}
-    return build(annotated, stage_of, stages)
+    return build(annotated, stage_of, _facts(loads, starts))
+
+
+def _facts(loads: Loads, starts: Sequence[int]) -> Facts:
+    """What the stages of a cut take."""
+    times = tuple(float(time * loads.unit) for time in loads.stage_times(starts))
+    return Facts(times, loads.stage_bytes(starts), float(loads.bound * loads.unit))
 
 
 def _planned(
@@ -122,39 +134,6 @@ def _planned(
         found=", ".join(planned.starts),
         remedy="make a plan of this model, in the same mode and with the same options",
     )
-
-
-def positions(
-    annotated: Annotated, calls: Sequence[fx.Node], time: Sequence[float], stages: int, batch: int
-) -> tuple[int, ...]:
-    """Where stages 1 … K-1 start among the calls, for the times that these take.
-
-    Raises:
-        PartitionError: as `cut`.
-    """
-    return cut(
-        time,
-        stages,
-        allowed=_allowed(calls, annotated.captured.inputs),
-        crossing=_crossing(calls, batch),
-        slack=SLACK,
-    )
-
-
-def rough(costs: Sequence[NodeCost], batch: int) -> list[float]:
-    """Forward and backward of each call as three forwards on a rough device, in seconds.
-
-    (Not yet by a `Device` and the backward's own cost: a cut of a U-Net that this gives is not
-    bit-equal, see tests/test_bugs.py.)
-    """
-
-    def time(cost: NodeCost) -> float:
-        facts = (cost.forward_flops, cost.forward_bytes)
-        flops, moved = (float(fact.subs(B, batch)) for fact in facts)
-        return 3 * (flops / 50e9 + moved / 10e9)
-
-    known = {cost: time(cost) for cost in set(costs)}
-    return [known[cost] for cost in costs]
 
 
 def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
@@ -202,10 +181,10 @@ def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
     return allowed
 
 
-def _crossing(calls: Sequence[fx.Node], batch: int) -> list[float]:
+def _crossing(calls: Sequence[fx.Node], batch: int) -> list[int]:
     """For each position 0…N: bytes of the tensors made before it and used after it."""
     position = {n: i for i, n in enumerate(calls)}
-    change = [0.0] * (len(calls) + 2)
+    change = [0] * (len(calls) + 2)
     for i, node in enumerate(calls):
         if isinstance(node.meta.get("val"), Tensor):
             last = max((position[u] for u in node.users if u in position), default=i)
@@ -213,7 +192,7 @@ def _crossing(calls: Sequence[fx.Node], batch: int) -> list[float]:
                 nbytes = at_batch(spec_of(node).nbytes, batch)
                 change[i + 1] += nbytes
                 change[last + 1] -= nbytes
-    total, crossing = 0.0, []
+    total, crossing = 0, []
     for p in range(len(calls) + 1):
         total += change[p]
         crossing.append(total)

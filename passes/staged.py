@@ -15,6 +15,8 @@ from .spec import Input, Kind, TensorSpec, require, results_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from .aim import Facts
+
 CALLER = -1
 """The "stage" that model inputs come from: whoever calls the pipeline."""
 
@@ -93,11 +95,12 @@ class StageGraph:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """K stage graphs and the routes of the values between them."""
+    """K stage graphs, the routes of the values between them, and what the cut was chosen by."""
 
     annotated: Annotated
     stages: tuple[StageGraph, ...]
     routes: Mapping[str, Route]
+    facts: Facts
 
     @property
     def captured(self) -> Captured:

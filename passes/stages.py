@@ -17,10 +17,12 @@ from .staged import CALLER, Route, Split, StageGraph
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from .aim import Facts
 
-def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], K: int) -> Split:
-    """The stage graphs for a given assignment of calls to stages."""
-    captured = annotated.captured
+
+def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], facts: Facts) -> Split:
+    """The stage graphs for a given assignment of calls to stages, of which `facts` are known."""
+    captured, K = annotated.captured, len(facts.seconds)
     inputs = {i.name: i for i in captured.inputs}
     users = _users(captured.graph_module.graph, stage_of)
     outputs = {o.name: i for i, o in enumerate(captured.outputs)}
@@ -67,6 +69,7 @@ def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], K: int) -> Spli
             for k in range(K)
         ),
         routes,
+        facts,
     )
     result.verify()
     return result

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import sympy
 
+from .aim import ADAM_BYTES
 from .cost import run_again, seconds
 from .devices import DEFAULT, Device
 from .ir import ZERO, Kind
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
     from .ir import NodeCost, TensorSpec
     from .staged import Split, StageGraph
-
-ADAM_BYTES = 8
-"""Bytes of optimizer state per element of a parameter: Adam's two moments in fp32."""
 
 
 @dataclass(frozen=True)

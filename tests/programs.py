@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from autopipe.batch import batch_of
 from autopipe.passes import phases
+from autopipe.passes.aim import Aim, aim_of
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
 from autopipe.passes.ir import Annotated, Captured, Input, Kind
@@ -39,9 +40,14 @@ def captured_of(
     return capture(model, leaves, spec, dims, whole=whole, batch_norm=batch_norm)
 
 
+def aim_at(stages: int, batch: int) -> Aim:
+    """Equal devices of the kind that tests run on, and everything run again."""
+    return aim_of([CPU] * stages, batch)
+
+
 def split_of(model: nn.Module, stages: int, *args: Any, batch: int = 2, **kwargs: Any) -> Split:
     """Capture, cost and cut."""
-    return split(annotate(captured_of(model, *args, **kwargs)), stages, batch)
+    return split(annotate(captured_of(model, *args, **kwargs)), aim_at(stages, batch))
 
 
 def phased_of(

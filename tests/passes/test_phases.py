@@ -26,6 +26,7 @@ from autopipe.runtime.random import Kit
 from tests.agreement import assert_agrees, pipelined
 from tests.once import pure_passes_once
 from tests.programs import (
+    aim_at,
     calls,
     known,
     node,
@@ -49,7 +50,7 @@ def _once() -> Iterator[None]:
 
 @functools.cache
 def cut_model(name: str) -> Split:
-    return split(known(name)[2], STAGES, SIZE)
+    return split(known(name)[2], aim_at(STAGES, SIZE))
 
 
 def phased_model(name: str, remat: str) -> Phased:

@@ -20,7 +20,7 @@ from autopipe.passes.staged import Split, StagePhases
 from autopipe.passes.totals import stage_cost
 from benchmarks.transformer_l import on_meta
 from tests.models import MODELS
-from tests.programs import captured_of, known, phased_of, split_of
+from tests.programs import aim_at, captured_of, known, phased_of, split_of
 
 SIZE, STAGES = 3, 3
 
@@ -41,7 +41,7 @@ def counted(stage: StagePhases, letters: str) -> int:
 def test_flops_of_stages_are_those_of_their_joint_graphs(name: str) -> None:
     """What is run, stage by stage: F once, R (what "full" runs again), B and W."""
     model, inputs, annotated = known(name)
-    cut = split(annotated, STAGES, SIZE)
+    cut = split(annotated, aim_at(STAGES, SIZE))
     with sdpa_kernel(SDPBackend.MATH):
         phased = phased_of(cut, model, SIZE, inputs(SIZE), remat="full")
     for stage, phases in zip(cut.stages, phased.stages, strict=True):
@@ -72,7 +72,7 @@ TABLE_1 = {3: "3.15", 13: "8.78"}
 @functools.cache
 def transformer_l(layers: int, stages: int) -> Split:
     model, args = on_meta(layers, 4)
-    return split(annotate(captured_of(model, *args)), stages, 1)
+    return split(annotate(captured_of(model, *args)), aim_at(stages, 1))
 
 
 @pytest.mark.parametrize("layers", TABLE_1)
@@ -131,7 +131,7 @@ def test_half_precision_has_state_per_element() -> None:
 
 def test_seconds_of_a_stage_are_its_calls() -> None:
     _, _, annotated = known("unet")
-    cut = split(annotated, STAGES, SIZE)
+    cut = split(annotated, aim_at(STAGES, SIZE))
     for stage, own in zip(cut.stages, cut.calls, strict=True):
         cost = stage_cost(cut, stage, SIZE)
         times = [seconds(annotated.costs[n.name], DEFAULT, SIZE) for n in own]

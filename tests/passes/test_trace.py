@@ -17,7 +17,7 @@ from autopipe.passes.split import split
 from autopipe.passes.staged import StageGraph
 from autopipe.passes.trace import Joint, Look, forward_looks, trace
 from autopipe.runtime.random import Kit
-from tests.programs import CPU, calls, known, sole_stage, tensors
+from tests.programs import CPU, aim_at, calls, known, sole_stage, tensors
 
 aten = torch.ops.aten
 
@@ -173,7 +173,7 @@ def test_without_gradients_the_kernels_are_those_of_a_trainable_model() -> None:
 def test_stages_of_models(name: str) -> None:
     """Both halves; every value that gets a gradient also gets one from "later stages"."""
     model, inputs, annotated = known(name)
-    cut = split(annotated, 2, 2)
+    cut = split(annotated, aim_at(2, 2))
     args, kwargs = inputs(2)
     state = zip(cut.captured.inputs, tensors(cut.captured, model, (args, kwargs)), strict=True)
     known_values = {i.name: t.detach().clone().requires_grad_(t.requires_grad) for i, t in state}

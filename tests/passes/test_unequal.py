@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from autopipe.errors import OptionError, PartitionError, VerifyError
+from autopipe.passes.contiguous import cut_on
 from autopipe.passes.costgraph import CostGraph
 from autopipe.passes.partition import partition
-from autopipe.passes.unequal import DeviceSpec, Loads, cut_on
+from autopipe.passes.unequal import DeviceSpec, Loads
 
 # ------------------------------------------------------------------------------------ the oracle
 

@@ -1,0 +1,151 @@
+"""What a cut is made for, and what it is estimated to take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autopipe.errors import OptionError
+
+from .devices import DEFAULT, H100, Device
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from .cost import Seconds
+
+ADAM_BYTES = 8
+"""Bytes of optimizer state per element of a parameter: Adam's two moments in fp32."""
+
+POLICIES = ("full", "none", "min-cut")
+"""What can be said of rematerialization in words."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a cut is made for: K stages on K devices.
+
+    Attributes:
+        batch: samples in a micro-batch.
+        devices: one per stage.
+        remat: per stage "full", "none", "min-cut", or a fraction, from 0 to 1, of what "none"
+            saves that is kept.
+        in_flight: per stage, micro-batches that are kept at once.
+        limits: per stage, bytes that it may take; None: no limit.
+        state_bytes: optimizer state per element of a parameter.
+        times: of calls by name, where they were measured; None: the devices' own.
+        scale: per stage, a factor >= 1 on the estimated bytes of activations, for a caller that
+            found the estimate too low; empty: 1.
+
+    Raises:
+        OptionError: a value out of range, or not one for each stage.
+    """
+
+    batch: int
+    devices: tuple[Device, ...]
+    remat: tuple[str | float, ...]
+    in_flight: tuple[int, ...]
+    limits: tuple[int | None, ...]
+    state_bytes: int = ADAM_BYTES
+    times: Mapping[str, Seconds] | None = None
+    scale: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        K = len(self.devices)
+        if K < 1 or self.batch < 1:
+            found = f"{K} devices, {self.batch} samples"
+            raise OptionError("there is no such pipeline", expected="at least one", found=found)
+        for what in ("remat", "in_flight", "limits", "scale"):
+            values = getattr(self, what)
+            if len(values) != K and (what != "scale" or values):
+                wanted, found = f"{K} values, one for each stage", f"{len(values)}"
+                raise OptionError(f"`{what}` of a cut", expected=wanted, found=found)
+        facts: list[tuple[str, bool, str]] = [
+            ("remat", all(map(_is_policy, self.remat)), "full, none, min-cut or 0 to 1"),
+            ("in_flight", all(n >= 1 for n in self.in_flight), "micro-batches >= 1"),
+            ("limits", all(n is None or n >= 0 for n in self.limits), "bytes >= 0 or None"),
+            ("scale", all(1 <= f < math.inf for f in self.scale), "finite factors >= 1"),
+            ("state_bytes", self.state_bytes >= 0, "bytes >= 0"),
+        ]
+        for what, right, wanted in facts:
+            if not right:
+                found = str(getattr(self, what))
+                raise OptionError(f"`{what}` of a cut", expected=wanted, found=found)
+
+    @property
+    def stages(self) -> int:
+        """K."""
+        return len(self.devices)
+
+    def again(self, stage: int) -> float:
+        """The share of what can be run again that a stage's backward does run again.
+
+        (None under "min-cut": it runs again what costs next to nothing.)
+        """
+        policy = self.remat[stage]
+        return {"full": 1.0}.get(policy, 0.0) if isinstance(policy, str) else 1.0 - policy
+
+    def kept(self, stage: int) -> float:
+        """The share of what autograd saves that a stage keeps of each micro-batch in flight.
+
+        ("min-cut" is taken to keep all: how much less it keeps is only known when it is traced.)
+        """
+        return 1.0 - self.again(stage)
+
+    def factor(self, stage: int) -> float:
+        """On the bytes of a stage's activations."""
+        return self.scale[stage] if self.scale else 1.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the stages of a cut are estimated to take.
+
+    Attributes:
+        seconds: K times of a micro-batch: forward, backward, what is run again, and the transfers
+            of what the stage receives and of the gradients that it sends back.
+        nbytes: K sizes of what each keeps.
+        lower_bound: seconds that the largest stage of no convex cut of the graph is below.
+    """
+
+    seconds: tuple[float, ...]
+    nbytes: tuple[int, ...]
+    lower_bound: float
+
+    @property
+    def bottleneck(self) -> float:
+        """Seconds of the largest stage."""
+        return max(self.seconds)
+
+    @property
+    def gap(self) -> float:
+        """How far above the bound the largest stage is, as a fraction of the bound."""
+        return self.bottleneck / self.lower_bound - 1 if self.lower_bound else 0.0
+
+
+def aim_of(
+    devices: Sequence[torch.device],
+    batch: int,
+    *,
+    remat: str | float = "full",
+    in_flight: Sequence[int] | None = None,
+) -> Aim:
+    """The aim where nothing is known but where stages run: equal devices without limits.
+
+    Args:
+        devices: one per stage; a GPU is taken for an H100.
+        batch: samples in a micro-batch.
+        remat: of all stages.
+        in_flight: per stage; None: 1.
+    """
+    K = len(devices)
+    models = tuple(H100 if device.type == "cuda" else DEFAULT for device in devices)
+    flying = (1,) * K if in_flight is None else tuple(in_flight)
+    return Aim(batch, models, (remat,) * K, flying, (None,) * K)
+
+
+def _is_policy(policy: str | float) -> bool:
+    return policy in POLICIES if isinstance(policy, str) else 0 <= policy <= 1

@@ -1,0 +1,132 @@
+"""Cuts with values that stages fetch and hold copies of, against brute force over all cuts."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import combinations, pairwise
+
+import pytest
+
+from autopipe.errors import PartitionError
+from autopipe.passes.contiguous import cut_on
+from autopipe.passes.unequal import Loads, Value
+
+
+def problem(generator: random.Random) -> Loads:
+    N = generator.randint(1, 9)
+    K = generator.randint(1, min(4, N))
+    values = []
+    for _ in range(generator.randint(0, 6)):
+        made = generator.randint(-1, N - 1)
+        if later := [item for item in range(made + 1, N) if generator.random() < 0.4]:
+            values.append(Value(made, tuple(later)))
+
+    def row(count: int, most: int) -> tuple[int, ...]:
+        return tuple(generator.choice([0, generator.randint(0, most)]) for _ in range(count))
+
+    kinds = [(row(N, 20), row(N, 9), row(len(values), 15), row(len(values), 9)) for _ in range(2)]
+    chosen = [generator.choice(kinds) for _ in range(K)]
+    return Loads(
+        times=tuple(kind[0] for kind in chosen),
+        unit=Fraction(1),
+        nbytes=tuple(kind[1] for kind in chosen),
+        limits=tuple(generator.choice([None, generator.randint(5, 60)]) for _ in range(K)),
+        grains=(1,) * K,
+        values=tuple(values),
+        fetching=tuple(kind[2] for kind in chosen),
+        copies=tuple(kind[3] for kind in chosen),
+    )
+
+
+def stages(loads: Loads, starts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Time and bytes of each stage, by what `Loads` says of them."""
+    for k, (a, b) in enumerate(pairwise([0, *starts, len(loads.times[0])])):
+        received = [
+            v
+            for v, value in enumerate(loads.values)
+            if value.made < a and any(a <= use < b for use in value.uses)
+        ]
+        seconds = sum(loads.times[k][a:b]) + sum(loads.fetching[k][v] for v in received)
+        yield seconds, sum(loads.nbytes[k][a:b]) + sum(loads.copies[k][v] for v in received)
+
+
+def fits(loads: Loads, starts: Sequence[int]) -> bool:
+    pairs = zip(stages(loads, starts), loads.limits, strict=True)
+    return all(limit is None or size <= limit for (_, size), limit in pairs)
+
+
+def test_cuts_with_transfers_are_optimal() -> None:
+    generator = random.Random(5)
+    possible = fetched = 0
+    for _ in range(4000):
+        loads = problem(generator)
+        N, K = len(loads.times[0]), len(loads.times)
+        cuts = [c for c in combinations(range(1, N), K - 1) if fits(loads, c)]
+        if not cuts:
+            with pytest.raises(PartitionError, match=r"stage \d does not fit its device"):
+                cut_on(loads)
+            continue
+        possible += 1
+        times = {c: max(seconds for seconds, _ in stages(loads, c)) for c in cuts}
+        best = min(times.values())
+        starts = cut_on(loads)
+        assert starts in cuts
+        assert times[starts] == best
+        assert loads.bound <= best
+        assert max(loads.stage_times(starts)) == best
+        assert loads.stage_bytes(starts) == tuple(size for _, size in stages(loads, starts))
+        fetched += best > loads.bound
+        crossing = [generator.randint(0, 3) for p in range(N + 1)]
+        weights = {c: sum(crossing[p] for p in c) for c in cuts}
+        for slack in (0.0, 0.3):
+            within = [c for c in cuts if times[c] <= best * (1 + Fraction(slack))]
+            starts = cut_on(loads, crossing, slack)
+            assert starts in within
+            least = min(weights[c] for c in within)
+            assert weights[starts] == least
+            tightest = min(times[c] for c in within if weights[c] == least)
+            assert times[starts] <= max(tightest, best * (1 + Fraction(1, 1024)) + 1)
+    assert 2000 < possible < 3900
+    assert fetched > 500
+
+
+def test_the_items_of_what_does_not_fit_are_named() -> None:
+    loads = Loads(((1, 1),), Fraction(1), ((5, 5),), (9,), (1,), names=("first", "last"))
+    with pytest.raises(PartitionError, match="stage 0 does not fit its device: 1 bytes") as error:
+        cut_on(loads)
+    assert error.value.expected == "10 bytes for calls first to last"
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_sixty_thousand_items_in_128_stages(limited: bool) -> None:
+    """Layers of 36 items, a value from each to the next and one to all; seconds of the processor.
+
+    (On one core of an EPYC: 2 to 8 s.)
+    """
+    layers, K = 1663, 128
+    N = 36 * layers
+    generator = random.Random(0)
+    layer = [generator.randrange(1 << 30) for _ in range(36)]
+    values = [Value(item, (item + 1,)) for item in range(N - 1)]
+    values.append(Value(-1, tuple(range(5, N, 36))))
+    time_row, byte_row = tuple(layer * layers), (1000,) * N
+    fetching = tuple(generator.randrange(1 << 28) for _ in values)
+    loads = Loads(
+        times=(time_row,) * K,
+        unit=Fraction(1),
+        nbytes=(byte_row,) * K,
+        limits=tuple(1000 * (N // K + 40) + 100 * k if limited else None for k in range(K)),
+        grains=(1,) * K,
+        values=tuple(values),
+        fetching=(fetching,) * K,
+        copies=((10,) * len(values),) * K,
+    )
+    crossing = [1 + bool(p % 36) for p in range(N + 1)]
+    began = time.process_time()
+    starts = cut_on(loads, crossing, 0.03)
+    assert time.process_time() - began < 30
+    assert fits(loads, starts) if limited else len(starts) == K - 1
+    assert max(loads.stage_times(starts)) <= 1.1 * loads.bound
