@@ -8,20 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.batch import batch_of
+from autopipe.choice import choose
 from autopipe.errors import OptionError
 from autopipe.module import Pipeline
 from autopipe.options import check
-from autopipe.passes.aim import aim_of
-from autopipe.passes.driver import cut_in_space
-from autopipe.planner import phases_of
-from autopipe.planner import plan as make_plan
+from autopipe.passes.driver import costed
 from autopipe.plans import Plan
-from autopipe.runtime import microbatch
 from autopipe.structure import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
+
+    from autopipe.passes.devices import Device
 
 
 def compile(
@@ -31,8 +30,9 @@ def compile(
     *,
     plan: Plan | str | PathLike[str] | None = None,
     schedule: str | None = None,
-    remat: str | float | None = None,
-    memory: int | str | None = None,
+    remat: str | float | Sequence[str | float] | None = None,
+    memory: int | str | Sequence[int | str] | None = None,
+    profile: bool = False,
     in_dims: Any = 0,
     out_reduce: str | None = None,
     batch_norm: str = "deferred",
@@ -49,14 +49,21 @@ def compile(
         devices: how many stages, or one device for each. A count means ``cuda:0 … cuda:n-1``;
             where there is no GPU, that many CPU workers.
         chunks: M, the number of micro-batches that a batch is cut into (fewer for a batch with
-            fewer samples; it need not divide).
+            fewer samples; it need not divide). None: the planner chooses on the first batch.
         plan: a `Plan`, or the file of one: its cut, and whatever of devices, chunks, schedule and
             remat is not given. It must be of this model, with inputs like those it was made with.
-        schedule: "gpipe" (default): all micro-batches forward, then all backward.
+        schedule: "gpipe" (default): all micro-batches forward, then all backward; "auto": the best
+            of those that the runtime runs.
         remat: what stages keep from forward to backward: "full" (default) only what they received,
             running their forward again (GPipe section 2.3); "none" all that autograd would;
-            "min-cut" what functorch's partitioner chooses.
-        memory: must be None (not implemented).
+            "min-cut" what functorch's partitioner chooses; a fraction from 0 to 1 of what that
+            keeps; "auto": for each stage the one that makes least work and fits. Or a list of one
+            for each stage.
+        memory: what a device has for the pipeline, in bytes or as "16GiB" or "80GB", or a list of
+            one for each device. The plan keeps to it: parameters, their gradients, Adam's state,
+            what micro-batches keep and what is made meanwhile.
+        profile: time the model's calls and stages on the devices, where choices need times,
+            instead of taking them from a table.
         in_dims: the batch dimension of the inputs, as for `torch.vmap`: an integer for all, None
             for "not batched", a tuple by position or a dict by name.
         out_reduce: how micro-batches make the whole batch's where a result is one number and its
@@ -77,6 +84,7 @@ def compile(
         CouplingError: the model mixes the samples of a batch.
         InputError: the example inputs have no common batch size.
         PartitionError: the model has too few calls for so many stages.
+        MemoryLimitError: no plan keeps the memory limit; it says what would.
         PlanError: the file is no plan, or the plan names calls that this model does not make.
     """
     if plan is not None and not isinstance(plan, Plan):
@@ -87,6 +95,7 @@ def compile(
         schedule=schedule,
         remat=remat,
         memory=memory,
+        profile=profile,
         in_dims=in_dims,
         out_reduce=out_reduce,
         batch_norm=batch_norm,
@@ -111,28 +120,33 @@ def compile(
 def plan(
     model: nn.Module | torch.export.ExportedProgram,
     devices: int | Sequence[str | torch.device],
-    chunks: int,
+    chunks: int | None = None,
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     schedule: str = "gpipe",
-    remat: str | float = "full",
-    memory: int | str | None = None,
+    remat: str | float | Sequence[str | float] = "full",
+    memory: int | str | Sequence[int | str] | None = None,
+    device: str | Device | Sequence[str | Device] | None = None,
+    profile: bool = False,
     in_dims: Any = 0,
     out_reduce: str | None = None,
     batch_norm: str = "deferred",
 ) -> Plan:
-    """How `compile` would cut a model: captured and costed, but not traced, placed or run.
+    """How `compile` would cut a model, what each stage takes, and how long a step is.
 
-    Weights are not needed: a model built under ``torch.device("meta")`` does.
+    Weights are not needed, nor GPUs: a model built under ``torch.device("meta")`` does.
 
     Args:
-        model, devices, chunks, schedule, remat, memory, in_dims, out_reduce, batch_norm: as for
-            `compile`.
-        args, kwargs: example inputs.
+        model, schedule, remat, memory, profile, in_dims, out_reduce, batch_norm: as for `compile`.
+        devices: how many stages, or one device for each; a count may be more than are here.
+        chunks: M; None: the one with which the predicted step is shortest.
+        args, kwargs: example inputs; their batch is the one that is planned for.
+        device: whose speeds and links: "h100", "h200", "a100-80gb", "l4", "rtx4090", "cpu-core", a
+            `passes.devices.Device`, or a list of one for each stage. None: those of `devices`.
 
     Returns:
-        The `Plan`: stages, boundary tensors, costs, predicted timeline.
+        The `Plan`: stages, boundary tensors, times, memory, predicted timeline.
 
     Raises:
         As `compile` does.
@@ -143,26 +157,24 @@ def plan(
         schedule=schedule,
         remat=remat,
         memory=memory,
+        device=device,
+        profile=profile,
         in_dims=in_dims,
         out_reduce=out_reduce,
         batch_norm=batch_norm,
-        loss_fn=None,
-        backend="eager",
+        elsewhere=not profile,
     )
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     kwargs = kwargs or {}
     leaves, spec = flatten(args, kwargs)
     dims, batch = batch_of(in_dims, module, args, kwargs)
-    sizes = microbatch.sizes(batch, chunks)
-    split = cut_in_space(
+    annotated = costed(
         module,
         leaves,
         spec,
         dims,
-        aim=aim_of(options.devices, min(sizes), remat=options.remat),
         whole=chunks == 1,
         batch_norm=batch_norm,
         out_reduce=out_reduce,
     )
-    phased = phases_of(module, split, leaves, sizes, options)
-    return make_plan(module, split, phased, sizes, options)
+    return choose(module, annotated, leaves, batch, options).plan

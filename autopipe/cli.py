@@ -44,7 +44,7 @@ unit of their own."""
 
 EXAMPLES = """\
 examples:
-  autopipe plan examples/gpt2_xl.py:training --devices 8 --chunks 16 -o plan.json
+  autopipe plan examples/gpt2_xl.py:training --devices 8 --memory 80GiB --device h100 -o plan.json
   autopipe report plan.json -o plan.html
   autopipe simulate 1f1b --stages 8 --chunks 24 --forward 18.5 --backward 27.4"""
 
@@ -131,25 +131,23 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("model", metavar="MODULE:CALLABLE", help="what returns the model and its example inputs")
     add("--devices", required=True, metavar="N", help="how many stages; or a list: cpu,cpu,cuda:0")
-    add("--chunks", required=True, type=int, metavar="M", help="micro-batches of a batch")
-    add("--schedule", default="gpipe", help="(default: gpipe)")
-    add("--remat", default="full", help="full (default), none or min-cut: what stages keep")
+    add("--chunks", type=int, metavar="M", help="micro-batches of a batch (default: the fastest)")
+    add("--schedule", default="gpipe", help="gpipe (default) or auto")
+    add("--remat", default="full", metavar="POLICY", help="what stages keep: full (default), none, "
+        "min-cut, a fraction of what that keeps, or auto: what is fastest and fits")  # fmt: skip
     add("--batch-norm", default="deferred", help="deferred (default) or micro: when running "
         "statistics change, once a step or once a micro-batch")  # fmt: skip
     add("--out-reduce", metavar="RULE", help="mean or sum, where a result's rule is not derived")
-    add("--memory", metavar="SIZE", help="bytes per device, such as 16GiB (not implemented)")
-    add("--device", metavar="NAME", help="a device's speeds, for the costs (not implemented)")
+    add("--memory", metavar="SIZE", help="a limit for each device, such as 16GiB; or a list of one "
+        "for each: 80GiB,24GiB")  # fmt: skip
+    add("--device", metavar="NAME", help="whose speeds: h100, h200, a100-80gb, l4, rtx4090, "
+        "cpu-core; or a list of one for each stage")  # fmt: skip
+    add("--profile", action="store_true", help="time the model's calls and stages here")
     add("--real", action="store_true", help="call CALLABLE as it is, not under the meta device")
     add("-o", "--output", metavar="FILE", help="save the plan as JSON")
 
 
 def _plan(options: argparse.Namespace) -> None:
-    if options.device is not None:
-        raise UnsupportedError(
-            "speeds of a device are not implemented yet",
-            found=f"device={options.device!r}",
-            remedy="leave --device out; costs are those of a rough device",
-        )
     if options.output is not None:
         _can_write(options.output)
     from autopipe import target
@@ -165,7 +163,9 @@ def _plan(options: argparse.Namespace) -> None:
         kwargs=kwargs,
         schedule=options.schedule,
         remat=options.remat,
-        memory=options.memory,
+        memory=_listed(options.memory),
+        device=_listed(options.device),
+        profile=options.profile,
         batch_norm=options.batch_norm,
         out_reduce=options.out_reduce,
     )
@@ -180,6 +180,11 @@ def _devices(text: str) -> int | list[str]:
         return int(text)
     except ValueError:
         return text.split(",")
+
+
+def _listed(text: str | None) -> str | list[str] | None:
+    """One value for all devices, or one for each."""
+    return text.split(",") if text is not None and "," in text else text
 
 
 # --------------------------------------------------------------------------------------- simulate

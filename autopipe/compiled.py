@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autopipe.errors import DeviceError, UnsupportedError
+from autopipe.choice import choose, models_of
+from autopipe.errors import DeviceError, MemoryLimitError, UnsupportedError
 from autopipe.looks import differentiated, input_looks, state_looks
-from autopipe.passes.aim import aim_of
-from autopipe.passes.driver import Lowered, cut_in_space, cut_in_time, phases_at
+from autopipe.passes.aim import Aim
+from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_at
 from autopipe.passes.ir import Kind
 from autopipe.passes.phases import Traced, received_strides
+from autopipe.passes.schedule import schedule
 from autopipe.passes.split import Planned
+from autopipe.planner import clocks_of, plan
+from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load
+from autopipe.search import missing_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -25,7 +30,9 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from autopipe.options import Options
+    from autopipe.passes.ir import Annotated
     from autopipe.passes.staged import Split
+    from autopipe.plans import Plan
     from autopipe.runtime.transfer import Place
 
 
@@ -99,6 +106,9 @@ class Compiled:
         batch: their number of samples.
         progress: told what is being done.
         single: hold for this one sample only.
+
+    Attributes:
+        options: the same, with nothing left open: what was not given was chosen for this batch.
     """
 
     def __init__(
@@ -118,23 +128,24 @@ class Compiled:
             if not isinstance(tensor, nn.Parameter):
                 raise _replaced(name)
         self.model = model
-        self.options = options
         self.places = places
-        plan = options.plan
-        self.split: Split = cut_in_space(
+        annotated = costed(
             model,
             leaves,
             spec,
             dims,
-            aim=aim_of(options.devices, max(1, batch // options.chunks), remat=options.remat),
             whole=options.chunks == 1,
             single=single,
             batch_norm=options.batch_norm,
             out_reduce=options.out_reduce,
-            planned=None if plan is None else Planned(plan.graph, plan.starts),
-            must_fit=plan is not None and plan.training == model.training,
             progress=progress,
         )
+        if options.is_open:
+            chosen = choose(model, annotated, leaves, batch, options, progress)
+            self.options = options.planned(chosen.plan)
+            self.split: Split = chosen.split
+        else:
+            self.options, self.split = options, self._cut(annotated, options, batch, progress)
         captured = self.split.captured
         self.parameters = tuple(i for i in captured.inputs if i.kind is Kind.PARAMETER)
         self.calls = tuple(i for i in captured.inputs if i.kind is Kind.INPUT)
@@ -143,6 +154,33 @@ class Compiled:
         self._programs: dict[Hashable, Ready] = {}
         self._traced = Traced()
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
+
+    def _cut(
+        self,
+        annotated: Annotated,
+        options: Options,
+        batch: int,
+        progress: Callable[[str], None],
+    ) -> Split:
+        """Where a plan says, or else balanced; if nothing was left to choose."""
+        plan, (chunks, remat) = options.plan, options.given
+        sizes = microbatch.sizes(batch, chunks)
+        K = len(options.devices)
+        kind = options.schedule or "gpipe"
+        aim = Aim(
+            batch=max(sizes),
+            devices=options.models or models_of(options.devices),
+            remat=remat,
+            in_flight=schedule(kind, K, len(sizes)).in_flight(),
+            limits=(None,) * K,
+        )
+        return cut_in_space(
+            annotated,
+            aim,
+            planned=None if plan is None else Planned(plan.graph, plan.starts),
+            must_fit=plan is not None and plan.training == self.model.training,
+            progress=progress,
+        )
 
     def fits(self, batch: int) -> bool:
         """Whether the model takes the captured branches for a batch of this size."""
@@ -232,16 +270,45 @@ class Compiled:
                 sizes,
                 {size: constant | chunk for size, chunk in chunks.items()},
                 devices,
-                remat=self.options.remat,
+                remat=self.options.given.remat,
                 grad=grad,
                 differentiated=expected,
                 traced=self._traced,
                 progress=progress,
             )
-            kind = self.options.schedule
+            kind = self.options.schedule or "gpipe"
             lowered = cut_in_time(phased, sizes, devices, kind=kind, progress=progress)
-            self._programs[key] = Ready(self._load(lowered, sizes), lowered)
+            ready = Ready(self._load(lowered, sizes), lowered)
+            if self.options.limits is not None and grad:
+                self._check_limits(ready)
+            self._programs[key] = ready
         return self._programs[key]
+
+    def plan(self, ready: Ready) -> Plan:
+        """The plan of a program: what it was planned to take, or is now."""
+        options, sizes = self.options, ready.program.sizes
+        clocks = clocks_of(options.models or models_of(options.devices))
+        made = plan(self.model, self.split, ready.lowered.phased, sizes, options, clocks)
+        known = options.plan
+        # A measured plan of this very program knows more than the table of devices.
+        return known if known is not None and made.is_of(known) else made
+
+    def _check_limits(self, ready: Ready) -> None:
+        """Another batch than the planned one may need more.
+
+        Raises:
+            MemoryLimitError: it does.
+        """
+        stages = enumerate(self.plan(ready).stages)
+        k, stage = max(stages, key=lambda one: missing_bytes(one[1]))
+        if missing_bytes(stage) > 0:
+            raise MemoryLimitError(
+                f"stage {k} does not fit its device with this batch",
+                expected=f"at most {stage.limit_bytes} bytes",
+                found=f"{stage.memory_bytes} bytes for {sum(ready.program.sizes)} samples",
+                remedy="use a smaller batch, or a new pipeline, planned for the largest one",
+                missing_bytes=missing_bytes(stage),
+            )
 
     def _parameter(self, item: Any) -> nn.Parameter:
         return parameter(self.model, item.target)

@@ -78,6 +78,26 @@ class PartitionError(AutopipeError, ValueError):
     """The graph cannot be cut into the stages asked for."""
 
 
+class MemoryLimitError(AutopipeError, ValueError):
+    """No plan keeps the memory limit: which stage, how much is missing, and what would fit.
+
+    Attributes:
+        missing_bytes: how much more the stage would need; None: not known to the byte.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        expected: str | None = None,
+        found: str | None = None,
+        remedy: str | None = None,
+        missing_bytes: int | None = None,
+    ) -> None:
+        super().__init__(problem, expected=expected, found=found, remedy=remedy)
+        self.missing_bytes = missing_bytes
+
+
 class PlanError(AutopipeError, ValueError):
     """A file is no plan, or a plan is not one for this model."""
 

@@ -18,7 +18,6 @@ from autopipe.configuration import configuration
 from autopipe.errors import OptionError
 from autopipe.face import Face
 from autopipe.options import Options
-from autopipe.planner import plan
 from autopipe.plans import Plan
 from autopipe.progress import Progress, silent
 from autopipe.report.stages import StageView, views
@@ -63,11 +62,12 @@ class Pipeline(Face):
         self._compiled: dict[Hashable, list[Compiled]] = {}
         self._structures: dict[Hashable, set[Structure]] = {}
         self._last: tuple[Compiled, Ready] | None = None
+        self._chosen: dict[bool, Plan] = {}
         self.memory = SavedBytes(len(self._places))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_places", "_compiled", "_structures", "_last", "memory"):
+        for name in ("_places", "_compiled", "_structures", "_last", "_chosen", "memory"):
             del state[name]
         return state
 
@@ -180,7 +180,7 @@ class Pipeline(Face):
                 make = partial(
                     Compiled,
                     self.model,
-                    self.options,
+                    self._options(),
                     self._places,
                     leaves,
                     spec,
@@ -195,10 +195,12 @@ class Pipeline(Face):
                     compiled = make(single=True)
                 fitting = [compiled]
                 self._compiled[key] += fitting
+                if self.options.is_open and compiled.options.plan is not None:
+                    self._chosen.setdefault(self.model.training, compiled.options.plan)
                 known.add(structure)
                 self._remember(mode, key[1:])
             compiled = fitting[0]
-            sizes = microbatch.sizes(batch, self.options.chunks)
+            sizes = microbatch.sizes(batch, compiled.options.given.chunks)
             tensors = [leaves[i.index] for i in compiled.calls]
             tensors += [compiled.tensor(i.kind, i.target) for i in compiled.parameters]
             grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -228,6 +230,11 @@ class Pipeline(Face):
             )
         self._last = (compiled, ready)
         return compiled, ready, replan
+
+    def _options(self) -> Options:
+        """With what was chosen on the first batch, if it was in this mode or to train."""
+        plan = self._chosen.get(self.model.training) or self._chosen.get(True)
+        return self.options if plan is None else self.options.planned(plan)
 
     def _remember(self, before: Hashable, rest: tuple[Any, ...]) -> None:
         """What the model changed in itself while it was captured is no reason to capture again."""
@@ -291,19 +298,20 @@ class Pipeline(Face):
     def plan(self) -> Plan:
         """Who runs what, with predicted costs and timeline; `print` it for a table."""
         compiled, ready = self._compiled_or_raise()
-        phased = ready.lowered.phased
-        return plan(self.model, compiled.split, phased, ready.program.sizes, self.options)
+        return compiled.plan(ready)
 
     def explain(self) -> str:
         """The plan as a table: the stages and what crosses between them."""
         return str(self.plan)
 
     def __repr__(self) -> str:
-        devices = ", ".join(map(str, self.options.devices))
+        options = self._options()
+        devices = ", ".join(map(str, options.devices))
+        policies = set(options.remat or ("auto",))
+        remat = next(iter(policies)) if len(policies) == 1 else options.remat
         return (
-            f"Pipeline({type(self.model).__name__}, devices=[{devices}],"
-            f" chunks={self.options.chunks}, schedule={self.options.schedule!r},"
-            f" remat={self.options.remat!r})"
+            f"Pipeline({type(self.model).__name__}, devices=[{devices}], chunks={options.chunks},"
+            f" schedule={options.schedule or 'auto'!r}, remat={remat!r})"
         )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from autopipe.errors import DeviceError, OptionError, UnsupportedError
-from autopipe.passes.phases import POLICIES
+from autopipe.passes.devices import Device, device_of
+from autopipe.passes.policies import POLICIES, Policy, policy_of
 from autopipe.passes.schedule import KNOWN
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from autopipe.plans import Plan
 
+T = TypeVar("T")
+
 EXECUTED = ("gpipe",)
 """The schedules that the runtime runs (the simulator knows more)."""
 
@@ -27,19 +31,51 @@ OUT_REDUCE = (None, "mean", "sum")
 BATCH_NORM = ("deferred", "micro")
 
 
+class Given(NamedTuple):
+    """Micro-batches, and one policy for each stage."""
+
+    chunks: int
+    remat: tuple[Policy, ...]
+
+
 @dataclass(frozen=True)
 class Options:
-    """Checked options of `autopipe.compile`; see there."""
+    """Checked options of `autopipe.compile` and `autopipe.plan`; see there.
+
+    What the planner is to choose is None: `chunks`, `remat` (one policy for each stage),
+    `schedule`; `limits` and `models` are None where no limit and no speeds were given.
+    """
 
     devices: tuple[torch.device, ...]
-    chunks: int
-    schedule: str
-    remat: str
+    chunks: int | None
+    schedule: str | None
+    remat: tuple[Policy, ...] | None
     in_dims: Any
     out_reduce: str | None
     batch_norm: str
-    loss_fn: Callable[..., Tensor] | None
+    loss_fn: Callable[..., Tensor] | None = None
+    limits: tuple[int, ...] | None = None
+    models: tuple[Device, ...] | None = None
+    profile: bool = False
     plan: Plan | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is anything to choose, or to keep to, that needs a plan first."""
+        chosen = (self.chunks, self.schedule, self.remat)
+        return self.plan is None and (None in chosen or self.limits is not None or self.profile)
+
+    @property
+    def given(self) -> Given:
+        """Chunks and policies where nothing is left to choose."""
+        assert self.chunks is not None
+        assert self.remat is not None
+        return Given(self.chunks, self.remat)
+
+    def planned(self, plan: Plan) -> Options:
+        """The same with what a plan says."""
+        remat = tuple(_policy(s.remat) for s in plan.stages)
+        return replace(self, chunks=plan.chunks, schedule=plan.schedule, remat=remat, plan=plan)
 
 
 def check(
@@ -47,57 +83,51 @@ def check(
     devices: int | Sequence[str | torch.device] | None,
     chunks: int | None,
     schedule: str | None,
-    remat: str | float | None,
-    memory: int | str | None,
+    remat: str | float | Sequence[str | float] | None,
+    memory: int | str | Sequence[int | str] | None,
     in_dims: Any,
     out_reduce: str | None,
     batch_norm: str,
-    loss_fn: Callable[..., Tensor] | None,
-    backend: str,
+    backend: str = "eager",
+    loss_fn: Callable[..., Tensor] | None = None,
+    device: str | Device | Sequence[str | Device] | None = None,
+    profile: bool = False,
     plan: Plan | None = None,
+    elsewhere: bool = False,
 ) -> Options:
     """Turn what the user wrote into `Options`; what is None is the plan's, or has a default.
+
+    Args:
+        elsewhere: the pipeline will run on another machine: `devices` may be more than are here.
 
     Raises:
         OptionError, DeviceError, UnsupportedError: with what would be right.
     """
     if plan is not None:
-        devices, chunks, schedule, remat = _planned(plan, devices, chunks, schedule, remat)
-    if devices is None or chunks is None:
+        devices = _agree(plan, devices, chunks, schedule, remat, memory)
+        schedule = plan.schedule
+    if devices is None:
         raise OptionError(
-            "a pipeline needs devices and chunks",
-            expected="devices=8, chunks=16, or a plan that says them",
-            found=f"devices={devices!r}, chunks={chunks!r}",
+            "a pipeline needs devices",
+            expected="devices=8, or a plan that says how many",
+            found=f"devices={devices!r}",
         )
-    schedule, remat = schedule or "gpipe", "full" if remat is None else remat
-    if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
+    if chunks is not None and (
+        not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1
+    ):
         raise OptionError(
             "chunks is the number of micro-batches that a batch is cut into",
-            expected="an integer of at least 1",
+            expected="an integer of at least 1, or None: the planner chooses",
             found=repr(chunks),
         )
-    if schedule not in (*KNOWN, "auto"):
-        raise OptionError(
-            "unknown schedule", expected=f"one of {', '.join(EXECUTED)}", found=repr(schedule)
-        )
-    if schedule not in EXECUTED:
+    if schedule not in (None, *KNOWN, "auto"):
+        known = ", ".join((*EXECUTED, "auto"))
+        raise OptionError("unknown schedule", expected=f"one of {known}", found=repr(schedule))
+    if schedule not in (None, *EXECUTED, "auto"):
         raise UnsupportedError(
             f"the runtime does not execute schedule={schedule!r} yet",
             expected=f"one of {', '.join(EXECUTED)}",
             remedy='use schedule="gpipe"',
-        )
-    if remat == "auto" or (isinstance(remat, float) and 0 <= remat <= 1):
-        raise UnsupportedError(
-            f"remat={remat!r} is not implemented yet", remedy=f"use one of {', '.join(POLICIES)}"
-        )
-    if not isinstance(remat, str) or remat not in POLICIES:
-        raise OptionError(
-            "unknown remat", expected=f"one of {', '.join(POLICIES)}", found=repr(remat)
-        )
-    if memory is not None:
-        raise UnsupportedError(
-            "a memory limit is not implemented yet",
-            remedy="leave memory=None; pipe.memory shows what stages save",
         )
     if backend == "inductor":
         raise UnsupportedError(
@@ -113,27 +143,91 @@ def check(
         raise OptionError(
             "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
         )
-    return Options(
-        _devices(devices), chunks, schedule, remat, in_dims, out_reduce, batch_norm, loss_fn, plan
+    places = _devices(devices, elsewhere=elsewhere)
+    K = len(places)
+    options = Options(
+        devices=places,
+        chunks=chunks,
+        schedule=None if schedule == "auto" else schedule or "gpipe",
+        remat=_policies(remat, K),
+        in_dims=in_dims,
+        out_reduce=out_reduce,
+        batch_norm=batch_norm,
+        loss_fn=loss_fn,
+        limits=None if memory is None else _each("memory", memory, K, _bytes),
+        models=None if device is None else _each("device", device, K, _model),
+        profile=profile,
     )
+    return options if plan is None else options.planned(plan)
 
 
-def _planned(
+def _policies(
+    remat: str | float | Sequence[str | float] | None, count: int
+) -> tuple[Policy, ...] | None:
+    if remat == "auto":
+        return None
+    return _each("remat", "full" if remat is None else remat, count, _policy)
+
+
+def _policy(value: Any) -> Policy:
+    policy = policy_of(value)
+    if policy is None:
+        expected = f"one of {', '.join(POLICIES)}, auto, or a fraction to keep from 0 to 1"
+        raise OptionError("unknown remat", expected=expected, found=repr(value))
+    return policy
+
+
+def _model(value: Any) -> Device:
+    return value if isinstance(value, Device) else device_of(value)
+
+
+def _each(what: str, value: Any, count: int, read: Callable[[Any], T]) -> tuple[T, ...]:
+    """One value for all stages, or a list of one for each."""
+    if isinstance(value, (list, tuple)):
+        if len(value) != count:
+            raise OptionError(
+                f"`{what}` is one value, or one for each device",
+                expected=f"{count} values",
+                found=f"{len(value)}",
+            )
+        return tuple(map(read, value))
+    return (read(value),) * count
+
+
+def _bytes(value: Any) -> int:
+    """Bytes, from a number or from a text such as 16GiB or 80 GB."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt]?)(i?)B\s*", str(value))
+    if match is None or (match[3] and not match[2]) or isinstance(value, int):
+        raise OptionError(
+            "`memory` is what a device has for the pipeline",
+            expected='bytes above 0, as a number or as "16GiB" (2^30) or "80GB" (10^9)',
+            found=repr(value),
+        )
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _agree(
     plan: Plan,
     devices: int | Sequence[str | torch.device] | None,
     chunks: int | None,
     schedule: str | None,
-    remat: str | float | None,
-) -> tuple[Any, int, str, str]:
-    """A plan's own options; those given beside it must be the same (devices: as many)."""
+    remat: Any,
+    memory: Any,
+) -> Any:
+    """What is given beside a plan must be the plan's (devices: as many). Returns the devices."""
     K = len(plan.stages)
     asked = devices if isinstance(devices, int) or devices is None else len(devices)
-    pairs = {
+    policies = tuple(_policy(s.remat) for s in plan.stages)
+    pairs: dict[str, tuple[Any, Any]] = {
         "devices": (asked, K),
         "chunks": (chunks, plan.chunks),
         "schedule": (schedule, plan.schedule),
-        "remat": (remat, plan.remat),
     }
+    if remat is not None and _policies(remat, K) != policies:
+        pairs["remat"] = (remat, plan.remat)
     for name, (given, planned) in pairs.items():
         if given is not None and given != planned:
             raise OptionError(
@@ -142,17 +236,25 @@ def _planned(
                 found=f"{name}={given!r}",
                 remedy=f"leave {name} to the plan, or make another plan",
             )
-    return K if devices is None else devices, plan.chunks, plan.schedule, plan.remat
+    if memory is not None:
+        raise OptionError(
+            "a memory limit beside a plan",
+            found=f"memory={memory!r}",
+            remedy="give the limit to autopipe.plan, or leave the plan out",
+        )
+    return K if devices is None else devices
 
 
-def _devices(devices: int | Sequence[str | torch.device]) -> tuple[torch.device, ...]:
+def _devices(
+    devices: int | Sequence[str | torch.device], *, elsewhere: bool
+) -> tuple[torch.device, ...]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if isinstance(devices, int) and not isinstance(devices, bool):
         if devices < 1:
             raise OptionError(
                 "a pipeline needs a device", expected="at least 1", found=str(devices)
             )
-        if gpus == 0:
+        if gpus == 0 or (elsewhere and devices > gpus):
             return (torch.device("cpu"),) * devices
         if devices > gpus:
             raise DeviceError(

@@ -1,36 +1,66 @@
-"""Split → `Plan`: what each stage does, in numbers.
-
-Today's planner takes devices, chunks, schedule and rematerialization as given; times are those of a
-default device. Choosing them under a memory limit is not implemented; asking for it is an error
-(`autopipe.options`).
-"""
+"""Split and phases → `Plan`: what each stage does, in numbers. (What to plan, `search` chooses.)"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autopipe.looks import differentiated, input_looks, state_looks
 from autopipe.passes.driver import phases_at
 from autopipe.passes.graphs import fingerprint
 from autopipe.passes.ir import Kind, at_batch
-from autopipe.passes.memory import saved_bytes
+from autopipe.passes.memory import StageBytes, stage_bytes
+from autopipe.passes.peaks import stage_peaks
 from autopipe.passes.phases import Traced
 from autopipe.passes.schedule import schedule
 from autopipe.passes.staged import CALLER
 from autopipe.passes.totals import stage_cost
-from autopipe.plans import Crossing, Plan, StagePlan
+from autopipe.passes.work import PhaseSeconds, phase_seconds
+from autopipe.plans import Crossing, Plan, StagePlan, Times
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
     from autopipe.options import Options
-    from autopipe.passes.staged import Phased, Route, Split, StageGraph
+    from autopipe.passes.devices import Device, Link
+    from autopipe.passes.policies import Policy
+    from autopipe.passes.staged import Phased, Route, Split, StageGraph, StagePhases
+
+
+class Clock(NamedTuple):
+    """How long a traced stage's phases take.
+
+    Attributes:
+        name: whose times these are.
+        link: what its values are received over.
+        seconds: of a stage's phases.
+    """
+
+    name: str
+    link: Link
+    seconds: Callable[[StagePhases], PhaseSeconds]
+
+
+def clocks_of(models: Sequence[Device]) -> tuple[Clock, ...]:
+    """The clocks of devices as they stand in the table, one for each stage."""
+
+    def clock(model: Device) -> Clock:
+        return Clock(model.name, model.link, lambda stage: phase_seconds(stage, model))
+
+    known = {id(model): clock(model) for model in models}
+    return tuple(known[id(model)] for model in models)
 
 
 def phases_of(
-    model: nn.Module, split: Split, leaves: Sequence[Any], sizes: Sequence[int], options: Options
+    model: nn.Module,
+    split: Split,
+    leaves: Sequence[Any],
+    sizes: Sequence[int],
+    options: Options,
+    remat: Sequence[Policy],
+    traced: Traced | None = None,
 ) -> dict[int, Phased]:
     """The phases of a split program in training, by micro-batch size; weights are not needed.
 
@@ -39,7 +69,9 @@ def phases_of(
         split: the stages.
         leaves: a call's flattened inputs.
         sizes: samples in each micro-batch.
-        options: devices and rematerialization.
+        options: devices.
+        remat: one policy for each stage.
+        traced: what is known of stages like these, and grows.
     """
     captured = split.captured
     state = state_looks(captured, lambda item: captured.held(model, item))
@@ -48,10 +80,10 @@ def phases_of(
         sizes,
         {size: state | input_looks(captured, leaves, size) for size in dict.fromkeys(sizes)},
         options.devices,
-        remat=options.remat,
+        remat=remat,
         grad=True,
         differentiated=differentiated(captured),
-        traced=Traced(),
+        traced=Traced() if traced is None else traced,
     )
 
 
@@ -61,35 +93,53 @@ def plan(
     phased: Mapping[int, Phased],
     sizes: Sequence[int],
     options: Options,
+    clocks: Sequence[Clock],
 ) -> Plan:
-    """The plan of a split program for a sequence of micro-batch sizes; `phased` by size."""
-    size = max(sizes)
-    order = schedule(options.schedule, len(split.stages), len(sizes))
+    """The plan of a split program for a sequence of micro-batch sizes.
+
+    Args:
+        model: what was captured.
+        split: the stages.
+        phased: their phases, by size.
+        sizes: samples in each micro-batch.
+        options: devices, limits, number of chunks and schedule.
+        clocks: one for each stage.
+    """
+    K = len(split.stages)
+    distinct = sorted(set(sizes), reverse=True)
+    kind = options.schedule or "gpipe"
+    in_flight = schedule(kind, K, len(sizes)).in_flight()
+    nbytes = {(k, s): stage_bytes(phased[s].stages[k]) for k in range(K) for s in distinct}
+    trained = phased[distinct[0]].differentiated
+    if not trained:  # inference keeps nothing
+        nbytes = {at: n._replace(saved=0, backward=0, tangents={}) for at, n in nbytes.items()}
     made = Plan(
         model=type(model).__name__,
         training=model.training,
         graph=fingerprint(split.captured.graph_module.graph),
-        schedule=options.schedule,
-        remat=options.remat,
-        chunks=options.chunks,
+        schedule=kind,
+        chunks=options.chunks or len(sizes),
         sizes=tuple(sizes),
         stages=tuple(
             _stage(
                 split,
                 stage,
-                str(device),
-                size,
-                again=options.remat == "full",
-                saved=[_saved(phased[s], stage.index) for s in sizes],
-                in_flight=in_flight,
+                [phased[s] for s in distinct],
+                [nbytes[stage.index, s] for s in sizes],
+                clocks[stage.index],
+                options,
+                in_flight[stage.index],
             )
-            for stage, device, in_flight in zip(
-                split.stages, options.devices, order.in_flight(), strict=True
-            )
+            for stage in split.stages
         ),
-        crossings=tuple(_crossing(r, size) for r in split.routes.values() if r.consumers),
+        crossings=tuple(_crossing(r, distinct[0]) for r in split.routes.values() if r.consumers),
+        bound_seconds=split.facts.lower_bound,
+        cut_seconds=split.facts.bottleneck,
         notes=split.captured.notes,
     )
+    peaks = stage_peaks(made.timeline, K, sizes, nbytes, split.routes)
+    stages = zip(made.stages, peaks, strict=True)
+    made = replace(made, stages=tuple(replace(s, peak_bytes=peak) for s, peak in stages))
     made.verify()
     return made
 
@@ -97,37 +147,54 @@ def plan(
 def _stage(
     split: Split,
     stage: StageGraph,
-    device: str,
-    size: int,
-    *,
-    again: bool,
-    saved: Sequence[int],
+    phased: Sequence[Phased],
+    nbytes: Sequence[StageBytes],
+    clock: Clock,
+    options: Options,
     in_flight: int,
 ) -> StagePlan:
-    calls = split.calls[stage.index]
+    """One stage; `phased` by size, the largest first, `nbytes` by micro-batch."""
+    k, size = stage.index, phased[0].size
+    calls = split.calls[k]
     cost = stage_cost(split, stage, size)
+    saved = [n.saved for n in nbytes]
     return StagePlan(
         first=calls[0].name if calls else None,
         calls=len(calls),
-        device=device,
+        device=str(options.devices[k]),
+        speeds=clock.name,
+        remat=str(phased[0].remat[k]),
         parameters=tuple(i.target for i in stage.held if i.kind is Kind.PARAMETER),
         flops=at_batch(cost.flops, size),
-        forward_seconds=cost.forward_seconds,
-        backward_seconds=cost.backward_seconds,
-        recompute_seconds=cost.recompute_seconds if again else 0.0,
+        times=tuple(_times(split, cut, k, clock) for cut in phased),
         parameter_bytes=cost.parameter_bytes,
+        gradient_bytes=cost.gradient_bytes,
+        optimizer_bytes=cost.optimizer_bytes,
+        buffer_bytes=sum(int(i.spec.nbytes) for i in stage.held if i.kind is not Kind.PARAMETER),
+        lent_bytes=2 * cost.lent_bytes,
         activation_bytes=at_batch(cost.activation_bytes, size),
         saved_bytes=max(saved),
         in_flight=in_flight,
         peak_saved_bytes=max(
             sum(saved[m : m + in_flight]) for m in range(len(saved) - in_flight + 1)
         ),
+        peak_bytes=0,
+        limit_bytes=None if options.limits is None else options.limits[k],
     )
 
 
-def _saved(phased: Phased, stage: int) -> int:
-    """Bytes that a micro-batch saves; in inference none."""
-    return saved_bytes(phased.stages[stage]) if phased.differentiated else 0
+def _times(split: Split, cut: Phased, k: int, clock: Clock) -> Times:
+    """Seconds of a micro-batch at a stage, with the transfers over its left boundary."""
+    seconds = clock.seconds(cut.stages[k])
+    routes = [r for r in split.routes.values() if r.kind == "activation"]
+    came = [r for r in routes if k in r.consumers and r.holders[r.holders.index(k) - 1] == k - 1]
+    back = [r for r in came if r.name in cut.stages[k].sent_grads]
+
+    def over(routes: Sequence[Route]) -> float:
+        nbytes = [at_batch(r.spec.nbytes, cut.size) for r in routes]
+        return clock.link.seconds(sum(nbytes)) if nbytes else 0.0
+
+    return Times(*seconds, receive=over(came), give_back=over(back))
 
 
 def _crossing(route: Route, size: int) -> Crossing:

@@ -6,21 +6,23 @@ the plan of one machine can be used on another: ``autopipe.compile(model, plan="
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopipe.errors import PlanError, VerifyError, require
-from autopipe.passes.schedule import KNOWN
-from autopipe.passes.simulate import Timeline, simulate
+from autopipe.passes.policies import policy_of
+from autopipe.passes.schedule import KNOWN, schedule, stages_per_device
+from autopipe.passes.simulate import Timeline, play_out
 from autopipe.report.table import table
 from autopipe.typed_json import MisfitError, convert, parse, short, to_json
 
 if TYPE_CHECKING:
     from os import PathLike
 
-FORMAT, VERSION = "autopipe plan", 1
+FORMAT, VERSION = "autopipe plan", 2
 LARGEST_FILE = 64 * 2**20
 """Bytes; the plan of a model with ten thousand boundary tensors has two million."""
 
@@ -54,41 +56,106 @@ class Crossing:
 
 
 @dataclass(frozen=True)
+class Times:
+    """Predicted seconds of one micro-batch at one stage.
+
+    Attributes:
+        forward, recompute, backward, weight: of the phases F, R, B and W; where B and W are not
+            told apart, all of both is `backward`.
+        receive: until what the stage before has made is there.
+        give_back: until the gradients of that are with the stage before.
+    """
+
+    forward: float
+    recompute: float
+    backward: float
+    weight: float
+    receive: float
+    give_back: float
+
+    @property
+    def work(self) -> float:
+        """All that the device computes."""
+        return self.forward + self.recompute + self.backward + self.weight
+
+
+@dataclass(frozen=True)
 class StagePlan:
-    """What one stage does; times and sizes are those of the largest micro-batch.
+    """What one stage does; sizes are those of the largest micro-batch, or of the step.
 
     Attributes:
         first: name of its first call in the captured graph; None if it has no call.
         calls: how many calls of the captured graph it makes.
         device: where it was planned to run, in words.
+        speeds: whose times these are: a device of `autopipe.passes.devices`, or "measured on ...".
+        remat: what it keeps from forward to backward: a policy, or a fraction as text.
         parameters: qualified names of the parameters that live here.
         flops: of its forward.
-        forward_seconds, backward_seconds, recompute_seconds: predicted.
+        times: for each size of micro-batch, the largest first.
         parameter_bytes: of the parameters that live here.
+        gradient_bytes: of their gradients.
+        optimizer_bytes: of what the optimizer keeps for them.
+        buffer_bytes: of its buffers and constants.
+        lent_bytes: of its copies of parameters that live elsewhere, and of their gradients.
         activation_bytes: new memory that its forward's calls make.
         saved_bytes: what a micro-batch keeps from forward to backward.
         in_flight: how many micro-batches are kept at once, at most.
         peak_saved_bytes: what they keep together.
+        peak_bytes: the most that micro-batches occupy at once, with what arrives and waits, and
+            what is made and goes while a phase runs.
+        limit_bytes: what all of it may take; None: no limit was set.
     """
 
     first: str | None
     calls: int
     device: str
+    speeds: str
+    remat: str
     parameters: tuple[str, ...]
     flops: int
-    forward_seconds: float
-    backward_seconds: float
-    recompute_seconds: float
+    times: tuple[Times, ...]
     parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    buffer_bytes: int
+    lent_bytes: int
     activation_bytes: int
     saved_bytes: int
     in_flight: int
     peak_saved_bytes: int
+    peak_bytes: int
+    limit_bytes: int | None
+
+    @property
+    def forward_seconds(self) -> float:
+        """Of the largest micro-batch; so too the following."""
+        return self.times[0].forward
+
+    @property
+    def backward_seconds(self) -> float:
+        """Gradients of what was received and of the stage's parameters."""
+        return self.times[0].backward + self.times[0].weight
+
+    @property
+    def recompute_seconds(self) -> float:
+        """What is made again before the backward."""
+        return self.times[0].recompute
 
     @property
     def seconds(self) -> float:
         """One micro-batch, forward and backward."""
-        return self.forward_seconds + self.backward_seconds + self.recompute_seconds
+        return self.times[0].work
+
+    @property
+    def static_bytes(self) -> int:
+        """What is there whether a step runs or not, once the first has run."""
+        own = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+        return own + self.buffer_bytes + self.lent_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """All that the stage needs on its device."""
+        return self.static_bytes + self.peak_bytes
 
 
 @dataclass(frozen=True)
@@ -100,11 +167,13 @@ class Plan:
         training: the mode that it was captured in.
         graph: fingerprint of the captured graph.
         schedule: name of the schedule.
-        remat: rematerialization policy.
         chunks: M, the number of micro-batches of a batch that is large enough.
         sizes: samples in each micro-batch of the batch that was planned for.
         stages: K stages.
         crossings: the tensors that stages receive from the caller and from one another.
+        bound_seconds: time that the largest stage of no cut of this model is below, by the costs
+            that the cut goes by; None: not worked out.
+        cut_seconds: time of the largest stage by the same costs; None likewise.
         notes: what capture did that a reader should know.
     """
 
@@ -112,11 +181,12 @@ class Plan:
     training: bool
     graph: str
     schedule: str
-    remat: str
     chunks: int
     sizes: tuple[int, ...]
     stages: tuple[StagePlan, ...]
     crossings: tuple[Crossing, ...]
+    bound_seconds: float | None
+    cut_seconds: float | None
     notes: tuple[str, ...]
 
     @property
@@ -124,23 +194,59 @@ class Plan:
         """The first call of each stage but the first."""
         return tuple(s.first for s in self.stages[1:] if s.first is not None)
 
+    @property
+    def remat(self) -> str:
+        """The stages' policies in words: one if all have the same."""
+        count = Counter(s.remat for s in self.stages)
+        if len(count) == 1:
+            return self.stages[0].remat
+        return ", ".join(f"{policy} in {n}" for policy, n in count.items())
+
     @cached_property
     def timeline(self) -> Timeline:
-        """One training step as the simulator plays it, in seconds. Transfers are taken as free."""
-        return simulate(
-            self.schedule,
-            stages=len(self.stages),
-            chunks=len(self.sizes),
-            forward=[s.forward_seconds for s in self.stages],
-            backward=[s.backward_seconds for s in self.stages],
-            recompute=[s.recompute_seconds for s in self.stages],
-        )
+        """One training step as the simulator plays it, in seconds."""
+        order = {size: i for i, size in enumerate(sorted(set(self.sizes), reverse=True))}
+        scheduled = schedule(self.schedule, len(self.stages), len(self.sizes))
+
+        def times(stage: int, m: int) -> Times:
+            return self.stages[stage].times[order[self.sizes[m]]]
+
+        def takes(phase: str, stage: int, m: int) -> float:
+            t = times(stage, m)
+            seconds = {"F": t.forward, "R": t.recompute, "B": t.backward, "W": t.weight}
+            return sum(seconds[letter] for letter in phase)
+
+        def delay(letter: str, source: int, to: int, m: int) -> float:
+            return times(to, m).receive if letter == "F" else times(source, m).give_back
+
+        return play_out(scheduled, takes, delay)
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted time of one training step (the optimizer's own not included)."""
+        return self.timeline.makespan
 
     @property
     def balance(self) -> float:
         """Mean stage over largest stage, by predicted time."""
         seconds = [s.seconds for s in self.stages]
         return sum(seconds) / len(seconds) / max(seconds) if max(seconds) else 1.0
+
+    @property
+    def gap(self) -> float | None:
+        """How far the largest stage may be above the least possible, as a fraction of that."""
+        if self.bound_seconds is None or self.cut_seconds is None:
+            return None
+        return self.cut_seconds / self.bound_seconds - 1 if self.bound_seconds else 0.0
+
+    def is_of(self, other: Plan) -> bool:
+        """Whether another plan is of the same program, whatever its times are."""
+
+        def what(plan: Plan) -> Plan:
+            stages = tuple(replace(s, times=(), speeds="", peak_bytes=0) for s in plan.stages)
+            return replace(plan, stages=stages, bound_seconds=None, cut_seconds=None)
+
+        return what(self) == what(other)
 
     def __str__(self) -> str:
         return table(self)
@@ -156,11 +262,23 @@ class Plan:
         require(0 < len(self.sizes) <= self.chunks, "micro-batches and sizes disagree")
         require(min(self.sizes) > 0, "a micro-batch without samples")
         require(self.schedule in KNOWN, "an unknown schedule", found=self.schedule)
+        require(
+            stages_per_device(self.schedule) == 1,
+            "a schedule with several stages on a device",
+            found=self.schedule,
+        )
+        for name in ("bound_seconds", "cut_seconds"):
+            require((getattr(self, name) or 0) >= 0, f"{name} is negative")
         for k, stage in enumerate(self.stages):
-            for field in fields(stage):
-                value = getattr(stage, field.name)
+            where = f"stages[{k}]"
+            counts = len(stage.times) == len(set(self.sizes))
+            require(counts, f"{where}: one of `times` for each size", found=str(len(stage.times)))
+            facts = [(f"{where}.{n}", v) for n, v in vars(stage).items()]
+            facts += [(f"{where}.times.{n}", v) for t in stage.times for n, v in vars(t).items()]
+            for name, value in facts:
                 if isinstance(value, (int, float)):
-                    require(value >= 0, f"stages[{k}].{field.name} is negative", found=str(value))
+                    require(value >= 0, f"{name} is negative", found=str(value))
+            require(policy_of(stage.remat) is not None, f"{where}.remat", found=stage.remat)
             empty = stage.first is None
             require(empty == (stage.calls == 0), f"stages[{k}]: `first` and `calls` disagree")
             require(not empty or K == 1, f"stages[{k}] has no call")

@@ -223,7 +223,7 @@ def _measure(
     """Time a call; its arguments are random numbers, zeros for integers, True for booleans."""
 
     def fill(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return _filled(shape, stride, dtype, device)
+        return filled(shape, stride, dtype, device)
 
     try:
         with torch.enable_grad():
@@ -281,7 +281,7 @@ def _engine(device: torch.device, clock: Clock) -> float:
     return statistics.median(runs[WARM_UP:])
 
 
-def _filled(
+def filled(
     shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """A tensor of this look; an index of zero is right everywhere."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._decomp import decompositions
 from torch._export.passes import replace_set_grad_with_hop_pass as regions
+from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._higher_order_ops import effects
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
@@ -242,17 +243,21 @@ def storage_id_of(node: fx.Node) -> int | None:
     return storage_id(value) if isinstance(value, Tensor) else None
 
 
-def min_cut_saved(joint: fx.GraphModule, inputs: Sequence[Any], forward_outputs: int) -> set[str]:
+def min_cut_saved(
+    joint: fx.GraphModule, inputs: Sequence[Any], forward_outputs: int, budget: float = 1.0
+) -> set[str]:
     """Names of the values functorch's min-cut partitioner keeps from forward to backward.
 
     Args:
         joint: joint graph; its placeholders are named ``primals_*`` and ``tangents_*``.
         inputs: the fake tensors it was traced with.
         forward_outputs: how many of its outputs, from the left, belong to the forward.
+        budget: fraction, from 0 to 1, of the bytes that it would keep beyond the inputs.
     """
     partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
     partition = min_cut_rematerialization_partition
-    forward, _ = partition(joint, list(inputs), num_fwd_outputs=forward_outputs)
+    with functorch_config.patch(activation_memory_budget=budget):
+        forward, _ = partition(joint, list(inputs), num_fwd_outputs=forward_outputs)
     output = next(node for node in forward.graph.nodes if node.op == "output")
     kept = output.args[0][forward_outputs:]
     return {node.name for node in kept if isinstance(node, fx.Node)}

@@ -92,7 +92,7 @@ def codegen(
                 key = (id(stage.graph), phase, device)
                 if key not in written:  # identical stages share their functions
                     written[key] = f"{phase}_{stage.index}_b{size}"
-                    parts.append(_compute(stage, phase, device, written[key]))
+                    parts.append(compute(stage, phase, device, written[key]))
                 computes[phase, stage.index, size] = written[key]
     for stage in next(iter(phased.values())).stages:
         parts.append(_forward(split, stage))
@@ -153,18 +153,15 @@ def _backward(split: Split, stage: StagePhases) -> str:
     k = stage.index
     arguments = [f"*run.held({k})", f"*run.kept({k}, m)"]
     arguments += [f'run.receive("grad {n}", {k}, m)' for n in stage.tangents]
+    names = [f'"{n}"' for n in stage.own_grads]
     lines = [
         f"def backward_{k}(run, m, compute):",
-        f"    results = compute(run.kit({k}, m), [{_listed(arguments)}])",
+        f"    kit = run.kit({k}, m, [{_listed(names)}])",
+        f"    results = compute(kit, [{_listed(arguments)}])",
     ]
-    position = 0
-    for name in stage.own_grads:
-        lines.append(f'    run.accumulate("{name}", m, results[{position}])')
-        position += 1
-    for name in stage.sent_grads:
+    for position, name in enumerate(stage.sent_grads):
         to = split.routes[name].gradient_to(k)
         lines.append(f'    run.send("grad {name}", {k}, {to}, m, results[{position}])')
-        position += 1
     return "\n".join(lines) + "\n"
 
 
@@ -175,8 +172,12 @@ def _listed(arguments: Sequence[str]) -> str:
     return "\n        " + ",\n        ".join(arguments) + ",\n    "
 
 
-def _compute(stage: StagePhases, phase: str, device: torch.device, name: str) -> str:
-    """The calls of some phases as a function ``name(kit, args)``; `args` is emptied."""
+def compute(stage: StagePhases, phase: str, device: torch.device, name: str) -> str:
+    """The calls of some phases as a function ``name(kit, args)``; `args` is emptied.
+
+    F returns what the stage returns, buffers' new values, and what is saved; a backward hands the
+    gradients of the stage's parameters to the kit and returns those that are sent.
+    """
     by_name = {n.name: n for n in stage.graph.nodes}
     kit, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
     count = len(stage.held)
@@ -184,12 +185,15 @@ def _compute(stage: StagePhases, phase: str, device: torch.device, name: str) ->
     tangents = holders[count + len(stage.receives) :]
     saved = [by_name[n] for n in stage.saved]
     results = stage.results()
+    own_grads: dict[fx.Node, list[int]] = {}
     if phase == "F":
         arguments = [*held, *received]
         values = [*results["returns"], *results["updates"], *saved]
     else:
         arguments = [*held, *saved, *tangents]
-        values = [*results["own_grads"], *results["sent_grads"]]
+        values = results["sent_grads"]
+        for i, node in enumerate(results["own_grads"]):
+            own_grads.setdefault(node, []).append(i)
     tangent_names = [f"grad_{n}" for n in stage.tangents]
     labels = [*stage.held, *stage.receives, *tangent_names]
     label_of = dict(zip(holders, labels, strict=True))
@@ -203,6 +207,9 @@ def _compute(stage: StagePhases, phase: str, device: torch.device, name: str) ->
         if stage.phase_of.get(node.name, "-") in phase:
             env[node] = graph.node_copy(node, env.__getitem__)
             _place(env[node], stage.device, device)
+        for i in own_grads.get(node, ()):  # at once: the sum takes its place
+            done = graph.call_method("accumulate", (env[kit], i, env[node]))
+            done.meta = {"stack_trace": node.meta.get("stack_trace")}
     graph.output([env[v] if isinstance(v, fx.Node) else v for v in values])
     return _text(graph, name)
 

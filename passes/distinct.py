@@ -14,7 +14,7 @@ from torch import Tensor
 from ._torch import storage_id
 from .graphs import size, tensors_of
 from .ir import ZERO, B, Flow, NodeCost
-from .meter import PROBES, fit
+from .meter import PROBES, fit, kind_of
 from .runs import ATTENTION, Back, Run, back, run
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _cost(known: Known, wanted: Flags) -> NodeCost:
     if known.refused:
         return replace(cost, backward_bytes=2 * moved if any(wanted) else ZERO)
     forward = fit(lambda batch: known.run(batch).flops)
-    cost = replace(cost, forward_flops=forward, kind=_kind(node, forward))
+    cost = replace(cost, forward_flops=forward, kind=kind_of(node.target, forward))
     if not any(wanted):
         return cost
     memory = known.memory
@@ -123,15 +123,6 @@ def _cost(known: Known, wanted: Flags) -> NodeCost:
         backward_bytes=fit(lambda batch: memory.back(batch, wanted).moved_bytes),
         saved_bytes=fit(lambda batch: memory.run(batch).inner_bytes),
     )
-
-
-def _kind(node: fx.Node, flops: sympy.Expr) -> str:
-    name = str(node.target)
-    if flops == 0:
-        return "memory"
-    if "attention" in name:
-        return "attention"
-    return "convolution" if "conv" in name else "matmul"
 
 
 def nbytes(tensor: Tensor) -> sympy.Expr:

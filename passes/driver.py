@@ -1,6 +1,7 @@
 """The straight line through the passes.
 
-    nn.Module ─capture─▶ Captured ─annotate─▶ Annotated ─split─▶ Split              `cut_in_space`
+    nn.Module ─capture─▶ Captured ─annotate─▶ Annotated                               `costed`
+    Annotated ─split─▶ Split                                                         `cut_in_space`
     Split ─phases─▶ Phased                                                           `phases_at`
     Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated                             `cut_in_time`
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from .aim import Aim
+    from .ir import Annotated
+    from .policies import Policy
     from .staged import Phased, Split
     from .trace import Look
 
@@ -39,22 +42,19 @@ _dumped = itertools.count(1)
 
 
 @lazy_code()
-def cut_in_space(
+def costed(
     model: nn.Module | torch.export.ExportedProgram,
     leaves: Sequence[Any],
     spec: TreeSpec,
     batch_dims: Sequence[int | None],
     *,
-    aim: Aim,
     whole: bool,
     single: bool = False,
     batch_norm: str,
     out_reduce: str | None,
-    planned: Planned | None = None,
-    must_fit: bool = False,
     progress: Callable[[str], None] = lambda text: None,
-) -> Split:
-    """Capture a model and cut it into stages; arguments as for `capture` and `split`."""
+) -> Annotated:
+    """Capture a model and cost its calls; arguments as for `capture`."""
     progress("capturing")
     captured = capture(
         model,
@@ -70,6 +70,19 @@ def cut_in_space(
     progress("costing")
     annotated = annotate(captured)
     _dump("annotated", annotated)
+    return annotated
+
+
+@lazy_code()
+def cut_in_space(
+    annotated: Annotated,
+    aim: Aim,
+    *,
+    planned: Planned | None = None,
+    must_fit: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Split:
+    """Cut a costed graph into stages; arguments as for `split`."""
     progress("splitting")
     result = split(annotated, aim, planned=planned, must_fit=must_fit)
     _dump("split", result)
@@ -92,7 +105,7 @@ def phases_at(
     looks: Mapping[int, Mapping[str, Look]],
     devices: Sequence[torch.device],
     *,
-    remat: str,
+    remat: Sequence[Policy],
     grad: bool,
     differentiated: frozenset[str],
     traced: Traced,

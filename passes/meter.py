@@ -17,7 +17,7 @@ from ._torch import TorchDispatchMode, flop_registry, storage_id
 from .ir import B
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 PROBES = (2, 3, 5)
 """Batch sizes at which a call is run."""
@@ -45,19 +45,41 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=result))
         read, written = _tensors((args, kwargs)), _tensors(result)
-        owned = {storage_id(t) for t in read}
-        is_view = written and all(storage_id(t) in owned for t in written)
-        allocates = func._overloadpacket.__name__.startswith(("empty", "new_empty"))
-        if not allocates and (not is_view or func._schema.is_mutable):
-            self.moved_bytes += sum(map(_distinct_bytes, [*read, *written]))
+        if moves(func, read, written):
+            self.moved_bytes += sum(map(distinct_bytes, [*read, *written]))
         return result
+
+
+def moves(target: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> bool:
+    """Whether a call of an operator touches memory: one that makes views or empty tensors does not.
+
+    Args:
+        target: the operator; None: some other function.
+        read, written: tensors among its arguments and its results.
+    """
+    owned = {storage_id(t) for t in read}
+    is_view = written and all(storage_id(t) in owned for t in written)
+    allocates = target is not None and target._overloadpacket.__name__.startswith(
+        ("empty", "new_empty")
+    )
+    return not allocates and (not is_view or (target is not None and target._schema.is_mutable))
+
+
+def kind_of(target: Any, flops: Any) -> str:
+    """The kind of an operator's work, of `devices.KINDS`; `flops` may be an expression."""
+    name = str(target)
+    if flops == 0:
+        return "memory"
+    if "attention" in name:
+        return "attention"
+    return "convolution" if "conv" in name else "matmul"
 
 
 def _tensors(value: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
 
 
-def _distinct_bytes(tensor: Tensor) -> int:
+def distinct_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor's elements, those that it repeats (`expand`) counted once."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(n for n, stride in sizes if stride or not n) * tensor.dtype.itemsize

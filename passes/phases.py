@@ -5,13 +5,8 @@
     B  what the gradients of received values need: the stages before are waiting for it
     W  the rest: gradients of the stage's own parameters; nobody is waiting
 
-All four are reachability in one graph. What F keeps is the only choice, and a *policy* makes it:
-
-    none     whatever the backward uses, as autograd does
-    full     only what the stage received; the backward runs the forward again (GPipe, section 2.3)
-    min-cut  what functorch's min-cut partitioner keeps: cheap calls run again, products are kept
-
-A call that R repeats stands twice in the graph, so that every node belongs to one phase.
+All four are reachability in one graph. What F keeps is the only choice, and a policy of the stage
+makes it (`keep`). A call that R repeats stands twice in the graph: every node belongs to one phase.
 """
 
 from __future__ import annotations
@@ -26,9 +21,10 @@ from torch import fx
 
 from autopipe.errors import InputError
 
-from ._torch import min_cut_saved, storage_id_of
+from ._torch import storage_id_of
 from .graphs import source_line, spec_of
 from .ir import at_batch, results_of
+from .keep import keep
 from .rebuild import Rebuild
 from .staged import Phased, Split, StageGraph, StagePhases
 from .trace import Joint, Look, forward_looks, trace
@@ -36,10 +32,9 @@ from .trace import Joint, Look, forward_looks, trace
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
-aten = torch.ops.aten
+    from .policies import Policy
 
-POLICIES = ("full", "none", "min-cut")
-"""Values of the option `remat` that are implemented."""
+aten = torch.ops.aten
 
 
 @dataclasses.dataclass
@@ -47,10 +42,12 @@ class Traced:
     """What was found out about stages, by everything it depends on: identical ones are traced once.
 
     looks: what their results look like.
+    joints: their joint graphs, whatever is kept.
     stages: their phases.
     """
 
     looks: dict[Hashable, tuple[Look, ...]] = dataclasses.field(default_factory=dict)
+    joints: dict[Hashable, Joint] = dataclasses.field(default_factory=dict)
     stages: dict[Hashable, StagePhases] = dataclasses.field(default_factory=dict)
 
 
@@ -60,7 +57,7 @@ def phases(
     looks: Mapping[str, Look],
     devices: Sequence[torch.device],
     *,
-    remat: str,
+    remat: Sequence[Policy],
     grad: bool,
     differentiated: frozenset[str],
     traced: Traced,
@@ -73,7 +70,7 @@ def phases(
         size: samples in the micro-batch.
         looks: of every placeholder of the captured graph, at this size.
         devices: one per stage; kernels are chosen for them.
-        remat: one of `POLICIES`.
+        remat: what each stage keeps, see `keep`.
         grad: False for inference: the forward alone, traced under no_grad.
         differentiated: outputs for which a gradient will come, if one can; if it can for none of
             them, all others count.
@@ -106,17 +103,19 @@ def phases(
         key = (
             *(stage.fingerprint, len(stage.held), len(stage.lent)),
             *(tuple(held_and_received), tuple(tangents)),
-            *(device.type, remat, grad, _autocast(device)),
+            *(device.type, grad, _autocast(device)),
         )
-        if key not in traced.stages:
+        if key not in traced.joints:
             progress(f"tracing stage {stage.index}")
-            joint = trace(stage, held_and_received, tangents, device, grad=grad)
-            traced.stages[key] = cut_joint(stage, joint, remat, device)
-        phased = _named(traced.stages[key], stage, [n for *_, n in places])
+            traced.joints[key] = trace(stage, held_and_received, tangents, device, grad=grad)
+        kept = (key, remat[stage.index])
+        if kept not in traced.stages:
+            traced.stages[kept] = cut_joint(stage, traced.joints[key], kept[1], device)
+        phased = _named(traced.stages[kept], stage, [n for *_, n in places])
         cut.insert(0, phased)
         for name, node in zip(phased.sent_grads, phased.results()["sent_grads"], strict=True):
             arriving[name] = (Look.of(node.meta["val"]), device)
-    result = Phased(split, size, remat, differentiable, differentiated, tuple(cut))
+    result = Phased(split, size, tuple(remat), differentiable, differentiated, tuple(cut))
     result.verify()
     return result
 
@@ -199,7 +198,7 @@ def _named(core: StagePhases, stage: StageGraph, tangents: list[str]) -> StagePh
     )
 
 
-def cut_joint(stage: StageGraph, joint: Joint, remat: str, device: torch.device) -> StagePhases:
+def cut_joint(stage: StageGraph, joint: Joint, policy: Policy, device: torch.device) -> StagePhases:
     """Cut one joint graph into F, R, B and W by reachability (its draws are not yet named)."""
     kit, *holders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     names = stage.signature
@@ -211,14 +210,8 @@ def cut_joint(stage: StageGraph, joint: Joint, remat: str, device: torch.device)
     forward = _ancestors(results[:ending])
     forward |= {n for n in joint.graph.nodes if n.target is getitem and n.args[0] in forward}
     late = _descendants(tangents)
-    if remat == "full" or not tangents:
-        saved = set(received)
-    elif remat == "none":
-        saved = forward | set(received)
-    else:
-        # The partitioner merges equal calls first, so its choice may lack a received value that
-        # a call merged away here still starts from.
-        saved = (_min_cut(joint.graph, kit, ending) - late - set(held)) | set(received)
+    policy = policy if tangents else "full"
+    saved = keep(joint.graph, policy, forward, late, held, received, ending)
     forward |= _ancestors(list(saved))
     changing = {storage_id_of(held[i]) for i in joint.updates}
     saved = {n for n in saved if n in received or storage_id_of(n) not in changing}
@@ -243,31 +236,6 @@ def cut_joint(stage: StageGraph, joint: Joint, remat: str, device: torch.device)
         draws=joint.draws,
         device=device,
     )
-
-
-def _min_cut(graph: fx.Graph, kit: fx.Node, forward_results: int) -> set[fx.Node]:
-    """What functorch's partitioner keeps. It is shown the calls behind the kit's methods."""
-    copy = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node is kit:
-            continue
-        if node.op != "call_method":
-            env[node] = copy.node_copy(node, env.__getitem__)
-            continue
-        _, *arguments = node.args
-        target: Any = aten.clone.default
-        if node.target != "settled":  # the operator stands before its arguments
-            start = {"draw": 1, "recording": 0}[node.target]
-            target, arguments = arguments[start], arguments[start + 1 :]
-        arguments, kwargs = fx.map_arg((arguments, node.kwargs), env.__getitem__)
-        env[node] = copy.create_node(
-            "call_function", target, tuple(arguments), kwargs, name=node.name
-        )
-        env[node].meta = dict(node.meta)
-    fakes = [n.meta["val"] for n in copy.nodes if n.op == "placeholder"]
-    kept = min_cut_saved(fx.GraphModule({}, copy), fakes, forward_results)
-    return {node for node in graph.nodes if node is not kit and env[node].name in kept}
 
 
 def _ancestors(results: Sequence[Any]) -> set[fx.Node]:

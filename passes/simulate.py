@@ -12,7 +12,8 @@ Times have no unit of their own: what goes in comes out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from autopipe.errors import OptionError
 
@@ -20,7 +21,7 @@ from .schedule import schedule, stages_per_device
 from .scheduled import Scheduled, waits_for
 from .timeline import Span, Timeline
 
-__all__ = ["Span", "Timeline", "Times", "peak_bytes", "play", "simulate"]
+__all__ = ["Span", "Timeline", "Times", "peak_bytes", "play", "play_out", "simulate"]
 
 Times = float | Sequence[float]
 """One time (or one count of bytes) for all stages, or one for each."""
@@ -138,7 +139,6 @@ def play(
             stage.
         VerifyError: the schedule is not sound.
     """
-    order = scheduled.in_order()
     K = scheduled.stages
     seconds = {
         "F": _per_stage("forward", forward, K),
@@ -147,41 +147,60 @@ def play(
         "W": _per_stage("weight", weight, K),
     }
     (transfer,) = _per_stage("transfer", transfer, 1)
+    line = play_out(
+        scheduled,
+        lambda phase, stage, m: sum(seconds[letter][stage] for letter in phase),
+        lambda letter, source, to, m: transfer,
+    )
+    if saved_bytes is None:
+        return line
+    memory = peak_bytes(scheduled, saved_bytes, remade_bytes, weight_bytes)
+    return replace(line, peak_bytes=memory)
+
+
+def play_out(
+    scheduled: Scheduled,
+    takes: Callable[[str, int, int], float],
+    delay: Callable[[str, int, int, int], float],
+) -> Timeline:
+    """As `play`, where every micro-batch may take its own time.
+
+    Args:
+        scheduled: a sound schedule.
+        takes: time of an action, by its phase, stage and micro-batch.
+        delay: of what another device needs: by the letter of the phase that makes it ("F" or "B"),
+            the stage where that ran, the one that needs it, and the micro-batch.
+
+    Raises:
+        VerifyError: the schedule is not sound.
+    """
+    order = scheduled.in_order()
     home = _home(scheduled)
-    # Per kind of action: how long it takes, and what it waits for, with the way it has to come.
-    takes: dict[tuple[str, int], float] = {}
-    waits: dict[tuple[str, int], list[tuple[str, int, float]]] = {}
-    for row in scheduled.devices:
-        for action in row:
-            one = (action.phase, action.stage)
-            if one not in takes:
-                takes[one] = sum(seconds[letter][action.stage] for letter in action.phase)
-                waits[one] = [
-                    (letter, stage, transfer if home[stage] != home[action.stage] else 0.0)
-                    for letter, stage in waits_for(*one, K)
-                ]
+    waits = {
+        one: waits_for(*one, scheduled.stages)
+        for one in {(a.phase, a.stage) for row in scheduled.devices for a in row}
+    }
     ends: dict[tuple[str, int, int], float] = {}
     spans: list[list[Span]] = [[] for _ in scheduled.devices]
     for device, action in order:
         phase, own, m = action.phase, action.stage, action.microbatch
         start = spans[device][-1].end if spans[device] else 0.0
-        for letter, stage, delay in waits[phase, own]:
-            start = max(start, ends[letter, stage, m] + delay)
-        end = start + takes[phase, own]
+        for letter, stage in waits[phase, own]:
+            ready = ends[letter, stage, m]
+            if home[stage] != home[own]:
+                ready += delay(letter, stage, own, m)
+            start = max(start, ready)
+        end = start + takes(phase, own, m)
         spans[device].append(Span(action, start, end))
         for letter in phase:
             ends[letter, own, m] = end
     longest = max(row[-1].end - row[0].start for row in spans if row)
     work = max(math.fsum(span.end - span.start for span in row) for row in spans)
-    memory = None
-    if saved_bytes is not None:
-        memory = peak_bytes(scheduled, saved_bytes, remade_bytes, weight_bytes)
     return Timeline(
         makespan=max(row[-1].end for row in spans if row),
         bubble=max(0.0, 1 - work / longest) if longest else 0.0,
         spans=tuple(map(tuple, spans)),
         in_flight=scheduled.in_flight(),
-        peak_bytes=memory,
     )
 
 

@@ -84,6 +84,9 @@ def split(
         return build(annotated, {}, Facts((0.0,), (0,), 0.0))
     allowed = _allowed(calls, annotated.captured.inputs)
     at = [p for p in range(len(calls)) if not p or allowed[p]]
+    places = None
+    if planned is not None:
+        places = _planned(planned, calls, allowed, must_fit=must_fit)
     if stages > len(at):
         raise PartitionError(
             f"the model cannot be cut into {stages} stages",
@@ -92,10 +95,7 @@ def split(
             remedy="use fewer devices",
         )
     loads = Rows(annotated, calls, at, aim).loads()
-    starts = None
-    if planned is not None:
-        places = _planned(planned, calls, allowed, must_fit=must_fit)
-        starts = None if places is None else [at.index(p) for p in places]
+    starts = None if places is None else [at.index(p) for p in places]
     if starts is None:
         crossing = _crossing(calls, aim.batch)
         starts = [*cut_on(loads, [crossing[p] for p in [*at, len(calls)]], SLACK)]

@@ -261,7 +261,7 @@ class Phased:
     Attributes:
         split: what was cut.
         size: samples in the micro-batch.
-        remat: the rule by which `saved` was chosen.
+        remat: for each stage, the policy by which `saved` was chosen.
         differentiable: names of the outputs that depend on a tensor which requires a gradient.
         differentiated: those among them that a gradient will come for; none for inference.
         stages: the cut stages; identical ones share their graph.
@@ -269,7 +269,7 @@ class Phased:
 
     split: Split
     size: int
-    remat: str
+    remat: tuple[str | float, ...]
     differentiable: frozenset[str]
     differentiated: frozenset[str]
     stages: tuple[StagePhases, ...]
@@ -290,7 +290,7 @@ class Phased:
                 )
 
     def __str__(self) -> str:
-        lines = [f"phased: micro-batch of {self.size}, remat={self.remat}"]
+        lines = [f"phased: micro-batch of {self.size}, remat {self.remat}"]
         for stage in self.stages:
             counts = {p: sum(q == p for q in stage.phase_of.values()) for p in PHASES}
             lines.append(f"stage {stage.index}: nodes {counts}, saved {list(stage.saved)}")

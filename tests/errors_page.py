@@ -130,6 +130,12 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             autopipe.compile(nn.Linear(4, 4), devices=3, chunks=2)(torch.randn(6, 4))
             """,
     },
+    errors.MemoryLimitError: {
+        "A limit that nothing keeps": """\
+            layers = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
+            autopipe.plan(layers, 2, 4, args=(torch.ones(8, 64),), memory="200KiB")
+            """,
+    },
     errors.PlanError: {
         "A plan of another model": """\
             large = nn.Sequential(*[nn.Linear(4, 4)] * 3)

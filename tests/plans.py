@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from autopipe.plans import Crossing, Plan, StagePlan
+from autopipe.plans import Crossing, Plan, StagePlan, Times
 
 
 def crossing(
@@ -25,12 +25,16 @@ def made_plan(
     if crossings is None:
         crossings = [crossing("x", None, 0)]
         crossings += [crossing(f"h_{k}", k, k + 1, nbytes=512 * (k + 1)) for k in range(stages - 1)]
+    remat, limit = facts.pop("remat", "full"), facts.pop("limit", None)
+
+    def times(factor: int) -> Times:
+        return Times(1e-3 * factor, 1e-3 * factor, 2.5e-3 * factor, 0.0, 0.0, 0.0)
+
     plan = Plan(
         model=facts.pop("model", "Net"),
         training=True,
         graph="0123456789abcdef",
         schedule=facts.pop("schedule", "gpipe"),
-        remat=facts.pop("remat", "full"),
         chunks=len(sizes),
         sizes=tuple(sizes),
         stages=tuple(
@@ -39,19 +43,27 @@ def made_plan(
                 calls=3 + k,
                 device="cpu",
                 parameters=(f"layers.{k}.weight", f"layers.{k}.bias"),
+                speeds="cpu-core",
+                remat=remat,
                 flops=10**6 * (k + 1),
-                forward_seconds=1e-3 * (k + 2),
-                backward_seconds=2.5e-3 * (k + 2),
-                recompute_seconds=1e-3 * (k + 2),
+                times=(times(k + 2),) * len(set(sizes)),
                 parameter_bytes=4096 * (k + 1),
+                gradient_bytes=4096 * (k + 1),
+                optimizer_bytes=8192 * (k + 1),
+                buffer_bytes=100 * k,
+                lent_bytes=0,
                 activation_bytes=2048 * (k + 1),
                 saved_bytes=1000 * (k + 1),
                 in_flight=len(sizes),
                 peak_saved_bytes=1000 * (k + 1) * len(sizes),
+                peak_bytes=1000 * (k + 1) * len(sizes) + 2048,
+                limit_bytes=limit,
             )
             for k in range(stages)
         ),
         crossings=tuple(crossings),
+        bound_seconds=4e-3 * stages,
+        cut_seconds=4.5e-3 * (stages + 1),
         notes=facts.pop("notes", ()),
     )
     assert not facts, facts

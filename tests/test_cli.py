@@ -15,7 +15,8 @@ import torch
 import autopipe
 from autopipe import Plan, simulate
 from autopipe.cli import main
-from autopipe.errors import UnsupportedError
+from autopipe.errors import MemoryLimitError, UnsupportedError
+from autopipe.target import load
 from tests.plans import made_plan
 
 ROOT = Path(__file__).parents[1]
@@ -155,8 +156,8 @@ WRONG = {
     "a device": (planning("models.py:with_args", "--devices", "tpu0"), "no such device"),
     "remat": (planning("models.py:with_args", "--remat", "some"), "unknown remat"),
     "schedule": (planning("models.py:with_args", "--schedule", "zb-v"), "does not execute"),
-    "memory": (planning("models.py:with_args", "--memory", "16GiB"), "not implemented"),
-    "device": (planning("models.py:with_args", "--device", "h100"), "device='h100'"),
+    "memory": (planning("models.py:with_args", "--memory", "much"), "16GiB"),
+    "device": (planning("models.py:with_args", "--device", "tpu"), "no such device"),
     "output": (planning("models.py:with_args", "-o", "none/plan.json"), "cannot be written"),
     "no plan": (["report", "none.json"], "none.json: No such file"),
     "a folder": (["report", "."], "cannot be"),
@@ -183,12 +184,13 @@ def test_wrong_arguments_and_files_are_code_2(
     assert "Traceback" not in captured.err
 
 
-def test_no_memory_limit_is_the_functions_own_error(
+def test_a_memory_limit_that_nothing_keeps_is_code_1(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(planning("models.py:with_args", "--memory", "16GiB")) == 2
-    with pytest.raises(UnsupportedError) as caught:
-        autopipe.plan(torch.nn.Linear(2, 2), 1, 1, args=(torch.zeros(1, 2),), memory="16GiB")
+    assert main(planning("models.py:with_args", "--memory", "500B")) == 1
+    model, args, kwargs = load(f"{models / 'models.py'}:with_args")
+    with pytest.raises(MemoryLimitError) as caught:
+        autopipe.plan(model, ["cpu"] * 2, 4, args=args, kwargs=kwargs, memory="500B")
     assert capsys.readouterr().err == f"autopipe: {caught.value}\n"
 
 

@@ -9,7 +9,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_what_is_saved_is_read_back(plan: Plan, path: Path) -> None:
 
 def test_the_file_is_plain_json_with_a_version(plan: Plan, path: Path) -> None:
     data = json.loads(path.read_text())
-    assert (data["format"], data["version"]) == ("autopipe plan", 1)
+    assert (data["format"], data["version"]) == ("autopipe plan", 2)
     assert [s["first"] for s in data["plan"]["stages"]][1:] == list(plan.starts)
 
 
@@ -148,8 +148,8 @@ def test_what_contradicts_the_plan_is_refused(plan: Plan, wrong: dict[str, Any])
     autopipe.compile(Net(), ["cpu"] * 3, 3, remat="full", schedule="gpipe", plan=plan)
 
 
-def test_without_plan_devices_and_chunks_are_needed() -> None:
-    with pytest.raises(OptionError, match="needs devices and chunks"):
+def test_without_plan_devices_are_needed() -> None:
+    with pytest.raises(OptionError, match="needs devices"):
         autopipe.compile(Net(), chunks=2)
 
 
@@ -197,17 +197,21 @@ def in_crossing(**fields: Any) -> Callable[[str], str]:
     return edited(lambda d: d["plan"]["crossings"][0].update(fields))
 
 
+def first_times(data: dict[str, Any]) -> dict[str, Any]:
+    return cast("dict[str, Any]", data["plan"]["stages"][1]["times"][0])
+
+
 HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "empty": (lambda t: "", "JSON"),
     "cut off": (lambda t: t[: len(t) // 2], "JSON"),
     "a pickle": (lambda t: pickle.dumps(print), "not a plan"),
     "no text": (lambda t: b"\xff\xfe\x00", "not a plan"),
     "Python": (lambda t: "__import__('os').system('true')", "JSON"),
-    "another thing": (lambda t: "[1, 2]", "version 1"),
-    "a later version": (edited(lambda d: d.update(version=2)), "version 1"),
-    "a version in words": (edited(lambda d: d.update(version="1")), "version 1"),
+    "another thing": (lambda t: "[1, 2]", "version 2"),
+    "a later version": (edited(lambda d: d.update(version=3)), "version 2"),
+    "a version in words": (edited(lambda d: d.update(version="2")), "version 2"),
     "true for one": (edited(lambda d: d.update(version=True)), "version"),
-    "not a number": (lambda t: t.replace('"version": 1', '"version": NaN'), "finite"),
+    "not a number": (lambda t: t.replace('"version": 2', '"version": NaN'), "finite"),
     "nested": (lambda t: "[" * 100_000, "JSON"),
     "no chunks": (in_plan(chunks=0), "disagree"),
     "a name twice": (lambda t: t.replace('"model"', '"model": "a", "model"', 1), "once"),
@@ -220,9 +224,16 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "more micro-batches than chunks": (in_plan(sizes=[1] * 9), "disagree"),
     "half a call": (in_stage(calls=1.5), "stages[1].calls"),
     "a yes for a count": (in_stage(calls=True), "stages[1].calls"),
-    "time backwards": (in_stage(forward_seconds=-1.0), "negative"),
+    "time backwards": (edited(lambda d: first_times(d).update(forward=-1.0)), "negative"),
+    "times of another size": (edited(lambda d: d["plan"]["stages"][1]["times"].pop()), "each size"),
+    "bytes below nothing": (in_stage(peak_bytes=-1), "negative"),
+    "a limit below nothing": (in_stage(limit_bytes=-1), "negative"),
+    "another policy": (in_stage(remat="most"), "remat"),
+    "more than all": (in_stage(remat="1.5"), "remat"),
+    "a bound below nothing": (in_plan(bound_seconds=-1.0), "negative"),
+    "several stages on a device": (in_plan(schedule="zb-v"), "several stages"),
     "no end of time": (
-        lambda t: t.replace('"forward_seconds": ', '"forward_seconds": 1e999, "x": '),
+        lambda t: t.replace('"forward": ', '"forward": 1e999, "x": '),
         "x",
     ),
     "a number for a name": (in_stage(first=7), "stages[1].first"),
@@ -250,7 +261,7 @@ def test_what_is_no_plan_is_refused(path: Path, name: str) -> None:
 def test_numbers_that_no_float_holds(path: Path) -> None:
     text = path.read_text()
     for number in ("1" * 400, "1" * 5000):
-        path.write_text(text.replace('"forward_seconds": ', f'"forward_seconds": {number}, "x": '))
+        path.write_text(text.replace('"forward": ', f'"forward": {number}, "x": '))
         with pytest.raises(PlanError):
             Plan.load(path)
 

@@ -1,8 +1,4 @@
-"""What the page draws of a plan, read off it in one place.
-
-When plans learn more (saved activations, gradients, a memory limit), it is added here, and the
-drawings follow.
-"""
+"""What the page draws of a plan, read off it in one place."""
 
 from __future__ import annotations
 
@@ -12,14 +8,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from autopipe.errors import PlanError
+from autopipe.plans import Times
 
 if TYPE_CHECKING:
     from autopipe.passes.simulate import Timeline
     from autopipe.plans import Crossing, Plan, StagePlan
 
 CAVEAT = (
-    "Times are the planner's estimates for a rough device: compare them with one another, "
-    "not with a clock."
+    "Unless they were measured, times are those of a device in a table: they say more of one stage "
+    "against another than of a clock."
 )
 LARGEST_SIMULATION = 20_000
 """Visits (stages times micro-batches) beyond which a what-if is not simulated: seconds each."""
@@ -36,15 +33,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Facts:
-    """A plan as the page reads it.
-
-    Attributes:
-        plan: the plan.
-        limit_bytes: of a device's memory; None: the plan knows none.
-    """
+    """A plan as the page reads it."""
 
     plan: Plan
-    limit_bytes: int | None = None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """What a stage may take, the largest if they differ; None: there is no limit."""
+        limits = [s.limit_bytes for s in self.plan.stages if s.limit_bytes is not None]
+        return max(limits, default=None)
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -105,11 +102,14 @@ def times(stage: StagePlan) -> tuple[Part, ...]:
 
 
 def memory(stage: StagePlan) -> tuple[Part, ...]:
-    """Bytes on a stage's device that the plan knows of."""
+    """Bytes on a stage's device; together all that it needs."""
+    saved = min(stage.peak_saved_bytes, stage.peak_bytes)
     return (
-        Part("parameters", "P", stage.parameter_bytes),
-        Part("saved for backward, all in flight", "K", stage.peak_saved_bytes),
-        Part("made by one micro-batch's forward", "A", stage.activation_bytes),
+        Part("parameters", "P", stage.parameter_bytes + stage.buffer_bytes + stage.lent_bytes),
+        Part("gradients", "G", stage.gradient_bytes),
+        Part("optimizer", "O", stage.optimizer_bytes),
+        Part("saved for backward, all in flight", "K", saved),
+        Part("made while a phase runs", "A", stage.peak_bytes - saved),
     )
 
 
@@ -172,14 +172,13 @@ def with_chunks(plan: Plan, chunks: int) -> Plan:
     factor = batch / chunks / max(plan.sizes)
     stages = tuple(
         dataclasses.replace(
-            stage,
-            forward_seconds=stage.forward_seconds * factor,
-            backward_seconds=stage.backward_seconds * factor,
-            recompute_seconds=stage.recompute_seconds * factor,
+            stage, times=(Times(*(t * factor for t in vars(stage.times[0]).values())),)
         )
         for stage in plan.stages
     )
     sizes = (few + 1,) * more + (few,) * (chunks - more)
+    if more:
+        stages = tuple(dataclasses.replace(s, times=s.times * 2) for s in stages)
     return dataclasses.replace(plan, chunks=chunks, sizes=sizes, stages=stages)
 
 

@@ -126,12 +126,8 @@ def _times(facts: Facts) -> str:
 
 def _memory(facts: Facts) -> str:
     rows = [memory(stage) for stage in facts.plan.stages]
-    note = (
-        "What the plan knows. Gradients, optimizer state and what a backward makes are not among "
-        "it, so this is not a peak."
-    )
-    if facts.limit_bytes is None:
-        note += " No limit was set."
+    note = "All that a stage needs on its device; what kernels use within a call is not known."
+    note += " No limit was set." if facts.limit_bytes is None else " The line is the limit."
     bars = memory_bars(rows, facts.limit_bytes)
     return _section("Memory per stage", note, _legend(rows), bars, _folded(memory_table(facts)))
 
@@ -139,7 +135,7 @@ def _memory(facts: Facts) -> str:
 def _timeline(facts: Facts) -> str:
     note = (
         "One training step as simulated: a row a device, a box an action, its number the "
-        "micro-batch. Transfers are taken as free."
+        "micro-batch."
     )
     letters = phases(facts)
     legend = tag(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .svg import seconds
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -13,9 +15,12 @@ if TYPE_CHECKING:
 def table(plan: Plan) -> str:
     """A plan as text: the stages, what crosses between them, and what the schedule costs."""
     size, total = max(plan.sizes), sum(s.seconds for s in plan.stages)
-    rows = [["stage", "device", "calls", "parameters", "flops", "load", "sends", "saves"]]
+    mixed = len({s.remat for s in plan.stages}) > 1
+    heads = ["stage", "device", "calls", "parameters", "flops", "load", "sends", "saves", "memory"]
+    rows = [[*heads, "remat"] if mixed else heads]
     for k, stage in enumerate(plan.stages):
         sent = sum(c.nbytes for c in plan.crossings if c.source == k)
+        limit = stage.limit_bytes
         rows.append(
             [
                 str(k),
@@ -26,15 +31,20 @@ def table(plan: Plan) -> str:
                 f"{stage.seconds / total:.1%}" if total else "-",
                 nbytes(sent),
                 f"{stage.in_flight} × {nbytes(stage.saved_bytes)}",
+                nbytes(stage.memory_bytes) + (f" of {nbytes(limit)}" if limit is not None else ""),
+                *[stage.remat] * mixed,
             ]
         )
     samples = " or ".join(str(s) for s in sorted(set(plan.sizes), reverse=True))
+    bound = "" if plan.gap is None else f"; no cut is more than {plan.gap:.1%} better"
     lines = [
         f"{len(plan.stages)} stages, {len(plan.sizes)} micro-batches of {samples},"
         f" schedule {plan.schedule}, remat {plan.remat}",
         *columns(rows),
-        f"flops and bytes are those of a micro-batch of {size}; balance {plan.balance:.3f}"
-        f" (mean load / largest), predicted bubble {plan.timeline.bubble:.1%}",
+        f"flops and bytes are those of a micro-batch of {size}, memory is all that a device needs;"
+        f" balance {plan.balance:.3f} (mean load / largest{bound})",
+        f"predicted step {seconds(plan.step_seconds)}, bubble {plan.timeline.bubble:.1%}"
+        f" (times: {', '.join(dict.fromkeys(s.speeds for s in plan.stages))})",
     ]
     crossing = [c for c in plan.crossings if c.source is not None]
     if crossing:

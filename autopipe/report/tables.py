@@ -52,7 +52,7 @@ def memory_table(facts: Facts) -> str:
     parts = [memory(stage) for stage in facts.plan.stages]
     head = ["stage", *(part.name for part in parts[0])]
     rows = [[str(k), *(nbytes(round(p.size)) for p in row)] for k, row in enumerate(parts)]
-    return html_table("Memory that the plan knows of.", head, rows)
+    return html_table("Memory on each stage's device.", head, rows)
 
 
 def crossing_table(facts: Facts) -> str:

@@ -145,10 +145,15 @@ class Run:
         """Parameters, buffers and constants of a stage."""
         return self.held_tensors[stage]
 
-    def kit(self, stage: int, m: int) -> Kit:
-        """Randomness and the like for one micro-batch at one stage."""
+    def kit(self, stage: int, m: int, parameters: Sequence[str] = ()) -> Kit:
+        """Randomness and the like for one micro-batch at one stage.
+
+        `parameters` are those whose gradients it will make, in its own order.
+        """
         draws = self.program.draws[self.program.sizes[m]][stage]
-        return Kit(self.seed, draws, m)
+        return Kit(
+            self.seed, draws, m, lambda i, gradient: self._accumulate(parameters[i], gradient)
+        )
 
     def receive(self, what: str, stage: int, m: int) -> Tensor:
         """Wait for a value, from the caller or from another stage."""
@@ -188,7 +193,7 @@ class Run:
         self.memory.released(stage, nbytes)
         return saved
 
-    def accumulate(self, name: str, m: int, gradient: Tensor) -> None:
+    def _accumulate(self, name: str, gradient: Tensor) -> None:
         """Add a micro-batch's gradient of a parameter, in the order of micro-batches."""
         total = self.gradients.get(name)
         if total is None:

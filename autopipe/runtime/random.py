@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -48,12 +48,25 @@ class Kit:
         draws: for each of the stage's draws, the call that makes it, which of its draws it is, and
             whether all micro-batches share it: each then draws what micro-batch 0 does.
         microbatch: index of the micro-batch.
+        add: takes the gradient of the stage's i-th parameter: ``(i, gradient)``.
     """
 
-    __slots__ = ("_draws", "_microbatch", "_seed")
+    __slots__ = ("_add", "_draws", "_microbatch", "_seed")
 
-    def __init__(self, seed: int, draws: Sequence[tuple[int, int, bool]], microbatch: int) -> None:
+    def __init__(
+        self,
+        seed: int,
+        draws: Sequence[tuple[int, int, bool]],
+        microbatch: int,
+        add: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
         self._seed, self._draws, self._microbatch = seed, draws, microbatch
+        self._add = add
+
+    def accumulate(self, index: int, gradient: Tensor) -> None:
+        """Add to the gradient of the stage's parameter `index`, as soon as the gradient is made."""
+        assert self._add is not None, "only a backward makes gradients"
+        self._add(index, gradient)
 
     def draw(self, index: int, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the random operator `op` under the key of the stage's draw `index`."""

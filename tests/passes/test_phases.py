@@ -19,7 +19,8 @@ from autopipe.errors import InputError
 from autopipe.passes import phases as room
 from autopipe.passes._torch import storage_id
 from autopipe.passes.ir import Kind, at_batch
-from autopipe.passes.phases import POLICIES, received_strides
+from autopipe.passes.phases import received_strides
+from autopipe.passes.policies import POLICIES
 from autopipe.passes.split import split
 from autopipe.passes.staged import Phased, Split, StagePhases
 from autopipe.runtime.random import Kit

@@ -58,13 +58,22 @@ def test_bars_are_as_long_as_the_bytes() -> None:
     drawing = Page(page(plan)).svg("memory")
     bars = [b for b in drawing.iter("rect") if "bar" in (b.get("class") or "").split()]
     sizes = [
-        n for s in plan.stages for n in (s.parameter_bytes, 3 * s.saved_bytes, s.activation_bytes)
+        n
+        for s in plan.stages
+        for n in (
+            s.parameter_bytes + s.buffer_bytes,
+            s.gradient_bytes,
+            s.optimizer_bytes,
+            3 * s.saved_bytes,
+            s.peak_bytes - 3 * s.saved_bytes,
+        )
     ]
     widths = [float(b.get("width") or "nan") for b in bars]
-    assert len(widths) == len(sizes) == 15
+    assert len(widths) == len(sizes) == 25
     scale = sum(widths) / sum(sizes)
     assert all(abs(w - n * scale) < 2 * ROUNDING for w, n in zip(widths, sizes, strict=True))
-    assert [b[0].text for b in bars[:2]] == [
+    assert sum(sizes[:5]) == plan.stages[0].memory_bytes
+    assert [b[0].text for b in bars[:4:3]] == [
         "stage 0, parameters: 4.0 KiB",
         "stage 0, saved for backward, all in flight: 2.9 KiB",
     ]

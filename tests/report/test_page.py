@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from autopipe.errors import PlanError
-from autopipe.plans import Plan
+from autopipe.plans import Plan, Times
 from autopipe.report.page import page
 from tests.pages import Page
 from tests.plans import crossing, made_plan
@@ -57,7 +57,7 @@ PLANS = {
     "no time": lambda: dataclasses.replace(
         made_plan(2),
         stages=tuple(
-            dataclasses.replace(s, forward_seconds=0.0, backward_seconds=0.0, recompute_seconds=0.0)
+            dataclasses.replace(s, times=(Times(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),) * len(s.times))
             for s in made_plan(2).stages
         ),
     ),
@@ -162,17 +162,18 @@ def test_tables_say_in_words_what_is_drawn() -> None:
     assert tiles["step time"].startswith("58.5 ms")
 
 
-def changed(**facts: object) -> Plan:
+def changed(forward: float = 0.0, backward: float = 0.0, **facts: object) -> Plan:
     plan = made_plan()
-    stages = (dataclasses.replace(plan.stages[0], **facts), *plan.stages[1:])  # type: ignore[arg-type]
-    return dataclasses.replace(plan, stages=stages)
+    times = (Times(forward, 0.0, backward, 0.0, 0.0, 0.0),) * 2
+    first = dataclasses.replace(plan.stages[0], times=times, **facts)  # type: ignore[arg-type]
+    return dataclasses.replace(plan, stages=(first, *plan.stages[1:]))
 
 
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (changed(forward_seconds=1e308, backward_seconds=1e308), "times cannot be drawn"),
-        (changed(forward_seconds=1e16), "times cannot be drawn"),
+        (changed(forward=1e308, backward=1e308), "times cannot be drawn"),
+        (changed(forward=1e16), "times cannot be drawn"),
         (changed(flops=10**400), r"stages\[0\].flops"),
         (changed(parameter_bytes=2**64), r"stages\[0\].parameter_bytes"),
         (made_plan(2, crossings=[crossing("h", 0, 1, nbytes=2**64)]), "'h'"),
@@ -186,7 +187,7 @@ def test_numbers_without_a_place_in_a_drawing_are_refused(plan: Plan, words: str
 
 @pytest.mark.parametrize("seconds", [1e-300, 1e-9, 1e12])
 def test_numbers_at_the_edge_are_drawn(seconds: float) -> None:
-    plan = changed(forward_seconds=seconds, flops=2**64 - 1, parameter_bytes=2**64 - 1)
+    plan = changed(forward=seconds, flops=2**64 - 1, parameter_bytes=2**64 - 1)
     for name in ("times", "memory", "timeline", "chunks"):
         drawing = Page(page(plan)).svg(name)
         for element in drawing.iter():

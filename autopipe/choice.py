@@ -1,0 +1,189 @@
+"""Options and a costed graph → the plan that is run; and what would help if none fits.
+
+`compile` and `plan` come here with what they have captured. Where nothing is open the "search" has
+one candidate; it is the same path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autopipe.errors import InputError, MemoryLimitError, PartitionError
+from autopipe.measure import measured_clocks
+from autopipe.passes.cost import Seconds
+from autopipe.passes.devices import CPU_CORE, DEVICES, H100
+from autopipe.planner import clocks_of
+from autopipe.profile import profile
+from autopipe.search import Chosen, Search, numbers_of_chunks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import nn
+
+    from autopipe.options import Options
+    from autopipe.passes.devices import Device
+    from autopipe.passes.ir import Annotated
+
+
+def choose(
+    model: nn.Module,
+    annotated: Annotated,
+    leaves: Sequence[Any],
+    batch: int,
+    options: Options,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Chosen:
+    """The best plan that keeps the options.
+
+    Args:
+        model: the user's module.
+        annotated: its captured graph, costed.
+        leaves: a call's flattened inputs.
+        batch: its number of samples.
+        options: checked; what is None is chosen.
+        progress: told what is being done.
+
+    Raises:
+        MemoryLimitError: nothing fits; it says what would.
+        PartitionError: the model has too few calls for so many stages.
+        InputError: a batch norm would see a single value per channel.
+    """
+    search = _search(model, annotated, leaves, options, progress)
+    try:
+        return search.best(batch)
+    except MemoryLimitError as error:
+        remedies = list(_remedies(search, batch))
+        raise MemoryLimitError(
+            error.problem,
+            expected=error.expected,
+            found=error.found,
+            remedy="; or ".join(remedies) or "nothing that was tried fits: use larger devices",
+            missing_bytes=error.missing_bytes,
+        ) from error
+
+
+def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:
+    """The device models of torch devices: GPUs by their names, an H100 if that says nothing."""
+    return tuple(_model(device) for device in devices)
+
+
+def _model(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return CPU_CORE
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    known = (model for key, model in DEVICES.items() if key.removesuffix("-80gb") in name)
+    return next(known, H100)
+
+
+def _search(
+    model: nn.Module,
+    annotated: Annotated,
+    leaves: Sequence[Any],
+    options: Options,
+    progress: Callable[[str], None],
+) -> Search:
+    models = options.models or models_of(options.devices)
+    if not options.profile:
+        clocks = clocks_of(models)
+        return Search(model, annotated, leaves, options, models, clocks, None, progress)
+
+    @cache
+    def measured(size: int) -> Mapping[str, Seconds]:
+        progress(f"timing calls on {size} samples")
+        timings = profile(annotated, size, options.devices[0]).timings
+        return {
+            name: Seconds(t.forward_seconds, t.backward_seconds, t.forward_seconds)
+            for name, t in timings.items()
+        }
+
+    clocks = measured_clocks(options.devices, models)
+    return Search(model, annotated, leaves, options, models, clocks, measured, progress)
+
+
+# ---------------------------------------------------------------------------- if nothing fits
+
+
+def _remedies(search: Search, batch: int) -> Iterator[str]:
+    """Changes that would fit, each the smallest of its kind, in words."""
+    options = search.options
+    if options.remat is not None and set(options.remat) != {"full"}:
+        full = replace(options, remat=("full",) * len(options.devices))
+        if _fits(search, full, batch):
+            yield 'remat="full", or remat="auto"'
+    if options.chunks is not None:
+        for chunks in numbers_of_chunks(batch, len(options.devices)):
+            if chunks > options.chunks and _fits(search, replace(options, chunks=chunks), batch):
+                yield f"chunks={chunks}"
+                break
+    if (count := _devices(search, batch)) is not None:
+        yield f"{count} devices"
+    if (fewer := _batch(search, batch)) is not None:
+        yield f"a batch of {fewer}"
+
+
+def _fits(search: Search, options: Options, batch: int) -> bool:
+    """Whether the leanest plan with these options does."""
+    K = len(options.devices)
+    lean = replace(options, remat=options.remat or ("full",) * K)
+    if lean.chunks is None:
+        lean = replace(lean, chunks=numbers_of_chunks(batch, K)[-1])
+    # Where nothing is measured: only memory counts here.
+    models = (search.models[0],) * K
+    trying = replace(search, options=lean, models=models, clocks=clocks_of(models), measured=None)
+    try:
+        trying.best(batch)
+    except (MemoryLimitError, PartitionError, InputError):
+        return False
+    return True
+
+
+def _devices(search: Search, batch: int) -> int | None:
+    """The least number of such devices that would do, up to 8 times as many; by bisection."""
+    options = search.options
+    limits, device = options.limits, options.devices[0]
+    if limits is None or len({*limits}) > 1 or len({d.type for d in options.devices}) > 1:
+        return None
+    if len(set(search.models)) > 1:
+        return None
+    K = len(options.devices)
+
+    def fits(count: int) -> bool:
+        remat = None if options.remat is None else (options.remat[0],) * count
+        more = replace(
+            options,
+            devices=(device,) * count,
+            limits=(limits[0],) * count,
+            models=(search.models[0],) * count,
+            remat=remat,
+        )
+        return _fits(search, more, batch)
+
+    return _least(fits, K + 1, 8 * K)
+
+
+def _batch(search: Search, batch: int) -> int | None:
+    """The largest smaller batch that would do."""
+    found = _least(lambda less: _fits(search, search.options, batch - less), 1, batch - 1)
+    return None if found is None else batch - found
+
+
+def _least(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The least number in a range that fits, if all above it do: doubled steps, then bisection."""
+    step, below = 1, low - 1
+    at = low
+    while at <= high and not fits(at):
+        below, at, step = at, min(at + step, high) if at < high else high + 1, step * 2
+    if at > high:
+        return None
+    while at - below > 1:
+        middle = (at + below) // 2
+        if fits(middle):
+            at = middle
+        else:
+            below = middle
+    return at
