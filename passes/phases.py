@@ -28,7 +28,7 @@ from autopipe.errors import InputError
 
 from ._torch import min_cut_saved, storage_id_of
 from .graphs import source_line, spec_of
-from .ir import at_batch, results_of
+from .ir import Captured, at_batch, results_of
 from .rebuild import Rebuild
 from .staged import Phased, Split, StageGraph, StagePhases
 from .trace import Joint, Look, forward_looks, trace
@@ -112,7 +112,7 @@ def phases(
             progress(f"tracing stage {stage.index}")
             joint = trace(stage, held_and_received, tangents, device, grad=grad)
             traced.stages[key] = cut_joint(stage, joint, remat, device)
-        phased = _named(traced.stages[key], stage, [n for *_, n in places])
+        phased = _named(traced.stages[key], split.captured, stage, [n for *_, n in places])
         cut.insert(0, phased)
         for name, node in zip(phased.sent_grads, phased.results()["sent_grads"], strict=True):
             arriving[name] = (Look.of(node.meta["val"]), device)
@@ -182,7 +182,9 @@ def _tangents(
     return result
 
 
-def _named(core: StagePhases, stage: StageGraph, tangents: list[str]) -> StagePhases:
+def _named(
+    core: StagePhases, captured: Captured, stage: StageGraph, tangents: list[str]
+) -> StagePhases:
     """A cut stage under the names of one that is identical to it."""
     rename = dict(zip(core.held + core.receives, stage.signature, strict=True))
     return dataclasses.replace(
@@ -195,7 +197,7 @@ def _named(core: StagePhases, stage: StageGraph, tangents: list[str]) -> StagePh
         updates=tuple(rename[n] for n in core.updates),
         own_grads=tuple(rename[n] for n in core.own_grads),
         sent_grads=tuple(rename[n] for n in core.sent_grads),
-        draws=tuple(d._replace(call=stage.origins[d.call]) for d in core.draws),
+        draws=tuple(d._replace(call=captured.place(stage.origins[d.call])) for d in core.draws),
     )
 
 
