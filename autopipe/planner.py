@@ -107,7 +107,7 @@ def _stage(
     calls = split.calls[stage.index]
     cost = stage_cost(split, stage, size)
     return StagePlan(
-        first=calls[0].name if calls else None,
+        first=split.firsts[stage.index],
         calls=len(calls),
         device=device,
         parameters=tuple(i.target for i in stage.held if i.kind is Kind.PARAMETER),

@@ -80,6 +80,11 @@ class Aim:
         """K."""
         return len(self.devices)
 
+    @property
+    def is_one_memory(self) -> bool:
+        """Whether nothing is ever copied between stages."""
+        return not any(device.link.seconds(1) for device in self.devices)
+
     def again(self, stage: int) -> float:
         """The share of what can be run again that a stage's backward does run again.
 

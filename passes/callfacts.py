@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .cost import run_again, seconds
-from .graphs import is_size
+from .graphs import is_size, spec_of
 from .ir import B, Kind
 from .runs import operands_of
 
@@ -33,6 +33,7 @@ class CallFacts:
     annotated: Annotated
     aim: Aim
     _sizes: dict[Any, int] = field(default_factory=dict)
+    _nbytes: dict[fx.Node, int] = field(default_factory=dict)
     _seconds: dict[tuple[Device, float], dict[fx.Node, float]] = field(default_factory=dict)
 
     @cached_property
@@ -83,6 +84,12 @@ class CallFacts:
         if expr not in self._sizes:
             self._sizes[expr] = int(expr.subs(B, self.aim.batch))
         return self._sizes[expr]
+
+    def nbytes(self, node: fx.Node) -> int:
+        """Of a tensor."""
+        if node not in self._nbytes:
+            self._nbytes[node] = self.at_batch(spec_of(node).nbytes)
+        return self._nbytes[node]
 
     def held_bytes(self, item: Input) -> int:
         """Of a parameter, its gradient and optimizer state; of a buffer or constant."""

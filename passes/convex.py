@@ -18,7 +18,7 @@ from autopipe.errors import PartitionError
 from .contiguous import cut_on
 from .cuts import bottleneck
 from .dag import Dag
-from .graphs import is_size, spec_of
+from .graphs import is_size
 from .loads import Rows
 from .solve import alternatives, solve
 
@@ -189,7 +189,7 @@ def crossing_at(rows: Rows) -> list[int]:
         if isinstance(node.meta.get("val"), Tensor):
             last = max((rows.item_of[u] for u in node.users if u in rows.item_of), default=item)
             if last > item:
-                nbytes = rows.facts.at_batch(spec_of(node).nbytes)
+                nbytes = rows.facts.nbytes(node)
                 change[item + 1] += nbytes
                 change[last + 1] -= nbytes
     return list(accumulate(change))[: len(rows.starts) + 1]

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, fx
 
 from .callfacts import CallFacts, is_trained
-from .graphs import is_size, spec_of
+from .graphs import is_size
 from .ir import Kind
 from .unequal import Loads, Value
 
@@ -162,10 +162,10 @@ class Rows:
                 later = tuple(use for use in uses if use > made)
                 if later and isinstance(node.meta["val"], Tensor):
                     wanted = self.facts.wants_gradient(node)
-                    size = self.facts.at_batch(spec_of(node).nbytes)
+                    size = self.facts.nbytes(node)
                     found.append(Known(Value(made, later), size, True, wanted, saved))
                 continue
-            size = self.facts.at_batch(item.spec.nbytes)
+            size = self.facts.nbytes(node)
             if item.kind is Kind.INPUT:
                 found.append(Known(Value(-1, tuple(uses)), size, saved=saved))
             elif len(uses) > 1:

@@ -1,8 +1,9 @@
 """Annotated → Split: K stage graphs with explicit boundary values (the cut in space).
 
-Which call is in which stage is chosen in `convex`, or was planned; if calls of a stage do not stand
-together the program is brought into an order in which they do (`reorder`), and the stages are made
-by `stages.build`. What this file adds is what may not be parted:
+Which call is in which stage is chosen in `convex` and improved in `sources` and `repeats`, or was
+planned; if calls of a stage do not stand together the program is brought into an order in which
+they do (`reorder`), and the stages are made by `stages.build`. What this file adds is what may not
+be parted:
 
 - a value with several results and the calls that unpack it, and
 - the life of a tensor that is changed in place: from the first call that knows its memory to the
@@ -21,20 +22,23 @@ from autopipe.errors import PartitionError, UnsupportedError
 from ._torch import storage_id_of
 from .aim import Facts
 from .callfacts import CallFacts
-from .convex import SLACK, Chosen, Items, choose
+from .convex import SLACK, Items, choose
 from .graphs import fingerprint, source_line, written_arguments
 from .ir import Annotated, Input, Kind
-from .loads import Rows
-from .planned import Planned, stages_of
+from .planned import Planned, made_by
 from .reorder import reordered
+from .repeats import repeated
+from .sources import moved
 from .stages import build
+from .taken import taken
 from .users import advise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from .aim import Aim
     from .staged import Split
+    from .taken import Made
 
 __all__ = ["SLACK", "Planned", "split"]
 
@@ -77,15 +81,18 @@ def split(
             found=f"{len(calls)} calls, {max(0, len(items.starts) - 1)} positions to cut at",
             remedy="use fewer devices",
         )
-    chosen = None
+    made = None
     if planned is not None:
-        stage_of = stages_of(planned, items, must_fit=must_fit)
-        if stage_of is not None:
-            loads = items.rows().loads()
-            chosen = Chosen(stage_of, float(loads.bound * loads.unit))
-    result = _built(facts, chosen or choose(items))
+        made = made_by(planned, items, must_fit=must_fit)
+    if made is None:
+        chosen, planned = choose(items), None
+        made, bound = _improved(items, chosen.stage_of), chosen.lower_bound
+    else:
+        loads = items.rows().loads()
+        bound = float(loads.bound * loads.unit)
+    result = _built(facts, made, bound)
     graph = result.captured.graph_module.graph
-    if planned is not None and chosen and must_fit and fingerprint(graph) != planned.graph:
+    if planned is not None and must_fit and fingerprint(graph) != planned.graph:
         advise(
             "the plan was made for a graph that differs from the model's in some calls: it is"
             " cut as planned, but what was predicted may not hold"
@@ -93,23 +100,30 @@ def split(
     return result
 
 
-def _built(facts: CallFacts, chosen: Chosen) -> Split:
+def _improved(items: Items, stage_of: Mapping[fx.Node, int]) -> Made:
+    """A cut with less to send: calls near the inputs moved, cheap values made where they are used.
+
+    (Values that are made again take some memory; if it is not there, they are sent.)
+    """
+    stage_of = moved(items, stage_of)
+    made = repeated(items, stage_of)
+    if taken(items.facts, made).fits(items.facts.aim.limits):
+        return made
+    return {node: (k,) for node, k in stage_of.items()}
+
+
+def _built(facts: CallFacts, made: Made, bound: float) -> Split:
     """The stages of a cut, and what they take."""
-    stage_of, annotated = chosen.stage_of, facts.annotated
-    order = [stage_of[node] for node in facts.calls]
-    if order != sorted(order):
-        annotated = reordered(annotated, stage_of)
-        named = {node.name: k for node, k in stage_of.items()}
+    annotated = facts.annotated
+    homes = [made[node][0] for node in facts.calls]
+    if homes != sorted(homes):
+        annotated = reordered(annotated, {node: stages[0] for node, stages in made.items()})
+        named = {node.name: stages for node, stages in made.items()}
         facts = CallFacts(annotated, facts.aim)
-        stage_of = {node: named[node.name] for node in facts.calls}
-        order.sort()
-    K = facts.aim.stages
-    bounds = [order.index(k) for k in range(K)]
-    loads = Rows(facts, facts.calls, bounds).loads()
-    times = tuple(float(time * loads.unit) for time in loads.stage_times(range(1, K)))
-    bound = min(chosen.lower_bound, max(times))  # (which were rounded apart)
-    found = Facts(times, loads.stage_bytes(range(1, K)), bound)
-    return build(annotated, stage_of, found)
+        made = {node: named[node.name] for node in facts.calls}
+    found = taken(facts, made)
+    bound = min(bound, max(found.seconds))  # (which were rounded apart)
+    return build(annotated, made, Facts(found.seconds, found.nbytes, bound))
 
 
 def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:

@@ -18,11 +18,9 @@ from autopipe.passes.aim import Aim
 from autopipe.passes.callfacts import CallFacts
 from autopipe.passes.cost import annotate
 from autopipe.passes.devices import DEFAULT, Device, Link
-from autopipe.passes.graphs import fingerprint
 from autopipe.passes.ir import Annotated
-from autopipe.passes.planned import Planned, runs_of
+from autopipe.passes.planned import planned_of
 from autopipe.passes.split import SLACK, split
-from autopipe.passes.staged import Split
 from tests.programs import captured_of, run_stages
 
 SIZE = 2
@@ -229,12 +227,7 @@ def test_a_plan_reproduces_the_order() -> None:
     assert other.captured.places == cut.captured.places
     assert other.facts.seconds == cut.facts.seconds
     even = annotated(Branches([900] * 4), torch.randn(4, 256))
-    assert runs_of(split(even, aim)) == ()
-
-
-def planned_of(cut: Split) -> Planned:
-    starts = tuple(calls[0].name for calls in cut.calls[1:])
-    return Planned(fingerprint(cut.captured.graph_module.graph), starts, runs_of(cut))
+    assert planned_of(split(even, aim)).runs == ()
 
 
 @pytest.mark.parametrize(
