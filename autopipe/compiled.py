@@ -17,8 +17,7 @@ from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, p
 from autopipe.passes.ir import Kind
 from autopipe.passes.phases import Traced, received_strides
 from autopipe.passes.schedule import schedule
-from autopipe.passes.split import Planned
-from autopipe.planner import clocks_of, plan
+from autopipe.planner import clocks_of, cut_of, plan
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load
@@ -177,7 +176,7 @@ class Compiled:
         return cut_in_space(
             annotated,
             aim,
-            planned=None if plan is None else Planned(plan.graph, plan.starts),
+            planned=None if plan is None else cut_of(plan),
             must_fit=plan is not None and plan.training == self.model.training,
             progress=progress,
         )

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autopipe.looks import differentiated, input_looks, state_looks
 from autopipe.passes.driver import phases_at
-from autopipe.passes.graphs import fingerprint
 from autopipe.passes.ir import Kind, at_batch
 from autopipe.passes.memory import StageBytes, stage_bytes
 from autopipe.passes.peaks import stage_peaks
 from autopipe.passes.phases import Traced
+from autopipe.passes.planned import Planned, planned_of
 from autopipe.passes.schedule import schedule
 from autopipe.passes.staged import CALLER
 from autopipe.passes.totals import stage_cost
 from autopipe.passes.work import PhaseSeconds, phase_seconds
-from autopipe.plans import Crossing, Plan, StagePlan, Times
+from autopipe.plans import Begin, Crossing, Plan, Repeated, StagePlan, Times
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -105,7 +105,7 @@ def plan(
         options: devices, limits, number of chunks and schedule.
         clocks: one for each stage.
     """
-    K = len(split.stages)
+    K, planned = len(split.stages), planned_of(split)
     distinct = sorted(set(sizes), reverse=True)
     kind = options.schedule or "gpipe"
     in_flight = schedule(kind, K, len(sizes)).in_flight()
@@ -116,7 +116,7 @@ def plan(
     made = Plan(
         model=type(model).__name__,
         training=model.training,
-        graph=fingerprint(split.captured.graph_module.graph),
+        graph=planned.graph,
         schedule=kind,
         chunks=options.chunks or len(sizes),
         sizes=tuple(sizes),
@@ -133,6 +133,8 @@ def plan(
             for stage in split.stages
         ),
         crossings=tuple(_crossing(r, distinct[0]) for r in split.routes.values() if r.consumers),
+        begins=tuple(Begin(*run) for run in planned.runs),
+        repeated=tuple(Repeated(*one) for one in planned.repeated),
         bound_seconds=split.facts.lower_bound,
         cut_seconds=split.facts.bottleneck,
         notes=split.captured.notes,
@@ -142,6 +144,13 @@ def plan(
     made = replace(made, stages=tuple(replace(s, peak_bytes=peak) for s, peak in stages))
     made.verify()
     return made
+
+
+def cut_of(plan: Plan) -> Planned:
+    """What has a plan's cut made again."""
+    runs = tuple((begin.call, begin.stage) for begin in plan.begins)
+    repeated = tuple((one.call, one.stages) for one in plan.repeated)
+    return Planned(plan.graph, plan.starts, runs, repeated)
 
 
 def _stage(
@@ -159,7 +168,7 @@ def _stage(
     cost = stage_cost(split, stage, size)
     saved = [n.saved for n in nbytes]
     return StagePlan(
-        first=calls[0].name if calls else None,
+        first=split.firsts[stage.index],
         calls=len(calls),
         device=str(options.devices[k]),
         speeds=clock.name,

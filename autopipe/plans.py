@@ -56,6 +56,32 @@ class Crossing:
 
 
 @dataclass(frozen=True)
+class Begin:
+    """Where a stage that is no run of the captured order goes on in it.
+
+    Attributes:
+        call: from this call on, in the captured order,
+        stage: calls are this stage's, until the next `Begin`.
+    """
+
+    call: str
+    stage: int
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A call that costs less to make in each stage that needs it than to send.
+
+    Attributes:
+        call: its name.
+        stages: those that make it, ascending.
+    """
+
+    call: str
+    stages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Times:
     """Predicted seconds of one micro-batch at one stage.
 
@@ -171,6 +197,8 @@ class Plan:
         sizes: samples in each micro-batch of the batch that was planned for.
         stages: K stages.
         crossings: the tensors that stages receive from the caller and from one another.
+        begins: where stages begin in the captured order, if their calls are not runs of it.
+        repeated: the calls that several stages make.
         bound_seconds: time that the largest stage of no cut of this model is below, by the costs
             that the cut goes by; None: not worked out.
         cut_seconds: time of the largest stage by the same costs; None likewise.
@@ -185,6 +213,8 @@ class Plan:
     sizes: tuple[int, ...]
     stages: tuple[StagePlan, ...]
     crossings: tuple[Crossing, ...]
+    begins: tuple[Begin, ...]
+    repeated: tuple[Repeated, ...]
     bound_seconds: float | None
     cut_seconds: float | None
     notes: tuple[str, ...]
@@ -282,6 +312,8 @@ class Plan:
             empty = stage.first is None
             require(empty == (stage.calls == 0), f"stages[{k}]: `first` and `calls` disagree")
             require(not empty or K == 1, f"stages[{k}] has no call")
+        for stages in ([b.stage for b in self.begins], *[r.stages for r in self.repeated]):
+            require(all(0 <= k < K for k in stages), "a call in no stage", found=str(stages))
         names = [s.first for s in self.stages]
         require(len(set(names)) == K, "two stages start at one call", found=str(names))
         for crossing in self.crossings:

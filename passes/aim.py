@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from autopipe.errors import OptionError
 
 from .devices import DEFAULT, H100, Device
+from .policies import policy_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 ADAM_BYTES = 8
 """Bytes of optimizer state per element of a parameter: Adam's two moments in fp32."""
-
-POLICIES = ("full", "none", "min-cut")
-"""What can be said of rematerialization in words."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,11 @@ class Aim:
                 wanted, found = f"{K} values, one for each stage", f"{len(values)}"
                 raise OptionError(f"`{what}` of a cut", expected=wanted, found=found)
         facts: list[tuple[str, bool, str]] = [
-            ("remat", all(map(_is_policy, self.remat)), "full, none, min-cut or 0 to 1"),
+            (
+                "remat",
+                all(policy_of(p) is not None for p in self.remat),
+                "full, none, min-cut or 0 to 1",
+            ),
             ("in_flight", all(n >= 1 for n in self.in_flight), "micro-batches >= 1"),
             ("limits", all(n is None or n >= 0 for n in self.limits), "bytes >= 0 or None"),
             ("scale", all(1 <= f < math.inf for f in self.scale), "finite factors >= 1"),
@@ -79,6 +81,11 @@ class Aim:
     def stages(self) -> int:
         """K."""
         return len(self.devices)
+
+    @property
+    def is_one_memory(self) -> bool:
+        """Whether nothing is ever copied between stages."""
+        return not any(device.link.seconds(1) for device in self.devices)
 
     def again(self, stage: int) -> float:
         """The share of what can be run again that a stage's backward does run again.
@@ -145,7 +152,3 @@ def aim_of(
     models = tuple(H100 if device.type == "cuda" else DEFAULT for device in devices)
     flying = (1,) * K if in_flight is None else tuple(in_flight)
     return Aim(batch, models, (remat,) * K, flying, (None,) * K)
-
-
-def _is_policy(policy: str | float) -> bool:
-    return policy in POLICIES if isinstance(policy, str) else 0 <= policy <= 1

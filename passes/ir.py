@@ -77,6 +77,8 @@ class Captured:
         updates: (buffer, index of its value after the call among the final values).
         branches: the batch sizes that the graph holds for.
         notes: what capture did that a reader should know.
+        places: for each node where it stood before the calls were put into another order; empty if
+            they were not. Random numbers are drawn by it.
     """
 
     graph_module: fx.GraphModule
@@ -89,10 +91,16 @@ class Captured:
     updates: tuple[tuple[str, int], ...] = ()
     branches: Branches = ALL
     notes: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
 
     def verify(self) -> None:
         graph = self.graph_module.graph
         graph.lint()
+        require(
+            not self.places or sorted(self.places) == list(range(len(graph.nodes))),
+            "places are no order of the nodes",
+            found=str(self.places),
+        )
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
         require(
             placeholders == [i.name for i in self.inputs],
@@ -123,6 +131,10 @@ class Captured:
                 "a constant without a value",
                 node=item.name,
             )
+
+    def place(self, position: int) -> int:
+        """Where the node at a position stood when the graph was captured."""
+        return self.places[position] if self.places else position
 
     def held(self, model: nn.Module, item: Input) -> Tensor:
         """The parameter, buffer or constant that a placeholder stands for in a model."""

@@ -23,7 +23,7 @@ from autopipe.errors import InputError
 
 from ._torch import storage_id_of
 from .graphs import source_line, spec_of
-from .ir import at_batch, results_of
+from .ir import Captured, at_batch, results_of
 from .keep import keep
 from .rebuild import Rebuild
 from .staged import Phased, Split, StageGraph, StagePhases
@@ -111,7 +111,7 @@ def phases(
         kept = (key, remat[stage.index])
         if kept not in traced.stages:
             traced.stages[kept] = cut_joint(stage, traced.joints[key], kept[1], device)
-        phased = _named(traced.stages[kept], stage, [n for *_, n in places])
+        phased = _named(traced.stages[kept], split.captured, stage, [n for *_, n in places])
         cut.insert(0, phased)
         for name, node in zip(phased.sent_grads, phased.results()["sent_grads"], strict=True):
             arriving[name] = (Look.of(node.meta["val"]), device)
@@ -181,7 +181,9 @@ def _tangents(
     return result
 
 
-def _named(core: StagePhases, stage: StageGraph, tangents: list[str]) -> StagePhases:
+def _named(
+    core: StagePhases, captured: Captured, stage: StageGraph, tangents: list[str]
+) -> StagePhases:
     """A cut stage under the names of one that is identical to it."""
     rename = dict(zip(core.held + core.receives, stage.signature, strict=True))
     return dataclasses.replace(
@@ -194,7 +196,7 @@ def _named(core: StagePhases, stage: StageGraph, tangents: list[str]) -> StagePh
         updates=tuple(rename[n] for n in core.updates),
         own_grads=tuple(rename[n] for n in core.own_grads),
         sent_grads=tuple(rename[n] for n in core.sent_grads),
-        draws=tuple(d._replace(call=stage.origins[d.call]) for d in core.draws),
+        draws=tuple(d._replace(call=captured.place(stage.origins[d.call])) for d in core.draws),
     )
 
 

@@ -1,60 +1,46 @@
 """Annotated → Split: K stage graphs with explicit boundary values (the cut in space).
 
-The captured order of calls is cut into K contiguous runs by `contiguous.cut_on`, on plain arrays
-(`loads`: what each run takes of each device); the stages are made by `stages.build`. What this file
-adds is where a cut is allowed. A cut may not fall
+Which call is in which stage is chosen in `convex` and improved in `sources` and `repeats`, or was
+planned; if calls of a stage do not stand together the program is brought into an order in which
+they do (`reorder`), and the stages are made by `stages.build`. What this file adds is what may not
+be parted:
 
-- between a value with several results and the calls that unpack it, nor
-- inside the life of a tensor that is changed in place: from the first call that knows its memory
-  to the last one that writes to it, all stay in one stage, so that no stage ever sees another
-  stage's memory change.
+- a value with several results and the calls that unpack it, and
+- the life of a tensor that is changed in place: from the first call that knows its memory to the
+  last one that writes to it, all stay in one stage, so that no stage ever sees another stage's
+  memory change.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from torch import Tensor, fx
+from torch import fx
 
-from autopipe.errors import PartitionError, PlanError, UnsupportedError
+from autopipe.errors import PartitionError, UnsupportedError
 
 from ._torch import storage_id_of
 from .aim import Facts
-from .contiguous import cut_on
-from .graphs import (
-    fingerprint,
-    is_size,
-    source_line,
-    spec_of,
-    written_arguments,
-)
-from .ir import Annotated, Input, Kind, at_batch
-from .loads import Rows
+from .callfacts import CallFacts
+from .convex import SLACK, Items, choose
+from .graphs import fingerprint, source_line, written_arguments
+from .ir import Annotated, Input, Kind
+from .planned import Planned, made_by
+from .reorder import reordered
+from .repeats import repeated
+from .sources import moved
 from .stages import build
+from .taken import taken
 from .users import advise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from .aim import Aim
     from .staged import Split
-    from .unequal import Loads
+    from .taken import Made
 
-SLACK = 0.03
-"""How far above the least possible bottleneck a cut may lie if fewer bytes cross it. Costs are not
-known better than that, and a cut between layers saves memory and reads better."""
-
-
-class Planned(NamedTuple):
-    """A cut that was chosen before.
-
-    graph: fingerprint of the graph that it was chosen for.
-    starts: the first call of each stage but the first.
-    """
-
-    graph: str
-    starts: tuple[str, ...]
+__all__ = ["SLACK", "Planned", "split"]
 
 
 def split(
@@ -74,66 +60,70 @@ def split(
         must_fit: a planned cut must be one of this graph; else one that is not is left alone (in
             evaluation a model makes other calls than in training).
 
+    Returns:
+        The stages. Where they are not runs of the captured order, `captured` is the same program
+        in another one.
+
     Raises:
         PartitionError: fewer than K runs of calls can be formed, or no cut keeps the limits.
         PlanError: a planned cut is not one of this graph.
     """
-    graph, stages = annotated.captured.graph_module.graph, aim.stages
-    calls = [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
+    facts, stages = CallFacts(annotated, aim), aim.stages
+    calls = facts.calls
     if not calls and stages == 1:
         return build(annotated, {}, Facts((0.0,), (0,), 0.0))
     allowed = _allowed(calls, annotated.captured.inputs)
-    at = [p for p in range(len(calls)) if not p or allowed[p]]
-    places = None
+    items = Items(facts, [p for p in range(len(calls)) if not p or allowed[p]])
+    made = None
     if planned is not None:
-        places = _planned(planned, calls, allowed, must_fit=must_fit)
-    if stages > len(at):
+        made = made_by(planned, items, must_fit=must_fit)
+    if made is None and stages > len(items.starts):
         raise PartitionError(
             f"the model cannot be cut into {stages} stages",
             expected=f"at least {stages} runs of calls that nothing holds together",
-            found=f"{len(calls)} calls, {max(0, len(at) - 1)} positions to cut at",
+            found=f"{len(calls)} calls, {max(0, len(items.starts) - 1)} positions to cut at",
             remedy="use fewer devices",
         )
-    loads = Rows(annotated, calls, at, aim).loads()
-    starts = None if places is None else [at.index(p) for p in places]
-    if starts is None:
-        crossing = _crossing(calls, aim.batch)
-        starts = [*cut_on(loads, [crossing[p] for p in [*at, len(calls)]], SLACK)]
-    bounds = [0, *(at[start] for start in starts), len(calls)]
-    stage_of = {node: k for k in range(stages) for node in calls[bounds[k] : bounds[k + 1]]}
-    return build(annotated, stage_of, _facts(loads, starts))
+    if made is None:
+        chosen, planned = choose(items), None
+        made, bound = _improved(items, chosen.stage_of), chosen.lower_bound
+    else:
+        loads = items.rows().loads()
+        bound = float(loads.bound * loads.unit)
+    result = _built(facts, made, bound)
+    graph = result.captured.graph_module.graph
+    if planned is not None and must_fit and fingerprint(graph) != planned.graph:
+        advise(
+            "the plan was made for a graph that differs from the model's in some calls: it is"
+            " cut as planned, but what was predicted may not hold"
+        )
+    return result
 
 
-def _facts(loads: Loads, starts: Sequence[int]) -> Facts:
-    """What the stages of a cut take."""
-    times = tuple(float(time * loads.unit) for time in loads.stage_times(starts))
-    return Facts(times, loads.stage_bytes(starts), float(loads.bound * loads.unit))
+def _improved(items: Items, stage_of: Mapping[fx.Node, int]) -> Made:
+    """A cut with less to send: calls near the inputs moved, cheap values made where they are used.
+
+    (Values that are made again take some memory; if it is not there, they are sent.)
+    """
+    stage_of = moved(items, stage_of)
+    made = repeated(items, stage_of)
+    if taken(items.facts, made).fits(items.facts.aim.limits):
+        return made
+    return {node: (k,) for node, k in stage_of.items()}
 
 
-def _planned(
-    planned: Planned, calls: Sequence[fx.Node], allowed: Sequence[bool], *, must_fit: bool
-) -> tuple[int, ...] | None:
-    """The positions of a planned cut; None if it is not one of this graph, and need not be."""
-    position = {n.name: i for i, n in enumerate(calls)}
-    positions = tuple(position.get(name, -1) for name in planned.starts)
-    rising = all(a < b for a, b in pairwise((0, *positions)))
-    wrong = [n for n, p in zip(planned.starts, positions, strict=True) if p < 1 or not allowed[p]]
-    if rising and not wrong:
-        if must_fit and fingerprint(calls[0].graph) != planned.graph:
-            advise(
-                "the plan was made for a graph that differs from the model's in some calls: it is"
-                " cut as planned, but what was predicted may not hold"
-            )
-        return positions
-    if not must_fit:
-        return None
-    raise PlanError(
-        "the plan is not one for this model",
-        node=wrong[0] if wrong else None,
-        expected="calls of the captured graph, in its order, at which a stage may start",
-        found=", ".join(planned.starts),
-        remedy="make a plan of this model, in the same mode and with the same options",
-    )
+def _built(facts: CallFacts, made: Made, bound: float) -> Split:
+    """The stages of a cut, and what they take."""
+    annotated = facts.annotated
+    homes = [made[node][0] for node in facts.calls]
+    if homes != sorted(homes):
+        annotated = reordered(annotated, {node: stages[0] for node, stages in made.items()})
+        named = {node.name: stages for node, stages in made.items()}
+        facts = CallFacts(annotated, facts.aim)
+        made = {node: named[node.name] for node in facts.calls}
+    found = taken(facts, made)
+    bound = min(bound, max(found.seconds))  # (which were rounded apart)
+    return build(annotated, made, Facts(found.seconds, found.nbytes, bound))
 
 
 def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
@@ -179,21 +169,3 @@ def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
         depth += blocked[p]
         allowed.append(depth == 0)
     return allowed
-
-
-def _crossing(calls: Sequence[fx.Node], batch: int) -> list[int]:
-    """For each position 0…N: bytes of the tensors made before it and used after it."""
-    position = {n: i for i, n in enumerate(calls)}
-    change = [0] * (len(calls) + 2)
-    for i, node in enumerate(calls):
-        if isinstance(node.meta.get("val"), Tensor):
-            last = max((position[u] for u in node.users if u in position), default=i)
-            if last > i:
-                nbytes = at_batch(spec_of(node).nbytes, batch)
-                change[i + 1] += nbytes
-                change[last + 1] -= nbytes
-    total, crossing = 0, []
-    for p in range(len(calls) + 1):
-        total += change[p]
-        crossing.append(total)
-    return crossing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,12 +95,16 @@ class StageGraph:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """K stage graphs, the routes of the values between them, and what the cut was chosen by."""
+    """K stage graphs, the routes of the values between them, and what the cut was chosen by.
+
+    repeated: the calls that several stages make for themselves, by name, and which stages do.
+    """
 
     annotated: Annotated
     stages: tuple[StageGraph, ...]
     routes: Mapping[str, Route]
     facts: Facts
+    repeated: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def captured(self) -> Captured:
@@ -114,6 +118,15 @@ class Split:
         """
         nodes = list(self.captured.graph_module.graph.nodes)
         return tuple(tuple(nodes[i] for i in s.origins if i >= 0) for s in self.stages)
+
+    @property
+    def firsts(self) -> tuple[str | None, ...]:
+        """The first call of each stage that no stage before makes as well; None: it has no call."""
+        own = (
+            (n.name for n in calls if self.repeated.get(n.name, (k,))[0] == k)
+            for k, calls in enumerate(self.calls)
+        )
+        return tuple(next(names, None) for names in own)
 
     def verify(self) -> None:
         placed: dict[str, int] = {}

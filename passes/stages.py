@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from .aim import Facts
+    from .taken import Made
 
 
-def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], facts: Facts) -> Split:
+def build(annotated: Annotated, made: Made, facts: Facts) -> Split:
     """The stage graphs for a given assignment of calls to stages, of which `facts` are known."""
     captured, K = annotated.captured, len(facts.seconds)
     inputs = {i.name: i for i in captured.inputs}
-    users = _users(captured.graph_module.graph, stage_of)
+    users = _users(captured.graph_module.graph, made)
     outputs = {o.name: i for i, o in enumerate(captured.outputs)}
     routes: dict[str, Route] = {}
     held: dict[int, list[Input]] = defaultdict(list)
@@ -39,8 +40,8 @@ def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], facts: Facts) -
                 held[k].append(item)
             continue
         if item is None:
-            source, kind = stage_of[node], "activation"
-            consumers = [k for k in stages if k != source]
+            source, kind = made[node][0], "activation"
+            consumers = [k for k in stages if k not in made[node]]
             if not consumers and node.name not in outputs:
                 continue
             returns[source].append(node.name)
@@ -60,8 +61,8 @@ def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], facts: Facts) -
     calls: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
     for position, node in enumerate(captured.graph_module.graph.nodes):
         by_name[node.name] = node
-        if node in stage_of:
-            calls[stage_of[node]].append((position, node))
+        for k in made.get(node, ()):
+            calls[k].append((position, node))
     result = Split(
         annotated,
         tuple(
@@ -70,27 +71,28 @@ def build(annotated: Annotated, stage_of: Mapping[fx.Node, int], facts: Facts) -
         ),
         routes,
         facts,
+        {node.name: stages for node, stages in made.items() if len(stages) > 1},
     )
     result.verify()
     return result
 
 
-def _users(graph: fx.Graph, stage_of: Mapping[fx.Node, int]) -> dict[fx.Node, set[int]]:
+def _users(graph: fx.Graph, made: Made) -> dict[fx.Node, set[int]]:
     """For each tensor, in graph order, the stages that use it (its own if it is an output)."""
     users: dict[fx.Node, set[int]] = {n: set() for n in graph.nodes if n.op != "output"}
     sized: set[int] = set()
-    for node, k in stage_of.items():
+    for node, stages in made.items():
         for source in node.all_input_nodes:
-            users[source].add(k)
+            users[source].update(stages)
             if is_size(source):
-                sized.add(k)
+                sized.update(stages)
     for node in results_of(graph):
-        users[node].add(stage_of[node])
+        users[node].add(made[node][0])
     users = {n: s for n, s in users.items() if not is_size(n)}
     batched = [
         n for n in users if isinstance(n.meta["val"], Tensor) and spec_of(n).batch_dim is not None
     ]
-    shown = {k for n in batched for k in users[n] if stage_of.get(n) != k}
+    shown = {k for n in batched for k in users[n] if k not in made.get(n, ())}
     for k in sized - shown:  # a stage that needs the batch size needs a tensor to read it off
         users[batched[0]].add(k)
     return {n: s for n, s in users.items() if s}

@@ -62,6 +62,8 @@ def made_plan(
             for k in range(stages)
         ),
         crossings=tuple(crossings),
+        begins=(),
+        repeated=(),
         bound_seconds=4e-3 * stages,
         cut_seconds=4.5e-3 * (stages + 1),
         notes=facts.pop("notes", ()),

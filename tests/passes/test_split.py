@@ -52,12 +52,12 @@ def stages_of(cut: Split) -> Iterator[tuple[StageGraph, list[Any]]]:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_call_is_in_exactly_one_stage(name: str) -> None:
     _, _, annotated = known(name)
-    nodes = list(annotated.captured.graph_module.graph.nodes)
     expected = Counter(
         n.name for n in calls(annotated.captured.graph_module.graph) if not is_size(n)
     )
     for count in _possible(name):
         cut = split(annotated, aim_at(count, 2))
+        nodes = list(cut.captured.graph_module.graph.nodes)
         assert [s.index for s in cut.stages] == list(range(count))
         found: list[str] = []
         for stage, own in stages_of(cut):
@@ -205,7 +205,7 @@ def test_the_largest_stage_is_near_the_least_possible() -> None:
         bound = max(everything / count, heaviest)
         assert max(loads) <= (bound + heaviest) * (1 + SLACK)
         assert cut.facts.seconds == pytest.approx(loads)
-        assert cut.facts.lower_bound == pytest.approx(bound)
+        assert bound <= cut.facts.lower_bound * (1 + 1e-9)
 
 
 def test_more_stages_than_calls() -> None:
