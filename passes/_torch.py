@@ -19,6 +19,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._higher_order_ops import effects
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -76,9 +77,9 @@ __all__ = [
     "right_lstm_states",
     "saves_through_hooks",
     "size_calls",
-    "static_fakes",
     "storage_id",
     "storage_id_of",
+    "suggest_memory_format",
     "symbolic_fakes",
     "to_functional",
     "unordered_checks",
@@ -95,16 +96,6 @@ def lazy_code() -> Iterator[None]:
     """
     with _use_lazy_graph_module(True):
         yield
-
-
-def static_fakes() -> FakeTensorMode:
-    """A fake tensor mode without symbolic sizes: shapes are plain integers.
-
-    Without a shape environment torch also keeps its native kernels for composite operators
-    (upsample, dropout, matmul) instead of Python decompositions, so that what is traced is what
-    eager would run, to the bit.
-    """
-    return FakeTensorMode(shape_env=None, allow_non_fake_inputs=True)
 
 
 def symbolic_fakes() -> FakeTensorMode:

@@ -20,7 +20,8 @@ from torch import Tensor, fx
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
-from ._torch import static_fakes, storage_id
+from ._torch import storage_id
+from .fakes import static_fakes
 from .graphs import is_size, size
 from .ir import B, Flow, at_batch
 from .meter import Meter

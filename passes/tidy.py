@@ -34,10 +34,10 @@ def tidy(graph: fx.Graph, static: Container[int]) -> tuple[Draw, ...]:
     Random calls become keyed draws: what they draw depends on the key and on nothing else, so that
     a repetition draws the same and no order of execution matters.
 
-    A group norm's argument is settled. The strides of dimensions of size one are arbitrary, and
-    fakes choose others than kernels do: with one sample the norm was traced as if its argument were
-    dense in a memory format which the real one does not even suggest. When it runs, the question
-    is asked again, as eager would.
+    A group norm's argument is settled. Where a fake's stride of a dimension of size one is not the
+    kernel's (see `fakes`), the norm was traced as if its argument were dense in a memory format
+    which the real one does not even suggest. When it runs, the question is asked again, as eager
+    would.
 
     Args:
         graph: changed in place.

@@ -34,11 +34,11 @@ from ._torch import (
     from_functional,
     make_fx,
     preserve_node_meta,
-    static_fakes,
     to_functional,
     unordered_checks,
 )
 from .constants import make_anew, watched
+from .fakes import static_fakes
 from .graphs import source_line
 from .tidy import tidy
 
@@ -69,7 +69,7 @@ class Look(NamedTuple):
     def settled(self) -> Look:
         """The same after a copy: dense strides in the same order of dimensions."""
         meta = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-        return self._replace(stride=torch.empty_like(meta).stride())
+        return self._replace(stride=meta.clone().stride())
 
 
 @dataclass(frozen=True)

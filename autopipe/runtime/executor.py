@@ -33,7 +33,7 @@ class Program:
         places: one worker per stage (stage k runs on worker k).
         sizes: samples per micro-batch.
         draws: per micro-batch size, per stage, the identities of its random calls.
-        strides: what a stage expects of a received value: (what, stage, size) → strides.
+        strides: what a stage was traced to receive: (what, stage, size) → strides.
         filename: under which `linecache` knows the source.
     """
 
@@ -156,14 +156,17 @@ class Run:
         )
 
     def receive(self, what: str, stage: int, m: int) -> Tensor:
-        """Wait for a value, from the caller or from another stage."""
+        """Wait for a value, from the caller or from another stage.
+
+        What the caller gives is laid out as it was traced. What a stage sends is used as it is:
+        its strides are those that eager would see here, and kernels may choose by them.
+        """
         place = self._places[stage]
         key = (what, stage, m)
         tensor = self.given.pop(key, None)
-        if tensor is not None:
-            tensor = transfer.fetch(tensor, place, self._streams)
-        else:
-            tensor = transfer.receive(self._mailbox.take(key), place)
+        if tensor is None:
+            return transfer.receive(self._mailbox.take(key), place)
+        tensor = transfer.fetch(tensor, place, self._streams)
         strides = self.program.strides.get((what, stage, self.program.sizes[m]))
         return tensor if strides is None else transfer.laid_out(tensor, strides)
 
