@@ -17,7 +17,7 @@ from autopipe.measure import measured_clocks
 from autopipe.passes.cost import Seconds
 from autopipe.passes.devices import CPU_CORE, DEVICES, H100
 from autopipe.planner import clocks_of
-from autopipe.profile import profile
+from autopipe.profile import Timing, profile
 from autopipe.search import Chosen, Search, numbers_of_chunks
 
 if TYPE_CHECKING:
@@ -95,7 +95,9 @@ def _search(
     @cache
     def measured(size: int) -> Mapping[str, Seconds]:
         progress(f"timing calls on {size} samples")
-        timings = profile(annotated, size, options.devices[0]).timings
+        timed = profile(annotated, size, options.devices[0]).timings
+        nothing = Timing(0.0, 0.0)  # what is not run: sizes, the unpacking of results
+        timings = {name: timed.get(name, nothing) for name in annotated.costs}
         return {
             name: Seconds(t.forward_seconds, t.backward_seconds, t.forward_seconds)
             for name, t in timings.items()

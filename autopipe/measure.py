@@ -131,7 +131,8 @@ class _Rounds:
         self, stage: StagePhases, functions: dict[str, Callable[..., Any]], device: torch.device
     ) -> None:
         self.stage, self.functions, self.device = stage, functions, device
-        _, *holders = [n.meta["val"] for n in stage.graph.nodes if n.op == "placeholder"]
+        _, *nodes = [n for n in stage.graph.nodes if n.op == "placeholder"]
+        holders = [n.meta["val"] for n in nodes]
         held, received = len(stage.held), len(stage.held) + len(stage.receives)
         self.held = [self._fill(t, 0.02) for t in holders[:held]]
         self.received, self.tangents = holders[held:received], holders[received:]

@@ -112,7 +112,10 @@ def plan(
     nbytes = {(k, s): stage_bytes(phased[s].stages[k]) for k in range(K) for s in distinct}
     trained = phased[distinct[0]].differentiated
     if not trained:  # inference keeps nothing
-        nbytes = {at: n._replace(saved=0, backward=0, tangents={}) for at, n in nbytes.items()}
+        nbytes = {
+            at: n._replace(saved=0, first_backward=0, backward=0, tangents={})
+            for at, n in nbytes.items()
+        }
     made = Plan(
         model=type(model).__name__,
         training=model.training,
@@ -180,7 +183,7 @@ def _stage(
         gradient_bytes=cost.gradient_bytes,
         optimizer_bytes=cost.optimizer_bytes,
         buffer_bytes=sum(int(i.spec.nbytes) for i in stage.held if i.kind is not Kind.PARAMETER),
-        lent_bytes=2 * cost.lent_bytes,
+        lent_bytes=cost.lent_bytes,
         activation_bytes=at_batch(cost.activation_bytes, size),
         saved_bytes=max(saved),
         in_flight=in_flight,

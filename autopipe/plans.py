@@ -122,13 +122,14 @@ class StagePlan:
         gradient_bytes: of their gradients.
         optimizer_bytes: of what the optimizer keeps for them.
         buffer_bytes: of its buffers and constants.
-        lent_bytes: of its copies of parameters that live elsewhere, and of their gradients.
+        lent_bytes: of its copies of parameters that live elsewhere.
         activation_bytes: new memory that its forward's calls make.
         saved_bytes: what a micro-batch keeps from forward to backward.
         in_flight: how many micro-batches are kept at once, at most.
         peak_saved_bytes: what they keep together.
-        peak_bytes: the most that micro-batches occupy at once, with what arrives and waits, and
-            what is made and goes while a phase runs.
+        peak_bytes: the most that micro-batches occupy at once, with what arrives and waits, what is
+            made and goes while a phase runs, and the sums of gradients. (These are taken to be gone
+            before the next forward, as `zero_grad` leaves it.)
         limit_bytes: what all of it may take; None: no limit was set.
     """
 
@@ -174,8 +175,8 @@ class StagePlan:
 
     @property
     def static_bytes(self) -> int:
-        """What is there whether a step runs or not, once the first has run."""
-        own = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+        """What is there whether a step runs or not."""
+        own = self.parameter_bytes + self.optimizer_bytes
         return own + self.buffer_bytes + self.lent_bytes
 
     @property

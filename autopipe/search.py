@@ -261,9 +261,9 @@ def _does_not_fit(made: Plan) -> MemoryLimitError:
     return MemoryLimitError(
         f"stage {k} does not fit its device: {nbytes(missing_bytes(stage))} are missing",
         expected=f"at most {nbytes(stage.limit_bytes)}",
-        found=f"{nbytes(stage.memory_bytes)}: parameters, gradients, optimizer and buffers"
-        f" {nbytes(stage.static_bytes)}, {len(made.sizes)} micro-batches of {max(made.sizes)}"
-        f" with remat {stage.remat} {nbytes(stage.peak_bytes)}",
+        found=f"{nbytes(stage.memory_bytes)}: parameters, optimizer and buffers"
+        f" {nbytes(stage.static_bytes)}; gradients and {len(made.sizes)} micro-batches of"
+        f" {max(made.sizes)} with remat {stage.remat} {nbytes(stage.peak_bytes)}",
         missing_bytes=missing_bytes(stage),
     )
 

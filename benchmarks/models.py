@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,10 @@ def gpt2(
         return {"input_ids": ids, "labels": ids.clone()}
 
     return GPT2LMHeadModel(config).train(), inputs
+
+
+Calls = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+"""Batch size → args, kwargs."""
 
 
 class Block(nn.Module):
@@ -79,3 +84,70 @@ def transformer(
         nn.LayerNorm(width),
         nn.Linear(width, vocabulary, bias=False),
     )
+
+
+def t5(layers: int = 3, width: int = 256) -> tuple[nn.Module, Calls]:
+    """Hugging Face's T5 with random weights and no dropout; and its inputs by batch size."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        num_layers=layers,
+        d_model=width,
+        d_ff=4 * width,
+        num_heads=width // 64,
+        d_kv=64,
+        vocab_size=4096,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+
+    def inputs(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids = torch.randint(0, 4096, (batch, 128))
+        return (), {"input_ids": ids, "labels": torch.randint(0, 4096, (batch, 64))}
+
+    return T5ForConditionalGeneration(config).train(), inputs
+
+
+def unet(size: int = 32, width: int = 32) -> tuple[nn.Module, Calls]:
+    """Diffusers' UNet2D with random weights; and its inputs by batch size."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    model = UNet2DModel(
+        sample_size=size,
+        layers_per_block=1,
+        block_out_channels=(width, 2 * width, 4 * width),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+    )
+
+    def inputs(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))), {}
+
+    return model.train(), inputs
+
+
+def swin(size: int = 64, width: int = 48) -> tuple[nn.Module, Calls]:
+    """Hugging Face's Swin with random weights, no dropout; and its inputs by batch size."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    torch.manual_seed(0)
+    config = SwinConfig(
+        image_size=size,
+        patch_size=2,
+        embed_dim=width,
+        depths=[2, 2, 4],
+        num_heads=[3, 6, 12],
+        window_size=4,
+        num_labels=10,
+        drop_path_rate=0.0,
+    )
+
+    def inputs(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        pixels = torch.randn(batch, 3, size, size)
+        return (), {"pixel_values": pixels, "labels": torch.randint(0, 10, (batch,))}
+
+    return SwinForImageClassification(config).train(), inputs

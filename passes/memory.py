@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ._torch import storage_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from .staged import StagePhases
 
@@ -26,14 +26,16 @@ class StageBytes(NamedTuple):
     Attributes:
         saved: what F keeps for the backward.
         forward: the most that is there at once while F runs, what it received included.
-        backward: the most while R, B and W run, what was saved and the gradients that it received
-            included.
+        first_backward: the most while R, B and W run, what was saved and the gradients that it
+            received included, and those of its parameters, which it is the first to make.
+        backward: likewise, of a later micro-batch: the sums of gradients are there all the time.
         received: sizes of the values that it receives, by name.
         tangents: sizes of the gradients that it receives, by the names of what they are of.
     """
 
     saved: int
     forward: int
+    first_backward: int
     backward: int
     received: Mapping[str, int]
     tangents: Mapping[str, int]
@@ -51,12 +53,13 @@ def stage_bytes(stage: StagePhases) -> StageBytes:
     later = [n for n in stage.graph.nodes if stage.phase_of.get(n.name, "F") != "F"]
     ignored = {storage_id(t) for n in held for t in _tensors(n)}
     made = [*results["returns"], *results["updates"], *saved]
-    # A parameter's gradient is added to the sum, which the stage holds anyway, when it is made.
-    gradients = results["sent_grads"]
+    sent, own = results["sent_grads"], results["own_grads"]
+    sums = sum(_sizes([n for n in own if isinstance(n, fx.Node)], ignored).values())
     return StageBytes(
         saved=_total(saved, ignored),
         forward=_peak(first, received, made, ignored),
-        backward=_peak(later, [*saved, *tangents], gradients, ignored),
+        first_backward=_peak(later, [*saved, *tangents], [*sent, *own], ignored),
+        backward=sums + _peak(later, [*saved, *tangents], sent, ignored, set(own)),
         received=_each(stage.receives, received, ignored),
         tangents=_each(stage.tangents, tangents, ignored),
     )
@@ -68,7 +71,11 @@ def saved_bytes(stage: StagePhases) -> int:
 
 
 def _peak(
-    calls: Sequence[fx.Node], given: Sequence[fx.Node], kept: Iterable[Any], ignored: set[Any]
+    calls: Sequence[fx.Node],
+    given: Sequence[fx.Node],
+    kept: Iterable[Any],
+    ignored: set[Any],
+    added: Container[fx.Node] = (),
 ) -> int:
     """The most bytes there at once while `calls` run: values go after their last use.
 
@@ -77,6 +84,8 @@ def _peak(
         given: what is there when they begin, and goes after its last use.
         kept: what is still there when they end.
         ignored: storages that do not count.
+        added: gradients that are added to a sum as soon as they are made: the second one makes a
+            new sum, while both are there.
     """
     sizes = _sizes(given, ignored)
     last = dict.fromkeys(sizes, -1)
@@ -100,6 +109,8 @@ def _peak(
         peak = max(peak, now)
         for storage in ending.get(i, ()):
             now -= there.pop(storage, 0)
+        if node in added:
+            peak = max(peak, now + 2 * _total([node], ignored))
     return peak
 
 

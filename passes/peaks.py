@@ -4,10 +4,14 @@ What a stage receives is there from the moment its maker has made it, and waits 
 comes to it; while F runs a micro-batch takes what F takes, then what F keeps; while its backward
 runs what that takes; then nothing. So a stage that is slower than its neighbour, or further from
 the maker of a gradient, has more waiting. What the caller gives is the caller's until it is used.
+
+Real stages are not as punctual: of each value one more than simulated is taken to wait, but no more
+than the runtime lets wait (`runtime.mailbox`: K).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from .staged import CALLER
@@ -44,7 +48,7 @@ def stage_peaks(
             ends.setdefault((forward, k), {})[span.action.microbatch] = span.end
             actions[k].append(span)
     return tuple(
-        _peak(k, actions[k], ends, sizes, {s: nbytes[k, s] for s in set(sizes)}, routes)
+        _peak(k, actions[k], ends, sizes, {s: nbytes[k, s] for s in set(sizes)}, routes, stages)
         for k in range(stages)
     )
 
@@ -56,37 +60,32 @@ def _peak(
     sizes: Sequence[int],
     nbytes: Mapping[int, StageBytes],
     routes: Mapping[str, Route],
+    most: int,
 ) -> int:
-    """Of one stage. Changes of what waits and of what is saved, in the order of time."""
-    changes: list[tuple[float, int]] = []
-    for forward, what in ((True, "received"), (False, "tangents")):
-        starts = {
-            s.action.microbatch: s.start for s in actions if (s.action.phase == "F") == forward
-        }
-        for name in getattr(next(iter(nbytes.values())), what):
-            source = _source(routes[name], k, forward=forward)
-            if source is None:
-                continue
-            for m, at in ends.get((forward, source), {}).items():
-                size = getattr(nbytes[sizes[m]], what)[name]
-                changes += [(at, size), (max(at, starts.get(m, at)), -size)]
-    # What is saved begins to count when F ends, and is a part of the backward when that starts.
+    """Of one stage; `most` of a kind may wait."""
+    largest = nbytes[max(nbytes)]
+    waiting = [
+        (forward, nbyte, sorted(ends.get((forward, source), {}).values()))
+        for forward, values in ((True, largest.received), (False, largest.tangents))
+        for name, nbyte in values.items()
+        if (source := _source(routes[name], k, forward=forward)) is not None
+    ]
+    peak = saved = 0
+    begun = {True: 0, False: 0}
     for span in actions:
-        saved = nbytes[sizes[span.action.microbatch]].saved
-        changes.append((span.end, saved) if span.action.phase == "F" else (span.start, -saved))
-    changes.sort(key=lambda change: change[0])
-    peak = now = at = 0
-    for span in actions:
-        of = nbytes[sizes[span.action.microbatch]]
-        own = of.forward if span.action.phase == "F" else of.backward
-        while at < len(changes) and changes[at][0] <= span.start:
-            now += changes[at][1]
-            at += 1
-        peak = max(peak, now + own)
-        while at < len(changes) and changes[at][0] < span.end:
-            now += changes[at][1]
-            at += 1
-            peak = max(peak, now + own)
+        forward = span.action.phase == "F"
+        own = nbytes[sizes[span.action.microbatch]]
+        begun[forward] += 1
+        if not forward:
+            saved -= own.saved
+        pending = 0
+        for way, nbyte, arrivals in waiting:
+            there = bisect_left(arrivals, span.end) - begun[way]
+            pending += nbyte * max(0, min(there + 1, most, len(arrivals) - begun[way]))
+        backward = own.first_backward if begun[False] == 1 else own.backward
+        peak = max(peak, pending + saved + (own.forward if forward else backward))
+        if forward:
+            saved += own.saved
     return peak
 
 

@@ -106,10 +106,9 @@ def memory(stage: StagePlan) -> tuple[Part, ...]:
     saved = min(stage.peak_saved_bytes, stage.peak_bytes)
     return (
         Part("parameters", "P", stage.parameter_bytes + stage.buffer_bytes + stage.lent_bytes),
-        Part("gradients", "G", stage.gradient_bytes),
         Part("optimizer", "O", stage.optimizer_bytes),
         Part("saved for backward, all in flight", "K", saved),
-        Part("made while a phase runs", "A", stage.peak_bytes - saved),
+        Part("gradients, and what a phase makes", "A", stage.peak_bytes - saved),
     )
 
 

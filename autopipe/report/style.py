@@ -4,12 +4,12 @@ STYLE = """
 :root{color-scheme:light dark;
 --paper:#f6f6f3;--card:#fff;--ink:#1b1d22;--faint:#646872;--rule:#e1e1dc;--grid:#ecece7;
 --track:#e6e7ea;--F:#2b6cb0;--R:#e6b450;--B:#bf5426;--W:#7a4f9e;
---P:#2f7f7b;--G:#6fb3ae;--O:#c2a35a;--K:#8a5fb0;--A:#b9bec8;
+--P:#2f7f7b;--O:#c2a35a;--K:#8a5fb0;--A:#b9bec8;
 --accent:#2b6cb0;--skip:#8a5fb0;--shared:#2f7f7b;--bad:#b3261e;--idle:#efefec}
 @media (prefers-color-scheme:dark){:root{
 --paper:#14161a;--card:#1c1f24;--ink:#e8e9ec;--faint:#9da2ad;--rule:#31353d;--grid:#2a2e35;
 --track:#343943;--F:#4285cf;--R:#d9a741;--B:#cb6238;--W:#9a6cc4;
---P:#3d9a95;--G:#2c6f6b;--O:#8f7638;--K:#a57dcb;--A:#596070;
+--P:#3d9a95;--O:#8f7638;--K:#a57dcb;--A:#596070;
 --accent:#6ba6e8;--skip:#b492d8;--shared:#54b5af;--bad:#ff8a80;--idle:#23272d}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
@@ -55,7 +55,7 @@ svg .own{font-weight:600}
 .F{fill:var(--F);background:var(--F)}.R{fill:var(--R);background:var(--R)}
 .B{fill:var(--B);background:var(--B)}.W{fill:var(--W);background:var(--W)}
 .P{fill:var(--P);background:var(--P)}.K{fill:var(--K);background:var(--K)}
-.A{fill:var(--A);background:var(--A)}.G{fill:var(--G);background:var(--G)}
+.A{fill:var(--A);background:var(--A)}
 .O{fill:var(--O);background:var(--O)}
 .legend .idle{background:var(--idle);box-shadow:inset 0 0 0 1px var(--rule)}
 .odd{fill-opacity:.86}
@@ -88,7 +88,7 @@ footer{color:var(--faint);font-size:13px;overflow-wrap:anywhere}
 section{padding:16px 15px}}
 @media print{:root{color-scheme:light;--paper:#fff;--card:#fff;--ink:#000;--faint:#444;--rule:#ccc;
 --grid:#ddd;--track:#ddd;--F:#2b6cb0;--R:#e6b450;--B:#bf5426;--W:#7a4f9e;
---P:#2f7f7b;--G:#6fb3ae;--O:#c2a35a;
+--P:#2f7f7b;--O:#c2a35a;
 --K:#8a5fb0;--A:#b9bec8;--accent:#2b6cb0;--skip:#8a5fb0;--shared:#2f7f7b;--bad:#b3261e;--idle:#eee}
 body{font-size:11px;-webkit-print-color-adjust:exact;print-color-adjust:exact}
 main{max-width:none;padding:0}section{break-inside:avoid;border:0;padding:0}

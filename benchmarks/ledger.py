@@ -1,0 +1,105 @@
+"""Bytes that each stage really occupies while a pipeline runs, as if its devices were apart.
+
+Every operator that a worker calls is watched (a dispatch mode on its thread): the storages that it
+makes are that stage's until they are gone. What one stage sends to another is copied, as between
+two devices, and the copy is the receiver's; so is what the caller gives. Parameters and buffers are
+left out; gradients that are summed are in. Workspaces within a kernel are not seen.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from autopipe.runtime import executor, workers
+
+
+class Ledger:
+    """Live bytes and their peak, by stage."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self._ignored = {t.untyped_storage().data_ptr() for t in tensors}
+        self._lock = threading.Lock()
+        self._known: set[int] = set()
+        self.now: Counter[int] = Counter()
+        self.peak: Counter[int] = Counter()
+
+    def hold(self, tensor: Tensor, stage: int) -> None:
+        """A storage is a stage's until it is gone; seen again, nothing happens."""
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        with self._lock:
+            if not address or address in self._ignored or address in self._known:
+                return
+            self._known.add(address)
+            self.now[stage] += storage.nbytes()
+            self.peak[stage] = max(self.peak[stage], self.now[stage])
+        weakref.finalize(storage, self._gone, address, stage, storage.nbytes())
+
+    def _gone(self, address: int, stage: int, nbytes: int) -> None:
+        with self._lock:
+            self._known.discard(address)
+            self.now[stage] -= nbytes
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, ledger: Ledger, stage: int) -> None:
+        super().__init__()
+        self.ledger, self.stage = ledger, stage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.ledger.hold(value, self.stage)
+        return result
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[Ledger]:
+    """Keep a ledger of the pipelines of CPU workers that run meanwhile."""
+    ledger = Ledger(model)
+    run = workers.run
+
+    def watched(tasks: Sequence[Callable[[], None]], abort: Callable[[], None], cores: Any) -> None:
+        def task(stage: int) -> None:
+            with _Watch(ledger, stage):
+                tasks[stage]()
+
+        run([partial(task, k) for k in range(len(tasks))], abort, cores)
+
+    def copied(tensor: Tensor, stage: int) -> Tensor:
+        with _disable_current_modes():
+            copy = tensor.clone()
+        ledger.hold(copy, stage)
+        return copy
+
+    def sent(self: executor.Run, what: str, source: int, to: int, m: int, tensor: Tensor) -> None:
+        tensor = tensor if to == executor.CALLER else copied(tensor, to)
+        original(self, what, source, to, m, tensor)
+
+    def received(self: executor.Run, what: str, stage: int, m: int) -> Tensor:
+        if (given := self.given.get((what, stage, m))) is not None:
+            self.given[what, stage, m] = copied(given, stage)
+        return take(self, what, stage, m)
+
+    original, take = executor.Run.send, executor.Run.receive
+    workers.run = watched
+    executor.Run.receive = received  # type: ignore[method-assign]
+    executor.Run.send = sent  # type: ignore[method-assign]
+    try:
+        yield ledger
+    finally:
+        workers.run = run
+        executor.Run.send = original  # type: ignore[method-assign]
+        executor.Run.receive = take  # type: ignore[method-assign]
