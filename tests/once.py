@@ -1,4 +1,7 @@
-"""Passes that are pure, run once for the same arguments: for tests of many plans of a model."""
+"""Passes that are pure, run once for the same arguments: for tests of many plans of a model.
+
+What stays for every plan is what a plan is about: the cut in space, chains of looks, code, a run.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,28 @@ from autopipe.passes import driver, phases
 
 @contextmanager
 def pure_passes_once() -> Iterator[None]:
-    """Within this, a model is captured once and a stage is traced once, whatever the plan."""
+    """Within this, a model is captured and costed once, a stage traced and cut once."""
     captures: dict[Any, Any] = {}
+    costs: dict[int, Any] = {}
     traces: dict[Any, Any] = {}
-    models: list[nn.Module] = []  # alive, so that no other one has its id
-    capture, trace, forward_looks = driver.capture, phases.trace, phases.forward_looks
+    cuts: dict[Any, Any] = {}
+    alive: list[Any] = []  # so that nothing else has the id of what is here
+    capture, annotate = driver.capture, driver.annotate
+    trace, forward_looks, cut_joint = phases.trace, phases.forward_looks, phases.cut_joint
 
     def capture_once(model: nn.Module, leaves: Any, spec: Any, dims: Any, **options: Any) -> Any:
-        models.append(model)
+        alive.append(model)
         chosen = tuple(sorted(options.items(), key=str))
         key = (id(model), model.training, str(spec), tuple(dims), chosen, *_looks(leaves))
         if key not in captures:
             captures[key] = capture(model, leaves, spec, dims, **options)
         return captures[key]
+
+    def annotate_once(captured: Any) -> Any:
+        if id(captured) not in costs:
+            alive.append(captured)
+            costs[id(captured)] = annotate(captured)
+        return costs[id(captured)]
 
     def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:
         key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, grad)
@@ -40,10 +52,20 @@ def pure_passes_once() -> Iterator[None]:
             traces[key] = forward_looks(stage, inputs, device, grad=grad)
         return traces[key]
 
+    def cut_once(stage: Any, joint: Any, remat: str, device: Any) -> Any:
+        # Under the names of the first stage with this trace: `phases` gives each its own.
+        key = (id(joint), len(stage.held), len(stage.lent), remat, device)
+        if key not in cuts:
+            alive.append(joint)
+            cuts[key] = cut_joint(stage, joint, remat, device)
+        return cuts[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "capture", capture_once)
+        patch.setattr(driver, "annotate", annotate_once)
         patch.setattr(phases, "trace", trace_once)
         patch.setattr(phases, "forward_looks", looks_once)
+        patch.setattr(phases, "cut_joint", cut_once)
         yield
 
 
