@@ -7,6 +7,7 @@ what stages really take (`contiguous`), and one is taken if it is better by more
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -15,8 +16,7 @@ from torch import Tensor
 
 from autopipe.errors import PartitionError
 
-from .contiguous import cut_on
-from .cuts import bottleneck
+from .contiguous import cut_on, has_cut
 from .dag import Dag
 from .graphs import is_size
 from .loads import Rows
@@ -169,17 +169,12 @@ def _tried(
     rows = items.rows(order)
     loads = rows.loads()
     if high is not None:
-        most = [min(column) for column in zip(*dict.fromkeys(loads.times), strict=True)]
-        prefix = list(accumulate(most, initial=0))
-        if bottleneck(prefix, len(loads.times)) * (1 + SLACK) >= high:
-            return None
+        wanted = math.ceil(high / (1 + SLACK)) - 1
+        return (_largest(loads), order, rows) if has_cut(loads, wanted) else None
     try:
-        largest = _largest(loads)
+        return _largest(loads), order, rows
     except PartitionError:
         return None
-    if high is not None and largest * (1 + SLACK) >= high:
-        return None
-    return largest, order, rows
 
 
 def crossing_at(rows: Rows) -> list[int]:
