@@ -74,16 +74,16 @@ def split(
         return build(annotated, {}, Facts((0.0,), (0,), 0.0))
     allowed = _allowed(calls, annotated.captured.inputs)
     items = Items(facts, [p for p in range(len(calls)) if not p or allowed[p]])
-    if stages > len(items.starts):
+    made = None
+    if planned is not None:
+        made = made_by(planned, items, must_fit=must_fit)
+    if made is None and stages > len(items.starts):
         raise PartitionError(
             f"the model cannot be cut into {stages} stages",
             expected=f"at least {stages} runs of calls that nothing holds together",
             found=f"{len(calls)} calls, {max(0, len(items.starts) - 1)} positions to cut at",
             remedy="use fewer devices",
         )
-    made = None
-    if planned is not None:
-        made = made_by(planned, items, must_fit=must_fit)
     if made is None:
         chosen, planned = choose(items), None
         made, bound = _improved(items, chosen.stage_of), chosen.lower_bound
