@@ -17,6 +17,7 @@ from torch import Tensor
 from autopipe.errors import PartitionError
 
 from .contiguous import cut_on, has_cut
+from .cuts import bottleneck
 from .dag import Dag
 from .graphs import is_size
 from .loads import Rows
@@ -156,9 +157,11 @@ def _orders(items: Items, loads: Loads) -> tuple[int, list[tuple[int, ...]]]:
     dag = items.dag(costs)
     if not any(costs):
         return loads.bound, []
-    solved = solve(dag, K)
-    low = max(loads.bound, solved.low)
-    found = [*reversed(solved.orders[1:]), *alternatives(dag, K, solved.high)]
+    low, high, found = loads.bound, bottleneck(list(accumulate(costs, initial=0)), K), []
+    if high > low * (1 + SLACK):  # else what is too much is sent, not computed
+        solved = solve(dag, K)
+        low, high, found = max(low, solved.low), solved.high, [*reversed(solved.orders[1:])]
+    found += alternatives(dag, K, high)
     return low, found[: max(1, ORDER_STEPS // N)]
 
 
