@@ -14,84 +14,15 @@ nothing tells the next T at which any reach grows.
 from __future__ import annotations
 
 import math
-from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 from typing import NamedTuple
 
 from autopipe.errors import PartitionError
 
+from .reach import Row, rows_of
 from .unequal import Loads
-
-Waiting = Sequence[Sequence[tuple[int, int]]]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What one device (or several that are alike) makes of the items, as sums up to positions."""
-
-    times: Sequence[int]
-    kept: Sequence[int]
-    limit: int | None
-    fetching: Sequence[int]
-    copies: Sequence[int]
-    waiting: Waiting
-
-    @property
-    def most(self) -> int:
-        """A time that no stage is above."""
-        return self.times[-1] + sum(self.fetching)
-
-    def far(self, start: int, limit: int) -> int:
-        """Where a stage ends at most, whatever it fetches; `start`: not even one item fits."""
-        stop = bisect_right(self.times, self.times[start] + limit, start) - 1
-        if self.limit is not None and stop > start:
-            stop = min(stop, bisect_right(self.kept, self.kept[start] + self.limit, start) - 1)
-        return stop
-
-    def near(self, end: int, limit: int) -> int:
-        """Where a stage that ends at `end` starts at least, whatever it fetches."""
-        start = bisect_left(self.times, self.times[end] - limit)
-        if self.limit is not None:
-            start = max(start, bisect_left(self.kept, self.kept[end] - self.limit))
-        return start
-
-    def reach(self, start: int, limit: int) -> int:
-        """Where the longest stage that starts at an item ends; `start`: there is none."""
-        stop = self.far(start, limit)
-        if not self.waiting:
-            return stop
-        time, space = limit, self.limit
-        for use, value in self.waiting[start]:
-            if use >= stop:
-                break
-            time -= self.fetching[value] if self.fetching else 0
-            end = bisect_right(self.times, self.times[start] + time, use) - 1
-            if space is not None and self.copies:
-                space -= self.copies[value]
-                end = min(end, bisect_right(self.kept, self.kept[start] + space, use) - 1)
-            stop = min(stop, max(use, end))
-        return stop
-
-    def time(self, start: int, end: int) -> int:
-        """Of a stage."""
-        return self.times[end] - self.times[start] + self._more(self.fetching, start, end)
-
-    def bytes(self, start: int, end: int) -> int:
-        """Of a stage."""
-        return self.kept[end] - self.kept[start] + self._more(self.copies, start, end)
-
-    def fits(self, start: int, end: int) -> bool:
-        """Whether a stage keeps the limit of its bytes."""
-        return self.limit is None or self.bytes(start, end) <= self.limit
-
-    def _more(self, of: Sequence[int], start: int, end: int) -> int:
-        if not of or not self.waiting:
-            return 0
-        return sum(of[value] for use, value in self.waiting[start] if use < end)
 
 
 def cut_on(
@@ -115,7 +46,7 @@ def cut_on(
         PartitionError: no cut keeps the devices' limits; it names a stage, and says how many bytes
             are missing there.
     """
-    rows = _rows(loads)
+    rows = rows_of(loads)
     starts, high = _optimum(loads, rows)
     if crossing is None:
         return tuple(starts)
@@ -133,34 +64,12 @@ def cut_on(
     return tuple(search([*limits[tight : tight + 1], widest][0]))
 
 
-def _rows(loads: Loads) -> list[_Row]:
-    """For each device; those that are alike are one object."""
-    made: dict[tuple[int | None, ...], _Row] = {}
-    sums: dict[int, Sequence[int]] = {}
-    rows = []
-    for k, limit in enumerate(loads.limits):
-        fetching: Sequence[int] = loads.fetching[k] if loads.fetching else ()
-        copies: Sequence[int] = loads.copies[k] if loads.copies and limit is not None else ()
-        fetching = fetching if any(fetching) else ()
-        parts = (loads.times[k], loads.nbytes[k] if limit is not None else (), fetching, copies)
-        key = (limit, *(id(part) if len(part) else None for part in parts))
-        if key not in made:
-            for part in parts[:2]:
-                if id(part) not in sums:
-                    sums[id(part)] = _summed(part)
-            waiting: Waiting = loads.waiting if fetching or copies else ()
-            first, second = (sums[id(part)] for part in parts[:2])
-            made[key] = _Row(first, second, limit, fetching, copies, waiting)
-        rows.append(made[key])
-    return rows
+def has_cut(loads: Loads, limit: int) -> bool:
+    """Whether some cut keeps the devices' limits, and all its stages a time."""
+    return _least(rows_of(loads), limit, [0] * (len(loads.times[0]) + 1)).starts is not None
 
 
-def _summed(values: Sequence[int]) -> Sequence[int]:
-    found = list(accumulate(values, initial=0))
-    return array("q", found) if found[-1] < 1 << 62 else found
-
-
-def _optimum(loads: Loads, rows: Sequence[_Row]) -> tuple[list[int], int]:
+def _optimum(loads: Loads, rows: Sequence[Row]) -> tuple[list[int], int]:
     """A cut whose largest stage is as small as can be, and its time."""
     nothing, end = [0] * len(rows[0].times), max(row.most for row in rows)
     limit = low = _filled(rows, end)
@@ -183,7 +92,7 @@ def _optimum(loads: Loads, rows: Sequence[_Row]) -> tuple[list[int], int]:
     return starts, high
 
 
-def _filled(rows: Sequence[_Row], high: int) -> int:
+def _filled(rows: Sequence[Row], high: int) -> int:
     """The least time within which stages filled from the left hold all.
 
     (If stages may be empty and nothing is fetched: no cut has a smaller largest stage.)
@@ -211,7 +120,7 @@ class _Found(NamedTuple):
     beyond: int
 
 
-def _windows(rows: Sequence[_Row], limit: int) -> tuple[list[int], list[int], int]:
+def _windows(rows: Sequence[Row], limit: int) -> tuple[list[int], list[int], int]:
     """Between which items each stage starts (the last entry: the end), and when that may change.
 
     From an item out of its window one of the ends could not be reached, even if nothing had to be
@@ -232,7 +141,7 @@ def _windows(rows: Sequence[_Row], limit: int) -> tuple[list[int], list[int], in
     return low[::-1], [*high, N], min((t for t in beyond if t > limit), default=limit + 1)
 
 
-def _least(rows: Sequence[_Row], limit: int, weights: Sequence[int]) -> _Found:
+def _least(rows: Sequence[Row], limit: int, weights: Sequence[int]) -> _Found:
     """The cut of least weight whose stages are all within a limit; the first of several.
 
     `least[i]` is the weight of cutting items i.. into the stages from k on. Ends of stage k whose
@@ -276,7 +185,7 @@ def _least(rows: Sequence[_Row], limit: int, weights: Sequence[int]) -> _Found:
     return _Found(starts[1:-1], limit)
 
 
-def _grown(rows: Sequence[_Row], known: dict[int, dict[int, int]], limit: int, beyond: int) -> int:
+def _grown(rows: Sequence[Row], known: dict[int, dict[int, int]], limit: int, beyond: int) -> int:
     """The least time above a limit at which some stage reaches further; `beyond` is another."""
     times = [beyond] if beyond > limit else []
     for row in {id(row): row for row in rows}.values():
@@ -286,7 +195,7 @@ def _grown(rows: Sequence[_Row], known: dict[int, dict[int, int]], limit: int, b
     return min((time for time in times if time > limit), default=limit + 1)
 
 
-def _does_not_fit(loads: Loads, rows: Sequence[_Row], end: int) -> PartitionError:
+def _does_not_fit(loads: Loads, rows: Sequence[Row], end: int) -> PartitionError:
     """Which stage, and how much is missing there, when stages are filled one after the other."""
     N, K, at = len(loads.times[0]), len(rows), 0
     for k, row in enumerate(rows):

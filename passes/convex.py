@@ -7,6 +7,7 @@ what stages really take (`contiguous`), and one is taken if it is better by more
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from autopipe.errors import PartitionError
 
-from .contiguous import cut_on
+from .contiguous import cut_on, has_cut
 from .cuts import bottleneck
 from .dag import Dag
 from .graphs import is_size
@@ -156,9 +157,11 @@ def _orders(items: Items, loads: Loads) -> tuple[int, list[tuple[int, ...]]]:
     dag = items.dag(costs)
     if not any(costs):
         return loads.bound, []
-    solved = solve(dag, K)
-    low = max(loads.bound, solved.low)
-    found = [*reversed(solved.orders[1:]), *alternatives(dag, K, solved.high)]
+    low, high, found = loads.bound, bottleneck(list(accumulate(costs, initial=0)), K), []
+    if high > low * (1 + SLACK):  # else what is too much is sent, not computed
+        solved = solve(dag, K)
+        low, high, found = max(low, solved.low), solved.high, [*reversed(solved.orders[1:])]
+    found += alternatives(dag, K, high)
     return low, found[: max(1, ORDER_STEPS // N)]
 
 
@@ -169,17 +172,12 @@ def _tried(
     rows = items.rows(order)
     loads = rows.loads()
     if high is not None:
-        most = [min(column) for column in zip(*dict.fromkeys(loads.times), strict=True)]
-        prefix = list(accumulate(most, initial=0))
-        if bottleneck(prefix, len(loads.times)) * (1 + SLACK) >= high:
-            return None
+        wanted = math.ceil(high / (1 + SLACK)) - 1
+        return (_largest(loads), order, rows) if has_cut(loads, wanted) else None
     try:
-        largest = _largest(loads)
+        return _largest(loads), order, rows
     except PartitionError:
         return None
-    if high is not None and largest * (1 + SLACK) >= high:
-        return None
-    return largest, order, rows
 
 
 def crossing_at(rows: Rows) -> list[int]:

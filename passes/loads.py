@@ -84,7 +84,7 @@ class Rows:
         known, held, saved = self._known(), self._held_bytes(), self._saved_bytes()
         keys = [(device, aim.again(k)) for k, device in enumerate(aim.devices)]
         seconds = {key: self._sums(self.facts.seconds(*key)) for key in dict.fromkeys(keys)}
-        whole = max(map(math.fsum, seconds.values()))
+        whole = max(math.fsum(self.facts.seconds(*key).values()) for key in seconds)
         grid = math.ldexp(1.0, GRID_BITS - math.frexp(whole)[1]) if whole else 1.0
         times = {key: tuple(round(s * grid) for s in row) for key, row in seconds.items()}
         fetching = {

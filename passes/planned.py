@@ -72,6 +72,8 @@ def made_by(planned: Planned, items: Items, *, must_fit: bool) -> Made | None:
     """
     facts = items.facts
     calls, K = facts.calls, facts.aim.stages
+    if not calls:
+        return None
     begins = planned.runs or ((calls[0].name, 0), *zip(planned.starts, range(1, K), strict=False))
     position = {calls[start].name: start for start in items.starts}
     places = [position.get(name, -1) for name, _ in begins]

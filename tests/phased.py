@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from autopipe.passes.phases import POLICIES
+from autopipe.passes.policies import POLICIES
 from autopipe.passes.split import split
 from autopipe.passes.staged import Phased, Split, StagePhases
 from tests.programs import (
+    aim_at,
     calls,
     known,
     node,
@@ -25,7 +26,7 @@ STAGES = 3
 
 @functools.cache
 def cut_model(name: str) -> Split:
-    return split(known(name)[2], STAGES, SIZE)
+    return split(known(name)[2], aim_at(STAGES, SIZE))
 
 
 def phased_model(name: str, remat: str) -> Phased:

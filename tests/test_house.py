@@ -129,7 +129,10 @@ FORBIDDEN = {
     # plain arrays and lists: no tensors
     **{
         f"autopipe.passes.{room}": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"]
-        for room in ("bounds", "costgraph", "crossing", "cuts", "dag", "ideals", "lists", "unequal")
+        for room in (
+            *("bounds", "contiguous", "costgraph", "crossing", "cuts", "dag", "ideals", "lists"),
+            *("mincut", "reach", "unequal"),
+        )
     },
     "autopipe.passes.devices": ["torch", "autopipe.passes"],
     "autopipe.passes.partition": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +15,16 @@ from torch import Tensor, fx, nn
 
 from autopipe.errors import OptionError, PartitionError
 from autopipe.passes.aim import Aim, Facts, aim_of
+from autopipe.passes.callfacts import CallFacts
 from autopipe.passes.cost import Seconds, annotate, run_again, seconds
 from autopipe.passes.devices import DEFAULT, H100, L4, Device, Link
 from autopipe.passes.graphs import tensors_of
 from autopipe.passes.ir import Kind, at_batch
+from autopipe.passes.loads import Rows
 from autopipe.passes.runs import operands_of
 from autopipe.passes.split import SLACK, split
 from autopipe.passes.staged import Split
+from autopipe.passes.taken import taken
 from tests.programs import CPU, captured_of, known
 
 SIZE = 2
@@ -104,6 +109,29 @@ def test_facts_are_those_of_the_stages(name: str, remat: str | float) -> None:
             assert cut.facts.nbytes[k] == pytest.approx(expected_bytes(cut, wanted, k), abs=400)
         assert cut.facts.lower_bound <= cut.facts.bottleneck
         assert cut.facts.gap >= 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "tied", "integer_boundary"])
+def test_rows_in_order_take_what_stages_take(name: str) -> None:
+    """The two ways of adding up: of runs of calls, and of any assignment."""
+    _, _, annotated = known(name)
+    wanted = aim([H100, L4, DEFAULT], remat=("full", "none", 0.5), in_flight=(3, 2, 1))
+    facts = CallFacts(annotated, wanted)
+    N = len(facts.calls)
+    loads = Rows(facts, facts.calls, range(N)).loads()
+    generator = random.Random(0)
+    places = [p for p in range(1, N) if facts.calls[p].target is not operator.getitem]
+    for _ in range(20):
+        starts = sorted(generator.sample(places, 2))
+        bounds = [0, *starts, N]
+        made = {n: (k,) for k in range(3) for n in facts.calls[bounds[k] : bounds[k + 1]]}
+        found = taken(facts, made)
+        times = [float(time * loads.unit) for time in loads.stage_times(starts)]
+        assert times == pytest.approx(found.seconds, rel=1e-9)
+        assert loads.stage_bytes(starts) == pytest.approx(found.nbytes, abs=N)
+        assert found.fits([None] * 3)
+        assert found.fits(found.nbytes)
+        assert not found.fits([None, found.nbytes[1] - 1, None])
 
 
 class Layers(nn.Module):

@@ -15,7 +15,7 @@ from autopipe.passes.split import split
 from autopipe.passes.staged import StageGraph
 from autopipe.passes.trace import Look, forward_looks, trace
 from tests.joints import ALIASES, Call, aten, check, looks_of, run, tangents, traced, values_of, x
-from tests.programs import CPU, known, sole_stage, tensors
+from tests.programs import CPU, aim_at, known, sole_stage, tensors
 
 # ------------------------------------------------------------------------------- the models
 
@@ -59,7 +59,7 @@ def test_without_gradients_the_kernels_are_those_of_a_trainable_model() -> None:
 def test_stages_of_models(name: str) -> None:
     """Both halves; every value that gets a gradient also gets one from "later stages"."""
     model, inputs, annotated = known(name)
-    cut = split(annotated, 2, 2)
+    cut = split(annotated, aim_at(2, 2))
     args, kwargs = inputs(2)
     state = zip(cut.captured.inputs, tensors(cut.captured, model, (args, kwargs)), strict=True)
     known_values = {i.name: t.detach().clone().requires_grad_(t.requires_grad) for i, t in state}
