@@ -9,6 +9,7 @@ wide mask may be sent narrow, and be widened where it is used.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
@@ -115,11 +116,11 @@ def _cheapest(
 def _needed(items: Items, made: Made, able: set[fx.Node]) -> Made:
     """Without what a stage makes for nobody, as all who need it make it for themselves.
 
-    (A stage keeps its last call.)
+    (A stage keeps the last call that no stage before makes.)
     """
     facts = items.facts
     returned = set(results_of(facts.annotated.captured.graph_module.graph))
-    left = [sum(k in stages for stages in made.values()) for k in range(facts.aim.stages)]
+    own = Counter(stages[0] for stages in made.values())
     found = dict(made)
     for node in reversed(facts.calls):
         stages = found[node]
@@ -129,7 +130,9 @@ def _needed(items: Items, made: Made, able: set[fx.Node]) -> Made:
         if node in returned or wanted - set(stages):  # someone is sent it
             wanted.add(stages[0])
         for k in stages:
-            if k not in wanted and left[k] > 1 and len(found[node]) > 1:
+            first = found[node][0]
+            if k not in wanted and len(found[node]) > 1 and (k != first or own[k] > 1):
                 found[node] = tuple(other for other in found[node] if other != k)
-                left[k] -= 1
+                own[first] -= 1
+                own[found[node][0]] += 1
     return found

@@ -270,3 +270,33 @@ def test_a_lookup_goes_to_its_table_or_to_its_user(
     cut = split(found, on(replace(DEFAULT, link=Link(1.0)), 2))
     assert homes(cut, "embedding") == expected
     assert bool(cut.stages[1].lent) == (expected == [0, 1])
+
+
+class Early(nn.Module):
+    """Cheap calls first, which only later stages need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(256, 256) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ramp = torch.arange(256).to(torch.float32)
+        wave = ramp.cos() * ramp.sin()
+        return self.layers[1](self.layers[0](x) * wave) + wave
+
+
+@pytest.mark.parametrize("first", [1, 3, 5])
+def test_a_stage_keeps_a_call_of_its_own(first: int) -> None:
+    """Planned so that the first stage has cheap calls alone, some of which are made again."""
+    found = annotate(captured_of(Early(), torch.randn(4, 256)))
+    aim = on(SLOW, 2)
+    items = items_of(found, aim)
+    calls = items.facts.calls
+    made = repeated(items, {n: int(at >= first) for at, n in enumerate(calls)})
+    homes = [stages[0] for stages in made.values()]
+    assert homes.count(0) == 1  # all others have moved to where they are needed
+    assert all(0 not in made[n] for n in calls if made[n][0])
+    for node in calls:
+        for source in node.all_input_nodes:
+            if source in made:
+                assert made[source][0] <= made[node][0]
