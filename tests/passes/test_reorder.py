@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 import autopipe
 from autopipe import compiled
-from autopipe.passes import driver
 from autopipe.passes.callfacts import CallFacts
 from autopipe.passes.convex import Items
 from autopipe.passes.ir import Annotated
@@ -48,20 +47,13 @@ def any_cut(found: Annotated, K: int, seed: int) -> Planned:
 def in_any_order(monkeypatch: pytest.MonkeyPatch, model: nn.Module, args: Any, K: int) -> Any:
     """A pipeline whose stages are a cut of a random order, in micro-batches of two."""
 
-    def cut(*given: Any, **options: Any) -> Split:
-        captured = split_captured(*given, **options)
-        return split(captured, aim_at(K, SIZE), planned=any_cut(captured, K, 2), must_fit=False)
+    def cut(annotated: Annotated, *given: Any, **options: Any) -> Split:
+        return split(annotated, aim_at(K, SIZE), planned=any_cut(annotated, K, 2), must_fit=False)
 
     monkeypatch.setattr(compiled, "cut_in_space", cut)
     pipe = autopipe.compile(model, ["cpu"] * K, 2, args=args[0], kwargs=args[1])
     monkeypatch.undo()
     return pipe
-
-
-def split_captured(*given: Any, **options: Any) -> Annotated:
-    """What `cut_in_space` captures and costs."""
-    whole = driver.cut_in_space(*given, **options | {"aim": aim_at(1, SIZE)})
-    return whole.annotated
 
 
 @pytest.mark.parametrize("name", [n for n, e in MODELS.items() if not e.random])
