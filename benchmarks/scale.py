@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from autopipe.batch import batch_of
+from autopipe.choice import models_of
 from autopipe.options import check
 from autopipe.passes._torch import lazy_code
-from autopipe.passes.aim import aim_of
+from autopipe.passes.aim import Aim
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
-from autopipe.passes.split import split
+from autopipe.passes.driver import cut_in_space
 from autopipe.passes.totals import stage_cost
-from autopipe.planner import phases_of
+from autopipe.planner import clocks_of, phases_of
 from autopipe.planner import plan as make_plan
 from autopipe.structure import flatten
 
@@ -57,22 +58,23 @@ def planned(
         in_dims=0,
         out_reduce=None,
         batch_norm="deferred",
-        loss_fn=None,
-        backend="eager",
     )
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(0, model, args, kwargs)
+    remat = options.given.remat
+    models = models_of(options.devices)
     marks = [time.process_time()]
     with lazy_code():
         captured = capture(model, leaves, spec, dims)
         marks.append(time.process_time())
         annotated = annotate(captured)
         marks.append(time.process_time())
-        cut = split(annotated, aim_of(options.devices, 1))
-        marks.append(time.process_time())
-        phased = phases_of(model, cut, leaves, [1] * SAMPLES, options)
-        marks.append(time.process_time())
-        plan = make_plan(model, cut, phased, [1] * SAMPLES, options)
+    aim = Aim(1, models, remat, (SAMPLES,) * stages, (None,) * stages)
+    cut = cut_in_space(annotated, aim)
+    marks.append(time.process_time())
+    phased = phases_of(model, cut, leaves, [1] * SAMPLES, options, remat)
+    marks.append(time.process_time())
+    plan = make_plan(model, cut, phased, [1] * SAMPLES, options, clocks_of(models))
     marks.append(time.process_time())
     costs = [stage_cost(cut, stage, 1) for stage in cut.stages]
     names = PASSES
