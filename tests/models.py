@@ -144,7 +144,7 @@ def unet() -> tuple[nn.Module, Inputs]:
 
 def transformer(dropout: float = 0.0) -> tuple[nn.Module, Inputs]:
     torch.manual_seed(0)
-    model = nn.Transformer(32, 2, 2, 2, 64, dropout=dropout, batch_first=True)
+    model = nn.Transformer(32, 2, 1, 2, 64, dropout=dropout, batch_first=True)
 
     def inputs(batch: int) -> Any:
         source = torch.randn(batch, 6, 32, generator=_random(batch))
