@@ -7,7 +7,7 @@ the difficult value truly crosses from one to another.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,8 +20,9 @@ from autopipe.errors import CouplingError
 from autopipe.report.stages import Boundary
 
 from .agreement import assert_agrees, assert_close, fresh, objective, pipelined
+from .plans import plan_at
 
-WIDTH, BATCH, STAGES = 6, 7, 3
+WIDTH, BATCH, STAGES, CHUNKS = 6, 7, 3, 3
 REMATS = ("none", "full", "min-cut")
 Body = Callable[..., Any]
 
@@ -59,9 +60,15 @@ def sample(seed: int = 1) -> Tensor:
     return random(BATCH, WIDTH, seed=seed).requires_grad_()
 
 
-def piped(body: Body, *args: Any, remat: str = "full", **kwargs: Any) -> autopipe.Pipeline:
-    """Three stages, three uneven micro-batches; compared with eager."""
-    pipe = pipelined(Net(body), devices=STAGES, remat=remat)
+def piped(
+    body: Body, *args: Any, remat: str = "full", starts: Sequence[str] = (), **kwargs: Any
+) -> autopipe.Pipeline:
+    """Three stages, three uneven micro-batches; compared with eager.
+
+    `starts`: the calls at which the last two stages start, if that matters.
+    """
+    plan = plan_at(starts, Net(body), CHUNKS, *args, remat=remat, **kwargs) if starts else None
+    pipe = pipelined(Net(body), devices=STAGES, chunks=CHUNKS, remat=remat, plan=plan)
     assert_agrees(pipe, *args, **kwargs)
     return pipe
 
@@ -91,16 +98,24 @@ def test_inputs_that_only_a_later_stage_uses(remat: str) -> None:
     mask = random(BATCH, WIDTH, seed=2) > 1
     step, labels = torch.arange(BATCH), torch.arange(BATCH) % WIDTH
     labels[2] = -100
-    pipe = piped(late, sample(), mask=mask, step=step, labels=labels, remat=remat)
+    starts = ("linear_2", "masked_fill")
+    pipe = piped(late, sample(), mask=mask, step=step, labels=labels, remat=remat, starts=starts)
     received = [[b.name for b in s.inputs if b.kind == "input"] for s in pipe.stages]
     assert [len(names) for names in received] == [1, 0, 3]
 
 
-ORDERS: dict[str, Body] = {
-    "second first": lambda net, a, b, c: net.deep(b) - a.exp() * c,
-    "last first": lambda net, a, b, c: net.deep(c, 2) + net.deep(b, 3) * 2 - a,
-    "each by a layer": lambda net, a, b, c: (
-        torch.tanh(net.layers[0](c)) @ net.matrix + net.deep(torch.tanh(net.layers[1](b)) - a, 2)
+ORDERS: dict[str, tuple[Body, tuple[str, str]]] = {
+    "second first": (lambda net, a, b, c: net.deep(b) - a.exp() * c, ("linear_2", "exp")),
+    "last first": (
+        lambda net, a, b, c: net.deep(c, 2) + net.deep(b, 3) * 2 - a,
+        ("linear_2", "mul"),
+    ),
+    "each by a layer": (
+        lambda net, a, b, c: (
+            torch.tanh(net.layers[0](c)) @ net.matrix
+            + net.deep(torch.tanh(net.layers[1](b)) - a, 2)
+        ),
+        ("linear_1", "linear_2"),
     ),
 }
 
@@ -110,10 +125,11 @@ ORDERS: dict[str, Body] = {
 def test_inputs_of_equal_shapes_used_in_another_order(order: str, names: str) -> None:
     """Not in the signature's: swapped inputs would give other numbers and no error."""
     a, b, c = sample(1), sample(2), sample(3)
+    body, starts = ORDERS[order]
     if names == "positions":
-        pipe = piped(ORDERS[order], a, b, c)
+        pipe = piped(body, a, b, c, starts=starts)
     else:
-        pipe = piped(ORDERS[order], c=c, a=a, b=b)
+        pipe = piped(body, c=c, a=a, b=b, starts=starts)
     users = {b.name: b.targets for s in pipe.stages for b in s.inputs if b.kind == "input"}
     assert len(set(users.values())) > 1, "different stages use them"
 
@@ -307,7 +323,7 @@ ODD: dict[str, tuple[Body, Callable[[Tensor], bool]]] = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_tensors_between_stages(name: str, remat: str) -> None:
     body, is_odd = ODD[name]
-    pipe = piped(body, sample(), remat=remat)
+    pipe = piped(body, sample(), remat=remat, starts=("linear_2", "tanh_2"))
     odd = [b for b, value in crossing(pipe) if is_odd(value)]
     assert 2 in {k for b in odd for k in b.targets}, "it crosses, to the last stage"
 
