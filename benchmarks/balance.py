@@ -108,18 +108,18 @@ def main() -> None:
             model, inputs = MODELS[name]()
             call = inputs(BATCH)
 
-            def planned(**options: Any) -> autopipe.Plan:
-                return autopipe.plan(
+            table, profiled = (
+                autopipe.plan(
                     model,
                     ["cpu"] * K,
                     CHUNKS,
                     remat="none",
                     args=call[0],
                     kwargs=call[1],
-                    **options,
+                    profile=profile,
                 )
-
-            table, profiled = planned(), planned(profile=True)
+                for profile in (False, True)
+            )
             pipes = [
                 autopipe.compile(model, plan=p, args=call[0], kwargs=call[1])
                 for p in (profiled, table)

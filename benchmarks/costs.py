@@ -159,9 +159,10 @@ def middling() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     return found
 
 
-def balance(weights: list[float], start: int) -> float:
-    """Mean stage over largest stage of two stages, the second beginning at `start`."""
-    return sum(weights) / 2 / max(sum(weights[:start]), sum(weights[start:]))
+def balance(weights: list[float], second: list[bool]) -> float:
+    """Mean stage over largest stage of two stages; `second`: which calls are in the second."""
+    late = sum(weight for weight, is_late in zip(weights, second, strict=True) if is_late)
+    return sum(weights) / 2 / max(late, sum(weights) - late)
 
 
 def splits(batch: int = 4) -> None:
@@ -192,12 +193,13 @@ def splits(batch: int = 4) -> None:
             "seconds": [t.forward + t.backward for t in times],
         }
         for rule, weights in rules.items():
-            times = {n.name: Seconds(w, 0.0, 0.0) for n, w in zip(calls, weights, strict=True)}
+            known = {n.name: Seconds(w, 0.0, 0.0) for n, w in zip(calls, weights, strict=True)}
             aim = aim_of([torch.device("cpu")] * 2, batch, remat="none")
-            start = len(split(found, replace(aim, times=times)).calls[0])
+            late = {n.name for n in split(found, replace(aim, times=known)).calls[1]}
+            second = [n.name in late for n in calls]
             print(
-                f"{name:8} cut by {rule:8} balance in FLOPs {balance(work, start):.3f},"
-                f" in measured time {balance(real, start):.3f}"
+                f"{name:8} cut by {rule:8} balance in FLOPs {balance(work, second):.3f},"
+                f" in measured time {balance(real, second):.3f}"
             )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from autopipe.errors import OptionError
+
 from .cost import run_again, seconds
 from .graphs import is_size, spec_of
 from .ir import B, Kind
@@ -66,9 +68,17 @@ class CallFacts:
         return {node: self.at_batch(costs[node.name].saved_bytes) for node in self.calls}
 
     def seconds(self, device: Device, again: float) -> dict[fx.Node, float]:
-        """Of each call on a device, if a share of what can be is run again."""
+        """Of each call on a device, if a share of what can be is run again.
+
+        Raises:
+            OptionError: the aim's times lack a call.
+        """
         if (device, again) not in self._seconds:
             measured, costs = self.aim.times, self.annotated.costs
+            for node in self.calls:
+                if measured is not None and node.name not in measured:
+                    expected = "a time for each call of the captured graph"
+                    raise OptionError("`times` of a cut", node=node.name, expected=expected)
             used = {costs[node.name] for node in self.calls} if measured is None else ()
             times = {cost: seconds(cost, device, self.aim.batch) for cost in used}
             found = {}

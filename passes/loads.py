@@ -5,9 +5,9 @@ from there on all is exact.
 
 Time of a stage: forward and backward of its calls, the share of their recompute that its
 rematerialization runs again, and the transfers across its left boundary: what it receives, and for
-what needs one the gradient that it sends back. (The sender is not charged.) A parameter that an
-earlier stage holds comes once a step, which is not counted, but its gradient goes back with every
-micro-batch. What the caller gives is not counted either.
+what needs one the gradient that it sends back, over its device's link. (The sender is not charged.)
+A parameter that an earlier stage holds comes once a step, which is not counted, but its gradient
+goes back with every micro-batch. What the caller gives is not counted either.
 
 Memory of a stage, an estimate for the search (the truth is known when the stage is traced):
 

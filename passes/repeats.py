@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ._torch import storage_id_of
 from .graphs import is_effect, is_random, is_size, written_arguments
-from .ir import Kind, results_of
+from .ir import Kind
 from .mincut import Edge, source_side
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def repeatable(items: Items) -> set[fx.Node]:
     alone = {part[0] for part in items.members if len(part) == 1}
     changed = {target for target, _ in captured.updates}
     written = {storage_id_of(n) for node in facts.calls for n in written_arguments(node)}
-    internal = {output.name for output in captured.outputs}
+    returned = {output.name for output in captured.outputs}
     found: set[fx.Node] = set()
     for node in facts.calls:
         sources = [source for source in node.all_input_nodes if not is_size(source)]
@@ -43,7 +43,7 @@ def repeatable(items: Items) -> set[fx.Node]:
             node in alone
             and not any(map(is_size, node.users))
             and isinstance(node.meta.get("val"), Tensor)
-            and node.name not in internal
+            and node.name not in returned
             and getattr(node.target, "namespace", None) == "aten"
             and not (is_random(node) or is_effect(node) or facts.wants_gradient(node))
             and not {storage_id_of(n) for n in (node, *sources)} & written
@@ -118,16 +118,14 @@ def _needed(items: Items, made: Made, able: set[fx.Node]) -> Made:
 
     (A stage keeps the last call that no stage before makes.)
     """
-    facts = items.facts
-    returned = set(results_of(facts.annotated.captured.graph_module.graph))
     own = Counter(stages[0] for stages in made.values())
     found = dict(made)
-    for node in reversed(facts.calls):
+    for node in reversed(items.facts.calls):
         stages = found[node]
         if node not in able or len(stages) == 1:
             continue
         wanted = {k for user in node.users for k in found[user]}
-        if node in returned or wanted - set(stages):  # someone is sent it
+        if wanted - set(stages):  # someone is sent it
             wanted.add(stages[0])
         for k in stages:
             first = found[node][0]

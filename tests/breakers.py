@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ import autopipe
 from autopipe.report.stages import Boundary
 
 from .agreement import assert_agrees, pipelined
+from .plans import plan_at
 
-WIDTH, BATCH, STAGES = 6, 7, 3
+WIDTH, BATCH, STAGES, CHUNKS = 6, 7, 3, 3
 REMATS = ("none", "full", "min-cut")
 Body = Callable[..., Any]
 
@@ -51,9 +52,15 @@ def sample(seed: int = 1) -> Tensor:
     return random(BATCH, WIDTH, seed=seed).requires_grad_()
 
 
-def piped(body: Body, *args: Any, remat: str = "full", **kwargs: Any) -> autopipe.Pipeline:
-    """Three stages, three uneven micro-batches; compared with eager."""
-    pipe = pipelined(Net(body), devices=STAGES, remat=remat)
+def piped(
+    body: Body, *args: Any, remat: str = "full", starts: Sequence[str] = (), **kwargs: Any
+) -> autopipe.Pipeline:
+    """Three stages, three uneven micro-batches; compared with eager.
+
+    `starts`: the calls at which the last two stages start, if that matters.
+    """
+    plan = plan_at(starts, Net(body), CHUNKS, *args, remat=remat, **kwargs) if starts else None
+    pipe = pipelined(Net(body), devices=STAGES, chunks=CHUNKS, remat=remat, plan=plan)
     assert_agrees(pipe, *args, **kwargs)
     return pipe
 

@@ -1,10 +1,14 @@
-"""Plans made by hand, of any size: for what is drawn of a plan."""
+"""Plans made by hand: of any size, for what is drawn of a plan; with cuts at given calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
+import autopipe
 from autopipe.plans import Crossing, Plan, StagePlan, Times
 
 
@@ -71,3 +75,16 @@ def made_plan(
     assert not facts, facts
     plan.verify()
     return plan
+
+
+def plan_at(
+    starts: Sequence[str], model: nn.Module, chunks: int, *args: Any, remat: str, **kwargs: Any
+) -> Plan:
+    """The plan of a model's call, on the CPU, in which stages start at these calls as captured."""
+    given: dict[str, Any] = {"remat": remat, "args": args, "kwargs": kwargs}
+    plan = autopipe.plan(model, ["cpu"] * (len(starts) + 1), chunks, **given)
+    order = autopipe.plan(model, ["cpu"], chunks, **given)  # in one stage no call is moved
+    firsts = (order.stages[0].first, *starts)
+    pairs = zip(plan.stages, firsts, strict=True)
+    stages = tuple(replace(stage, first=first) for stage, first in pairs)
+    return replace(plan, graph=order.graph, stages=stages)

@@ -33,16 +33,24 @@ def test_inputs_that_only_a_later_stage_uses(remat: str) -> None:
     mask = random(BATCH, WIDTH, seed=2) > 1
     step, labels = torch.arange(BATCH), torch.arange(BATCH) % WIDTH
     labels[2] = -100
-    pipe = piped(late, sample(), mask=mask, step=step, labels=labels, remat=remat)
+    starts = ("linear_2", "masked_fill")
+    pipe = piped(late, sample(), mask=mask, step=step, labels=labels, remat=remat, starts=starts)
     received = [[b.name for b in s.inputs if b.kind == "input"] for s in pipe.stages]
     assert [len(names) for names in received] == [1, 0, 3]
 
 
-ORDERS: dict[str, Body] = {
-    "second first": lambda net, a, b, c: net.deep(b) - a.exp() * c,
-    "last first": lambda net, a, b, c: net.deep(c, 2) + net.deep(b, 3) * 2 - a,
-    "each by a layer": lambda net, a, b, c: (
-        torch.tanh(net.layers[0](c)) @ net.matrix + net.deep(torch.tanh(net.layers[1](b)) - a, 2)
+ORDERS: dict[str, tuple[Body, tuple[str, str]]] = {
+    "second first": (lambda net, a, b, c: net.deep(b) - a.exp() * c, ("linear_2", "exp")),
+    "last first": (
+        lambda net, a, b, c: net.deep(c, 2) + net.deep(b, 3) * 2 - a,
+        ("linear_2", "mul"),
+    ),
+    "each by a layer": (
+        lambda net, a, b, c: (
+            torch.tanh(net.layers[0](c)) @ net.matrix
+            + net.deep(torch.tanh(net.layers[1](b)) - a, 2)
+        ),
+        ("linear_1", "linear_2"),
     ),
 }
 
@@ -52,10 +60,11 @@ ORDERS: dict[str, Body] = {
 def test_inputs_of_equal_shapes_used_in_another_order(order: str, names: str) -> None:
     """Not in the signature's: swapped inputs would give other numbers and no error."""
     a, b, c = sample(1), sample(2), sample(3)
+    body, starts = ORDERS[order]
     if names == "positions":
-        pipe = piped(ORDERS[order], a, b, c)
+        pipe = piped(body, a, b, c, starts=starts)
     else:
-        pipe = piped(ORDERS[order], c=c, a=a, b=b)
+        pipe = piped(body, c=c, a=a, b=b, starts=starts)
     users = {b.name: b.targets for s in pipe.stages for b in s.inputs if b.kind == "input"}
     assert len(set(users.values())) > 1, "different stages use them"
 

@@ -92,7 +92,7 @@ def _figures(facts: Facts) -> str:
         ("step time", seconds(line.makespan), "predicted"),
         ("per sample", seconds(line.makespan / facts.batch), "predicted"),
         ("bubble", f"{line.bubble:.1%}", "of the pipeline's time idle"),
-        ("balance", f"{plan.balance:.3f}", "mean stage over largest"),
+        ("balance", f"{plan.balance:.3f}", f"mean stage over largest{_gap(plan)}"),
         ("parameters", nbytes(parameters), f"largest stage {nbytes(largest)}"),
     ]
     return tag(
@@ -102,6 +102,11 @@ def _figures(facts: Facts) -> str:
             for what, value, more in shown
         ),
     )
+
+
+def _gap(plan: Plan) -> str:
+    """How far the cut is from the best possible, if that is known."""
+    return "" if plan.gap is None else f"; no cut is more than {plan.gap:.1%} better"
 
 
 def _graph(facts: Facts) -> str:

@@ -189,6 +189,9 @@ def test_measured_times_take_the_place_of_the_devices() -> None:
     assert len(cut.calls[0]) <= 2
     assert cut.facts.bottleneck == 42.0
     assert cut.facts.lower_bound == pytest.approx((39 + 15 * 3) / 2)
+    with pytest.raises(OptionError, match="`times`") as error:
+        split(LAYERS, aim([DEFAULT] * 2, times={nodes[0]: times[nodes[0]]}))
+    assert error.value.node == nodes[1]
 
 
 class Bottle(nn.Module):
