@@ -87,4 +87,4 @@ def plan_at(
     firsts = (order.stages[0].first, *starts)
     pairs = zip(plan.stages, firsts, strict=True)
     stages = tuple(replace(stage, first=first) for stage, first in pairs)
-    return replace(plan, graph=order.graph, stages=stages)
+    return replace(plan, graph=order.graph, stages=stages, begins=(), repeated=())
