@@ -1,0 +1,96 @@
+"""Stages timed on the real device: what is measured, and that a plan made of it holds together."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autopipe
+from autopipe.measure import measured_clocks
+from autopipe.passes.devices import CPU_CORE
+from autopipe.passes.work import PhaseSeconds
+from tests.models import gpt2
+from tests.programs import CPU, phased_of, split_of
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What calls take is remembered on disk: not on the user's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+class Sized(nn.Module):
+    """Two layers of which the second makes many times the work of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Linear(64, 64), nn.Linear(64, 4096)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.large(torch.tanh(self.small(x))).square().mean()
+
+
+def test_times_are_those_of_the_work() -> None:
+    """Independent truth: the same products, timed here by hand."""
+    model, x = Sized(), torch.randn(256, 64)
+    (stage,) = phased_of(split_of(model, 1, x), model, 256, ((x,), {}), remat="none").stages
+    (clock,) = measured_clocks([CPU], [CPU_CORE])
+    found = clock.seconds(stage)
+    again = clock.seconds(stage)
+    assert found == again, "a stage is timed once"
+    best = min(_timed(model, x) for _ in range(10))
+    assert isinstance(found, PhaseSeconds)
+    assert min(found.forward, found.backward + found.weight) > 0
+    assert best / 4 < found.total < best * 4, "of the order of eager's"
+
+
+def _timed(model: nn.Module, x: Tensor) -> float:
+    start = time.perf_counter()
+    model(x).backward()
+    return time.perf_counter() - start
+
+
+def test_a_failure_ends_all_workers() -> None:
+    """A stage that cannot run alone is an error, and nobody waits for the others."""
+
+    class Inverse(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.cholesky(x).sum()
+
+    x = torch.eye(3).expand(4, 3, 3)
+    (stage,) = phased_of(split_of(Inverse(), 1, x), Inverse(), 4, ((x,), {}), remat="none").stages
+    clock = measured_clocks([CPU, CPU], [CPU_CORE] * 2)[0]
+    try:
+        clock.seconds(stage)
+    except RuntimeError:
+        return  # of random numbers a root may not be there
+    assert clock.seconds(stage).forward > 0
+
+
+@pytest.mark.parametrize("remat", ["full", "none", 0.5])
+def test_a_measured_plan_is_one_to_run(remat: str | float) -> None:
+    model, inputs = gpt2()
+    _, kwargs = inputs(4)
+    plan = autopipe.plan(model, ["cpu"] * 2, 2, remat=remat, profile=True, kwargs=kwargs)
+    assert {s.speeds.split(" on ")[0] for s in plan.stages} == {"measured"}
+    assert all(s.forward_seconds > 0 and s.backward_seconds > 0 for s in plan.stages)
+    assert plan.step_seconds >= max(2 * s.seconds for s in plan.stages)
+    pipe = autopipe.compile(model, plan=plan)
+    loss = pipe(**kwargs).loss
+    loss.backward()
+    assert torch.allclose(loss, model(**kwargs).loss)
+    assert pipe.plan == plan, "what was measured is not forgotten"
+
+
+def test_random_state_is_left_alone() -> None:
+    model, inputs = gpt2(dropout=0.1)
+    _, kwargs = inputs(4)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    autopipe.plan(model, ["cpu"] * 2, 2, profile=True, kwargs=kwargs)
+    assert torch.equal(torch.rand(3), expected)
