@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from autopipe.passes.devices import Device
     from autopipe.passes.ir import Annotated
 
+REFINEMENTS = 3
+"""How often a cut is made again with what its stages really took, where stages are timed."""
+
 
 def choose(
     model: nn.Module,
@@ -55,7 +58,8 @@ def choose(
     """
     search = _search(model, annotated, leaves, options, progress)
     try:
-        return search.best(batch)
+        chosen = search.best(batch)
+        return _refined(search, chosen, batch) if options.profile else chosen
     except MemoryLimitError as error:
         remedies = list(_remedies(search, batch))
         raise MemoryLimitError(
@@ -105,6 +109,34 @@ def _search(
 
     clocks = measured_clocks(options.devices, models)
     return Search(model, annotated, leaves, options, models, clocks, measured, progress)
+
+
+def _refined(search: Search, chosen: Chosen, batch: int) -> Chosen:
+    """Cut again with what stages took as a whole.
+
+    Calls are timed one by one, with their arguments in the cache and nothing beside them. Stages,
+    timed as they run, tell how far the sum of their calls is off; so much longer or shorter each of
+    them is taken to be, and the cut is made again, as long as the step gets shorter.
+    """
+    plan = chosen.plan
+    remat = search.options.planned(plan).remat
+    search = replace(search, options=replace(search.options, chunks=plan.chunks, remat=remat))
+    for _ in range(REFINEMENTS):
+        assert search.measured is not None
+        times = dict(search.measured(max(plan.sizes)))
+        for k, calls in enumerate(chosen.split.calls):
+            share = chosen.plan.stages[k].seconds / max(chosen.split.facts.seconds[k], 1e-12)
+            times |= {n.name: Seconds(*(share * t for t in times[n.name])) for n in calls}
+        search = replace(search, measured=_always(times))
+        again = search.at(batch, plan.chunks)
+        if again.plan.step_seconds >= chosen.plan.step_seconds:
+            break
+        chosen = again
+    return chosen
+
+
+def _always(times: Mapping[str, Seconds]) -> Callable[[int], Mapping[str, Seconds]]:
+    return lambda size: times
 
 
 # ---------------------------------------------------------------------------- if nothing fits

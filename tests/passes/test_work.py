@@ -56,7 +56,7 @@ def test_what_is_kept_decides_what_is_made_again() -> None:
     times = {p: [phase_seconds(s, H100) for s in every("gpt2", p)] for p in ("none", "full")}
     for none, full in zip(times["none"], times["full"], strict=True):
         # (Backwards begin with some zeros of their own, which need no gradient.)
-        assert none.recompute < 0.1 * full.recompute
+        assert none.recompute < 0.2 * full.recompute
         assert full.recompute <= (full.forward + none.recompute) * (1 + 1e-9)
         assert none.forward == pytest.approx(full.forward)
         later = [s.backward + s.weight for s in (none, full)]
