@@ -5,15 +5,21 @@
 1. the transparency tests with all stages on cuda:0 (`tests/test_gpu.py`);
 2. the overhead figure (`benchmarks.overhead` chooses cuda:0 by itself);
 3. peak memory of GPT-2 (24 layers, d 1024, sequence 512), batch 8 in 8 micro-batches, two stages on
-   cuda:0, for remat none, full and min-cut, beside plain gradient accumulation over micro-batches.
+   cuda:0, for remat none, full and min-cut, beside plain gradient accumulation over micro-batches;
+4. the same model in one stage, planned with `profile=True` and run: predicted against measured step
+   time (bar 10 %) and peak memory (parameters, gradients, micro-batches; bar 5 %), for three numbers
+   of micro-batches and three policies.
 
 Prints what belongs into RESULTS.md, the machine named. Exits with 2 where there is no GPU.
 """
 
 from __future__ import annotations
 
+import gc
+import statistics
 import subprocess
 import sys
+import time
 
 import torch
 
@@ -29,6 +35,7 @@ def peak(step: object) -> float:
     """GiB allocated at most during one step, after a warm-up step."""
     assert callable(step)
     step()
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     step()
@@ -62,6 +69,45 @@ def memory() -> None:
         print(f", of which saved by stages {saved} GiB")
 
 
+def predictions() -> None:
+    """One stage: with several on one GPU nothing says how they share it."""
+    device = torch.device("cuda:0")
+    for chunks in (2, 4, 8):
+        for remat in ("none", "full", "min-cut"):
+            model, inputs = gpt2(layers=12, width=1024, heads=16, sequence=512, vocabulary=50257)
+            model.to(device)
+            batch = {name: x.to(device) for name, x in inputs(16).items()}
+            plan = autopipe.plan(model, [device], chunks, remat=remat, profile=True, kwargs=batch)
+            pipe = autopipe.compile(model, plan=plan, kwargs=batch)
+
+            def step(
+                pipe: autopipe.Pipeline = pipe, batch: dict[str, torch.Tensor] = batch
+            ) -> None:
+                pipe(**batch).loss.backward()
+
+            model.zero_grad()
+            (stage,) = plan.stages
+            predicted = stage.memory_bytes - stage.optimizer_bytes
+            measured = peak(step) * 2**30
+            seconds = []
+            for _ in range(5):
+                model.zero_grad()
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                step()
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+            found = statistics.median(seconds)
+            print(
+                f"remat {remat}, M={chunks}: step predicted {1e3 * plan.step_seconds:.1f} ms,"
+                f" measured {1e3 * found:.1f} ms ({plan.step_seconds / found - 1:+.1%}); memory"
+                f" predicted {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB"
+                f" ({predicted / measured - 1:+.1%})",
+                flush=True,
+            )
+            del pipe, model
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("no GPU here: nothing was measured")
@@ -70,6 +116,7 @@ def main() -> int:
     failed = subprocess.call([sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"])
     overhead.main()
     memory()
+    predictions()
     return failed
 
 
