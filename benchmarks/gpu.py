@@ -7,8 +7,8 @@
 3. peak memory of GPT-2 (24 layers, d 1024, sequence 512), batch 8 in 8 micro-batches, two stages on
    cuda:0, for remat none, full and min-cut, beside plain gradient accumulation over micro-batches;
 4. the same model in one stage, planned with `profile=True` and run: predicted against measured step
-   time (bar 10 %) and peak memory (parameters, gradients, micro-batches; bar 5 %), for three numbers
-   of micro-batches and three policies.
+   time (bar 10 %) and peak memory (parameters, gradients, micro-batches; bar 5 %), at three numbers
+   of micro-batches, with three policies.
 
 Prints what belongs into RESULTS.md, the machine named. Exits with 2 where there is no GPU.
 """
@@ -83,15 +83,14 @@ def predictions() -> None:
             def step(
                 pipe: autopipe.Pipeline = pipe, batch: dict[str, torch.Tensor] = batch
             ) -> None:
+                pipe.zero_grad()
                 pipe(**batch).loss.backward()
 
-            model.zero_grad()
             (stage,) = plan.stages
             predicted = stage.memory_bytes - stage.optimizer_bytes
             measured = peak(step) * 2**30
             seconds = []
             for _ in range(5):
-                model.zero_grad()
                 torch.cuda.synchronize()
                 start = time.perf_counter()
                 step()
