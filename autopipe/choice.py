@@ -128,7 +128,10 @@ def _refined(search: Search, chosen: Chosen, batch: int) -> Chosen:
             share = chosen.plan.stages[k].seconds / max(chosen.split.facts.seconds[k], 1e-12)
             times |= {n.name: Seconds(*(share * t for t in times[n.name])) for n in calls}
         search = replace(search, measured=_always(times))
-        again = search.at(batch, plan.chunks)
+        try:
+            again = search.best(batch)
+        except MemoryLimitError:
+            break
         if again.plan.step_seconds >= chosen.plan.step_seconds:
             break
         chosen = again
