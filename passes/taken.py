@@ -19,7 +19,9 @@ from .ir import Kind
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from .aim import Aim
     from .policies import Policy
+    from .staged import Split
 
 Made = dict[fx.Node, tuple[int, ...]]
 """For each call the stages that make it, ascending: one, but for what is cheap to repeat."""
@@ -69,6 +71,15 @@ def taken(facts: CallFacts, made: Made) -> Taken:
         nbytes.append(size)
         remat.append(policy)
     return Taken(tuple(seconds), tuple(nbytes), tuple(remat))
+
+
+def taken_by(split: Split, aim: Aim) -> Taken:
+    """What the stages of a cut would take with another aim."""
+    made: dict[fx.Node, tuple[int, ...]] = {}
+    for k, calls in enumerate(split.calls):
+        for node in calls:
+            made[node] = (*made.get(node, ()), k)
+    return taken(CallFacts(split.annotated, aim), made)
 
 
 def _policy(
