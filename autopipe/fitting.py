@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Make = Callable[[Sequence[Policy]], "Chosen"]  # the plan of a cut, a policy for each stage
 
-LADDER: tuple[Policy, ...] = ("none", "min-cut", 0.75, 0.5, 0.25, "full")
+LADDER: tuple[Policy, ...] = ("none", "min-cut", 0.5, "full")
 """Policies from the one that makes least work to the one that keeps least."""
 
 HALVINGS = 3
@@ -57,7 +57,13 @@ class Fitted:
     tried: tuple[dict[Policy, StagePlan], ...]
 
 
-def fitted(make: Make, ladders: Sequence[Sequence[Policy]], start: Sequence[Policy]) -> Fitted:
+def fitted(
+    make: Make,
+    ladders: Sequence[Sequence[Policy]],
+    start: Sequence[Policy],
+    *,
+    climb: bool = True,
+) -> Fitted:
     """The plan in which each stage has the first policy of its ladder with which it fits.
 
     A stage that fits with the policy it starts with tries those before it, one that does not those
@@ -67,6 +73,7 @@ def fitted(make: Make, ladders: Sequence[Sequence[Policy]], start: Sequence[Poli
         make: makes a plan.
         ladders: for each stage, from the policy that makes least work to the one that keeps least.
         start: for each stage a policy of its ladder, by estimate the one that is looked for.
+        climb: whether to try what makes less work than a policy that fits.
     """
     steps = [ladder.index(policy) for ladder, policy in zip(ladders, start, strict=True)]
     tried: tuple[dict[Policy, StagePlan], ...] = tuple({} for _ in steps)
@@ -78,7 +85,7 @@ def fitted(make: Make, ladders: Sequence[Sequence[Policy]], start: Sequence[Poli
             tried[k][ladder[i]] = stage
             if missing_bytes(stage):
                 steps[k] = min(i + 1, len(ladder) - 1)
-            elif i and ladder[i - 1] not in tried[k]:
+            elif climb and i and ladder[i - 1] not in tried[k]:
                 steps[k] = i - 1
         if steps == before:
             return Fitted(chosen, tried)
@@ -97,9 +104,9 @@ def refined(make: Make, found: Fitted) -> Chosen:
     own = [_policy(stage) for stage in found.chosen.plan.stages]
     plans = [found.chosen]
     for i in range(HALVINGS + 1):
-        # What fits, and half way from there to what does not; at last what fits alone.
+        # Half way between what fits and what does not; at last what fits.
         tried = {k: (a + b) / 2 if i < HALVINGS else a for k, (a, b) in ranges.items()}
-        chosen = make([tried.get(k, policy) for k, policy in enumerate(own)])
+        chosen = make([tried.get(k) or policy for k, policy in enumerate(own)])
         plans += [chosen] if chosen.fits else []
         for k, fraction in tried.items():
             a, b = ranges[k]

@@ -46,10 +46,13 @@ if TYPE_CHECKING:
     from autopipe.passes.policies import Policy
     from autopipe.passes.staged import Split
     from autopipe.planner import Clock
-    from autopipe.plans import Plan, StagePlan
+    from autopipe.plans import Plan
 
 SURE = 0.9
 """Of a bound that goes by the costs of calls: how far a traced plan may be below it."""
+
+LIKELY = 0.85
+"""Likewise of the estimate for a cut with its policies."""
 
 RECUTS = 4
 """How often a cut under limits is made again with what the last one's stages really took."""
@@ -70,14 +73,21 @@ class _Tried:
 
     sizes: Sequence[int]
     lean: bool
-    seen: set[Any] = field(default_factory=set)
+    beat: float
+    cuts: dict[Any, Fitted] = field(default_factory=dict)
     found: list[Fitted] = field(default_factory=list)
     failures: list[MemoryLimitError] = field(default_factory=list)
+    missed: dict[tuple[int, Policy], int] = field(default_factory=dict)
 
     @property
     def enough(self) -> bool:
         """Whether it is known what was asked."""
         return self.lean and bool(self.found)
+
+    @property
+    def fastest(self) -> float:
+        """Seconds of the shortest step that is known."""
+        return min([self.beat, *map(_step, self.found)])
 
     @property
     def best(self) -> Fitted | None:
@@ -129,11 +139,11 @@ class Search:
                 continue
             sizes = microbatch.sizes(batch, chunks)
             try:
-                found = self._at(sizes)
+                found = self._at(sizes, math.inf if best is None else _step(best[0]))
             except (MemoryLimitError, InputError) as error:
                 failures.append(error)
                 continue
-            if best is None or _step(found) < _step(best[0]):
+            if found is not None and (best is None or _step(found) < _step(best[0])):
                 best = found, sizes
         if best is None:
             raise min(failures, key=_missing)
@@ -160,14 +170,24 @@ class Search:
             return True
         return False
 
-    def _at(self, sizes: Sequence[int], *, lean: bool = False) -> Fitted:
-        """The best plan for some micro-batches; `lean`: any that fits.
+    def _at(
+        self, sizes: Sequence[int], beat: float = math.inf, *, lean: bool = False
+    ) -> Fitted | None:
+        """The best plan for some micro-batches.
+
+        Args:
+            sizes: of the micro-batches.
+            beat: seconds of a step; cuts that will hardly take less are not traced.
+            lean: any plan that fits will do.
+
+        Returns:
+            The plan; None: none that was traced fits, and others would not be faster.
 
         Raises:
             MemoryLimitError, PartitionError, InputError: there is none.
         """
         K, given, limits = len(self.models), self.options.remat, self.options.limits
-        tried = _Tried(sizes, lean)
+        tried = _Tried(sizes, lean, beat)
         free = self.aim(sizes, given or ("none",) * K)
 
         def within(remat: Sequence[Any], share: float, times: int) -> None:
@@ -178,34 +198,37 @@ class Search:
         if lean:
             within(given or ("full",) * K, 1.0, RECUTS)
         if not tried.enough:
-            self._try(cut_in_space(self.annotated, free), free, tried)
+            balanced = cut_in_space(self.annotated, free)
+            found = self._try(balanced, free, tried)
+            tried.missed = _missed(balanced, free, found) if limits is not None else {}
         within(given or (LADDER,) * K, 1.0, RECUTS)
         if tried.found:
             for share in TIGHTER:
                 within(given or (LADDER,) * K, share, 2)
         elif not lean:
             within(given or ("full",) * K, 1.0, RECUTS)
-        if tried.best is None:
+        if tried.best is None and beat == math.inf:
             raise min(tried.failures, key=_missing)
         return tried.best
 
     def _within(self, aim: Aim, tried: _Tried, times: int) -> None:
         """Cut under limits, and again with what the last cut's stages really took."""
-        missed: dict[tuple[int, Policy], int] = {}
+        missed = dict(tried.missed)
         for i in range(times):
             try:
                 split = self._cut(replace(aim, missed=_spread(aim, missed)), () if i else WIDER)
             except PartitionError as error:
                 tried.failures.append(MemoryLimitError(error.problem, found=error.found))
                 return
-            found = self._try(split, aim, tried)
-            if found is None or tried.enough:
+            if _bound(split, tried.sizes) * LIKELY >= tried.fastest:
                 return
-            for policies in zip(*(_longest(found.tried)), strict=True):
-                estimate = taken_by(split, replace(aim, remat=policies)).nbytes
-                for k, policy in enumerate(policies):
-                    more = found.tried[k][policy].memory_bytes - estimate[k]
-                    missed[k, policy] = max(more, missed.get((k, policy), more))
+            found = self._try(split, replace(aim, missed=_spread(aim, missed)), tried)
+            if tried.enough:
+                return
+            more = _missed(split, aim, found)
+            if all(missed.get(at, -math.inf) >= nbytes for at, nbytes in more.items()):
+                return
+            missed |= {at: max(nbytes, missed.get(at, nbytes)) for at, nbytes in more.items()}
 
     def _cut(self, aim: Aim, wider: Sequence[float]) -> Split:
         """The cut for an aim; if there is none, the one for the first wider limits."""
@@ -218,19 +241,19 @@ class Search:
                     return cut_in_space(self.annotated, replace(aim, limits=room))
             raise
 
-    def _try(self, split: Split, aim: Aim, tried: _Tried) -> Fitted | None:
-        """Fit a cut, note the outcome; None if it was tried before."""
+    def _try(self, split: Split, aim: Aim, tried: _Tried) -> Fitted:
+        """Fit a cut, unless that was done, and note the outcome."""
         cut = tuple(stage.origins for stage in split.stages)
-        if cut in tried.seen:
-            return None
-        tried.seen.add(cut)
+        if cut in tried.cuts:
+            return tried.cuts[cut]
         K, given, limits = len(self.models), self.options.remat, self.options.limits
         ladders: list[tuple[Policy, ...]] = [LADDER] * K if given is None else [(p,) for p in given]
         wanted = replace(aim, remat=tuple(ladders), limits=limits or aim.limits)
         start = taken_by(split, wanted).remat
         if tried.lean:
             start = tuple(ladder[-1] for ladder in ladders)
-        found = fitted(partial(self._made, split, tried.sizes), ladders, start)
+        make = partial(self._made, split, tried.sizes)
+        found = tried.cuts[cut] = fitted(make, ladders, start, climb=not tried.lean)
         if found.chosen.fits:
             tried.found.append(found)
         else:
@@ -267,10 +290,7 @@ class Search:
             sizes = microbatch.sizes(batch, chunks)
             remat = self.options.remat or ("none",) * len(self.models)
             split = cut_in_space(self.annotated, self.aim(sizes, remat))
-            # Every stage takes its turn with some micro-batch, the slowest one with each.
-            seconds = split.facts.seconds
-            rest = sum(sizes) / max(sizes) - 1
-            bounds.append((sum(seconds) + rest * max(seconds), chunks))
+            bounds.append((_bound(split, sizes), chunks))
         for bound, chunks in sorted(bounds):
             yield chunks, bound
 
@@ -286,16 +306,29 @@ def numbers_of_chunks(batch: int, stages: int) -> list[int]:
     return sorted(n for n in different.values() if n <= min(batch, MOST_CHUNKS))
 
 
+def _bound(split: Split, sizes: Sequence[int]) -> float:
+    """Of a step, by the estimate for a cut.
+
+    (Every stage takes its turn with some micro-batch, the slowest one with each.)
+    """
+    seconds = split.facts.seconds
+    return sum(seconds) + (sum(sizes) / max(sizes) - 1) * max(seconds)
+
+
 def _step(found: Fitted) -> float:
     return found.chosen.plan.step_seconds
 
 
-def _longest(
-    tried: Sequence[Mapping[Policy, StagePlan]],
-) -> list[list[Policy]]:
-    """For each stage the policies that were tried, the last repeated to make them as many."""
-    count = max(map(len, tried))
-    return [[*known, *[next(reversed(known))] * (count - len(known))] for known in map(list, tried)]
+def _missed(split: Split, aim: Aim, found: Fitted) -> dict[tuple[int, Policy], int]:
+    """By how much the estimate of a cut's stages was too low, with the policies that were tried."""
+    most = max(map(len, found.tried))
+    rows = [[*tried, *[[*tried][-1]] * (most - len(tried))] for tried in found.tried]
+    missed = {}
+    for policies in zip(*rows, strict=True):  # (the last again where a stage tried fewer)
+        estimate = taken_by(split, replace(aim, remat=policies)).nbytes
+        for k, policy in enumerate(policies):
+            missed[k, policy] = found.tried[k][policy].memory_bytes - estimate[k]
+    return missed
 
 
 def _spread(aim: Aim, missed: Mapping[tuple[int, Policy], int]) -> dict[tuple[int, Policy], int]:
