@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autopipe.errors import InputError, MemoryLimitError, PartitionError
+from autopipe.errors import MemoryLimitError, PartitionError
+from autopipe.fitting import Chosen
 from autopipe.measure import measured_clocks
 from autopipe.passes.cost import Seconds
 from autopipe.passes.devices import CPU_CORE, DEVICES, H100
 from autopipe.planner import clocks_of
 from autopipe.profile import Timing, profile
-from autopipe.search import Chosen, Search, numbers_of_chunks
+from autopipe.search import Search, numbers_of_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,19 +165,17 @@ def _remedies(search: Search, batch: int) -> Iterator[str]:
 
 
 def _fits(search: Search, options: Options, batch: int) -> bool:
-    """Whether the leanest plan with these options does."""
-    K = len(options.devices)
-    lean = replace(options, remat=options.remat or ("full",) * K)
-    if lean.chunks is None:
-        lean = replace(lean, chunks=numbers_of_chunks(batch, K)[-1])
+    """Whether a plan with these options does."""
     # Where nothing is measured: only memory counts here.
-    models = (search.models[0],) * K
-    trying = replace(search, options=lean, models=models, clocks=clocks_of(models), measured=None)
+    K = len(options.devices)
+    models = search.models if len(search.models) == K else (search.models[0],) * K
+    trying = replace(
+        search, options=options, models=models, clocks=clocks_of(models), measured=None
+    )
     try:
-        trying.best(batch)
-    except (MemoryLimitError, PartitionError, InputError):
+        return trying.fits(batch)
+    except PartitionError:
         return False
-    return True
 
 
 def _devices(search: Search, batch: int) -> int | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autopipe.choice import choose, models_of
 from autopipe.errors import DeviceError, MemoryLimitError, UnsupportedError
+from autopipe.fitting import missing_bytes
 from autopipe.looks import differentiated, input_looks, state_looks
 from autopipe.passes.aim import Aim
 from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_at
@@ -21,7 +22,6 @@ from autopipe.planner import clocks_of, cut_of, plan
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load
-from autopipe.search import missing_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence

@@ -3,25 +3,33 @@
 A candidate is a whole `Plan`, made as for a run: stages cut, traced, timed, played out. The least
 predicted step time wins among those in which every stage keeps its limit.
 
-For a number of micro-batches a few cuts are tried (balanced without regard to memory; under the
-limits, for stages that keep much or little). On a cut each stage starts with the policy that makes
-least work and takes the next leaner one as long as it does not fit: what a stage keeps concerns its
-own memory and time alone, so stages need not be tried in combination. Numbers of micro-batches come
-in the order of a bound on their step time, and those whose bound is no better than the best plan
-found are not traced.
+For a number of micro-batches a few cuts are tried: the balanced one, without regard to memory, and
+those under the limits, which choose a policy for each stage by estimate. On a cut each stage gets
+the policy that makes least work among those with which it really fits (`fitting`). What the trace
+shows of the estimate's error is told the next cut. Cuts for tighter limits are tried too: the
+estimate is only one, and the largest stage is not all that a step takes.
+
+Numbers of micro-batches come in the order of a bound on their step time, and those whose bound is
+no better than the best plan found are not traced. In the best plan stages on the critical path then
+try finer fractions.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import InputError, MemoryLimitError, PartitionError
+from autopipe.fitting import LADDER, Chosen, Fitted, fitted, missing_bytes, refined
 from autopipe.passes.aim import Aim
 from autopipe.passes.driver import cut_in_space
 from autopipe.passes.phases import Traced
+from autopipe.passes.policies import repeats
 from autopipe.passes.schedule import schedule
+from autopipe.passes.taken import taken_by
 from autopipe.planner import phases_of, plan
 from autopipe.report.table import nbytes
 from autopipe.runtime import microbatch
@@ -36,30 +44,55 @@ if TYPE_CHECKING:
     from autopipe.passes.devices import Device
     from autopipe.passes.ir import Annotated
     from autopipe.passes.policies import Policy
-    from autopipe.passes.staged import Phased, Split
+    from autopipe.passes.staged import Split
     from autopipe.planner import Clock
-    from autopipe.plans import Plan, StagePlan
-
-LADDER: tuple[Policy, ...] = ("none", "min-cut", 0.75, 0.5, 0.25, "full")
-"""Policies from the one that makes least work to the one that keeps least."""
+    from autopipe.plans import Plan
 
 SURE = 0.9
 """Of a bound that goes by the costs of calls: how far a traced plan may be below it."""
 
+LIKELY = 0.85
+"""Likewise of the estimate for a cut with its policies."""
+
 RECUTS = 4
 """How often a cut under limits is made again with what the last one's stages really took."""
+
+TIGHTER = (0.85, 0.7)
+"""Shares of the limits that are tried as well, for a shorter step."""
+
+WIDER = (1.1, 1.25, 1.5)
+"""Shares of the limits that are cut for if by the estimate nothing fits: it may be too high."""
 
 MOST_CHUNKS = 1024
 """Micro-batches that are tried, if nobody says how many."""
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A plan, with what it was made from."""
+@dataclass
+class _Tried:
+    """What was tried for a number of micro-batches."""
 
-    plan: Plan
-    split: Split
-    phased: Mapping[int, Phased]
+    sizes: Sequence[int]
+    lean: bool
+    beat: float
+    cuts: dict[Any, Fitted] = field(default_factory=dict)
+    found: list[Fitted] = field(default_factory=list)
+    failures: list[MemoryLimitError] = field(default_factory=list)
+    missed: dict[tuple[int, Policy], int] = field(default_factory=dict)
+
+    @property
+    def enough(self) -> bool:
+        """Whether it is known what was asked."""
+        return self.lean and bool(self.found)
+
+    @property
+    def fastest(self) -> float:
+        """Seconds of the shortest step that is known."""
+        return min([self.beat, *map(_step, self.found)])
+
+    @property
+    def best(self) -> Fitted | None:
+        """The plan with the shortest step."""
+        return min(self.found, key=_step, default=None)
 
 
 @dataclass
@@ -99,91 +132,140 @@ class Search:
             PartitionError: the model has too few calls for so many stages.
             InputError: no number of micro-batches gives batch norms enough values.
         """
-        found: Chosen | None = None
+        best: tuple[Fitted, Sequence[int]] | None = None
         failures: list[Exception] = []
         for chunks, bound in self._numbers(batch):
-            if found is not None and bound * SURE >= found.plan.step_seconds:
+            if best is not None and bound * SURE >= _step(best[0]):
                 continue
+            sizes = microbatch.sizes(batch, chunks)
             try:
-                made = self.at(batch, chunks)
+                found = self._at(sizes, math.inf if best is None else _step(best[0]))
             except (MemoryLimitError, InputError) as error:
                 failures.append(error)
                 continue
-            if found is None or made.plan.step_seconds < found.plan.step_seconds:
-                found = made
-        if found is None:
+            if found is not None and (best is None or _step(found) < _step(best[0])):
+                best = found, sizes
+        if best is None:
             raise min(failures, key=_missing)
-        return found
+        if self.options.limits is None or self.options.remat is not None:
+            return best[0].chosen
+        return refined(partial(self._made, best[0].chosen.split, best[1]), best[0])
 
-    def at(self, batch: int, chunks: int) -> Chosen:
-        """The best plan for one number of micro-batches.
+    def fits(self, batch: int) -> bool:
+        """Whether `best` finds a plan: the leanest are tried first, the first that fits will do.
+
+        Args:
+            batch: samples.
+
+        Raises:
+            PartitionError: the model has too few calls for so many stages.
+        """
+        chunks = self.options.chunks
+        known = numbers_of_chunks(batch, len(self.models)) if chunks is None else [chunks]
+        for number in reversed(known):
+            try:
+                self._at(microbatch.sizes(batch, number), lean=True)
+            except (MemoryLimitError, InputError):
+                continue
+            return True
+        return False
+
+    def _at(
+        self, sizes: Sequence[int], beat: float = math.inf, *, lean: bool = False
+    ) -> Fitted | None:
+        """The best plan for some micro-batches.
+
+        Args:
+            sizes: of the micro-batches.
+            beat: seconds of a step; cuts that will hardly take less are not traced.
+            lean: any plan that fits will do.
+
+        Returns:
+            The plan; None: none that was traced fits, and others would not be faster.
 
         Raises:
             MemoryLimitError, PartitionError, InputError: there is none.
         """
-        sizes = microbatch.sizes(batch, chunks)
-        K = len(self.models)
-        given = self.options.remat
-        found: list[Chosen] = []
-        failures: list[MemoryLimitError] = []
-        seen: set[Any] = set()
-        aim = self.aim(sizes, given or ("none",) * K)
-        self._try(cut_in_space(self.annotated, aim), sizes, seen, found, failures)
-        if self.options.limits is not None:
-            for policy in ("none", 0.5, "full"):
-                remat = given or (policy,) * K
-                self._within(self.aim(sizes, remat), sizes, seen, found, failures)
-        if not found:
-            raise min(failures, key=_missing)
-        return min(found, key=lambda chosen: chosen.plan.step_seconds)
+        K, given, limits = len(self.models), self.options.remat, self.options.limits
+        tried = _Tried(sizes, lean, beat)
+        free = self.aim(sizes, given or ("none",) * K)
 
-    def _within(
-        self,
-        aim: Aim,
-        sizes: Sequence[int],
-        seen: set[Any],
-        found: list[Chosen],
-        failures: list[MemoryLimitError],
-    ) -> None:
-        """Cut under the limits. Where a traced stage turns out larger than the cut's estimate, the
-        next cut has so much less room there."""
-        limits = self.options.limits
-        assert limits is not None
-        room = list(limits)
-        for _ in range(RECUTS):
+        def within(remat: Sequence[Any], share: float, times: int) -> None:
+            if limits is not None and not tried.enough:
+                room = tuple(int(limit * share) for limit in limits)
+                self._within(replace(free, remat=tuple(remat), limits=room), tried, times)
+
+        if lean:
+            within(given or ("full",) * K, 1.0, RECUTS)
+        if not tried.enough:
+            balanced = cut_in_space(self.annotated, free)
+            found = self._try(balanced, free, tried)
+            tried.missed = _missed(balanced, free, found) if limits is not None else {}
+        within(given or (LADDER,) * K, 1.0, RECUTS)
+        if tried.found:
+            for share in TIGHTER:
+                within(given or (LADDER,) * K, share, 2)
+        elif not lean:
+            within(given or ("full",) * K, 1.0, RECUTS)
+        if tried.best is None and beat == math.inf:
+            raise min(tried.failures, key=_missing)
+        return tried.best
+
+    def _within(self, aim: Aim, tried: _Tried, times: int) -> None:
+        """Cut under limits, and again with what the last cut's stages really took."""
+        missed = dict(tried.missed)
+        for i in range(times):
             try:
-                split = cut_in_space(self.annotated, replace(aim, limits=tuple(room)))
+                split = self._cut(replace(aim, missed=_spread(aim, missed)), () if i else WIDER)
             except PartitionError as error:
-                failures.append(MemoryLimitError(error.problem, found=error.found))
+                tried.failures.append(MemoryLimitError(error.problem, found=error.found))
                 return
-            made = self._try(split, sizes, seen, found, failures)
-            if made is None or not any(map(missing_bytes, made.stages)):
+            if _bound(split, tried.sizes) * LIKELY >= tried.fastest:
                 return
-            stages = zip(made.stages, split.facts.nbytes, limits, strict=True)
-            room = [
-                max(0, min(r, limit - (stage.memory_bytes - estimate)))
-                for r, (stage, estimate, limit) in zip(room, stages, strict=True)
-            ]
+            found = self._try(split, replace(aim, missed=_spread(aim, missed)), tried)
+            if tried.enough:
+                return
+            more = _missed(split, aim, found)
+            if all(missed.get(at, -math.inf) >= nbytes for at, nbytes in more.items()):
+                return
+            missed |= {at: max(nbytes, missed.get(at, nbytes)) for at, nbytes in more.items()}
 
-    def _try(
-        self,
-        split: Split,
-        sizes: Sequence[int],
-        seen: set[Any],
-        found: list[Chosen],
-        failures: list[MemoryLimitError],
-    ) -> Plan | None:
-        """Fit a cut, note the outcome, return its plan; None if it was tried before."""
+    def _cut(self, aim: Aim, wider: Sequence[float]) -> Split:
+        """The cut for an aim; if there is none, the one for the first wider limits."""
+        try:
+            return cut_in_space(self.annotated, aim)
+        except PartitionError:
+            for share in wider:
+                room = tuple(None if n is None else int(n * share) for n in aim.limits)
+                with suppress(PartitionError):
+                    return cut_in_space(self.annotated, replace(aim, limits=room))
+            raise
+
+    def _try(self, split: Split, aim: Aim, tried: _Tried) -> Fitted:
+        """Fit a cut, unless that was done, and note the outcome."""
         cut = tuple(stage.origins for stage in split.stages)
-        if cut in seen:
-            return None
-        seen.add(cut)
-        chosen = self._fitted(split, sizes)
-        if any(map(missing_bytes, chosen.plan.stages)):
-            failures.append(_does_not_fit(chosen.plan))
+        if cut in tried.cuts:
+            return tried.cuts[cut]
+        K, given, limits = len(self.models), self.options.remat, self.options.limits
+        ladders: list[tuple[Policy, ...]] = [LADDER] * K if given is None else [(p,) for p in given]
+        wanted = replace(aim, remat=tuple(ladders), limits=limits or aim.limits)
+        start = taken_by(split, wanted).remat
+        if tried.lean:
+            start = tuple(ladder[-1] for ladder in ladders)
+        make = partial(self._made, split, tried.sizes)
+        found = tried.cuts[cut] = fitted(make, ladders, start, climb=not tried.lean)
+        if found.chosen.fits:
+            tried.found.append(found)
         else:
-            found.append(chosen)
-        return chosen.plan
+            tried.failures.append(_does_not_fit(found.chosen.plan))
+        return found
+
+    def _made(self, split: Split, sizes: Sequence[int], remat: Sequence[Policy]) -> Chosen:
+        """The plan of a cut with a policy for each stage."""
+        self.progress(f"trying {len(sizes)} micro-batches")
+        options = self.options
+        phased = phases_of(self.model, split, self.leaves, sizes, options, remat, self.traced)
+        return Chosen(plan(self.model, split, phased, sizes, options, self.clocks), split, phased)
 
     def aim(self, sizes: Sequence[int], remat: Sequence[Policy]) -> Aim:
         """What a cut for these micro-batches is made for; without limits."""
@@ -208,35 +290,9 @@ class Search:
             sizes = microbatch.sizes(batch, chunks)
             remat = self.options.remat or ("none",) * len(self.models)
             split = cut_in_space(self.annotated, self.aim(sizes, remat))
-            # Every stage takes its turn with some micro-batch, the slowest one with each.
-            seconds = split.facts.seconds
-            rest = sum(sizes) / max(sizes) - 1
-            bounds.append((sum(seconds) + rest * max(seconds), chunks))
+            bounds.append((_bound(split, sizes), chunks))
         for bound, chunks in sorted(bounds):
             yield chunks, bound
-
-    def _fitted(self, split: Split, sizes: Sequence[int]) -> Chosen:
-        """The plan of a cut whose stages make no more work than they must in order to fit.
-
-        A stage that does not fit whatever it keeps is left at its leanest.
-        """
-        ladders = [LADDER] * len(split.stages)
-        if self.options.remat is not None:
-            ladders = [(policy,) for policy in self.options.remat]
-        steps = [0] * len(split.stages)
-        while True:
-            remat = [ladder[i] for ladder, i in zip(ladders, steps, strict=True)]
-            self.progress(f"trying {len(sizes)} micro-batches")
-            phased = phases_of(
-                self.model, split, self.leaves, sizes, self.options, remat, self.traced
-            )
-            made = plan(self.model, split, phased, sizes, self.options, self.clocks)
-            large = [k for k, s in enumerate(made.stages) if missing_bytes(s) > 0]
-            leaner = [k for k in large if steps[k] + 1 < len(ladders[k])]
-            if not leaner:
-                return Chosen(made, split, phased)
-            for k in leaner:
-                steps[k] += 1
 
 
 def numbers_of_chunks(batch: int, stages: int) -> list[int]:
@@ -250,9 +306,40 @@ def numbers_of_chunks(batch: int, stages: int) -> list[int]:
     return sorted(n for n in different.values() if n <= min(batch, MOST_CHUNKS))
 
 
-def missing_bytes(stage: StagePlan) -> int:
-    """By how much a planned stage is above its limit; 0 if it fits, or has none."""
-    return 0 if stage.limit_bytes is None else max(0, stage.memory_bytes - stage.limit_bytes)
+def _bound(split: Split, sizes: Sequence[int]) -> float:
+    """Of a step, by the estimate for a cut.
+
+    (Every stage takes its turn with some micro-batch, the slowest one with each.)
+    """
+    seconds = split.facts.seconds
+    return sum(seconds) + (sum(sizes) / max(sizes) - 1) * max(seconds)
+
+
+def _step(found: Fitted) -> float:
+    return found.chosen.plan.step_seconds
+
+
+def _missed(split: Split, aim: Aim, found: Fitted) -> dict[tuple[int, Policy], int]:
+    """By how much the estimate of a cut's stages was too low, with the policies that were tried."""
+    most = max(map(len, found.tried))
+    rows = [[*tried, *[[*tried][-1]] * (most - len(tried))] for tried in found.tried]
+    missed = {}
+    for policies in zip(*rows, strict=True):  # (the last again where a stage tried fewer)
+        estimate = taken_by(split, replace(aim, remat=policies)).nbytes
+        for k, policy in enumerate(policies):
+            missed[k, policy] = found.tried[k][policy].memory_bytes - estimate[k]
+    return missed
+
+
+def _spread(aim: Aim, missed: Mapping[tuple[int, Policy], int]) -> dict[tuple[int, Policy], int]:
+    """What the estimate missed, for a policy that was not tried that of the nearest one."""
+    found = {}
+    for k in range(aim.stages):
+        known = [policy for stage, policy in missed if stage == k]
+        for policy in aim.policies(k) if known else ():
+            nearest = min(known, key=lambda one: abs(repeats(one) - repeats(policy)))
+            found[k, policy] = missed[k, nearest]
+    return found
 
 
 def _does_not_fit(made: Plan) -> MemoryLimitError:

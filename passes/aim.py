@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from autopipe.errors import OptionError
 
 from .devices import DEFAULT, H100, Device
-from .policies import policy_of
+from .policies import policy_of, repeats
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from .cost import Seconds
+    from .policies import Policy
 
 ADAM_BYTES = 8
 """Bytes of optimizer state per element of a parameter: Adam's two moments in fp32."""
@@ -29,14 +30,16 @@ class Aim:
     Attributes:
         batch: samples in a micro-batch.
         devices: one per stage.
-        remat: per stage "full", "none", "min-cut", or a fraction, from 0 to 1, of what "none"
-            saves that is kept.
+        remat: per stage a policy (see `policies`), or several: it takes the one that makes least
+            work among those with which it keeps its limit.
         in_flight: per stage, micro-batches that are kept at once.
         limits: per stage, bytes that it may take; None: no limit.
         state_bytes: optimizer state per element of a parameter.
         times: of calls by name, where they were measured; None: the devices' own.
         scale: per stage, a factor >= 1 on the estimated bytes of activations, for a caller that
             found the estimate too low; empty: 1.
+        missed: by stage and policy, bytes that the estimate is known to be too low by (negative:
+            too high); where there is none, 0.
 
     Raises:
         OptionError: a value out of range, or not one for each stage.
@@ -44,12 +47,13 @@ class Aim:
 
     batch: int
     devices: tuple[Device, ...]
-    remat: tuple[str | float, ...]
+    remat: tuple[Policy | tuple[Policy, ...], ...]
     in_flight: tuple[int, ...]
     limits: tuple[int | None, ...]
     state_bytes: int = ADAM_BYTES
     times: Mapping[str, Seconds] | None = None
     scale: tuple[float, ...] = ()
+    missed: Mapping[tuple[int, Policy], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         K = len(self.devices)
@@ -64,7 +68,7 @@ class Aim:
         facts: list[tuple[str, bool, str]] = [
             (
                 "remat",
-                all(policy_of(p) is not None for p in self.remat),
+                all(map(_are_policies, self.remat)),
                 "full, none, min-cut or 0 to 1",
             ),
             ("in_flight", all(n >= 1 for n in self.in_flight), "micro-batches >= 1"),
@@ -87,20 +91,15 @@ class Aim:
         """Whether nothing is ever copied between stages."""
         return not any(device.link.seconds(1) for device in self.devices)
 
-    def again(self, stage: int) -> float:
-        """The share of what can be run again that a stage's backward does run again.
+    def policies(self, stage: int) -> tuple[Policy, ...]:
+        """Those that a stage may have, from the one that makes least work on.
 
-        (None under "min-cut": it runs again what costs next to nothing.)
+        (A stage without a limit has no use for others than that.)
         """
-        policy = self.remat[stage]
-        return {"full": 1.0}.get(policy, 0.0) if isinstance(policy, str) else 1.0 - policy
-
-    def kept(self, stage: int) -> float:
-        """The share of what autograd saves that a stage keeps of each micro-batch in flight.
-
-        ("min-cut" is taken to keep all: how much less it keeps is only known when it is traced.)
-        """
-        return 1.0 - self.again(stage)
+        several = self.remat[stage]
+        several = several if isinstance(several, tuple) else (several,)
+        ordered = sorted(dict.fromkeys(several), key=repeats)
+        return tuple(ordered if self.limits[stage] is not None else ordered[:1])
 
     def factor(self, stage: int) -> float:
         """On the bytes of a stage's activations."""
@@ -116,11 +115,13 @@ class Facts:
             of what the stage receives and of the gradients that it sends back.
         nbytes: K sizes of what each keeps.
         lower_bound: seconds that the largest stage of no convex cut of the graph is below.
+        remat: K policies that they are estimated with.
     """
 
     seconds: tuple[float, ...]
     nbytes: tuple[int, ...]
     lower_bound: float
+    remat: tuple[Policy, ...] = ()
 
     @property
     def bottleneck(self) -> float:
@@ -152,3 +153,9 @@ def aim_of(
     models = tuple(H100 if device.type == "cuda" else DEFAULT for device in devices)
     flying = (1,) * K if in_flight is None else tuple(in_flight)
     return Aim(batch, models, (remat,) * K, flying, (None,) * K)
+
+
+def _are_policies(value: object) -> bool:
+    """Whether a stage may have this as its policy, or policies."""
+    several = value if isinstance(value, tuple) else (value,)
+    return bool(several) and all(policy_of(one) == one for one in several)

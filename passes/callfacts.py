@@ -12,6 +12,8 @@ from autopipe.errors import OptionError
 from .cost import run_again, seconds
 from .graphs import is_size, spec_of
 from .ir import B, Kind
+from .policies import repeats
+from .remade import remade
 from .runs import operands_of
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from .aim import Aim
     from .devices import Device
     from .ir import Annotated, Input
+    from .policies import Policy
+    from .remade import Remade
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,8 @@ class CallFacts:
     aim: Aim
     _sizes: dict[Any, int] = field(default_factory=dict)
     _nbytes: dict[fx.Node, int] = field(default_factory=dict)
-    _seconds: dict[tuple[Device, float], dict[fx.Node, float]] = field(default_factory=dict)
+    _seconds: dict[tuple[Device, Policy], dict[fx.Node, float]] = field(default_factory=dict)
+    _kept: dict[Policy, dict[fx.Node, float]] = field(default_factory=dict)
 
     @cached_property
     def calls(self) -> list[fx.Node]:
@@ -57,9 +62,12 @@ class CallFacts:
     @cached_property
     def saved(self) -> set[fx.Node]:
         """What some backward reads."""
-        flows = self.annotated.flows
-        known = [node for node in self.calls if node.name in flows]
-        return {operands_of(node)[i] for node in known for i in flows[node.name].saves}
+        return {source for node in self.calls for source in self.reads(node)}
+
+    def reads(self, node: fx.Node) -> list[fx.Node]:
+        """Of what a call is given what its backward reads."""
+        flow = self.annotated.flows.get(node.name)
+        return [] if flow is None else [operands_of(node)[i] for i in flow.saves]
 
     @cached_property
     def saved_bytes(self) -> dict[fx.Node, int]:
@@ -67,13 +75,44 @@ class CallFacts:
         costs = self.annotated.costs
         return {node: self.at_batch(costs[node.name].saved_bytes) for node in self.calls}
 
-    def seconds(self, device: Device, again: float) -> dict[fx.Node, float]:
-        """Of each call on a device, if a share of what can be is run again.
+    @cached_property
+    def remade(self) -> Remade:
+        """What "min-cut" keeps and runs again, by estimate."""
+        costs = self.annotated.costs
+        return remade(
+            self.calls,
+            self.saved_bytes,
+            lambda node: self.at_batch(costs[node.name].activation_bytes),
+            lambda node: bool(costs[node.name].forward_flops),
+            self.reads,
+        )
+
+    def kept_bytes(self, policy: Policy) -> dict[fx.Node, float]:
+        """Of what each call makes, what a micro-batch in flight keeps (what is received apart)."""
+        if policy not in self._kept:
+            if policy == "none":
+                self._kept[policy] = dict(self.saved_bytes)
+            else:
+                share, kept = 2.0 - repeats(policy), self.remade.kept
+                self._kept[policy] = {node: share * kept.get(node, 0) for node in self.calls}
+        return self._kept[policy]
+
+    def again_share(self, node: fx.Node, policy: Policy) -> float:
+        """How much of a call a backward runs again: cheap calls under "min-cut", all that it can
+        under "full". Between the two a knapsack gives up first what is made again with least work:
+        half of the bytes for a quarter of it, say."""
+        if node not in self.again:
+            return 0.0
+        share = repeats(policy)
+        return min(1.0, share) if node in self.remade.again else max(0.0, share - 1.0) ** 2
+
+    def seconds(self, device: Device, policy: Policy) -> dict[fx.Node, float]:
+        """Of each call on a device.
 
         Raises:
             OptionError: the aim's times lack a call.
         """
-        if (device, again) not in self._seconds:
+        if (device, policy) not in self._seconds:
             measured, costs = self.aim.times, self.annotated.costs
             for node in self.calls:
                 if measured is not None and node.name not in measured:
@@ -84,10 +123,10 @@ class CallFacts:
             found = {}
             for node in self.calls:
                 time = times[costs[node.name]] if measured is None else measured[node.name]
-                more = again * time.recompute if node in self.again else 0.0
+                more = self.again_share(node, policy) * time.recompute
                 found[node] = time.forward + time.backward + more
-            self._seconds[device, again] = found
-        return self._seconds[device, again]
+            self._seconds[device, policy] = found
+        return self._seconds[device, policy]
 
     def at_batch(self, expr: sympy.Expr) -> int:
         """A size at the aim's micro-batch (expressions are few, nodes are many)."""

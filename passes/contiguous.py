@@ -1,11 +1,13 @@
 """The exact cut of items in a row over devices that differ, with what crosses its boundaries.
 
 Any beginning of a run that fits a device fits it too, so a stage that starts at item i may end at
-every position up to some reach(i). But a run that starts later may have more to fetch, so reach
-need not grow with i. For a limit T of the stages' times the cuts are found stage by stage, from the
-last one on: of all ends within the reach the one of least crossing, in a stack of minima. Only
-starts are looked at from which both ends of the row could be reached if nothing were fetched: near
-the optimum these are few, so a search takes about O(N), not O(N K).
+every position up to some reach(i): of several ways to run a stage, that of the one that reaches
+furthest within the time and its limit of bytes. So the cut and the ways are chosen at once. A run
+that starts later may have more to fetch, so reach need not grow with i. For a limit T of the
+stages' times the cuts are found stage by stage, from the last one on: of all ends within the reach
+the one of least crossing, in a stack of minima. Only starts are looked at from which both ends of
+the row could be reached if nothing were fetched: near the optimum these are few, so a search takes
+about O(N), not O(N K).
 
 The optimum is the least T for which there is a cut: bisection, in which each search that finds
 nothing tells the next T at which any reach grows.
@@ -21,7 +23,7 @@ from typing import NamedTuple
 
 from autopipe.errors import PartitionError
 
-from .reach import Row, rows_of
+from .reach import Ways, ways_of
 from .unequal import Loads
 
 
@@ -29,6 +31,8 @@ def cut_on(
     loads: Loads, crossing: Sequence[int] | None = None, slack: float = 0.0
 ) -> tuple[int, ...]:
     """Cut N items in a row into a stage of at least one item for each device. Exact.
+
+    (Over the cuts and the rows that their stages may take.)
 
     Among the cuts whose largest stage is at most (1 + slack) times the least possible, one with the
     least sum of `crossing` is taken; among those, one whose largest stage is within 1/1024 of the
@@ -46,7 +50,7 @@ def cut_on(
         PartitionError: no cut keeps the devices' limits; it names a stage, and says how many bytes
             are missing there.
     """
-    rows = rows_of(loads)
+    rows = ways_of(loads)
     starts, high = _optimum(loads, rows)
     if crossing is None:
         return tuple(starts)
@@ -66,12 +70,12 @@ def cut_on(
 
 def has_cut(loads: Loads, limit: int) -> bool:
     """Whether some cut keeps the devices' limits, and all its stages a time."""
-    return _least(rows_of(loads), limit, [0] * (len(loads.times[0]) + 1)).starts is not None
+    return _least(ways_of(loads), limit, [0] * (len(loads.times[0]) + 1)).starts is not None
 
 
-def _optimum(loads: Loads, rows: Sequence[Row]) -> tuple[list[int], int]:
+def _optimum(loads: Loads, rows: Sequence[Ways]) -> tuple[list[int], int]:
     """A cut whose largest stage is as small as can be, and its time."""
-    nothing, end = [0] * len(rows[0].times), max(row.most for row in rows)
+    nothing, end = [0] * (rows[0].items + 1), max(row.most for row in rows)
     limit = low = _filled(rows, end)
     step = max(1, low >> 10)
     while (found := _least(rows, limit, nothing)).starts is None:
@@ -92,18 +96,18 @@ def _optimum(loads: Loads, rows: Sequence[Row]) -> tuple[list[int], int]:
     return starts, high
 
 
-def _filled(rows: Sequence[Row], high: int) -> int:
+def _filled(rows: Sequence[Ways], high: int) -> int:
     """The least time within which stages filled from the left hold all.
 
     (If stages may be empty and nothing is fetched: no cut has a smaller largest stage.)
     """
-    low, N = 0, len(rows[0].times) - 1
+    low, N = 0, rows[0].items
     while low < high:
         limit = (low + high) // 2
         at, beyond = 0, high
         for row in rows:
             to = row.far(at, limit)
-            if to < N and (grown := row.times[to + 1] - row.times[at]) > limit:
+            if to < N and (grown := row.beyond(at, to + 1, limit, alone=True)) is not None:
                 beyond = min(beyond, grown)
             at = to
         if at == N:
@@ -120,35 +124,36 @@ class _Found(NamedTuple):
     beyond: int
 
 
-def _windows(rows: Sequence[Row], limit: int) -> tuple[list[int], list[int], int]:
+def _windows(rows: Sequence[Ways], limit: int) -> tuple[list[int], list[int], int]:
     """Between which items each stage starts (the last entry: the end), and when that may change.
 
     From an item out of its window one of the ends could not be reached, even if nothing had to be
     fetched.
     """
-    K, N = len(rows), len(rows[0].times) - 1
-    low, high, beyond = [N], [0], []
+    K, N = len(rows), rows[0].items
+    low, high = [N], [0]
+    beyond: list[int | None] = []
     for k, row in enumerate(rows[:-1]):
         to = row.far(high[-1], limit)
         if to < N:
-            beyond.append(row.times[to + 1] - row.times[high[-1]])
+            beyond.append(row.beyond(high[-1], to + 1, limit, alone=True))
         high.append(min(to, N - (K - 1 - k)))
     for k in range(K - 1, -1, -1):
         start = rows[k].near(low[-1], limit)
         if start:
-            beyond.append(rows[k].times[low[-1]] - rows[k].times[start - 1])
+            beyond.append(rows[k].beyond(start - 1, low[-1], limit, alone=True))
         low.append(max(start, k))
-    return low[::-1], [*high, N], min((t for t in beyond if t > limit), default=limit + 1)
+    return low[::-1], [*high, N], min((t for t in beyond if t is not None), default=limit + 1)
 
 
-def _least(rows: Sequence[Row], limit: int, weights: Sequence[int]) -> _Found:
+def _least(rows: Sequence[Ways], limit: int, weights: Sequence[int]) -> _Found:
     """The cut of least weight whose stages are all within a limit; the first of several.
 
     `least[i]` is the weight of cutting items i.. into the stages from k on. Ends of stage k whose
     weight is less than that of all nearer ends are in a stack, the nearest on top: so the best end
     within a reach is found by bisection.
     """
-    N = len(rows[0].times) - 1
+    N = rows[0].items
     low, high, beyond = _windows(rows, limit)
     known: dict[int, dict[int, int]] = {id(row): {} for row in rows}
     least: list[int | None] = [0]
@@ -185,17 +190,16 @@ def _least(rows: Sequence[Row], limit: int, weights: Sequence[int]) -> _Found:
     return _Found(starts[1:-1], limit)
 
 
-def _grown(rows: Sequence[Row], known: dict[int, dict[int, int]], limit: int, beyond: int) -> int:
+def _grown(rows: Sequence[Ways], known: dict[int, dict[int, int]], limit: int, beyond: int) -> int:
     """The least time above a limit at which some stage reaches further; `beyond` is another."""
-    times = [beyond] if beyond > limit else []
+    times: list[int | None] = [beyond] if beyond > limit else []
     for row in {id(row): row for row in rows}.values():
-        last = len(row.times) - 1
-        pairs = known[id(row)].items()
-        times += [row.time(start, stop + 1) for start, stop in pairs if stop < last]
-    return min((time for time in times if time > limit), default=limit + 1)
+        pairs = [(start, stop) for start, stop in known[id(row)].items() if stop < row.items]
+        times += [row.beyond(start, stop + 1, limit, alone=False) for start, stop in pairs]
+    return min((time for time in times if time is not None), default=limit + 1)
 
 
-def _does_not_fit(loads: Loads, rows: Sequence[Row], end: int) -> PartitionError:
+def _does_not_fit(loads: Loads, rows: Sequence[Ways], end: int) -> PartitionError:
     """Which stage, and how much is missing there, when stages are filled one after the other."""
     N, K, at = len(loads.times[0]), len(rows), 0
     for k, row in enumerate(rows):
@@ -203,11 +207,13 @@ def _does_not_fit(loads: Loads, rows: Sequence[Row], end: int) -> PartitionError
         to = row.reach(at, end)
         to = to if last else min(to, N - (K - 1 - k))  # the stages after this one need items
         if to == at or (last and to < N):
-            grain, limit = loads.grains[k], loads.limits[k]
-            assert limit is not None
             stop = N if last else at + 1
-            missing = -(-(row.bytes(at, stop) - limit) // grain)
-            have = limit // grain
+            needs = [
+                (-(-(way.bytes(at, stop) - way.limit) // way.grain), way.limit // way.grain)
+                for way in row.rows
+                if way.limit is not None
+            ]
+            missing, have = min(needs)
             what = f"items {at} to {stop - 1} of {N}"
             if loads.names:
                 what = f"calls {loads.names[at]} to {loads.names[stop - 1]}"

@@ -151,8 +151,8 @@ def _largest(loads: Loads) -> int:
 
 def _orders(items: Items, loads: Loads) -> tuple[int, list[tuple[int, ...]]]:
     """A bound on all convex cuts, and orders that may have a good one."""
-    K, N = len(loads.times), len(items.starts)
-    rows = list({id(row): row for row in loads.times}.values())
+    K, N = len(loads.least_times), len(items.starts)
+    rows = list({id(row): row for row in loads.least_times}.values())
     costs = [min(column) for column in zip(*rows, strict=True)]
     dag = items.dag(costs)
     if not any(costs):

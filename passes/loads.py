@@ -3,20 +3,24 @@
 Items are runs of calls that nothing may part. Times are rounded to a grid of 2^-51 of their sum;
 from there on all is exact.
 
-Time of a stage: forward and backward of its calls, the share of their recompute that its
-rematerialization runs again, and the transfers across its left boundary: what it receives, and for
-what needs one the gradient that it sends back, over its device's link. (The sender is not charged.)
-A parameter that an earlier stage holds comes once a step, which is not counted, but its gradient
-goes back with every micro-batch. What the caller gives is not counted either.
+Time of a stage: forward and backward of its calls, what its rematerialization runs again (under
+"full" all that the backward needs again, under "min-cut" the cheap calls that `remade` names, with
+a fraction something in between), and the transfers across its left boundary: what it receives, and
+for what needs one the gradient that it sends back, over its device's link. (The sender is not
+charged.) A parameter that an earlier stage holds comes once a step, which is not counted, but its
+gradient goes back with every micro-batch. What the caller gives is not counted either.
 
 Memory of a stage, an estimate for the search (the truth is known when the stage is traced):
 
 - a parameter's value, and if it is trained its gradient and optimizer state, in the first stage
   that uses it; value and gradient again in each further one; buffers and constants in each;
 - of one micro-batch, what autograd saves, as the backward needs it, however it is come by;
-- of each further micro-batch in flight, the share of that which is kept ("none": all);
+- of each further micro-batch in flight, what its policy keeps: "none" all of that, "full" nothing,
+  "min-cut" what `remade` estimates, a fraction that part of this;
 - of each micro-batch in flight what the stage receives, if something is run again or if autograd
   saves it.
+
+A stage that may have several policies has a row for each.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from .devices import Link
+    from .policies import Policy
 
 GRID_BITS = 51
 """Sums of times are integers of so many bits (but for a few more where values are fetched)."""
@@ -82,33 +87,43 @@ class Rows:
         """Of the items, on the aim's devices."""
         aim = self.facts.aim
         known, held, saved = self._known(), self._held_bytes(), self._saved_bytes()
-        keys = [(device, aim.again(k)) for k, device in enumerate(aim.devices)]
+        ways = [(k, policy) for k in range(aim.stages) for policy in aim.policies(k)]
+        keys = [(aim.devices[k], policy) for k, policy in ways]
         seconds = {key: self._sums(self.facts.seconds(*key)) for key in dict.fromkeys(keys)}
         whole = max(math.fsum(self.facts.seconds(*key).values()) for key in seconds)
         grid = math.ldexp(1.0, GRID_BITS - math.frexp(whole)[1]) if whole else 1.0
         times = {key: tuple(round(s * grid) for s in row) for key, row in seconds.items()}
+        links = dict.fromkeys(device.link for device in aim.devices)
         fetching = {
-            key: tuple(round(_fetching(each, key[0].link) * grid) for each in known)
-            for key in seconds
+            link: tuple(round(_fetching(each, link) * grid) for each in known) for link in links
         }
-        flying = [(aim.in_flight[k], aim.kept(k), aim.factor(k)) for k in range(aim.stages)]
+        flying = [(aim.in_flight[k], policy, aim.factor(k)) for k, policy in ways]
         nbytes, copies = {}, {}
-        for key in set(flying):
-            n, kept, factor = key
-            weight = factor * (1 + kept * (n - 1))
-            pairs = zip(held, saved, strict=True)
-            nbytes[key] = tuple(p + math.ceil(s * weight) for p, s in pairs)
-            copies[key] = tuple(_copied(each, n, kept, factor) for each in known)
+        for key in dict.fromkeys(flying):
+            n, policy, factor = key
+            kept = self._sums(self.facts.kept_bytes(policy))
+            columns = zip(held, saved, kept, strict=True)
+            nbytes[key] = tuple(p + math.ceil(factor * (s + (n - 1) * m)) for p, s, m in columns)
+            copies[key] = tuple(_copied(each, n, policy, factor) for each in known)
+        numbers = iter(range(len(ways)))
         return Loads(
             times=tuple(times[key] for key in keys),
             unit=1 / Fraction(grid),
             nbytes=tuple(nbytes[key] for key in flying),
-            limits=aim.limits,
-            grains=(1,) * aim.stages,
+            limits=tuple(self._limit(*way) for way in ways),
+            grains=(1,) * len(ways),
             values=tuple(each.value for each in known),
-            fetching=tuple(fetching[key] for key in keys),
+            fetching=tuple(fetching[aim.devices[k].link] for k, _ in ways),
             copies=tuple(copies[key] for key in flying),
             names=tuple(self.calls[start].name for start in self.starts),
+            ways=tuple(tuple(next(numbers) for _ in aim.policies(k)) for k in range(aim.stages)),
+        )
+
+    def _limit(self, stage: int, policy: Policy) -> int | None:
+        """What a stage may take by the estimate, so that it keeps its limit by what is known."""
+        limit = self.facts.aim.limits[stage]
+        return (
+            None if limit is None else max(0, limit - self.facts.aim.missed.get((stage, policy), 0))
         )
 
     @cached_property
@@ -179,8 +194,9 @@ def _fetching(known: Known, link: Link) -> float:
     return link.seconds(known.nbytes) * (known.sent + known.gradient)
 
 
-def _copied(known: Known, in_flight: int, kept: float, factor: float) -> int:
+def _copied(known: Known, in_flight: int, policy: Policy, factor: float) -> int:
     """Bytes of a stage that a value comes to."""
     if known.held:
         return known.nbytes * (1 + known.gradient)
-    return math.ceil(known.nbytes * in_flight * factor) if known.saved or kept < 1 else 0
+    kept = known.saved or policy != "none"
+    return math.ceil(known.nbytes * in_flight * factor) if kept else 0

@@ -17,6 +17,12 @@ Policy = str | float
 POLICIES = ("full", "none", "min-cut")
 
 
+def repeats(policy: Policy) -> float:
+    """A number that grows with what a policy runs again: 0 "none", 1 "min-cut", 2 "full"."""
+    numbers = {"none": 0.0, "min-cut": 1.0, "full": 2.0}
+    return numbers[policy] if isinstance(policy, str) else 2.0 - policy
+
+
 def policy_of(value: object) -> Policy | None:
     """What someone wrote as a policy: a name, a number from 0 to 1, or such a number as text.
 

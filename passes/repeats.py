@@ -88,7 +88,7 @@ def _cheapest(
     the source's side of it are (value, "had") and (value, "made").
     """
     device = facts.aim.devices[k]
-    seconds = facts.seconds(device, facts.aim.again(k))
+    seconds = facts.seconds(device, facts.aim.policies(k)[0])
     used = {source: None for node in own for source in node.all_input_nodes}
     here = {*own, *(source for source in used if source not in able)}
     todo = [source for source in used if source not in here]

@@ -71,7 +71,7 @@ def split(
     facts, stages = CallFacts(annotated, aim), aim.stages
     calls = facts.calls
     if not calls and stages == 1:
-        return build(annotated, {}, Facts((0.0,), (0,), 0.0))
+        return build(annotated, {}, Facts((0.0,), (0,), 0.0, (aim.policies(0)[0],)))
     allowed = _allowed(calls, annotated.captured.inputs)
     items = Items(facts, [p for p in range(len(calls)) if not p or allowed[p]])
     made = None
@@ -123,7 +123,7 @@ def _built(facts: CallFacts, made: Made, bound: float) -> Split:
         made = {node: named[node.name] for node in facts.calls}
     found = taken(facts, made)
     bound = min(bound, max(found.seconds))  # (which were rounded apart)
-    return build(annotated, made, Facts(found.seconds, found.nbytes, bound))
+    return build(annotated, made, Facts(found.seconds, found.nbytes, bound, found.remat))
 
 
 def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:

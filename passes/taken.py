@@ -19,6 +19,10 @@ from .ir import Kind
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from .aim import Aim
+    from .policies import Policy
+    from .staged import Split
+
 Made = dict[fx.Node, tuple[int, ...]]
 """For each call the stages that make it, ascending: one, but for what is cheap to repeat."""
 
@@ -30,10 +34,12 @@ class Taken:
     Attributes:
         seconds: K times of a micro-batch, transfers included.
         nbytes: K sizes.
+        remat: K policies that they are taken with.
     """
 
     seconds: tuple[float, ...]
     nbytes: tuple[int, ...]
+    remat: tuple[Policy, ...]
 
     def fits(self, limits: Sequence[int | None]) -> bool:
         """Whether all limits are kept."""
@@ -54,26 +60,60 @@ def taken(facts: CallFacts, made: Made) -> Taken:
         for k in made[node]:
             calls[k].append(node)
     first: dict[fx.Node, int] = {}
-    seconds, nbytes = [], []
+    seconds, nbytes, remat = [], [], []
     for k, own in enumerate(calls):
         used = {s: None for node in own for s in node.all_input_nodes if not is_size(s)}
         outside = [source for source in used if k not in made.get(source, ())]
         for source in outside:
             first.setdefault(source, k)
-        seconds.append(_seconds(facts, k, own, outside, first))
-        nbytes.append(_bytes(facts, k, own, outside, first))
-    return Taken(tuple(seconds), tuple(nbytes))
+        policy, size = _policy(facts, k, own, outside, first)
+        seconds.append(_seconds(facts, k, policy, own, outside, first))
+        nbytes.append(size)
+        remat.append(policy)
+    return Taken(tuple(seconds), tuple(nbytes), tuple(remat))
 
 
-def _seconds(
+def taken_by(split: Split, aim: Aim) -> Taken:
+    """What the stages of a cut would take with another aim."""
+    made: dict[fx.Node, tuple[int, ...]] = {}
+    for k, calls in enumerate(split.calls):
+        for node in calls:
+            made[node] = (*made.get(node, ()), k)
+    return taken(CallFacts(split.annotated, aim), made)
+
+
+def _policy(
     facts: CallFacts,
     k: int,
     own: Sequence[fx.Node],
     outside: Sequence[fx.Node],
     first: Mapping[fx.Node, int],
+) -> tuple[Policy, int]:
+    """Of those that a stage may have the one of least work that keeps its limit, and its bytes.
+
+    (If none does, the one that takes least.)
+    """
+    limit, least = facts.aim.limits[k], None
+    for policy in facts.aim.policies(k):
+        size = _bytes(facts, k, policy, own, outside, first)
+        if limit is None or size <= limit:
+            return policy, size
+        if least is None or size < least[1]:
+            least = (policy, size)
+    assert least is not None
+    return least
+
+
+def _seconds(
+    facts: CallFacts,
+    k: int,
+    policy: Policy,
+    own: Sequence[fx.Node],
+    outside: Sequence[fx.Node],
+    first: Mapping[fx.Node, int],
 ) -> float:
-    device, aim = facts.aim.devices[k], facts.aim
-    each = facts.seconds(device, aim.again(k))
+    device = facts.aim.devices[k]
+    each = facts.seconds(device, policy)
     times = [each[node] for node in own]
     for source in outside:
         item = facts.inputs.get(source.name)
@@ -88,21 +128,23 @@ def _seconds(
 def _bytes(
     facts: CallFacts,
     k: int,
+    policy: Policy,
     own: Sequence[fx.Node],
     outside: Sequence[fx.Node],
     first: Mapping[fx.Node, int],
 ) -> int:
     aim = facts.aim
-    n, kept, factor = aim.in_flight[k], aim.kept(k), aim.factor(k)
-    saved = sum(facts.saved_bytes[node] for node in own) * factor * (1 + kept * (n - 1))
-    size = math.ceil(saved)
+    n, factor, kept = aim.in_flight[k], aim.factor(k), facts.kept_bytes(policy)
+    once = sum(facts.saved_bytes[node] for node in own)
+    more = (n - 1) * math.fsum(kept[node] for node in own) if n > 1 else 0.0
+    size = math.ceil(factor * (once + more)) + aim.missed.get((k, policy), 0)
     for source in outside:
         item = facts.inputs.get(source.name)
         if item is None or item.kind is Kind.INPUT:
-            if kept < 1 or source in facts.saved:
+            if policy != "none" or source in facts.saved:
                 size += math.ceil(facts.nbytes(source) * n * factor)
         elif first[source] == k:
             size += facts.held_bytes(item)
         else:
             size += facts.nbytes(source) * (1 + is_trained(item))
-    return size
+    return max(0, size)

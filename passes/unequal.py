@@ -1,7 +1,7 @@
 """Stages on devices that differ: in speed, in memory, in what they keep per parameter.
 
 The order of the devices is fixed: stage k is on device k. What the items in a row take of each is
-plain arrays of integers; `contiguous` cuts them.
+plain arrays of integers, several for a stage that may run in several ways; `contiguous` cuts them.
 """
 
 from __future__ import annotations
@@ -75,22 +75,25 @@ class Value:
 
 @dataclass(frozen=True)
 class Loads:
-    """Times and bytes of N items in a row on each of K devices, in integers.
+    """Times and bytes of N items in a row on each of K devices, in integers: A >= K rows.
 
     A stage takes the sums of its items' rows, and for each value that one of its items uses and
-    that was made before its first item, once, that value's time and bytes. (Rows that are equal
-    may be one object; then they are looked at once.)
+    that was made before its first item, once, that value's time and bytes. Of several rows it
+    takes the one of least time among those that keep their limits; the first of several; if none
+    does, the one that misses its limit by least. (Rows that are equal may be one object; then they
+    are looked at once.)
 
     Attributes:
-        times: K times N costs, in one unit for all.
+        times: A times N costs, in one unit for all.
         unit: seconds.
-        nbytes: K times N bytes, each row in a unit of its own.
+        nbytes: A times N bytes, each row in a unit of its own.
         limits: of the sums of rows of `nbytes`; None: no limit.
         grains: for each row of `nbytes`, how many of its units are a byte.
         values: V values that more than one item knows.
-        fetching: K times V costs of fetching them, in the unit of `times`; or empty: no cost.
-        copies: K times V sizes of them, in the unit of the row of `nbytes`; or empty: nothing.
+        fetching: A times V costs of fetching them, in the unit of `times`; or empty: no cost.
+        copies: A times V sizes of them, in the unit of the row of `nbytes`; or empty: nothing.
         names: of the items, for messages.
+        ways: for each of K stages its rows, at least one; empty: row k is that of stage k.
     """
 
     times: tuple[Sequence[int], ...]
@@ -102,6 +105,7 @@ class Loads:
     fetching: tuple[Sequence[int], ...] = ()
     copies: tuple[Sequence[int], ...] = ()
     names: tuple[str, ...] = ()
+    ways: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(
@@ -138,6 +142,25 @@ class Loads:
             grains.append(grain)
         return cls(times, Fraction(1, common), tuple(nbytes), tuple(limits), tuple(grains))
 
+    @cached_property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage the rows that it may take."""
+        return self.ways or tuple((row,) for row in range(len(self.times)))
+
+    @cached_property
+    def least_times(self) -> tuple[Sequence[int], ...]:
+        """For each stage the least times of the items, whatever it takes of memory."""
+        found: dict[tuple[int, ...], Sequence[int]] = {}
+        for rows in self.rows:
+            times = list({id(self.times[row]): self.times[row] for row in rows}.values())
+            key = tuple(map(id, times))
+            if key not in found:
+                columns = zip(*times, strict=True)
+                found[key] = times[0] if len(times) == 1 else tuple(map(min, columns))
+        return tuple(
+            found[tuple({id(self.times[row]): None for row in rows})] for rows in self.rows
+        )
+
     @property
     def bound(self) -> int:
         """A time that the largest stage of no cut is below, whatever the order and the limits.
@@ -146,14 +169,14 @@ class Loads:
         stage time, for any weights w >= 0 of the devices, the sum over items of their least
         weighted time over sum(w). Weights as the devices' speeds on the whole are about best.
         """
-        rows = list({id(row): row for row in self.times}.values())
+        rows = list({id(row): row for row in self.least_times}.values())
         if not (whole := min(sum(row) for row in rows)):
             return 0
         weights = {id(row): (whole << 64) // sum(row) for row in rows}
         own = list(weights.values())
         least: list[int] = [min(column) for column in zip(*rows, strict=True)]
         total: int = sum(min(map(mul, column, own)) for column in zip(*rows, strict=True))
-        return max(-(-total // sum(weights[id(row)] for row in self.times)), *least)
+        return max(-(-total // sum(weights[id(row)] for row in self.least_times)), *least)
 
     @cached_property
     def waiting(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -168,24 +191,52 @@ class Loads:
                     found[position].append((use, v))
         return tuple(tuple(sorted(each)) for each in found)
 
+    def chosen(self, starts: Sequence[int]) -> tuple[int, ...]:
+        """The row that each stage of a cut takes."""
+        bounds = list(pairwise([0, *starts, len(self.times[0])]))
+        found = []
+        for rows, (a, b) in zip(self.rows, bounds, strict=True):
+            sizes = {row: self._sum(self.nbytes, self.copies, row, a, b) for row in rows}
+            over = {row: self._over(row, size) for row, size in sizes.items()}
+            fitting = [row for row in rows if not over[row]]
+            times = {row: self._sum(self.times, self.fetching, row, a, b) for row in fitting}
+            found.append(min(times or over, key=(times or over).__getitem__))
+        return tuple(found)
+
     def stage_bytes(self, starts: Sequence[int]) -> tuple[int, ...]:
         """Bytes that each stage of a cut keeps, rounded up."""
         sums = self._sums(self.nbytes, self.copies, starts)
-        return tuple(-(-size // grain) for size, grain in zip(sums, self.grains, strict=True))
+        grains = [self.grains[row] for row in self.chosen(starts)]
+        return tuple(-(-size // grain) for size, grain in zip(sums, grains, strict=True))
 
     def stage_times(self, starts: Sequence[int]) -> tuple[int, ...]:
         """The time of each stage of a cut."""
         return tuple(self._sums(self.times, self.fetching, starts))
 
+    def _over(self, row: int, size: int) -> Fraction:
+        """By how many bytes a sum of a row of `nbytes` is above its limit."""
+        limit = self.limits[row]
+        return Fraction(0 if limit is None else max(0, size - limit), self.grains[row])
+
     def _sums(
         self, rows: Sequence[Sequence[int]], more: Sequence[Sequence[int]], starts: Sequence[int]
     ) -> list[int]:
-        """Of the rows over each stage, and of what it adds for values that it receives."""
-        sums = []
-        for k, (a, b) in enumerate(pairwise([0, *starts, len(self.times[0])])):
-            received = [v for use, v in self.waiting[a] if use < b] if more else []
-            sums.append(sum(rows[k][a:b]) + sum(more[k][v] for v in received))
-        return sums
+        """What the stages take of their rows."""
+        bounds = pairwise([0, *starts, len(self.times[0])])
+        chosen = zip(self.chosen(starts), bounds, strict=True)
+        return [self._sum(rows, more, row, a, b) for row, (a, b) in chosen]
+
+    def _sum(
+        self,
+        rows: Sequence[Sequence[int]],
+        more: Sequence[Sequence[int]],
+        row: int,
+        a: int,
+        b: int,
+    ) -> int:
+        """Of a row over a stage, and of what it adds for values that it receives."""
+        received = [v for use, v in self.waiting[a] if use < b] if more else []
+        return sum(rows[row][a:b]) + sum(more[row][v] for v in received)
 
 
 def unit_of(values: Sequence[float], costs: Sequence[int]) -> Fraction:

@@ -7,6 +7,7 @@ import math
 import operator
 import random
 from dataclasses import replace
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -55,6 +56,23 @@ def gets_gradient(cut: Split, name: str) -> bool:
     return any(node.name == name for node in needs)
 
 
+def share_again(cut: Split, wanted: Aim, k: int, node: fx.Node) -> float:
+    """Of a call that a backward may run again."""
+    cheap = node in CallFacts(cut.annotated, wanted).remade.again
+    shares = {"none": 0.0, "full": 1.0, "min-cut": float(cheap), 0.25: 1.0 if cheap else 0.75**2}
+    (policy,) = wanted.policies(k)
+    return shares[policy]
+
+
+def kept_of(cut: Split, wanted: Aim, k: int) -> float:
+    """Bytes that another micro-batch in flight keeps of what the stage makes."""
+    annotated, (policy,) = cut.annotated, wanted.policies(k)
+    saved = {n: at_batch(annotated.costs[n.name].saved_bytes, SIZE) for n in cut.calls[k]}
+    kept = CallFacts(annotated, wanted).remade.kept
+    share = {"none": 0.0, "full": 0.0, "min-cut": 1.0, 0.25: 0.25}[policy]
+    return sum(saved.values()) if policy == "none" else share * sum(kept.get(n, 0) for n in saved)
+
+
 def expected_seconds(cut: Split, wanted: Aim, k: int) -> float:
     """Of stage k: its calls, and what it receives and sends back."""
     annotated, device = cut.annotated, wanted.devices[k]
@@ -64,7 +82,8 @@ def expected_seconds(cut: Split, wanted: Aim, k: int) -> float:
     for node in cut.calls[k]:
         times = seconds(annotated.costs[node.name], device, SIZE)
         total += times.forward + times.backward
-        total += wanted.again(k) * times.recompute if node in again else 0.0
+        if node in again:
+            total += share_again(cut, wanted, k, node) * times.recompute
     for route in cut.routes.values():
         if k in route.consumers:
             once = device.link.seconds(at_batch(route.spec.nbytes, SIZE))
@@ -77,7 +96,7 @@ def expected_seconds(cut: Split, wanted: Aim, k: int) -> float:
 
 def expected_bytes(cut: Split, wanted: Aim, k: int) -> int:
     annotated, stage, n = cut.annotated, cut.stages[k], wanted.in_flight[k]
-    kept, factor = wanted.kept(k), wanted.factor(k)
+    factor, received_kept = wanted.factor(k), wanted.policies(k) != ("none",)
     every = [node for calls in cut.calls for node in calls]
     read = {operands_of(c)[i].name for c in every for i in saves_of(cut, c)}
     total = 0
@@ -89,15 +108,15 @@ def expected_bytes(cut: Split, wanted: Aim, k: int) -> int:
     total += sum(2 * at_batch(cut.routes[name].spec.nbytes, SIZE) for name in stage.lent)
     costs = [annotated.costs[node.name].saved_bytes for node in cut.calls[k]]
     saved = sum(at_batch(cost, SIZE) for cost in costs)
-    total += math.ceil(saved * factor * (1 + kept * (n - 1)))
+    total += math.ceil(factor * (saved + (n - 1) * kept_of(cut, wanted, k)))
     for name in stage.receives:
-        if kept < 1 or name in read:
+        if received_kept or name in read:
             total += math.ceil(at_batch(cut.routes[name].spec.nbytes, SIZE) * n * factor)
     return total
 
 
 @pytest.mark.parametrize("name", ["gpt2", "unet", "t5", "tied", "resnet"])
-@pytest.mark.parametrize("remat", ["full", "none", 0.25])
+@pytest.mark.parametrize("remat", ["full", "none", "min-cut", 0.25])
 def test_facts_are_those_of_the_stages(name: str, remat: str | float) -> None:
     _, _, annotated = known(name)
     for devices in ([L4] * 3, [H100, L4, DEFAULT]):
@@ -181,6 +200,77 @@ def test_what_does_not_fit_is_named_by_its_calls() -> None:
     assert "to tanh_7" in str(error.value)
 
 
+POLICIES = ("none", "min-cut", 0.5, "full")
+
+
+def test_the_cut_chooses_the_policies_too() -> None:
+    """Against every cut of four layers with every policy for each stage, under falling limits."""
+    annotated = annotate(captured_of(Layers(4), torch.randn(4, 8)))
+    plain = aim([DEFAULT] * 3, in_flight=(40, 20, 10))
+    facts = {
+        remat: CallFacts(annotated, replace(plain, remat=remat))
+        for remat in product(POLICIES, repeat=3)
+    }
+    calls = next(iter(facts.values())).calls
+    every = []
+    for a, b in combinations(range(1, len(calls)), 2):
+        stage_of = [0] * a + [1] * (b - a) + [2] * (len(calls) - b)
+        for of in facts.values():
+            made = {n: (k,) for n, k in zip(of.calls, stage_of, strict=True)}
+            every.append(taken(of, made))
+    most = max(split(annotated, plain).facts.nbytes)
+    last, chosen, failed = 0.0, set(), 0
+    for percent in range(120, 5, -5):
+        limits = (most * percent // 100,) * 3
+        several = replace(plain, remat=(POLICIES,) * 3, limits=limits)
+        fitting = [one for one in every if one.fits(limits)]
+        if not fitting:
+            failed += 1
+            with pytest.raises(PartitionError, match="does not fit its device"):
+                split(annotated, several)
+            continue
+        best = min(max(one.seconds) for one in fitting)
+        cut = split(annotated, several)
+        assert max(cut.facts.nbytes) <= limits[0]
+        assert best * (1 - 1e-9) <= cut.facts.bottleneck <= best * (1 + SLACK)
+        assert best >= last
+        last = best
+        chosen |= set(cut.facts.remat)
+        single = split(annotated, replace(several, remat=cut.facts.remat))
+        assert single.facts.seconds == pytest.approx(cut.facts.seconds)
+        for k, policy in enumerate(cut.facts.remat):  # no stage could do with less work
+            for lighter in POLICIES[: POLICIES.index(policy)]:
+                remat = tuple(lighter if j == k else p for j, p in enumerate(cut.facts.remat))
+                made = {n: (j,) for j, part in enumerate(cut.calls) for n in part}
+                assert not taken(
+                    CallFacts(cut.annotated, replace(several, remat=remat)), made
+                ).fits(limits)
+    assert failed > 0
+    assert {"none", "full"} < chosen
+
+
+def test_what_the_estimate_misses_counts_for_its_stage_and_policy() -> None:
+    limits = (10**6,) * 2
+    wanted = aim([DEFAULT] * 2, remat=(("none", "full"),) * 2, limits=limits)
+    assert split(LAYERS, wanted).facts.remat == ("none", "none")
+    plain = split(LAYERS, wanted).facts
+    missed = {(0, "none"): 10**6 - 1, (1, "none"): -100}
+    found = split(LAYERS, replace(wanted, missed=missed)).facts
+    assert found.remat == ("full", "none")
+    assert split(LAYERS, replace(wanted, missed={(0, "full"): 10**6})).facts == plain
+    tight = replace(wanted, limits=(10**6, plain.nbytes[1] - 1), missed={(1, "full"): 10**6})
+    assert sum(layers(split(LAYERS, tight))[:1]) > 4
+    again = split(LAYERS, replace(tight, missed=missed | tight.missed))
+    assert layers(again)[1] == 4
+
+
+def test_a_stage_without_a_limit_has_the_policy_of_least_work() -> None:
+    wanted = aim([DEFAULT] * 2, remat=(("full", 0.5, "min-cut"), "full"))
+    assert (wanted.policies(0), wanted.policies(1)) == (("min-cut",), ("full",))
+    limited = replace(wanted, limits=(1, 1))
+    assert limited.policies(0) == ("min-cut", 0.5, "full")
+
+
 def test_measured_times_take_the_place_of_the_devices() -> None:
     nodes = [n.name for n in LAYERS.captured.graph_module.graph.nodes if n.name in LAYERS.costs]
     times = {name: Seconds(1.0, 2.0, 1.0) for name in nodes}
@@ -232,6 +322,9 @@ def test_equal_devices_are_cut_within_the_slack_of_the_bound_where_costs_are_fin
         ({"remat": ("full",)}, "`remat`"),
         ({"remat": ("full", "half")}, "`remat`"),
         ({"remat": ("full", 1.5)}, "`remat`"),
+        ({"remat": ("full", "0.5")}, "`remat`"),
+        ({"remat": ("full", ())}, "`remat`"),
+        ({"remat": ("full", ("none", "half"))}, "`remat`"),
         ({"in_flight": (1, 0)}, "`in_flight`"),
         ({"limits": (None, -1)}, "`limits`"),
         ({"scale": (1.0, 0.5)}, "`scale`"),
@@ -247,7 +340,7 @@ def test_aims_that_are_none_are_refused(change: dict[str, Any], message: str) ->
 def test_the_aim_of_plain_devices() -> None:
     found = aim_of([CPU, torch.device("cuda", 1)], 3, remat=0.5, in_flight=[2, 1])
     assert found == Aim(3, (DEFAULT, H100), (0.5, 0.5), (2, 1), (None, None))
-    assert (found.stages, found.again(0), found.kept(1), found.factor(0)) == (2, 0.5, 0.5, 1.0)
+    assert (found.stages, found.policies(0), found.factor(0)) == (2, (0.5,), 1.0)
 
 
 def test_the_gap_of_nothing_is_none() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
+from typing import Any
 
 import pytest
 
 from autopipe.errors import PartitionError
-from autopipe.passes.contiguous import cut_on
+from autopipe.passes.contiguous import cut_on, has_cut
 from autopipe.passes.unequal import Loads, Value
 
 
@@ -91,6 +93,92 @@ def test_cuts_with_transfers_are_optimal() -> None:
             assert times[starts] <= max(tightest, best * (1 + Fraction(1, 1024)) + 1)
     assert 2000 < possible < 3900
     assert fetched > 500
+
+
+def with_ways(loads: Loads, generator: random.Random) -> Loads:
+    """The same with up to three rows for each stage, the first of which are the stage's own."""
+    N, V = len(loads.times[0]), len(loads.values)
+    parts: dict[str, list[Any]] = {
+        name: [*getattr(loads, name)]
+        for name in ("times", "nbytes", "limits", "grains", "fetching", "copies")
+    }
+    ways = []
+    for k in range(len(loads.times)):
+        rows = [k]
+        for _ in range(generator.randint(0, 2)):
+            rows.append(len(parts["times"]))
+            grain = generator.choice([1, 2])
+            parts["times"].append(tuple(generator.randint(0, 20) for _ in range(N)))
+            parts["nbytes"].append(tuple(grain * generator.randint(0, 9) for _ in range(N)))
+            parts["limits"].append(generator.choice([None, grain * generator.randint(0, 40)]))
+            parts["grains"].append(grain)
+            parts["fetching"].append(generator.choice(loads.fetching))
+            parts["copies"].append(tuple(generator.randint(0, 9) for _ in range(V)))
+        generator.shuffle(rows)
+        ways.append(tuple(rows))
+    return replace(loads, ways=tuple(ways), **{n: tuple(part) for n, part in parts.items()})
+
+
+def of_rows(loads: Loads, rows: Sequence[int]) -> Loads:
+    """Where each stage has one row."""
+    names = ("times", "nbytes", "limits", "grains", "fetching", "copies")
+    return replace(
+        loads, ways=(), **{n: tuple(getattr(loads, n)[row] for row in rows) for n in names}
+    )
+
+
+def test_cut_and_ways_are_optimal_together() -> None:
+    """Against every cut with every choice of a row for each stage."""
+    generator = random.Random(11)
+    possible = mixed = only = 0
+    for _ in range(1500):
+        loads = with_ways(problem(generator), generator)
+        N, K = len(loads.times[0]), len(loads.ways)
+        found: dict[tuple[int, ...], int] = {}
+        for rows in product(*loads.ways):
+            single = of_rows(loads, rows)
+            for cut in combinations(range(1, N), K - 1):
+                if fits(single, cut):
+                    largest = max(seconds for seconds, _ in stages(single, cut))
+                    found[cut] = min(largest, found.get(cut, largest))
+        if not found:
+            with pytest.raises(PartitionError, match=r"stage \d does not fit its device"):
+                cut_on(loads)
+            continue
+        possible += 1
+        best = min(found.values())
+        assert loads.bound <= best
+        starts = cut_on(loads)
+        assert found[starts] == best
+        chosen = loads.chosen(starts)
+        assert all(row in rows for row, rows in zip(chosen, loads.ways, strict=True))
+        single = of_rows(loads, chosen)
+        assert fits(single, starts)
+        assert loads.stage_times(starts) == single.stage_times(starts)
+        assert loads.stage_bytes(starts) == single.stage_bytes(starts)
+        assert max(loads.stage_times(starts)) == best
+        assert has_cut(loads, best)
+        assert not best or not has_cut(loads, best - 1)
+        mixed += len(set(chosen) - set(range(K))) > 0
+        alone = [c for c in found if fits(of_rows(loads, range(K)), c)]
+        only += not alone
+        crossing = [generator.randint(0, 3) for _ in range(N + 1)]
+        within = [c for c, seconds in found.items() if seconds <= best * (1 + Fraction(0.3))]
+        tried = cut_on(loads, crossing, 0.3)
+        assert tried in within
+        weights = {c: sum(crossing[p] for p in c) for c in within}
+        assert weights[tried] == min(weights.values())
+    assert 1000 < possible < 1500
+    assert mixed > 300
+    assert only > 20
+
+
+def test_of_several_ways_that_do_not_fit_the_nearest_is_named() -> None:
+    loads = Loads(((1, 1), (2, 2)), Fraction(1), ((5, 5), (4, 4)), (9, 6), (1, 1), ways=((0, 1),))
+    with pytest.raises(PartitionError, match="stage 0 does not fit its device: 1 bytes") as error:
+        cut_on(loads)
+    assert error.value.expected == "10 bytes for items 0 to 1 of 2"
+    assert loads.chosen(()) == (0,)
 
 
 def test_the_items_of_what_does_not_fit_are_named() -> None:

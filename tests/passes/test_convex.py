@@ -80,7 +80,7 @@ def largest(facts: CallFacts, stage_of: dict[fx.Node, int]) -> float:
     aim = facts.aim
     stages = [0.0] * aim.stages
     for k, device in enumerate(aim.devices):
-        each = facts.seconds(device, aim.again(k))
+        each = facts.seconds(device, aim.policies(k)[0])
         own = [node for node, stage in stage_of.items() if stage == k]
         stages[k] += sum(each[node] for node in own)
         for source in {s for node in own for s in node.all_input_nodes}:

@@ -1,0 +1,89 @@
+"""What stages are estimated to keep and run again, against what they do when they are traced.
+
+    python -m benchmarks.kept
+
+For each model, cut into two stages, and each policy: of the bytes that a further micro-batch in
+flight keeps, and of the seconds that are run again, estimated over traced, stage by stage. The
+estimate steers the search for a cut (`passes.loads`); plans go by the trace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from autopipe.batch import batch_of
+from autopipe.options import check
+from autopipe.passes.aim import Aim
+from autopipe.passes.callfacts import CallFacts
+from autopipe.passes.devices import CPU_CORE
+from autopipe.passes.driver import costed, cut_in_space
+from autopipe.passes.ir import at_batch
+from autopipe.passes.memory import saved_bytes
+from autopipe.passes.phases import Traced
+from autopipe.passes.policies import Policy
+from autopipe.passes.work import phase_seconds
+from autopipe.planner import phases_of
+from autopipe.structure import flatten
+
+from .models import gpt2, swin, t5, unet
+
+POLICIES: tuple[Policy, ...] = ("none", "min-cut", 0.75, 0.5, 0.25, "full")
+SIZE = 4
+
+
+def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    """Print a line for each policy."""
+    leaves, spec = flatten(args, kwargs)
+    dims, _ = batch_of(0, model, args, kwargs)
+    annotated = costed(
+        model, leaves, spec, dims, whole=False, batch_norm="deferred", out_reduce=None
+    )
+    options = check(
+        devices=["cpu"] * 2,
+        chunks=1,
+        schedule="gpipe",
+        remat="full",
+        memory=None,
+        in_dims=0,
+        out_reduce=None,
+        batch_norm="deferred",
+    )
+    aim = Aim(SIZE, (CPU_CORE,) * 2, ("none",) * 2, (1, 1), (None, None))
+    split = cut_in_space(annotated, aim)
+    facts, traced = CallFacts(split.annotated, aim), Traced()
+    for policy in POLICIES:
+        phased = phases_of(model, split, leaves, [SIZE], options, (policy,) * 2, traced)[SIZE]
+        kept, again = [], []
+        for stage, calls in zip(split.stages, split.calls, strict=True):
+            used = {s.name for node in calls for s in node.all_input_nodes if s in facts.saved}
+            received = [n for n in stage.receives if policy != "none" or n in used]
+            estimate = sum(facts.kept_bytes(policy)[node] for node in calls)
+            estimate += sum(at_batch(split.routes[n].spec.nbytes, SIZE) for n in received)
+            kept.append(_ratio(estimate, saved_bytes(phased.stages[stage.index])))
+            plain, more = (facts.seconds(CPU_CORE, p) for p in ("none", policy))
+            seconds = sum(more[node] - plain[node] for node in calls)
+            again.append(
+                _ratio(seconds, phase_seconds(phased.stages[stage.index], CPU_CORE).recompute)
+            )
+        print(f"{name:6} {policy:8} kept {', '.join(kept)}; again {', '.join(again)}", flush=True)
+
+
+def _ratio(estimate: float, traced: float) -> str:
+    if not traced:
+        return "nothing" if not estimate else "too much"
+    return f"{estimate / traced:.2f}"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model, inputs = gpt2(4, 256, 4, 64)
+    show("gpt2", model, (), inputs(SIZE))
+    for name, make in (("t5", t5), ("unet", unet), ("swin", swin)):
+        net, calls = make()
+        show(name, net, *calls(SIZE))
+
+
+if __name__ == "__main__":
+    main()
