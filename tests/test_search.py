@@ -138,7 +138,9 @@ def test_no_plan_with_given_policies_and_micro_batches_is_faster(
 
 @pytest.mark.parametrize(("name", "fraction"), TWO)
 def test_what_a_pipeline_takes_is_not_above_the_limit(name: str, fraction: float) -> None:
-    plan = planned(name, chunks=2, memory=int(most(name) * fraction))
+    plan = under(name, fraction)
+    if plan is None or len(plan.sizes) == 1:  # (see the test below)
+        plan = planned(name, chunks=2, memory=int(most(name) * fraction))
     model, call = made(name)
     pipe = autopipe.compile(model, plan=plan, kwargs=call)
     optimizer = torch.optim.Adam(pipe.parameters())
