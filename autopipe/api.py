@@ -173,7 +173,7 @@ def plan(
         leaves,
         spec,
         dims,
-        whole=chunks == 1,
+        whole=options.whole,
         batch_norm=batch_norm,
         out_reduce=out_reduce,
     )

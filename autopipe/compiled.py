@@ -133,7 +133,7 @@ class Compiled:
             leaves,
             spec,
             dims,
-            whole=options.chunks == 1,
+            whole=options.whole,
             single=single,
             batch_norm=options.batch_norm,
             out_reduce=options.out_reduce,

@@ -119,6 +119,7 @@ def plan(
     made = Plan(
         model=type(model).__name__,
         training=model.training,
+        whole=options.whole,
         graph=planned.graph,
         schedule=kind,
         chunks=options.chunks or len(sizes),

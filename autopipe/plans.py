@@ -192,6 +192,7 @@ class Plan:
     Attributes:
         model: class of the model.
         training: the mode that it was captured in.
+        whole: captured for one micro-batch alone: its samples may depend on one another.
         graph: fingerprint of the captured graph.
         schedule: name of the schedule.
         chunks: M, the number of micro-batches of a batch that is large enough.
@@ -208,6 +209,7 @@ class Plan:
 
     model: str
     training: bool
+    whole: bool
     graph: str
     schedule: str
     chunks: int
@@ -291,6 +293,7 @@ class Plan:
         K = len(self.stages)
         require(K > 0, "a plan without stages")
         require(0 < len(self.sizes) <= self.chunks, "micro-batches and sizes disagree")
+        require(not self.whole or len(self.sizes) == 1, "a whole batch in several micro-batches")
         require(min(self.sizes) > 0, "a micro-batch without samples")
         require(self.schedule in KNOWN, "an unknown schedule", found=self.schedule)
         require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -74,6 +75,31 @@ class CallFacts:
         """Of what each call makes, what autograd keeps."""
         costs = self.annotated.costs
         return {node: self.at_batch(costs[node.name].saved_bytes) for node in self.calls}
+
+    @cached_property
+    def parted(self) -> set[fx.Node]:
+        """The trained parameters whose uses lie further apart than a stage is long, by the times on
+        the first device: they are shared, and gradients for them wait where they are held."""
+        each = self.seconds(self.aim.devices[0], "none")
+        now, found = 0.0, set()
+        first: dict[fx.Node, float] = {}
+        longest = math.fsum(each.values()) / self.aim.stages
+        for node in self.calls:
+            for source in node.all_input_nodes:
+                item = self.inputs.get(source.name)
+                if item is None or not is_trained(item):
+                    continue
+                if now - first.setdefault(source, now) > longest:
+                    found.add(source)
+            now += each[node]
+        return found
+
+    def waiting_bytes(self, parameter: fx.Node, in_flight: int) -> int:
+        """Of a shared parameter's gradients where it is held: one waits from each other stage, and
+        while one is added to their sum both are there and the new sum."""
+        if parameter not in self.parted:
+            return 0
+        return self.nbytes(parameter) * (min(in_flight, self.aim.stages) + 2)
 
     @cached_property
     def remade(self) -> Remade:

@@ -14,6 +14,8 @@ Memory of a stage, an estimate for the search (the truth is known when the stage
 
 - a parameter's value, and if it is trained its gradient and optimizer state, in the first stage
   that uses it; value and gradient again in each further one; buffers and constants in each;
+- where a parameter is held that stages share (its uses lie further apart than a stage is long), the
+  gradients that wait to be added up;
 - of one micro-batch, what autograd saves, as the backward needs it, however it is come by;
 - of each further micro-batch in flight, what its policy keeps: "none" all of that, "full" nothing,
   "min-cut" what `remade` estimates, a fraction that part of this;
@@ -103,7 +105,11 @@ class Rows:
             n, policy, factor = key
             kept = self._sums(self.facts.kept_bytes(policy))
             columns = zip(held, saved, kept, strict=True)
-            nbytes[key] = tuple(p + math.ceil(factor * (s + (n - 1) * m)) for p, s, m in columns)
+            waits = self._waiting_bytes(n)
+            nbytes[key] = tuple(
+                p + waits.get(i, 0) + math.ceil(factor * (s + (n - 1) * m))
+                for i, (p, s, m) in enumerate(columns)
+            )
             copies[key] = tuple(_copied(each, n, policy, factor) for each in known)
         numbers = iter(range(len(ways)))
         return Loads(
@@ -165,6 +171,15 @@ class Rows:
             item = self.facts.inputs.get(node.name)
             if item is not None and item.kind is not Kind.INPUT:
                 found[uses[0]] += self.facts.held_bytes(item)
+        return found
+
+    def _waiting_bytes(self, in_flight: int) -> dict[int, int]:
+        """Of gradients that wait, at the first items that use the parameters which they are of."""
+        found: dict[int, int] = {}
+        for node in self.facts.parted:
+            first = self._uses[node][0]
+            more = self.facts.waiting_bytes(node, in_flight)
+            found[first] = found.get(first, 0) + more
         return found
 
     def _known(self) -> list[Known]:

@@ -144,7 +144,7 @@ def _bytes(
             if policy != "none" or source in facts.saved:
                 size += math.ceil(facts.nbytes(source) * n * factor)
         elif first[source] == k:
-            size += facts.held_bytes(item)
+            size += facts.held_bytes(item) + facts.waiting_bytes(source, n)
         else:
             size += facts.nbytes(source) * (1 + is_trained(item))
     return max(0, size)

@@ -37,6 +37,7 @@ def made_plan(
     plan = Plan(
         model=facts.pop("model", "Net"),
         training=True,
+        whole=False,
         graph="0123456789abcdef",
         schedule=facts.pop("schedule", "gpipe"),
         chunks=len(sizes),

@@ -231,6 +231,7 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "another policy": (in_stage(remat="most"), "remat"),
     "more than all": (in_stage(remat="1.5"), "remat"),
     "a bound below nothing": (in_plan(bound_seconds=-1.0), "negative"),
+    "one batch in parts": (in_plan(whole=True), "whole batch"),
     "several stages on a device": (in_plan(schedule="zb-v"), "several stages"),
     "no end of time": (
         lambda t: t.replace('"forward": ', '"forward": 1e999, "x": '),

@@ -105,6 +105,11 @@ def expected_bytes(cut: Split, wanted: Aim, k: int) -> int:
         first = not any(item in s.held for s in cut.stages[:k])
         trained = item.kind is Kind.PARAMETER and first
         total += size + (size + 2 * size if trained else 0)
+    first = {i.name for s in cut.stages[:k] for i in s.held}
+    own = {i.name: i for i in stage.held if i.name not in first}
+    parted = {node.name for node in CallFacts(annotated, wanted).parted}
+    for name in parted & own.keys():  # gradients wait from the others; two more while they add up
+        total += (min(n, 3) + 2) * at_batch(own[name].spec.nbytes, SIZE)
     total += sum(2 * at_batch(cut.routes[name].spec.nbytes, SIZE) for name in stage.lent)
     costs = [annotated.costs[node.name].saved_bytes for node in cut.calls[k]]
     saved = sum(at_batch(cost, SIZE) for cost in costs)
