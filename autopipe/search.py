@@ -145,6 +145,7 @@ class Search:
                 continue
             if found is not None and (best is None or _step(found) < _step(best[0])):
                 best = found, sizes
+        best = best or self._leanest(batch)  # which may find what the others miss
         if best is None:
             raise min(failures, key=_missing)
         if self.options.limits is None or self.options.remat is not None:
@@ -160,15 +161,21 @@ class Search:
         Raises:
             PartitionError: the model has too few calls for so many stages.
         """
+        return self._leanest(batch) is not None
+
+    def _leanest(self, batch: int) -> tuple[Fitted, Sequence[int]] | None:
+        """A plan that fits, the leanest tried first, and its micro-batches; None: there is none."""
         chunks = self.options.chunks
         known = numbers_of_chunks(batch, len(self.models)) if chunks is None else [chunks]
         for number in reversed(known):
+            sizes = microbatch.sizes(batch, number)
             try:
-                self._at(microbatch.sizes(batch, number), lean=True)
+                found = self._at(sizes, lean=True)
             except (MemoryLimitError, InputError):
                 continue
-            return True
-        return False
+            if found is not None:
+                return found, sizes
+        return None
 
     def _at(
         self, sizes: Sequence[int], beat: float = math.inf, *, lean: bool = False
