@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from autopipe.errors import MemoryLimitError
 from autopipe.passes.policies import policy_of
 from benchmarks.ledger import watching
 from tests.models import gpt2
+from tests.once import pure_passes_once
 
 CPUS = ["cpu"] * 2
 BATCH = 4
@@ -74,11 +75,18 @@ def made(name: str, batch: int = BATCH) -> tuple[nn.Module, dict[str, Any]]:
     return model, inputs(batch)[1]
 
 
-MODELS = ("skip", "shared", "gpt2")
+@pytest.fixture(scope="module", autouse=True)
+def _once() -> Iterator[None]:
+    with pure_passes_once():
+        yield
+
+
+shared_model = functools.cache(made)
+"""For plans, which leave a model as it is."""
 
 
 def planned(name: str, *, batch: int = BATCH, **options: Any) -> Plan:
-    model, call = made(name, batch)
+    model, call = shared_model(name, batch)
     options = {"devices": CPUS, "remat": "auto"} | options
     devices = options.pop("devices")
     return autopipe.plan(model, devices, options.pop("chunks", None), kwargs=call, **options)
@@ -103,7 +111,7 @@ def largest(plan: Plan) -> int:
     return max(stage.memory_bytes for stage in plan.stages)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["skip", "shared"])
 def test_with_less_memory_no_step_is_shorter(name: str) -> None:
     found = [under(name, fraction) for fraction in FRACTIONS[name]]
     plans = [plan for plan in found if plan is not None]
