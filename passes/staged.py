@@ -303,7 +303,7 @@ class Phased:
                 )
 
     def __str__(self) -> str:
-        lines = [f"phased: micro-batch of {self.size}, remat {self.remat}"]
+        lines = [f"phased: micro-batch of {self.size}, remat {', '.join(map(str, self.remat))}"]
         for stage in self.stages:
             counts = {p: sum(q == p for q in stage.phase_of.values()) for p in PHASES}
             lines.append(f"stage {stage.index}: nodes {counts}, saved {list(stage.saved)}")

@@ -152,7 +152,7 @@ class Run:
         """
         draws = self.program.draws[self.program.sizes[m]][stage]
         return Kit(
-            self.seed, draws, m, lambda i, gradient: self._accumulate(parameters[i], gradient)
+            self.seed, draws, m, lambda i, gradient: self.accumulate(parameters[i], m, gradient)
         )
 
     def receive(self, what: str, stage: int, m: int) -> Tensor:
@@ -196,7 +196,7 @@ class Run:
         self.memory.released(stage, nbytes)
         return saved
 
-    def _accumulate(self, name: str, gradient: Tensor) -> None:
+    def accumulate(self, name: str, m: int, gradient: Tensor) -> None:
         """Add a micro-batch's gradient of a parameter, in the order of micro-batches."""
         total = self.gradients.get(name)
         if total is None:

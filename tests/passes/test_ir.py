@@ -404,7 +404,7 @@ def test_phased_with_neighbours_that_disagree_about_a_gradient() -> None:
 
 def test_phased_prints_every_node_with_its_phase() -> None:
     text = str(phased())
-    assert text.startswith("phased: micro-batch of 2, remat=full")
+    assert text.startswith("phased: micro-batch of 2, remat full, full")
     for stage in phased().stages:
         assert f"stage {stage.index}: nodes " in text
         for name, letter in stage.phase_of.items():

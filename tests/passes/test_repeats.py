@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import autopipe
-from autopipe import choice
+from autopipe import compiled
 from autopipe.errors import PlanError
 from autopipe.passes.aim import Aim
 from autopipe.passes.callfacts import CallFacts
@@ -180,7 +180,7 @@ def test_no_other_choice_costs_less(device: Device, remat: str) -> None:
 
 def in_aim(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     """Let `compile` cut for other devices than it runs on."""
-    monkeypatch.setattr(choice, "models_of", lambda devices: (device,) * len(devices))
+    monkeypatch.setattr(compiled, "models_of", lambda devices: (device,) * len(devices))
 
 
 @pytest.mark.parametrize("remat", ["full", "none", "min-cut"])

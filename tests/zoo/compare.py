@@ -97,8 +97,17 @@ def randomness(entry: Entry) -> Randomness:
     loss, gradients = step(entry, alone, inputs, seed=5)
     again, others = step(entry, pipe, inputs, seed=5)
     moved, _ = step(entry, pipe, inputs, seed=6)
+    # Calls that a better cut brings into another order add gradients up in another order.
+    moved_calls = bool(pipe.captured.places)
+    largest = max(g.abs().max().item() for g in gradients.values() if g is not None)
+
+    def equal(a: Tensor, b: Tensor) -> bool:
+        return torch.equal(a, b) or (
+            moved_calls and (a - b).abs().max().item() <= TOLERANCE * largest
+        )
+
     same = torch.equal(loss, again) and all(
-        (a is None) == (b is None) and (a is None or torch.equal(a, b))
+        (a is None) == (b is None) and (a is None or b is None or equal(a, b))
         for a, b in zip(gradients.values(), others.values(), strict=True)
     )
     return Randomness(same, moves=not torch.equal(loss, moved))
