@@ -6,7 +6,8 @@ runs what that takes; then nothing. So a stage that is slower than its neighbour
 the maker of a gradient, has more waiting. What the caller gives is the caller's until it is used.
 
 Real stages are not as punctual: of each value one more than simulated is taken to wait, but no more
-than the runtime lets wait (`runtime.mailbox`: K).
+than the runtime lets wait (`runtime.mailbox`: K, and one that is copied and not let in). Of the
+gradients of a shared parameter, which are large and come from far, so many are always counted.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def stage_peaks(
             ends.setdefault((forward, k), {})[span.action.microbatch] = span.end
             actions[k].append(span)
     return tuple(
-        _peak(k, actions[k], ends, sizes, {s: nbytes[k, s] for s in set(sizes)}, routes, stages)
+        _peak(k, actions[k], ends, sizes, {s: nbytes[k, s] for s in set(sizes)}, routes, stages + 1)
         for k in range(stages)
     )
 
@@ -65,7 +66,12 @@ def _peak(
     """Of one stage; `most` of a kind may wait."""
     largest = nbytes[max(nbytes)]
     waiting = [
-        (forward, nbyte, sorted(ends.get((forward, source), {}).values()))
+        (
+            forward,
+            nbyte,
+            sorted(ends.get((forward, source), {}).values()),
+            routes[name].kind == "parameter",
+        )
         for forward, values in ((True, largest.received), (False, largest.tangents))
         for name, nbyte in values.items()
         if (source := _source(routes[name], k, forward=forward)) is not None
@@ -79,9 +85,10 @@ def _peak(
         if not forward:
             saved -= own.saved
         pending = 0
-        for way, nbyte, arrivals in waiting:
+        for way, nbyte, arrivals, shared in waiting:
             there = bisect_left(arrivals, span.end) - begun[way]
-            pending += nbyte * max(0, min(there + 1, most, len(arrivals) - begun[way]))
+            some = most if shared and there > 0 else there + 1
+            pending += nbyte * max(0, min(some, most, len(arrivals) - begun[way]))
         backward = own.first_backward if begun[False] == 1 else own.backward
         peak = max(peak, pending + saved + (own.forward if forward else backward))
         if forward:

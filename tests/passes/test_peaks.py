@@ -43,7 +43,10 @@ def counted(line: Any, K: int, M: int, nbytes: Any, sources: Any) -> list[int]:
                         continue
                     left = [m for m in range(M) if m not in taken]
                     there = [m for m in left if end[way, source, m] < span.end]
-                    total += size * min(len(there) + 1, K, len(left))
+                    some = len(there) + 1
+                    if name == "table" and there:
+                        some = K + 1
+                    total += size * min(some, K + 1, len(left))
             back = {s.action.microbatch for s in begun[False]}
             ahead = [s.action.microbatch for s in done[:-1] if s.action.phase == "F"]
             total += nbytes[k].saved * len([m for m in ahead if m not in back])
