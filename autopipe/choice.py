@@ -6,6 +6,7 @@ one candidate; it is the same path.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -80,9 +81,9 @@ def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:
 def _model(device: torch.device) -> Device:
     if device.type != "cuda":
         return CPU_CORE
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
-    known = (model for key, model in DEVICES.items() if key.removesuffix("-80gb") in name)
-    return next(known, H100)
+    name = torch.cuda.get_device_name(device).lower().replace("rtx ", "rtx")
+    words = re.split(r"[^a-z0-9]+", name)
+    return next((m for key, m in DEVICES.items() if key.removesuffix("-80gb") in words), H100)
 
 
 def _search(

@@ -13,7 +13,7 @@ from autopipe.choice import choose, models_of
 from autopipe.errors import DeviceError, MemoryLimitError, UnsupportedError
 from autopipe.fitting import missing_bytes
 from autopipe.looks import differentiated, input_looks, state_looks
-from autopipe.passes.aim import Aim
+from autopipe.passes.aim import aim_of
 from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_at
 from autopipe.passes.ir import Kind
 from autopipe.passes.phases import Traced, received_strides
@@ -164,15 +164,9 @@ class Compiled:
         """Where a plan says, or else balanced; if nothing was left to choose."""
         plan, (chunks, remat) = options.plan, options.given
         sizes = microbatch.sizes(batch, chunks)
-        K = len(options.devices)
-        kind = options.schedule or "gpipe"
-        aim = Aim(
-            batch=max(sizes),
-            devices=options.models or models_of(options.devices),
-            remat=remat,
-            in_flight=schedule(kind, K, len(sizes)).in_flight(),
-            limits=(None,) * K,
-        )
+        models = options.models or models_of(options.devices)
+        in_flight = schedule(options.kind, len(models), len(sizes)).in_flight()
+        aim = aim_of(models, max(sizes), remat=remat, in_flight=in_flight)
         return cut_in_space(
             annotated,
             aim,
@@ -275,7 +269,7 @@ class Compiled:
                 traced=self._traced,
                 progress=progress,
             )
-            kind = self.options.schedule or "gpipe"
+            kind = self.options.kind
             lowered = cut_in_time(phased, sizes, devices, kind=kind, progress=progress)
             ready = Ready(self._load(lowered, sizes), lowered)
             if self.options.limits is not None and grad:

@@ -66,6 +66,11 @@ class Options:
         return self.plan is None and (None in chosen or self.limits is not None or self.profile)
 
     @property
+    def kind(self) -> str:
+        """The schedule; of those that the runtime runs there is one to choose."""
+        return self.schedule or EXECUTED[0]
+
+    @property
     def whole(self) -> bool:
         """Whether samples may depend on one another: one micro-batch was asked for, not chosen."""
         return self.chunks == 1 if self.plan is None else self.plan.whole

@@ -107,8 +107,7 @@ def plan(
     """
     K, planned = len(split.stages), planned_of(split)
     distinct = sorted(set(sizes), reverse=True)
-    kind = options.schedule or "gpipe"
-    in_flight = schedule(kind, K, len(sizes)).in_flight()
+    in_flight = schedule(options.kind, K, len(sizes)).in_flight()
     nbytes = {(k, s): stage_bytes(phased[s].stages[k]) for k in range(K) for s in distinct}
     trained = phased[distinct[0]].differentiated
     if not trained:  # inference keeps nothing
@@ -121,7 +120,7 @@ def plan(
         training=model.training,
         whole=options.whole,
         graph=planned.graph,
-        schedule=kind,
+        schedule=options.kind,
         chunks=options.chunks or len(sizes),
         sizes=tuple(sizes),
         stages=tuple(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import InputError, MemoryLimitError, PartitionError
 from autopipe.fitting import LADDER, Chosen, Fitted, fitted, missing_bytes, refined
-from autopipe.passes.aim import Aim
+from autopipe.passes.aim import aim_of
 from autopipe.passes.driver import cut_in_space
 from autopipe.passes.phases import Traced
 from autopipe.passes.policies import repeats
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autopipe.options import Options
+    from autopipe.passes.aim import Aim
     from autopipe.passes.cost import Seconds
     from autopipe.passes.devices import Device
     from autopipe.passes.ir import Annotated
@@ -276,14 +277,11 @@ class Search:
 
     def aim(self, sizes: Sequence[int], remat: Sequence[Policy]) -> Aim:
         """What a cut for these micro-batches is made for; without limits."""
-        K = len(self.models)
-        kind = self.options.schedule or "gpipe"
-        return Aim(
-            batch=max(sizes),
-            devices=self.models,
-            remat=tuple(remat),
-            in_flight=schedule(kind, K, len(sizes)).in_flight(),
-            limits=(None,) * K,
+        return aim_of(
+            self.models,
+            max(sizes),
+            remat=remat,
+            in_flight=schedule(self.options.kind, len(self.models), len(sizes)).in_flight(),
             times=None if self.measured is None else self.measured(max(sizes)),
         )
 

@@ -194,7 +194,7 @@ def splits(batch: int = 4) -> None:
         }
         for rule, weights in rules.items():
             known = {n.name: Seconds(w, 0.0, 0.0) for n, w in zip(calls, weights, strict=True)}
-            aim = aim_of([torch.device("cpu")] * 2, batch, remat="none")
+            aim = aim_of([DEFAULT] * 2, batch, remat="none")
             late = {n.name for n in split(found, replace(aim, times=known)).calls[1]}
             second = [n.name in late for n in calls]
             print(

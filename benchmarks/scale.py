@@ -25,7 +25,7 @@ from autopipe.batch import batch_of
 from autopipe.choice import models_of
 from autopipe.options import check
 from autopipe.passes._torch import lazy_code
-from autopipe.passes.aim import Aim
+from autopipe.passes.aim import aim_of
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
 from autopipe.passes.driver import cut_in_space
@@ -69,7 +69,7 @@ def planned(
         marks.append(time.process_time())
         annotated = annotate(captured)
         marks.append(time.process_time())
-    aim = Aim(1, models, remat, (SAMPLES,) * stages, (None,) * stages)
+    aim = aim_of(models, 1, remat=remat, in_flight=(SAMPLES,) * stages)
     cut = cut_in_space(annotated, aim)
     marks.append(time.process_time())
     phased = phases_of(model, cut, leaves, [1] * SAMPLES, options, remat)

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 from autopipe.errors import OptionError
 
-from .devices import DEFAULT, H100, Device
+from .devices import Device
 from .policies import policy_of, repeats
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import torch
 
     from .cost import Seconds
     from .policies import Policy
@@ -135,24 +133,26 @@ class Facts:
 
 
 def aim_of(
-    devices: Sequence[torch.device],
+    devices: Sequence[Device],
     batch: int,
     *,
-    remat: str | float = "full",
+    remat: Sequence[Policy | tuple[Policy, ...]] | Policy = "full",
     in_flight: Sequence[int] | None = None,
+    times: Mapping[str, Seconds] | None = None,
 ) -> Aim:
-    """The aim where nothing is known but where stages run: equal devices without limits.
+    """The aim without limits.
 
     Args:
-        devices: one per stage; a GPU is taken for an H100.
+        devices: one per stage.
         batch: samples in a micro-batch.
-        remat: of all stages.
+        remat: of all stages, or of each.
         in_flight: per stage; None: 1.
+        times: of calls by name; None: the devices' own.
     """
     K = len(devices)
-    models = tuple(H100 if device.type == "cuda" else DEFAULT for device in devices)
+    policies = (remat,) * K if isinstance(remat, (str, float)) else tuple(remat)
     flying = (1,) * K if in_flight is None else tuple(in_flight)
-    return Aim(batch, models, (remat,) * K, flying, (None,) * K)
+    return Aim(batch, tuple(devices), policies, flying, (None,) * K, times=times)
 
 
 def _are_policies(value: object) -> bool:

@@ -15,6 +15,7 @@ from autopipe.passes import phases
 from autopipe.passes.aim import Aim, aim_of
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
+from autopipe.passes.devices import DEFAULT
 from autopipe.passes.ir import Annotated, Captured, Input, Kind
 from autopipe.passes.split import split
 from autopipe.passes.staged import Phased, Split, StageGraph
@@ -42,7 +43,7 @@ def captured_of(
 
 def aim_at(stages: int, batch: int) -> Aim:
     """Equal devices of the kind that tests run on, and everything run again."""
-    return aim_of([CPU] * stages, batch)
+    return aim_of([DEFAULT] * stages, batch)
 
 
 def split_of(model: nn.Module, stages: int, *args: Any, batch: int = 2, **kwargs: Any) -> Split:

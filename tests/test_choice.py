@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
+from autopipe.choice import models_of
 from autopipe.errors import MemoryLimitError, OptionError
 from autopipe.passes.devices import H100, L4
 from tests.models import gpt2, unet
@@ -141,6 +142,24 @@ def test_stages_on_devices_that_differ() -> None:
     assert plan.stages[0].calls > 2 * plan.stages[1].calls
     assert plan.stages[1].times[0].receive == pytest.approx(L4.link.seconds(1024 * 256 * 16 * 4))
     assert plan.timeline.makespan > max(4 * s.seconds for s in plan.stages)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", "h100"),
+        ("some other", "h100"),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu, cpu = models_of([torch.device("cuda", 0), torch.device("cpu")])
+    assert (gpu.name, cpu.name) == (model, "cpu-core")
 
 
 def test_more_devices_than_are_here_can_be_planned() -> None:

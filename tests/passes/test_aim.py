@@ -26,7 +26,7 @@ from autopipe.passes.runs import operands_of
 from autopipe.passes.split import SLACK, split
 from autopipe.passes.staged import Split
 from autopipe.passes.taken import taken
-from tests.programs import CPU, captured_of, known
+from tests.programs import captured_of, known
 
 SIZE = 2
 
@@ -315,7 +315,7 @@ def test_a_slow_link_moves_the_cut_to_where_less_crosses() -> None:
 
 def test_equal_devices_are_cut_within_the_slack_of_the_bound_where_costs_are_fine() -> None:
     _, _, annotated = known("gpt2")
-    facts = split(annotated, aim_of([CPU] * 2, SIZE)).facts
+    facts = split(annotated, aim_of([DEFAULT] * 2, SIZE)).facts
     assert facts.bottleneck <= facts.lower_bound * (1 + SLACK) * 1.05
 
 
@@ -343,7 +343,7 @@ def test_aims_that_are_none_are_refused(change: dict[str, Any], message: str) ->
 
 
 def test_the_aim_of_plain_devices() -> None:
-    found = aim_of([CPU, torch.device("cuda", 1)], 3, remat=0.5, in_flight=[2, 1])
+    found = aim_of([DEFAULT, H100], 3, remat=0.5, in_flight=[2, 1])
     assert found == Aim(3, (DEFAULT, H100), (0.5, 0.5), (2, 1), (None, None))
     assert (found.stages, found.policies(0), found.factor(0)) == (2, (0.5,), 1.0)
 

@@ -24,7 +24,6 @@ from autopipe.passes.staged import CALLER, Route, Split, StageGraph
 from autopipe.passes.totals import stage_cost
 from tests.models import MODELS
 from tests.programs import (
-    CPU,
     aim_at,
     calls,
     captured_of,
@@ -200,7 +199,7 @@ def test_the_largest_stage_is_near_the_least_possible() -> None:
     balanced = {name: t.forward + t.backward for name, t in times.items()}
     everything, heaviest = sum(balanced.values()), max(balanced.values())
     for count in STAGES:
-        cut = split(annotated, aim_of([CPU] * count, 2, remat="none"))
+        cut = split(annotated, aim_of([DEFAULT] * count, 2, remat="none"))
         loads = [sum(balanced[n.name] for n in own) for _, own in stages_of(cut)]
         bound = max(everything / count, heaviest)
         assert max(loads) <= (bound + heaviest) * (1 + SLACK)
