@@ -9,14 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from autopipe.errors import MemoryLimitError
 from autopipe.passes.policies import policy_of, repeats
+from autopipe.report.table import nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from autopipe.passes.policies import Policy
     from autopipe.passes.staged import Phased, Split
-    from autopipe.plans import Plan, StagePlan
+    from autopipe.plan_parts import StagePlan
+    from autopipe.plans import Plan
 
     Make = Callable[[Sequence[Policy]], "Chosen"]  # the plan of a cut, a policy for each stage
 
@@ -146,3 +149,17 @@ def _policy(stage: StagePlan) -> Policy:
 def missing_bytes(stage: StagePlan) -> int:
     """By how much a planned stage is above its limit; 0 if it fits, or has none."""
     return 0 if stage.limit_bytes is None else max(0, stage.memory_bytes - stage.limit_bytes)
+
+
+def does_not_fit(made: Plan) -> MemoryLimitError:
+    """The error of a plan: its stage that lacks most."""
+    k, stage = max(enumerate(made.stages), key=lambda one: missing_bytes(one[1]))
+    assert stage.limit_bytes is not None
+    return MemoryLimitError(
+        f"stage {k} does not fit its device: {nbytes(missing_bytes(stage))} are missing",
+        expected=f"at most {nbytes(stage.limit_bytes)}",
+        found=f"{nbytes(stage.memory_bytes)}: parameters, optimizer and buffers"
+        f" {nbytes(stage.static_bytes)}; gradients and {len(made.sizes)} micro-batches of"
+        f" {max(made.sizes)} with remat {stage.remat} {nbytes(stage.peak_bytes)}",
+        missing_bytes=missing_bytes(stage),
+    )

@@ -16,7 +16,8 @@ from autopipe.passes.schedule import schedule
 from autopipe.passes.staged import CALLER
 from autopipe.passes.totals import stage_cost
 from autopipe.passes.work import PhaseSeconds, phase_seconds
-from autopipe.plans import Begin, Crossing, Plan, Repeated, StagePlan, Times
+from autopipe.plan_parts import Begin, Crossing, Repeated, StagePlan, Times
+from autopipe.plans import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

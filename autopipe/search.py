@@ -23,15 +23,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import InputError, MemoryLimitError, PartitionError
-from autopipe.fitting import LADDER, Chosen, Fitted, fitted, missing_bytes, refined
+from autopipe.fitting import LADDER, Chosen, Fitted, does_not_fit, fitted, refined
+from autopipe.misses import missed_bytes, spread
 from autopipe.passes.aim import aim_of
 from autopipe.passes.driver import cut_in_space
 from autopipe.passes.phases import Traced
-from autopipe.passes.policies import repeats
 from autopipe.passes.schedule import schedule
 from autopipe.passes.taken import taken_by
 from autopipe.planner import phases_of, plan
-from autopipe.report.table import nbytes
 from autopipe.runtime import microbatch
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
     from autopipe.passes.policies import Policy
     from autopipe.passes.staged import Split
     from autopipe.planner import Clock
-    from autopipe.plans import Plan
 
 SURE = 0.9
 """Of a bound that goes by the costs of calls: how far a traced plan may be below it."""
@@ -208,7 +206,7 @@ class Search:
         if not tried.enough:
             balanced = cut_in_space(self.annotated, free)
             found = self._try(balanced, free, tried)
-            tried.missed = _missed(balanced, free, found) if limits is not None else {}
+            tried.missed = missed_bytes(balanced, free, found) if limits is not None else {}
         within(given or (LADDER,) * K, 1.0, RECUTS)
         if tried.found:
             for share in TIGHTER:
@@ -224,16 +222,16 @@ class Search:
         missed = dict(tried.missed)
         for i in range(times):
             try:
-                split = self._cut(replace(aim, missed=_spread(aim, missed)), () if i else WIDER)
+                split = self._cut(replace(aim, missed=spread(aim, missed)), () if i else WIDER)
             except PartitionError as error:
                 tried.failures.append(MemoryLimitError(error.problem, found=error.found))
                 return
             if _bound(split, tried.sizes) * LIKELY >= tried.fastest:
                 return
-            found = self._try(split, replace(aim, missed=_spread(aim, missed)), tried)
+            found = self._try(split, replace(aim, missed=spread(aim, missed)), tried)
             if tried.enough:
                 return
-            more = _missed(split, aim, found)
+            more = missed_bytes(split, aim, found)
             if all(missed.get(at, -math.inf) >= nbytes for at, nbytes in more.items()):
                 return
             missed |= {at: max(nbytes, missed.get(at, nbytes)) for at, nbytes in more.items()}
@@ -265,7 +263,7 @@ class Search:
         if found.chosen.fits:
             tried.found.append(found)
         else:
-            tried.failures.append(_does_not_fit(found.chosen.plan))
+            tried.failures.append(does_not_fit(found.chosen.plan))
         return found
 
     def _made(self, split: Split, sizes: Sequence[int], remat: Sequence[Policy]) -> Chosen:
@@ -322,42 +320,6 @@ def _bound(split: Split, sizes: Sequence[int]) -> float:
 
 def _step(found: Fitted) -> float:
     return found.chosen.plan.step_seconds
-
-
-def _missed(split: Split, aim: Aim, found: Fitted) -> dict[tuple[int, Policy], int]:
-    """By how much the estimate of a cut's stages was too low, with the policies that were tried."""
-    most = max(map(len, found.tried))
-    rows = [[*tried, *[[*tried][-1]] * (most - len(tried))] for tried in found.tried]
-    missed = {}
-    for policies in zip(*rows, strict=True):  # (the last again where a stage tried fewer)
-        estimate = taken_by(split, replace(aim, remat=policies)).nbytes
-        for k, policy in enumerate(policies):
-            missed[k, policy] = found.tried[k][policy].memory_bytes - estimate[k]
-    return missed
-
-
-def _spread(aim: Aim, missed: Mapping[tuple[int, Policy], int]) -> dict[tuple[int, Policy], int]:
-    """What the estimate missed, for a policy that was not tried that of the nearest one."""
-    found = {}
-    for k in range(aim.stages):
-        known = [policy for stage, policy in missed if stage == k]
-        for policy in aim.policies(k) if known else ():
-            nearest = min(known, key=lambda one: abs(repeats(one) - repeats(policy)))
-            found[k, policy] = missed[k, nearest]
-    return found
-
-
-def _does_not_fit(made: Plan) -> MemoryLimitError:
-    k, stage = max(enumerate(made.stages), key=lambda one: missing_bytes(one[1]))
-    assert stage.limit_bytes is not None
-    return MemoryLimitError(
-        f"stage {k} does not fit its device: {nbytes(missing_bytes(stage))} are missing",
-        expected=f"at most {nbytes(stage.limit_bytes)}",
-        found=f"{nbytes(stage.memory_bytes)}: parameters, optimizer and buffers"
-        f" {nbytes(stage.static_bytes)}; gradients and {len(made.sizes)} micro-batches of"
-        f" {max(made.sizes)} with remat {stage.remat} {nbytes(stage.peak_bytes)}",
-        missing_bytes=missing_bytes(stage),
-    )
 
 
 def _missing(error: Exception) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import fx
 
@@ -66,8 +66,9 @@ def taken(facts: CallFacts, made: Made) -> Taken:
         outside = [source for source in used if k not in made.get(source, ())]
         for source in outside:
             first.setdefault(source, k)
-        policy, size = _policy(facts, k, own, outside, first)
-        seconds.append(_seconds(facts, k, policy, own, outside, first))
+        stage = _Stage(k, own, outside, first)
+        policy, size = _policy(facts, stage)
+        seconds.append(_seconds(facts, stage, policy))
         nbytes.append(size)
         remat.append(policy)
     return Taken(tuple(seconds), tuple(nbytes), tuple(remat))
@@ -82,20 +83,23 @@ def taken_by(split: Split, aim: Aim) -> Taken:
     return taken(CallFacts(split.annotated, aim), made)
 
 
-def _policy(
-    facts: CallFacts,
-    k: int,
-    own: Sequence[fx.Node],
-    outside: Sequence[fx.Node],
-    first: Mapping[fx.Node, int],
-) -> tuple[Policy, int]:
+class _Stage(NamedTuple):
+    """A stage: its number, its calls, what it uses that it does not make; who uses what first."""
+
+    k: int
+    own: Sequence[fx.Node]
+    outside: Sequence[fx.Node]
+    first: Mapping[fx.Node, int]
+
+
+def _policy(facts: CallFacts, stage: _Stage) -> tuple[Policy, int]:
     """Of those that a stage may have the one of least work that keeps its limit, and its bytes.
 
     (If none does, the one that takes least.)
     """
-    limit, least = facts.aim.limits[k], None
-    for policy in facts.aim.policies(k):
-        size = _bytes(facts, k, policy, own, outside, first)
+    limit, least = facts.aim.limits[stage.k], None
+    for policy in facts.aim.policies(stage.k):
+        size = _bytes(facts, stage, policy)
         if limit is None or size <= limit:
             return policy, size
         if least is None or size < least[1]:
@@ -104,14 +108,8 @@ def _policy(
     return least
 
 
-def _seconds(
-    facts: CallFacts,
-    k: int,
-    policy: Policy,
-    own: Sequence[fx.Node],
-    outside: Sequence[fx.Node],
-    first: Mapping[fx.Node, int],
-) -> float:
+def _seconds(facts: CallFacts, stage: _Stage, policy: Policy) -> float:
+    k, own, outside, first = stage
     device = facts.aim.devices[k]
     each = facts.seconds(device, policy)
     times = [each[node] for node in own]
@@ -125,14 +123,8 @@ def _seconds(
     return math.fsum(times)
 
 
-def _bytes(
-    facts: CallFacts,
-    k: int,
-    policy: Policy,
-    own: Sequence[fx.Node],
-    outside: Sequence[fx.Node],
-    first: Mapping[fx.Node, int],
-) -> int:
+def _bytes(facts: CallFacts, stage: _Stage, policy: Policy) -> int:
+    k, own, outside, first = stage
     aim = facts.aim
     n, factor, kept = aim.in_flight[k], aim.factor(k), facts.kept_bytes(policy)
     once = sum(facts.saved_bytes[node] for node in own)

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 import autopipe
-from autopipe.plans import Crossing, Plan, StagePlan, Times
+from autopipe.plan_parts import Crossing, StagePlan, Times
+from autopipe.plans import Plan
 
 
 def crossing(

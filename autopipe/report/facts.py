@@ -8,11 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from autopipe.errors import PlanError
-from autopipe.plans import Times
+from autopipe.plan_parts import Times
 
 if TYPE_CHECKING:
     from autopipe.passes.simulate import Timeline
-    from autopipe.plans import Crossing, Plan, StagePlan
+    from autopipe.plan_parts import Crossing, StagePlan
+    from autopipe.plans import Plan
 
 CAVEAT = (
     "Unless they were measured, times are those of a device in a table: they say more of one stage "

@@ -13,7 +13,8 @@ from .table import nbytes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from autopipe.plans import Crossing, Plan
+    from autopipe.plan_parts import Crossing
+    from autopipe.plans import Plan
 
     from .facts import Facts
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from autopipe.errors import PlanError
-from autopipe.plans import Plan, Times
+from autopipe.plan_parts import Times
+from autopipe.plans import Plan
 from autopipe.report.page import page
 from tests.pages import Page
 from tests.plans import crossing, made_plan
