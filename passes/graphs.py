@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -231,3 +233,29 @@ def fingerprint(graph: fx.Graph) -> str:
         for n in graph.nodes
     ]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+class _HasGraph(Protocol):
+    @property
+    def graph(self) -> fx.Graph: ...
+
+
+Holder = TypeVar("Holder", bound=_HasGraph)
+Result = TypeVar("Result")
+
+
+def once_per_graph(function: Callable[[Holder], Result]) -> Callable[[Holder], Result]:
+    """Remember what a function finds out about a `graph`, as long as that is there.
+
+    For what depends on nothing else: identical stages share their graph. The result must not hold
+    nodes of it, which would keep it.
+    """
+    known: WeakKeyDictionary[fx.Graph, Result] = WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def remembered(holder: Holder) -> Result:
+        if holder.graph not in known:
+            known[holder.graph] = function(holder)
+        return known[holder.graph]
+
+    return remembered

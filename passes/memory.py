@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ._torch import storage_id
+from .graphs import once_per_graph
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping, Sequence
@@ -43,6 +44,20 @@ class StageBytes(NamedTuple):
 
 def stage_bytes(stage: StagePhases) -> StageBytes:
     """What one micro-batch occupies at a traced stage."""
+    saved, forward, first_backward, backward, received, tangents = _stage_bytes(stage)
+    return StageBytes(
+        saved,
+        forward,
+        first_backward,
+        backward,
+        dict(zip(stage.receives, received, strict=True)),
+        dict(zip(stage.tangents, tangents, strict=True)),
+    )
+
+
+@once_per_graph
+def _stage_bytes(stage: StagePhases) -> tuple[Any, ...]:
+    """The same without names, which identical stages do not share: sizes in their order."""
     _, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
     held, rest = holders[: len(stage.held)], holders[len(stage.held) :]
     received, tangents = rest[: len(stage.receives)], rest[len(stage.receives) :]
@@ -55,19 +70,14 @@ def stage_bytes(stage: StagePhases) -> StageBytes:
     made = [*results["returns"], *results["updates"], *saved]
     sent, own = results["sent_grads"], results["own_grads"]
     sums = sum(_sizes([n for n in own if isinstance(n, fx.Node)], ignored).values())
-    return StageBytes(
-        saved=_total(saved, ignored),
-        forward=_peak(first, received, made, ignored),
-        first_backward=_peak(later, [*saved, *tangents], [*sent, *own], ignored),
-        backward=sums + _peak(later, [*saved, *tangents], sent, ignored, set(own)),
-        received=_each(stage.receives, received, ignored),
-        tangents=_each(stage.tangents, tangents, ignored),
+    return (
+        _total(saved, ignored),
+        _peak(first, received, made, ignored),
+        _peak(later, [*saved, *tangents], [*sent, *own], ignored),
+        sums + _peak(later, [*saved, *tangents], sent, ignored, set(own)),
+        [_total([node], ignored) for node in received],
+        [_total([node], ignored) for node in tangents],
     )
-
-
-def saved_bytes(stage: StagePhases) -> int:
-    """Bytes that one micro-batch saves at a stage."""
-    return stage_bytes(stage).saved
 
 
 def _peak(
@@ -112,10 +122,6 @@ def _peak(
         if node in added:
             peak = max(peak, now + 2 * _total([node], ignored))
     return peak
-
-
-def _each(names: Sequence[str], nodes: Sequence[fx.Node], ignored: set[Any]) -> dict[str, int]:
-    return {name: _total([node], ignored) for name, node in zip(names, nodes, strict=True)}
 
 
 def _total(nodes: Sequence[fx.Node], ignored: set[Any]) -> int:

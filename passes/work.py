@@ -10,12 +10,14 @@ result; views move nothing. Seconds are a `Device`'s.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ._torch import flop_registry
+from .graphs import once_per_graph
 from .meter import distinct_bytes, kind_of, moves
 from .staged import PHASES
 
@@ -58,13 +60,16 @@ class PhaseSeconds(NamedTuple):
 
 def phase_seconds(stage: StagePhases, device: Device) -> PhaseSeconds:
     """Predicted time of a traced stage's phases on a device."""
-    known: dict[Work, float] = {}
     sums = dict.fromkeys(PHASES, 0.0)
-    for node, work in stage_work(stage).items():
-        if work not in known:
-            known[work] = device.seconds(*work)
-        sums[stage.phase_of[node.name]] += known[work]
+    for (phase, work), count in _phase_work(stage).items():
+        sums[phase] += count * device.seconds(*work)
     return PhaseSeconds(*(sums[phase] for phase in PHASES))
+
+
+@once_per_graph
+def _phase_work(stage: StagePhases) -> Counter[tuple[str, Work]]:
+    """How often each work is done in each phase."""
+    return Counter((stage.phase_of[n.name], work) for n, work in stage_work(stage).items())
 
 
 def stage_work(stage: StagePhases) -> Mapping[fx.Node, Work]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopipe.passes.devices import H100, L4
+from autopipe.passes.memory import stage_bytes
 from autopipe.passes.staged import PHASES
 from autopipe.passes.work import PhaseSeconds, phase_seconds, stage_work
 from tests.phased import SIZE, every
@@ -84,3 +88,15 @@ def test_a_draw_and_a_view() -> None:
     drawn = [w for name, w in work.items() if "draw" in name]
     assert drawn
     assert all(w.moved_bytes >= 4 * 8 * 4 for w in drawn)
+
+
+def test_what_is_remembered_of_a_graph_goes_with_it() -> None:
+    x = torch.randn(4, 8)
+    model = nn.Linear(8, 8)
+    (stage,) = phased_of(split_of(model, 1, x), model, 4, ((x,), {}), remat="none").stages
+    graph = weakref.ref(stage.graph)
+    assert phase_seconds(stage, L4) == phase_seconds(stage, L4)
+    assert stage_bytes(stage) == stage_bytes(stage)
+    del stage
+    gc.collect()
+    assert graph() is None
