@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.choice import choose, models_of
-from autopipe.errors import DeviceError, MemoryLimitError, UnsupportedError
+from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.fitting import missing_bytes
 from autopipe.looks import differentiated, input_looks, state_looks
+from autopipe.parameters import move, parameter, replaced
 from autopipe.passes.aim import aim_of
 from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_at
 from autopipe.passes.ir import Kind
@@ -57,41 +58,6 @@ class Ready:
         return next(iter(self.lowered.phased.values())).differentiated
 
 
-def parameter(model: nn.Module, target: str) -> nn.Parameter:
-    """A parameter by its qualified name.
-
-    (Like `nn.Module.get_parameter`, which is ten times slower: every call asks for each.)
-
-    Raises:
-        UnsupportedError: another tensor stands in its place.
-    """
-    *path, name = target.split(".")
-    try:
-        for part in path:
-            model = model._modules[part]  # type: ignore[assignment]
-        found = model._parameters[name]
-    except (KeyError, AttributeError) as error:
-        raise _replaced(target) from error
-    if found is None:
-        raise _replaced(target)
-    return found
-
-
-def move(tensor: Tensor, device: torch.device) -> None:
-    """Take a tensor of the model, and its gradient, to a device; it stays the same object."""
-    tensor.data = tensor.data.to(device)
-    if tensor.grad is not None:
-        tensor.grad = tensor.grad.to(device)
-
-
-def _replaced(target: str) -> UnsupportedError:
-    return UnsupportedError(
-        "a parameter has been replaced by a tensor, or is gone",
-        node=target,
-        remedy="torch.func.functional_call works with the model itself (pipe.model)",
-    )
-
-
 class Compiled:
     """A model captured in one mode with one structure of inputs, cut into stages.
 
@@ -125,7 +91,7 @@ class Compiled:
     ) -> None:
         for name, tensor in model.named_parameters():
             if not isinstance(tensor, nn.Parameter):
-                raise _replaced(name)
+                raise replaced(name)
         self.model = model
         self.places = places
         annotated = costed(

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopipe.compiled import move
 from autopipe.errors import UnsupportedError
 from autopipe.locate import holder, locate
+from autopipe.parameters import move
 from autopipe.passes._torch import CheckpointFunction
 from autopipe.passes.graphs import is_random, source_line
 from autopipe.passes.remains import fill, held_buffers
