@@ -16,8 +16,9 @@ from autopipe.report.table import nbytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from autopipe.passes.phased import Phased
     from autopipe.passes.policies import Policy
-    from autopipe.passes.staged import Phased, Split
+    from autopipe.passes.staged import Split
     from autopipe.plan_parts import StagePlan
     from autopipe.plans import Plan
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, fx
 
     from autopipe.passes.devices import Device
-    from autopipe.passes.staged import StagePhases
+    from autopipe.passes.phased import StagePhases
 
 AHEAD = 3
 """Micro-batches that go forward before the first comes back."""

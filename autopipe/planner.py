@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from autopipe.options import Options
     from autopipe.passes.devices import Device, Link
+    from autopipe.passes.phased import Phased, StagePhases
     from autopipe.passes.policies import Policy
-    from autopipe.passes.staged import Phased, Route, Split, StageGraph, StagePhases
+    from autopipe.passes.staged import Route, Split, StageGraph
 
 
 class Clock(NamedTuple):

@@ -23,7 +23,8 @@ from torch import fx
 
 from autopipe.errors import VerifyError
 
-from .staged import CALLER, Phased, Split, StagePhases
+from .phased import Phased, StagePhases
+from .staged import CALLER, Split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
     from .aim import Aim
     from .ir import Annotated
+    from .phased import Phased
     from .policies import Policy
-    from .staged import Phased, Split
+    from .staged import Split
     from .trace import Look
 
 _dumped = itertools.count(1)

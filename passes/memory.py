@@ -18,7 +18,7 @@ from .graphs import once_per_graph
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping, Sequence
 
-    from .staged import StagePhases
+    from .phased import StagePhases
 
 
 class StageBytes(NamedTuple):

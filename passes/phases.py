@@ -25,8 +25,9 @@ from ._torch import storage_id_of
 from .graphs import source_line, spec_of
 from .ir import Captured, at_batch, results_of
 from .keep import keep
+from .phased import Phased, StagePhases
 from .rebuild import Rebuild
-from .staged import Phased, Split, StageGraph, StagePhases
+from .staged import Split, StageGraph
 from .trace import Joint, Look, forward_looks, trace
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .graphs import drop_dead, is_random
-from .staged import Draw
+from .phased import Draw
 
 if TYPE_CHECKING:
     from collections.abc import Container

@@ -45,7 +45,8 @@ from .tidy import tidy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .staged import Draw, StageGraph
+    from .phased import Draw
+    from .staged import StageGraph
 
 aten = torch.ops.aten
 

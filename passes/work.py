@@ -19,13 +19,13 @@ from torch.utils import _pytree as pytree
 from ._torch import flop_registry
 from .graphs import once_per_graph
 from .meter import distinct_bytes, kind_of, moves
-from .staged import PHASES
+from .phased import PHASES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .devices import Device
-    from .staged import StagePhases
+    from .phased import StagePhases
 
 
 class Work(NamedTuple):

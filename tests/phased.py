@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from autopipe.passes.phased import Phased, StagePhases
 from autopipe.passes.policies import POLICIES
 from autopipe.passes.split import split
-from autopipe.passes.staged import Phased, Split, StagePhases
+from autopipe.passes.staged import Split
 from tests.programs import (
     aim_at,
     calls,

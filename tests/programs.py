@@ -17,8 +17,9 @@ from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.ir import Annotated, Captured, Input, Kind
+from autopipe.passes.phased import Phased
 from autopipe.passes.split import split
-from autopipe.passes.staged import Phased, Split, StageGraph
+from autopipe.passes.staged import Split, StageGraph
 from autopipe.passes.trace import Look
 from autopipe.structure import flatten
 from tests.models import MODELS

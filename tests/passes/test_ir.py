@@ -25,7 +25,8 @@ from autopipe.passes.ir import (
     TensorSpec,
     at_batch,
 )
-from autopipe.passes.staged import CALLER, Phased, Route, Split, StagePhases
+from autopipe.passes.phased import Phased, StagePhases
+from autopipe.passes.staged import CALLER, Route, Split
 from tests.programs import calls, copied, node, phased_of, split_of
 
 ZERO = sympy.Integer(0)

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from autopipe.passes._torch import storage_id
 from autopipe.passes.ir import Kind, at_batch
+from autopipe.passes.phased import StagePhases
 from autopipe.passes.phases import received_strides
-from autopipe.passes.staged import StagePhases
 from autopipe.runtime.random import Kit
 from tests.once import pure_passes_once
 from tests.phased import (

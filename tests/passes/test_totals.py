@@ -15,8 +15,9 @@ from torch.utils.flop_counter import flop_registry
 from autopipe.passes.cost import annotate, seconds
 from autopipe.passes.devices import DEFAULT, DEVICES
 from autopipe.passes.ir import at_batch
+from autopipe.passes.phased import StagePhases
 from autopipe.passes.split import split
-from autopipe.passes.staged import Split, StagePhases
+from autopipe.passes.staged import Split
 from autopipe.passes.totals import stage_cost
 from benchmarks.transformer_l import on_meta
 from tests.models import MODELS

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopipe.passes.devices import H100, L4
 from autopipe.passes.memory import stage_bytes
-from autopipe.passes.staged import PHASES
+from autopipe.passes.phased import PHASES
 from autopipe.passes.work import PhaseSeconds, phase_seconds, stage_work
 from tests.phased import SIZE, every
 from tests.programs import known, phased_of, split_of
