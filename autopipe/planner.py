@@ -18,6 +18,7 @@ from autopipe.passes.totals import stage_cost
 from autopipe.passes.work import PhaseSeconds, phase_seconds
 from autopipe.plan_parts import Begin, Crossing, Repeated, StagePlan, Times
 from autopipe.plans import Plan
+from autopipe.runtime.mailbox import room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -144,7 +145,7 @@ def plan(
         cut_seconds=split.facts.bottleneck,
         notes=split.captured.notes,
     )
-    peaks = stage_peaks(made.timeline, K, sizes, nbytes, split.routes)
+    peaks = stage_peaks(made.timeline, K, sizes, nbytes, split.routes, room)
     stages = zip(made.stages, peaks, strict=True)
     made = replace(made, stages=tuple(replace(s, peak_bytes=peak) for s, peak in stages))
     made.verify()

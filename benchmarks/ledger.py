@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from autopipe.runtime import executor, workers
+from autopipe.runtime import executor, transfer, workers
 
 
 class Ledger:
@@ -84,22 +84,21 @@ def watching(model: nn.Module) -> Iterator[Ledger]:
         ledger.hold(copy, stage)
         return copy
 
-    def sent(self: executor.Run, what: str, source: int, to: int, m: int, tensor: Tensor) -> None:
-        tensor = tensor if to == executor.CALLER else copied(tensor, to)
-        original(self, what, source, to, m, tensor)
+    def moved(self: executor.Run, tensor: Tensor, source: int, to: int) -> transfer.Parcel:
+        return move(self, copied(tensor, to), source, to)
 
     def received(self: executor.Run, what: str, stage: int, m: int) -> Tensor:
         if (given := self.given.get((what, stage, m))) is not None:
             self.given[what, stage, m] = copied(given, stage)
         return take(self, what, stage, m)
 
-    original, take = executor.Run.send, executor.Run.receive
+    move, take = executor.Run._moved, executor.Run.receive
     workers.run = watched
     executor.Run.receive = received  # type: ignore[method-assign]
-    executor.Run.send = sent  # type: ignore[method-assign]
+    executor.Run._moved = moved  # type: ignore[method-assign]
     try:
         yield ledger
     finally:
         workers.run = run
-        executor.Run.send = original  # type: ignore[method-assign]
+        executor.Run._moved = move  # type: ignore[method-assign]
         executor.Run.receive = take  # type: ignore[method-assign]

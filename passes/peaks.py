@@ -1,28 +1,32 @@
-"""The most that the micro-batches of a step occupy at each stage, along a simulated timeline.
+"""The most that the micro-batches of a step occupy at each stage.
 
-What a stage receives is there from the moment its maker has made it, and waits until the stage
-comes to it; while F runs a micro-batch takes what F takes, then what F keeps; while its backward
-runs what that takes; then nothing. So a stage that is slower than its neighbour, or further from
-the maker of a gradient, has more waiting. What the caller gives is the caller's until it is used.
-
-Real stages are not as punctual: of each value one more than simulated is taken to wait, but no more
-than the runtime lets wait (`runtime.mailbox`: K, and one that is copied and not let in). Of the
-gradients of a shared parameter, which are large and come from far, so many are always counted.
+While F runs a micro-batch takes what F takes, then what F keeps; while its backward runs what that
+takes; then nothing. What other stages send is there from when they have sent it until the stage
+comes to it: how early they are is not known, only how early they can be, so as much is counted as
+the runtime lets wait. What the caller gives is the caller's until it is used.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .staged import CALLER
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from .memory import StageBytes
     from .staged import Route
     from .timeline import Span, Timeline
+
+
+class _Waiting(NamedTuple):
+    """One kind of message: of F or of its backward, bytes, how many may wait; and from when on."""
+
+    forward: bool
+    nbytes: int
+    room: int
+    first: float
 
 
 def stage_peaks(
@@ -31,73 +35,83 @@ def stage_peaks(
     sizes: Sequence[int],
     nbytes: Mapping[tuple[int, int], StageBytes],
     routes: Mapping[str, Route],
+    room: Callable[[int, int], int],
 ) -> tuple[int, ...]:
     """The most bytes at once, per stage.
 
     Args:
-        line: a simulated step whose backward is one action a micro-batch and stage.
+        line: a simulated step whose backward is one action a micro-batch and stage. Only the order
+            of the actions matters, and whether gradients come while there is still forward to do.
         stages: K.
         sizes: samples of each micro-batch.
         nbytes: by stage and size.
         routes: of the values between stages.
+        room: (from, to) → how many messages of one kind the runtime lets wait.
     """
-    ends: dict[tuple[bool, int], dict[int, float]] = {}
     actions: list[list[Span]] = [[] for _ in range(stages)]
     for row in line.spans:
         for span in row:
-            forward, k = span.action.phase == "F", span.action.stage
-            ends.setdefault((forward, k), {})[span.action.microbatch] = span.end
-            actions[k].append(span)
+            actions[span.action.stage].append(span)
+    first = [
+        min((s.end for s in own if s.action.phase != "F"), default=float("inf")) for own in actions
+    ]
     return tuple(
-        _peak(k, actions[k], ends, sizes, {s: nbytes[k, s] for s in set(sizes)}, routes, stages + 1)
+        _peak(
+            actions[k],
+            sizes,
+            {size: nbytes[k, size] for size in set(sizes)},
+            _waiting(k, nbytes[k, max(sizes)], routes, room, first),
+        )
         for k in range(stages)
     )
 
 
-def _peak(
+def _waiting(
     k: int,
+    nbytes: StageBytes,
+    routes: Mapping[str, Route],
+    room: Callable[[int, int], int],
+    first: Sequence[float],
+) -> list[_Waiting]:
+    """What other stages send to stage k; `first`: when each has made its first gradients."""
+    found = []
+    after = {k}  # what cannot begin its backward before k has done its part of the forward
+    for route in sorted(routes.values(), key=lambda route: route.source):
+        if route.kind == "activation" and route.source in after:
+            after.update(route.consumers)
+    for name, size in nbytes.received.items():
+        if (source := routes[name].source) != CALLER:
+            found.append(_Waiting(True, size, room(source, k), 0.0))
+    for name, size in nbytes.tangents.items():
+        if (later := routes[name].gradient_from(k)) is not None:
+            earliest = first[later] if later in after else 0.0
+            found.append(_Waiting(False, size, room(later, k), earliest))
+    return found
+
+
+def _peak(
     actions: Sequence[Span],
-    ends: Mapping[tuple[bool, int], Mapping[int, float]],
     sizes: Sequence[int],
     nbytes: Mapping[int, StageBytes],
-    routes: Mapping[str, Route],
-    most: int,
+    waiting: Sequence[_Waiting],
 ) -> int:
-    """Of one stage; `most` of a kind may wait."""
-    largest = nbytes[max(nbytes)]
-    waiting = [
-        (
-            forward,
-            nbyte,
-            sorted(ends.get((forward, source), {}).values()),
-            routes[name].kind == "parameter",
-        )
-        for forward, values in ((True, largest.received), (False, largest.tangents))
-        for name, nbyte in values.items()
-        if (source := _source(routes[name], k, forward=forward)) is not None
-    ]
     peak = saved = 0
-    begun = {True: 0, False: 0}
+    left = {True: len(sizes), False: len(sizes)}
     for span in actions:
         forward = span.action.phase == "F"
         own = nbytes[sizes[span.action.microbatch]]
-        begun[forward] += 1
-        if not forward:
+        left[forward] -= 1
+        if forward:
+            now = own.forward
+        else:
             saved -= own.saved
-        pending = 0
-        for way, nbyte, arrivals, shared in waiting:
-            there = bisect_left(arrivals, span.end) - begun[way]
-            some = most if shared and there > 0 else there + 1
-            pending += nbyte * max(0, min(some, most, len(arrivals) - begun[way]))
-        backward = own.first_backward if begun[False] == 1 else own.backward
-        peak = max(peak, pending + saved + (own.forward if forward else backward))
+            now = own.first_backward if left[False] == len(sizes) - 1 else own.backward
+        pending = sum(
+            kind.nbytes * min(kind.room, left[kind.forward])
+            for kind in waiting
+            if kind.forward or not forward or kind.first < span.end
+        )
+        peak = max(peak, pending + saved + now)
         if forward:
             saved += own.saved
     return peak
-
-
-def _source(route: Route, k: int, *, forward: bool) -> int | None:
-    """The stage that sends stage k a value, or its gradient; None: the caller does."""
-    if forward:
-        return None if route.source == CALLER else route.source
-    return route.gradient_from(k)

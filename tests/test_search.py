@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import autopipe
 from autopipe import Plan
 from autopipe.errors import MemoryLimitError
 from autopipe.passes.policies import policy_of
+from autopipe.runtime.executor import Run
 from benchmarks.ledger import watching
 from tests.models import gpt2
 from tests.once import pure_passes_once
@@ -144,8 +146,24 @@ def test_no_plan_with_given_policies_and_micro_batches_is_faster(
     assert best.step_seconds <= min(plan.step_seconds for plan in others)
 
 
+def slow(monkeypatch: pytest.MonkeyPatch, stage: int | None) -> None:
+    """Have a stage begin everything late, so that the other is ahead of it as far as it may be."""
+    kit = Run.kit
+
+    def late(self: Run, k: int, *args: Any) -> Any:
+        if k == stage:
+            time.sleep(0.005)
+        return kit(self, k, *args)
+
+    monkeypatch.setattr(Run, "kit", late)
+
+
+@pytest.mark.parametrize("late", [None, 0, 1])
 @pytest.mark.parametrize(("name", "fraction"), TWO)
-def test_what_a_pipeline_takes_is_not_above_the_limit(name: str, fraction: float) -> None:
+def test_what_a_pipeline_takes_is_not_above_the_limit(
+    name: str, fraction: float, late: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(monkeypatch, late)
     plan = under(name, fraction)
     if plan is None or len(plan.sizes) == 1:  # (see the test below)
         plan = planned(name, chunks=2, memory=int(most(name) * fraction))

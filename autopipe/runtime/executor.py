@@ -10,7 +10,7 @@ import torch
 
 from . import transfer, workers
 from .failure import explain
-from .mailbox import Mailbox
+from .mailbox import Mailbox, room
 from .random import Kit
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Run:
     def __post_init__(self) -> None:
         self._saved: dict[tuple[int, int], tuple[list[Tensor], int]] = {}
         self._places = self.program.places
-        self._mailbox = Mailbox(len(self._places))
+        self._mailbox = Mailbox()
         self._summed: set[str] = set()
         self._borrowed: set[int] = set()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -97,7 +97,7 @@ class Run:
         """
         functions = self.program.forward if way == "forward" else self.program.backward
         devices = [p.device for p in self._places]
-        self._mailbox = Mailbox(len(devices))
+        self._mailbox = Mailbox()
         # What the caller's streams hold so far, workers wait for; what workers made, the caller's.
         self._streams = {d: torch.cuda.current_stream(d) for d in devices if d.type == "cuda"}
         self._start = [stream.record_event() for stream in self._streams.values()]
@@ -171,12 +171,16 @@ class Run:
         return tensor if strides is None else transfer.laid_out(tensor, strides)
 
     def send(self, what: str, source: int, to: int, m: int, tensor: Tensor) -> None:
-        """Send a value to another stage, or hand it to the caller."""
+        """Send a value to another stage, as soon as there is room, or hand it to the caller."""
         if to == CALLER:
             self.results[what, m] = tensor
             return
-        place = self._places[source]
-        self._mailbox.put((what, to, m), transfer.send(tensor, place, self._places[to].device))
+        key = (what, to, m)
+        self._mailbox.reserve(key, room(source, to))
+        self._mailbox.put(key, self._moved(tensor, source, to))
+
+    def _moved(self, tensor: Tensor, source: int, to: int) -> transfer.Parcel:
+        return transfer.send(tensor, self._places[source], self._places[to].device)
 
     def update(self, name: str, stage: int, value: Tensor) -> None:
         """Write a buffer's new value."""

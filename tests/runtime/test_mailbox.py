@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from autopipe.runtime.mailbox import AbortError, Mailbox
+from autopipe.runtime.mailbox import AbortError, Key, Mailbox, room
 
 LIMIT = 10.0
 """Seconds after which something that should have happened at once counts as a hang."""
@@ -29,12 +29,17 @@ class Watched(threading.Condition):
         return super().wait(timeout)
 
 
-def watched(capacity: int) -> tuple[Mailbox, threading.Semaphore]:
+def watched() -> tuple[Mailbox, threading.Semaphore]:
     """A mailbox, and a semaphore that is released whenever somebody begins to wait."""
-    mailbox = Mailbox(capacity)
+    mailbox = Mailbox()
     condition = Watched()
     mailbox._changed = condition
     return mailbox, condition.waits
+
+
+def put(mailbox: Mailbox, key: Key, message: Any, capacity: int = 1) -> None:
+    mailbox.reserve(key, capacity)
+    mailbox.put(key, message)
 
 
 class Started:
@@ -63,10 +68,10 @@ class Started:
 
 
 def test_a_message_is_taken_once_under_its_key() -> None:
-    mailbox = Mailbox(4)
+    mailbox = Mailbox()
     for m in range(3):
-        mailbox.put(("x", 1, m), f"x{m}")
-    mailbox.put(("y", 1, 0), "y0")
+        put(mailbox, ("x", 1, m), f"x{m}", 3)
+    put(mailbox, ("y", 1, 0), "y0")
     assert mailbox.take(("x", 1, 1)) == "x1"
     assert mailbox.take(("y", 1, 0)) == "y0"
     assert [mailbox.take(("x", 1, m)) for m in (0, 2)] == ["x0", "x2"]
@@ -74,22 +79,22 @@ def test_a_message_is_taken_once_under_its_key() -> None:
 
 
 def test_taking_waits_for_the_message() -> None:
-    mailbox, waits = watched(1)
+    mailbox, waits = watched()
     taker = Started(mailbox.take, ("x", 0, 0))
     assert waits.acquire(timeout=LIMIT)
-    mailbox.put(("y", 0, 0), "another kind")
+    put(mailbox, ("y", 0, 0), "another kind")
     assert waits.acquire(timeout=LIMIT)  # woken, and waiting again
     assert taker.running
-    mailbox.put(("x", 0, 0), "mine")
+    put(mailbox, ("x", 0, 0), "mine")
     assert taker.end().result == "mine"
 
 
 @pytest.mark.parametrize("capacity", [1, 3])
 def test_a_sender_waits_where_too_much_lies(capacity: int) -> None:
-    mailbox, waits = watched(capacity)
+    mailbox, waits = watched()
     for m in range(capacity):
-        mailbox.put(("x", 0, m), m)
-    sender = Started(mailbox.put, ("x", 0, capacity), capacity)
+        put(mailbox, ("x", 0, m), m, capacity)
+    sender = Started(put, mailbox, ("x", 0, capacity), capacity, capacity)
     assert waits.acquire(timeout=LIMIT)
     assert sender.running
     assert len(mailbox._messages) == capacity
@@ -99,27 +104,49 @@ def test_a_sender_waits_where_too_much_lies(capacity: int) -> None:
     assert [mailbox.take(("x", 0, m)) for m in range(1, capacity + 1)] == [*range(1, capacity + 1)]
 
 
+def test_what_has_no_room_is_not_made() -> None:
+    mailbox, waits = watched()
+    put(mailbox, ("x", 0, 0), 0)
+    made: list[int] = []
+
+    def send() -> None:
+        mailbox.reserve(("x", 0, 1), 1)
+        made.append(1)
+        mailbox.put(("x", 0, 1), made[0])
+
+    sender = Started(send)
+    assert waits.acquire(timeout=LIMIT)
+    assert made == []
+    assert mailbox.take(("x", 0, 0)) == 0
+    sender.end()
+    assert mailbox.take(("x", 0, 1)) == 1
+
+
+def test_room_for_what_is_on_its_way_and_one_more() -> None:
+    assert [room(0, 1), room(3, 2), room(0, 5), room(5, 0)] == [2, 2, 6, 6]
+
+
 def test_the_bound_is_per_kind_and_stage() -> None:
     """A full kind does not hold up another, nor the same kind for another stage."""
-    mailbox = Mailbox(1)
-    mailbox.put(("x", 0, 0), "full")
-    mailbox.put(("y", 0, 0), "another kind")
-    mailbox.put(("x", 1, 0), "another stage")
+    mailbox = Mailbox()
+    put(mailbox, ("x", 0, 0), "full")
+    put(mailbox, ("y", 0, 0), "another kind")
+    put(mailbox, ("x", 1, 0), "another stage")
     assert mailbox.take(("x", 1, 0)) == "another stage"
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 5])
 def test_many_messages_through_a_small_box(capacity: int) -> None:
-    mailbox = Mailbox(capacity)
+    mailbox = Mailbox()
     count = 200
 
     def produce() -> None:
         for m in range(count):
-            mailbox.put(("x", 1, m), m)
+            put(mailbox, ("x", 1, m), m, capacity)
 
     def pass_on() -> None:
         for m in range(count):
-            mailbox.put(("x", 2, m), mailbox.take(("x", 1, m)) * 2)
+            put(mailbox, ("x", 2, m), mailbox.take(("x", 1, m)) * 2, capacity)
 
     def consume() -> list[int]:
         return [mailbox.take(("x", 2, m)) for m in range(count)]
@@ -130,10 +157,10 @@ def test_many_messages_through_a_small_box(capacity: int) -> None:
 
 
 def test_aborting_wakes_everybody() -> None:
-    mailbox, waits = watched(1)
-    mailbox.put(("full", 0, 0), None)
+    mailbox, waits = watched()
+    put(mailbox, ("full", 0, 0), None)
     waiting = [Started(mailbox.take, ("x", k, 0)) for k in range(3)]
-    waiting += [Started(mailbox.put, ("full", 0, m), None) for m in (1, 2)]
+    waiting += [Started(put, mailbox, ("full", 0, m), None) for m in (1, 2)]
     for _ in waiting:
         assert waits.acquire(timeout=LIMIT)
     assert all(w.running for w in waiting)
@@ -142,14 +169,14 @@ def test_aborting_wakes_everybody() -> None:
 
 
 def test_after_an_abort_nothing_is_kept_and_nothing_waits() -> None:
-    mailbox = Mailbox(1)
-    mailbox.put(("x", 0, 0), "dropped")
+    mailbox = Mailbox()
+    put(mailbox, ("x", 0, 0), "dropped")
     mailbox.abort()
     assert mailbox._messages == {}
     with pytest.raises(AbortError):
         mailbox.take(("x", 0, 0))
     for m in range(3):
         with pytest.raises(AbortError):
-            mailbox.put(("x", 0, m), None)
+            put(mailbox, ("x", 0, m), None)
     mailbox.abort()  # twice does no harm
     assert mailbox._messages == {}
