@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autopipe.errors import MemoryLimitError, PartitionError
+from autopipe.errors import MemoryLimitError, PartitionError, UnsupportedError
 from autopipe.fitting import Chosen
 from autopipe.measure import measured_clocks
 from autopipe.passes.cost import Seconds
 from autopipe.passes.devices import CPU_CORE, DEVICES, H100
 from autopipe.planner import clocks_of
-from autopipe.profile import Timing, profile
+from autopipe.profile import Timing, device_name, profile
 from autopipe.search import Search, numbers_of_chunks
 
 if TYPE_CHECKING:
@@ -97,6 +97,13 @@ def _search(
     if not options.profile:
         clocks = clocks_of(models)
         return Search(model, annotated, leaves, options, models, clocks, None, progress)
+    kinds = sorted({device_name(device) for device in options.devices})
+    if len(kinds) > 1:
+        raise UnsupportedError(
+            "profile=True times a model's calls on one kind of device",
+            found=" and ".join(kinds),
+            remedy="plan by the table: device=[...], a name or a Device for each stage",
+        )
 
     @cache
     def measured(size: int) -> Mapping[str, Seconds]:

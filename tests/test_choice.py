@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
+from autopipe import choice
 from autopipe.choice import models_of
-from autopipe.errors import MemoryLimitError, OptionError
+from autopipe.errors import MemoryLimitError, OptionError, UnsupportedError
 from autopipe.passes.devices import H100, L4
 from tests.models import gpt2, unet
 
@@ -179,3 +180,12 @@ def test_sizes_in_words(text: str, count: int) -> None:
 def test_words_that_are_no_sizes(text: str) -> None:
     with pytest.raises(OptionError, match="memory"):
         autopipe.plan(Deep(), 1, 1, args=(X,), memory=text)
+
+
+def test_calls_are_timed_on_one_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with two kinds: what stages would be balanced by holds for one of them."""
+    kinds = iter(["NVIDIA L4", "NVIDIA H100"])
+    monkeypatch.setattr(choice, "device_name", lambda device: next(kinds))
+    with pytest.raises(UnsupportedError, match="one kind of device") as error:
+        autopipe.plan(Deep(), ["cpu"] * 2, 2, args=(X,), profile=True)
+    assert "device=[...]" in str(error.value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +33,8 @@ FRACTIONS = {
 """Limits that are tried, of what the largest stage takes without one."""
 
 TWO = [(name, fractions[i]) for name, fractions in FRACTIONS.items() for i in (2, 5)]
+SMALL = [(name, fraction) for name, fraction in TWO if name != "gpt2"]
+"""For tests of many plans."""
 
 
 class Skip(nn.Module):
@@ -127,7 +129,7 @@ def test_with_less_memory_no_step_is_shorter(name: str) -> None:
     assert steps[0] == planned(name).step_seconds  # there is as much as that needs
 
 
-@pytest.mark.parametrize(("name", "fraction"), TWO)
+@pytest.mark.parametrize(("name", "fraction"), SMALL)
 def test_no_plan_with_given_policies_and_micro_batches_is_faster(
     name: str, fraction: float
 ) -> None:
@@ -152,7 +154,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, stage: int | None) -> None:
 
     def late(self: Run, k: int, *args: Any) -> Any:
         if k == stage:
-            time.sleep(0.005)
+            hashlib.pbkdf2_hmac("sha256", b"some work", b"without the GIL", 10_000)
         return kit(self, k, *args)
 
     monkeypatch.setattr(Run, "kit", late)
@@ -198,7 +200,7 @@ def fits(attempt: Callable[[], Plan]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", ["skip", "gpt2"])
+@pytest.mark.parametrize("name", ["skip", "shared"])
 def test_what_would_help_does_and_a_little_less_does_not(name: str) -> None:
     limit = int(most(name) * 0.3)
     with pytest.raises(MemoryLimitError, match=r"stage \d does not fit its device") as error:

@@ -95,7 +95,7 @@ def test_the_first_failure_wins() -> None:
 
 
 def test_a_failure_ends_everybody_who_waits() -> None:
-    mailbox = Mailbox(1)
+    mailbox = Mailbox()
     ended: list[type[BaseException]] = []
 
     def waits(key: Any) -> None:
