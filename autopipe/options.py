@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from autopipe.errors import DeviceError, OptionError, UnsupportedError
-from autopipe.passes.devices import Device, device_of
-from autopipe.passes.policies import POLICIES, Policy, policy_of
+from autopipe import readings
+from autopipe.errors import OptionError, UnsupportedError
 from autopipe.passes.schedule import KNOWN
 
 if TYPE_CHECKING:
@@ -19,13 +17,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from autopipe.passes.devices import Device
+    from autopipe.passes.policies import Policy
     from autopipe.plans import Plan
-
-T = TypeVar("T")
 
 EXECUTED = ("gpipe",)
 """The schedules that the runtime runs (the simulator knows more)."""
-
 
 OUT_REDUCE = (None, "mean", "sum")
 BATCH_NORM = ("deferred", "micro")
@@ -84,7 +81,7 @@ class Options:
 
     def planned(self, plan: Plan) -> Options:
         """The same with what a plan says."""
-        remat = tuple(_policy(s.remat) for s in plan.stages)
+        remat = tuple(readings.policy(s.remat) for s in plan.stages)
         return replace(self, chunks=plan.chunks, schedule=plan.schedule, remat=remat, plan=plan)
 
 
@@ -153,70 +150,22 @@ def check(
         raise OptionError(
             "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
         )
-    places = _devices(devices, elsewhere=elsewhere)
+    places = readings.places(devices, elsewhere=elsewhere)
     K = len(places)
     options = Options(
         devices=places,
         chunks=chunks,
         schedule=None if schedule == "auto" else schedule or "gpipe",
-        remat=_policies(remat, K),
+        remat=readings.policies(remat, K),
         in_dims=in_dims,
         out_reduce=out_reduce,
         batch_norm=batch_norm,
         loss_fn=loss_fn,
-        limits=None if memory is None else _each("memory", memory, K, _bytes),
-        models=None if device is None else _each("device", device, K, _model),
+        limits=None if memory is None else readings.each("memory", memory, K, readings.size),
+        models=None if device is None else readings.each("device", device, K, readings.speeds),
         profile=profile,
     )
     return options if plan is None else options.planned(plan)
-
-
-def _policies(
-    remat: str | float | Sequence[str | float] | None, count: int
-) -> tuple[Policy, ...] | None:
-    if remat == "auto":
-        return None
-    return _each("remat", "full" if remat is None else remat, count, _policy)
-
-
-def _policy(value: Any) -> Policy:
-    policy = policy_of(value)
-    if policy is None:
-        expected = f"one of {', '.join(POLICIES)}, auto, or a fraction to keep from 0 to 1"
-        raise OptionError("unknown remat", expected=expected, found=repr(value))
-    return policy
-
-
-def _model(value: Any) -> Device:
-    return value if isinstance(value, Device) else device_of(value)
-
-
-def _each(what: str, value: Any, count: int, read: Callable[[Any], T]) -> tuple[T, ...]:
-    """One value for all stages, or a list of one for each."""
-    if isinstance(value, (list, tuple)):
-        if len(value) != count:
-            raise OptionError(
-                f"`{what}` is one value, or one for each device",
-                expected=f"{count} values",
-                found=f"{len(value)}",
-            )
-        return tuple(map(read, value))
-    return (read(value),) * count
-
-
-def _bytes(value: Any) -> int:
-    """Bytes, from a number or from a text such as 16GiB or 80 GB."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt]?)(i?)B\s*", str(value))
-    if match is None or (match[3] and not match[2]) or isinstance(value, int):
-        raise OptionError(
-            "`memory` is what a device has for the pipeline",
-            expected='bytes above 0, as a number or as "16GiB" (2^30) or "80GB" (10^9)',
-            found=repr(value),
-        )
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def _agree(
@@ -230,13 +179,13 @@ def _agree(
     """What is given beside a plan must be the plan's (devices: as many). Returns the devices."""
     K = len(plan.stages)
     asked = devices if isinstance(devices, int) or devices is None else len(devices)
-    policies = tuple(_policy(s.remat) for s in plan.stages)
+    policies = tuple(readings.policy(s.remat) for s in plan.stages)
     pairs: dict[str, tuple[Any, Any]] = {
         "devices": (asked, K),
         "chunks": (chunks, plan.chunks),
         "schedule": (schedule, plan.schedule),
     }
-    if remat is not None and _policies(remat, K) != policies:
+    if remat is not None and readings.policies(remat, K) != policies:
         pairs["remat"] = (remat, plan.remat)
     for name, (given, planned) in pairs.items():
         if given is not None and given != planned:
@@ -253,52 +202,3 @@ def _agree(
             remedy="give the limit to autopipe.plan, or leave the plan out",
         )
     return K if devices is None else devices
-
-
-def _devices(
-    devices: int | Sequence[str | torch.device], *, elsewhere: bool
-) -> tuple[torch.device, ...]:
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if isinstance(devices, int) and not isinstance(devices, bool):
-        if devices < 1:
-            raise OptionError(
-                "a pipeline needs a device", expected="at least 1", found=str(devices)
-            )
-        if gpus == 0 or (elsewhere and devices > gpus):
-            return (torch.device("cpu"),) * devices
-        if devices > gpus:
-            raise DeviceError(
-                f"{devices} devices were asked for",
-                found=f"{gpus} GPU{'s' if gpus > 1 else ''}",
-                remedy='a list may name a GPU several times (devices=["cuda:0", "cuda:0"] puts two'
-                ' stages on one), or name CPU workers (["cpu", "cpu"])',
-            )
-        return tuple(torch.device("cuda", i) for i in range(devices))
-    if isinstance(devices, (str, int)) or not isinstance(devices, Sequence):
-        raise OptionError(
-            "devices is a count or a list",
-            expected='2 or ["cuda:0", "cuda:1"]',
-            found=repr(devices),
-        )
-    listed = tuple(_device(d, gpus) for d in devices)
-    if not listed:
-        raise OptionError("a pipeline needs a device", expected="at least 1", found="an empty list")
-    return listed
-
-
-def _device(value: str | torch.device, gpus: int) -> torch.device:
-    try:
-        device = torch.device(value)
-    except (RuntimeError, TypeError) as error:
-        raise DeviceError(
-            "no such device", expected='"cpu" or "cuda:0"', found=repr(value)
-        ) from error
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type == "cuda" and (device.index or 0) < gpus:
-        return torch.device("cuda", device.index or 0)
-    raise DeviceError(
-        "no such device here",
-        expected='"cpu"' + (f' or "cuda:0" … "cuda:{gpus - 1}"' if gpus else " (there is no GPU)"),
-        found=repr(str(value)),
-    )
