@@ -18,7 +18,7 @@ from autopipe.fitting import Chosen
 from autopipe.measure import measured_clocks
 from autopipe.passes.cost import Seconds
 from autopipe.passes.devices import CPU_CORE, DEVICES, H100
-from autopipe.planner import clocks_of
+from autopipe.planner import clocks_of, plan
 from autopipe.profile import Timing, device_name, profile
 from autopipe.search import Search, numbers_of_chunks
 
@@ -127,12 +127,12 @@ def _refined(search: Search, chosen: Chosen, batch: int) -> Chosen:
     timed as they run, tell how far the sum of their calls is off; so much longer or shorter each of
     them is taken to be, and the cut is made again, as long as the step gets shorter.
     """
-    plan = chosen.plan
-    remat = search.options.planned(plan).remat
-    search = replace(search, options=replace(search.options, chunks=plan.chunks, remat=remat))
+    known = chosen.plan
+    remat = search.options.planned(known).remat
+    search = replace(search, options=replace(search.options, chunks=known.chunks, remat=remat))
     for _ in range(REFINEMENTS):
         assert search.measured is not None
-        times = dict(search.measured(max(plan.sizes)))
+        times = dict(search.measured(max(known.sizes)))
         for k, calls in enumerate(chosen.split.calls):
             share = chosen.plan.stages[k].seconds / max(chosen.split.facts.seconds[k], 1e-12)
             times |= {n.name: Seconds(*(share * t for t in times[n.name])) for n in calls}
@@ -144,7 +144,10 @@ def _refined(search: Search, chosen: Chosen, batch: int) -> Chosen:
         if again.plan.step_seconds >= chosen.plan.step_seconds:
             break
         chosen = again
-    return chosen
+    # The least of several measurements is too low: the cut that was chosen is timed once more.
+    clocks = measured_clocks(search.options.devices, search.models)
+    timed = plan(search.model, chosen.split, chosen.phased, known.sizes, search.options, clocks)
+    return replace(chosen, plan=timed)
 
 
 def _always(times: Mapping[str, Seconds]) -> Callable[[int], Mapping[str, Seconds]]:

@@ -5,6 +5,8 @@ up values: floats at random, integers 0, booleans True. CPU workers share caches
 of them run the stage at once, each with its own tensors and on its own cores, as they would in a
 step; a few micro-batches go forward before they come back, so that what was saved is not still in
 the cache. Gradients are added up, as a step does.
+
+Times are means: what a step takes is a sum over many micro-batches, in which the slow ones count.
 """
 
 from __future__ import annotations
@@ -35,11 +37,14 @@ if TYPE_CHECKING:
     from autopipe.passes.devices import Device
     from autopipe.passes.phased import StagePhases
 
-AHEAD = 3
-"""Micro-batches that go forward before the first comes back."""
+MOST_AHEAD = 8
+"""Micro-batches that go forward before the first comes back, at most."""
 
-WARM_UP, LEAST, MOST, ENOUGH_SECONDS = 1, 5, 20, 0.5
+WARM_UP, LEAST, MOST, ENOUGH_SECONDS = 1, 4, 20, 0.5
 """Rounds before any is timed; timed rounds: at least, at most, and until they took so long."""
+
+COPIES = 5
+"""Copies that are timed, for the median."""
 
 
 def measured_clocks(devices: Sequence[torch.device], models: Sequence[Device]) -> tuple[Clock, ...]:
@@ -58,7 +63,10 @@ def measured_clocks(devices: Sequence[torch.device], models: Sequence[Device]) -
                 device, workers.cores_for(same) if len(same) > 1 else None, model
             )
             clocks[device] = Clock(
-                f"measured on {device_name(device)}", model.link, stopwatch.seconds
+                f"measured on {device_name(device)}",
+                model.link,
+                stopwatch.seconds,
+                stopwatch.copying,
             )
     return tuple(clocks[device] for device in devices)
 
@@ -76,15 +84,33 @@ class _Stopwatch:
     device: torch.device
     cores: list[set[int]] | None
     model: Device
-    known: WeakKeyDictionary[fx.Graph, PhaseSeconds] = field(default_factory=WeakKeyDictionary)
+    known: WeakKeyDictionary[fx.Graph, dict[int, PhaseSeconds]] = field(
+        default_factory=WeakKeyDictionary
+    )
+    copied: dict[int, float] = field(default_factory=dict)
 
-    def seconds(self, stage: StagePhases) -> PhaseSeconds:
-        """Median times of the phases of one micro-batch."""
-        if stage.graph not in self.known:
-            self.known[stage.graph] = self._measured(stage)
-        return self.known[stage.graph]
+    def seconds(self, stage: StagePhases, in_flight: int) -> PhaseSeconds:
+        """Mean times of the phases of one micro-batch."""
+        known = self.known.setdefault(stage.graph, {})
+        ahead = min(in_flight, MOST_AHEAD)
+        if ahead not in known:
+            known[ahead] = self._measured(stage, ahead)
+        return known[ahead]
 
-    def _measured(self, stage: StagePhases) -> PhaseSeconds:
+    def copying(self, nbytes: int) -> float:
+        """Median time of a copy to new memory."""
+        if nbytes not in self.copied:
+            source = torch.ones(nbytes, dtype=torch.uint8, device=self.device)
+            times = []
+            for _ in range(COPIES):
+                start = now(self.device)
+                copy = source.clone()
+                times.append(now(self.device) - start)
+                del copy
+            self.copied[nbytes] = statistics.median(times)
+        return self.copied[nbytes]
+
+    def _measured(self, stage: StagePhases, ahead: int) -> PhaseSeconds:
         names = {"F": "forward", "RBW": "backward"}
         parts = [compute(stage, letters, self.device, name) for letters, name in names.items()]
         functions, _ = load("\n\n".join([HEADER.format(title="a stage by itself"), *parts]))
@@ -95,7 +121,7 @@ class _Stopwatch:
 
         def task(index: int) -> None:
             try:
-                run = _Rounds(stage, functions, self.device)
+                run = _Rounds(stage, functions, self.device, ahead)
                 for i in range(WARM_UP + MOST):
                     barrier.wait()
                     if i == WARM_UP and index == 0:
@@ -117,7 +143,7 @@ class _Stopwatch:
         with torch.random.fork_rng(devices=[]):
             workers.run([partial(task, i) for i in range(count)], barrier.abort, self.cores)
         pairs = [pair for own in rounds for pair in own]
-        forward, backward = (statistics.median(column) for column in zip(*pairs, strict=True))
+        forward, backward = (statistics.mean(column) for column in zip(*pairs, strict=True))
         shares = phase_seconds(stage, self.model)
         later = shares.total - shares.forward
         parts_ = [backward * s / later if later else 0.0 for s in shares[1:]]
@@ -128,9 +154,13 @@ class _Rounds:
     """One worker's tensors, and a round of forwards and backwards with them."""
 
     def __init__(
-        self, stage: StagePhases, functions: dict[str, Callable[..., Any]], device: torch.device
+        self,
+        stage: StagePhases,
+        functions: dict[str, Callable[..., Any]],
+        device: torch.device,
+        ahead: int,
     ) -> None:
-        self.stage, self.functions, self.device = stage, functions, device
+        self.stage, self.functions, self.device, self.ahead = stage, functions, device, ahead
         _, *nodes = [n for n in stage.graph.nodes if n.op == "placeholder"]
         holders = [n.meta["val"] for n in nodes]
         held, received = len(stage.held), len(stage.held) + len(stage.receives)
@@ -144,7 +174,7 @@ class _Rounds:
     def once(self) -> tuple[float, float]:
         """Mean seconds of a forward and of a backward."""
         stage = self.stage
-        arrived = [[self._fill(t) for t in self.received] for _ in range(AHEAD)]
+        arrived = [[self._fill(t) for t in self.received] for _ in range(self.ahead)]
         results = len(stage.returns) + len(stage.updates)
         totals: dict[int, Tensor] = {}
 
@@ -154,22 +184,24 @@ class _Rounds:
             else:
                 totals[i] = gradient.clone()
 
-        kits = [Kit(0, stage.draws, m, accumulate) for m in range(AHEAD)]
+        kits = [Kit(0, stage.draws, m, accumulate) for m in range(self.ahead)]
         saved = []
-        start = self._now()
+        start = now(self.device)
         for kit, values in zip(kits, arrived, strict=True):
             found = self.functions["forward"](kit, [*self.held, *values])
             saved.append(list(found[results:]))
             values.clear()
             del found
-        forward = self._now() - start
-        tangents = [[self._fill(t) for t in self.tangents] for _ in range(AHEAD)]
-        start = self._now()
+        forward = now(self.device) - start
+        tangents = [[self._fill(t) for t in self.tangents] for _ in range(self.ahead)]
+        start = now(self.device)
         for kit in kits:
             self.functions["backward"](kit, [*self.held, *saved.pop(0), *tangents.pop(0)])
-        return forward / AHEAD, (self._now() - start) / AHEAD
+        return forward / self.ahead, (now(self.device) - start) / self.ahead
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -38,19 +38,26 @@ class Clock(NamedTuple):
     Attributes:
         name: whose times these are.
         link: what its values are received over.
-        seconds: of a stage's phases.
+        seconds: of a stage's phases, where so many micro-batches are in flight.
+        copying: so many bytes.
     """
 
     name: str
     link: Link
-    seconds: Callable[[StagePhases], PhaseSeconds]
+    seconds: Callable[[StagePhases, int], PhaseSeconds]
+    copying: Callable[[int], float]
 
 
 def clocks_of(models: Sequence[Device]) -> tuple[Clock, ...]:
     """The clocks of devices as they stand in the table, one for each stage."""
 
     def clock(model: Device) -> Clock:
-        return Clock(model.name, model.link, lambda stage: phase_seconds(stage, model))
+        return Clock(
+            model.name,
+            model.link,
+            lambda stage, in_flight: phase_seconds(stage, model),
+            lambda nbytes: model.seconds(0, 2 * nbytes, "memory", "fp32"),
+        )
 
     known = {id(model): clock(model) for model in models}
     return tuple(known[id(model)] for model in models)
@@ -143,6 +150,7 @@ def plan(
         repeated=tuple(Repeated(*one) for one in planned.repeated),
         bound_seconds=split.facts.lower_bound,
         cut_seconds=split.facts.bottleneck,
+        gather_seconds=_gathering(split, sizes, clocks),
         notes=split.captured.notes,
     )
     peaks = stage_peaks(made.timeline, K, sizes, nbytes, split.routes, room)
@@ -181,7 +189,7 @@ def _stage(
         remat=str(phased[0].remat[k]),
         parameters=tuple(i.target for i in stage.held if i.kind is Kind.PARAMETER),
         flops=at_batch(cost.flops, size),
-        times=tuple(_times(split, cut, k, clock) for cut in phased),
+        times=tuple(_times(split, cut, k, clock, in_flight) for cut in phased),
         parameter_bytes=cost.parameter_bytes,
         gradient_bytes=cost.gradient_bytes,
         optimizer_bytes=cost.optimizer_bytes,
@@ -198,9 +206,9 @@ def _stage(
     )
 
 
-def _times(split: Split, cut: Phased, k: int, clock: Clock) -> Times:
+def _times(split: Split, cut: Phased, k: int, clock: Clock, in_flight: int) -> Times:
     """Seconds of a micro-batch at a stage, with the transfers over its left boundary."""
-    seconds = clock.seconds(cut.stages[k])
+    seconds = clock.seconds(cut.stages[k], in_flight)
     routes = [r for r in split.routes.values() if r.kind == "activation"]
     came = [r for r in routes if k in r.consumers and r.holders[r.holders.index(k) - 1] == k - 1]
     back = [r for r in came if r.name in cut.stages[k].sent_grads]
@@ -210,6 +218,20 @@ def _times(split: Split, cut: Phased, k: int, clock: Clock) -> Times:
         return clock.link.seconds(sum(nbytes)) if nbytes else 0.0
 
     return Times(*seconds, receive=over(came), give_back=over(back))
+
+
+def _gathering(split: Split, sizes: Sequence[int], clocks: Sequence[Clock]) -> float:
+    """Seconds to copy the results that come in parts, one for each micro-batch, into one."""
+    if len(sizes) == 1:
+        return 0.0
+    parts = {
+        o.name: at_batch(o.spec.nbytes, sum(sizes))
+        for o in split.captured.outputs
+        if o.combine == "cat"
+    }
+    return sum(
+        clocks[max(split.routes[n].source, 0)].copying(nbytes) for n, nbytes in parts.items()
+    )
 
 
 def _crossing(route: Route, size: int) -> Crossing:

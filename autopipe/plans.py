@@ -23,7 +23,7 @@ from autopipe.typed_json import MisfitError, convert, parse, short, to_json
 if TYPE_CHECKING:
     from os import PathLike
 
-FORMAT, VERSION = "autopipe plan", 2
+FORMAT, VERSION = "autopipe plan", 3
 LARGEST_FILE = 64 * 2**20
 """Bytes; the plan of a model with ten thousand boundary tensors has two million."""
 
@@ -47,6 +47,7 @@ class Plan:
         bound_seconds: time that the largest stage of no cut of this model is below, by the costs
             that the cut goes by; None: not worked out.
         cut_seconds: time of the largest stage by the same costs; None likewise.
+        gather_seconds: what it takes to put the micro-batches' results together for the caller.
         notes: what capture did that a reader should know.
     """
 
@@ -63,6 +64,7 @@ class Plan:
     repeated: tuple[Repeated, ...]
     bound_seconds: float | None
     cut_seconds: float | None
+    gather_seconds: float
     notes: tuple[str, ...]
 
     @property
@@ -100,7 +102,7 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         """Predicted time of one training step (the optimizer's own not included)."""
-        return self.timeline.makespan
+        return self.timeline.makespan + self.gather_seconds
 
     @property
     def balance(self) -> float:
@@ -120,7 +122,9 @@ class Plan:
 
         def what(plan: Plan) -> Plan:
             stages = tuple(replace(s, times=(), speeds="", peak_bytes=0) for s in plan.stages)
-            return replace(plan, stages=stages, bound_seconds=None, cut_seconds=None)
+            return replace(
+                plan, stages=stages, bound_seconds=None, cut_seconds=None, gather_seconds=0.0
+            )
 
         return what(self) == what(other)
 
@@ -144,7 +148,7 @@ class Plan:
             "a schedule with several stages on a device",
             found=self.schedule,
         )
-        for name in ("bound_seconds", "cut_seconds"):
+        for name in ("bound_seconds", "cut_seconds", "gather_seconds"):
             require((getattr(self, name) or 0) >= 0, f"{name} is negative")
         for k, stage in enumerate(self.stages):
             where = f"stages[{k}]"

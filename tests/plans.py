@@ -72,6 +72,7 @@ def made_plan(
         repeated=(),
         bound_seconds=4e-3 * stages,
         cut_seconds=4.5e-3 * (stages + 1),
+        gather_seconds=facts.pop("gather", 0.0),
         notes=facts.pop("notes", ()),
     )
     assert not facts, facts

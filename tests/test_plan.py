@@ -61,7 +61,7 @@ def test_what_is_saved_is_read_back(plan: Plan, path: Path) -> None:
 
 def test_the_file_is_plain_json_with_a_version(plan: Plan, path: Path) -> None:
     data = json.loads(path.read_text())
-    assert (data["format"], data["version"]) == ("autopipe plan", 2)
+    assert (data["format"], data["version"]) == ("autopipe plan", 3)
     assert [s["first"] for s in data["plan"]["stages"]][1:] == list(plan.starts)
 
 
@@ -207,11 +207,11 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "a pickle": (lambda t: pickle.dumps(print), "not a plan"),
     "no text": (lambda t: b"\xff\xfe\x00", "not a plan"),
     "Python": (lambda t: "__import__('os').system('true')", "JSON"),
-    "another thing": (lambda t: "[1, 2]", "version 2"),
-    "a later version": (edited(lambda d: d.update(version=3)), "version 2"),
-    "a version in words": (edited(lambda d: d.update(version="2")), "version 2"),
+    "another thing": (lambda t: "[1, 2]", "version 3"),
+    "a later version": (edited(lambda d: d.update(version=4)), "version 3"),
+    "a version in words": (edited(lambda d: d.update(version="3")), "version 3"),
     "true for one": (edited(lambda d: d.update(version=True)), "version"),
-    "not a number": (lambda t: t.replace('"version": 2', '"version": NaN'), "finite"),
+    "not a number": (lambda t: t.replace('"version": 3', '"version": NaN'), "finite"),
     "nested": (lambda t: "[" * 100_000, "JSON"),
     "no chunks": (in_plan(chunks=0), "disagree"),
     "a name twice": (lambda t: t.replace('"model"', '"model": "a", "model"', 1), "once"),

@@ -59,13 +59,13 @@ class Facts:
         """(M, predicted step time) for powers of two up to four times the plan's M, and that M.
 
         No more micro-batches than samples; none whose simulation would take long. The plan's own
-        time is that of its timeline, where all micro-batches take as long as the largest.
+        time is that of its step, where all micro-batches take as long as the largest.
         """
         own, K = len(self.plan.sizes), len(self.plan.stages)
-        known = {own: self.timeline.makespan}
+        known = {own: self.plan.step_seconds}
         for m in (2**i for i in range(32)):
             if m not in known and m <= min(4 * own, self.batch) and m * K <= LARGEST_SIMULATION:
-                known[m] = with_chunks(self.plan, m).timeline.makespan
+                known[m] = with_chunks(self.plan, m).step_seconds
         return tuple(sorted(known.items()))
 
 
@@ -75,7 +75,7 @@ def check(facts: Facts) -> None:
     Raises:
         PlanError: a step beyond 1e15 seconds or below 1e-15, a count of more than 64 bits.
     """
-    plan, makespan = facts.plan, facts.timeline.makespan
+    plan, makespan = facts.plan, facts.plan.step_seconds
     if makespan and not 1e-15 < makespan < 1e15:
         raise PlanError(
             "the plan's times cannot be drawn",

@@ -89,8 +89,8 @@ def _figures(facts: Facts) -> str:
             str(len(plan.sizes)),
             f"of {_many_samples(sizes)}, {facts.batch} a batch",
         ),
-        ("step time", seconds(line.makespan), "predicted"),
-        ("per sample", seconds(line.makespan / facts.batch), "predicted"),
+        ("step time", seconds(plan.step_seconds), f"predicted{_gathering(plan)}"),
+        ("per sample", seconds(plan.step_seconds / facts.batch), "predicted"),
         ("bubble", f"{line.bubble:.1%}", "of the pipeline's time idle"),
         ("balance", f"{plan.balance:.3f}", f"mean stage over largest{_gap(plan)}"),
         ("parameters", nbytes(parameters), f"largest stage {nbytes(largest)}"),
@@ -102,6 +102,11 @@ def _figures(facts: Facts) -> str:
             for what, value, more in shown
         ),
     )
+
+
+def _gathering(plan: Plan) -> str:
+    """How much of a step is not on the timeline."""
+    return f", {seconds(plan.gather_seconds)} to gather results" if plan.gather_seconds else ""
 
 
 def _gap(plan: Plan) -> str:

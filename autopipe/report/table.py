@@ -37,13 +37,16 @@ def table(plan: Plan) -> str:
         )
     samples = " or ".join(str(s) for s in sorted(set(plan.sizes), reverse=True))
     bound = "" if plan.gap is None else f"; no cut is more than {plan.gap:.1%} better"
+    gathering = (
+        f" ({seconds(plan.gather_seconds)} to gather results)" if plan.gather_seconds else ""
+    )
     lines = [
         f"{len(plan.stages)} stages, {len(plan.sizes)} micro-batches of {samples},"
         f" schedule {plan.schedule}, remat {plan.remat}",
         *columns(rows),
         f"flops and bytes are those of a micro-batch of {size}, memory is all that a device needs;"
         f" balance {plan.balance:.3f} (mean load / largest{bound})",
-        f"predicted step {seconds(plan.step_seconds)}, bubble {plan.timeline.bubble:.1%}"
+        f"predicted step {seconds(plan.step_seconds)}{gathering}, bubble {plan.timeline.bubble:.1%}"
         f" (times: {', '.join(dict.fromkeys(s.speeds for s in plan.stages))})",
     ]
     crossing = [c for c in plan.crossings if c.source is not None]
