@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import autopipe
+from autopipe import measure
 from autopipe.measure import measured_clocks
 from autopipe.passes.devices import CPU_CORE
 from autopipe.passes.work import PhaseSeconds
@@ -94,3 +96,51 @@ def test_random_state_is_left_alone() -> None:
     torch.manual_seed(5)
     autopipe.plan(model, ["cpu"] * 2, 2, profile=True, kwargs=kwargs)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_copies_are_timed() -> None:
+    """A large one against a clone, timed here by hand; a small one takes less."""
+    (clock,) = measured_clocks([CPU], [CPU_CORE])
+    nbytes = 32 * 2**20
+    found, small = clock.copying(nbytes), clock.copying(2**10)
+    source = torch.ones(nbytes, dtype=torch.uint8)
+    taken = []
+    for _ in range(10):
+        start = time.perf_counter()
+        source.clone()
+        taken.append(time.perf_counter() - start)
+    assert min(taken) / 4 < found < max(taken) * 4
+    assert 0 < small < found
+    assert clock.copying(nbytes) == found, "a size is timed once"
+
+
+@pytest.mark.parametrize("in_flight", [1, 3, 100])
+def test_as_many_micro_batches_are_ahead_as_are_in_flight(
+    in_flight: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards that run before the first backward of a round, up to a limit."""
+    model, x = Sized(), torch.randn(4, 64)
+    (stage,) = phased_of(split_of(model, 1, x), model, 4, ((x,), {}), remat="none").stages
+    seen: list[list[str]] = []
+    once = measure._Rounds.once
+
+    def watched(self: measure._Rounds) -> tuple[float, float]:
+        calls: list[str] = []
+        seen.append(calls)
+
+        def told(name: str) -> Any:
+            function = self.functions[name]
+            return lambda *args: (calls.append(name), function(*args))[1]
+
+        own, self.functions = self.functions, {name: told(name) for name in self.functions}
+        try:
+            return once(self)
+        finally:
+            self.functions = own
+
+    monkeypatch.setattr(measure._Rounds, "once", watched)
+    (clock,) = measured_clocks([CPU], [CPU_CORE])
+    clock.seconds(stage, in_flight)
+    ahead = min(in_flight, measure.MOST_AHEAD)
+    assert len(seen) > measure.LEAST
+    assert all(calls == ["forward"] * ahead + ["backward"] * ahead for calls in seen)

@@ -52,6 +52,17 @@ def path(tmp_path: Path, plan: Plan) -> Path:
     return tmp_path / "plan.json"
 
 
+def test_a_step_ends_when_results_have_been_put_together(plan: Plan) -> None:
+    """By hand: of 7 × 6 doubles each is read and written once; a mean is no copy."""
+    speed, start = 0.5 * 40e9, 2e-6  # of the table's CPU core
+    assert plan.gather_seconds == pytest.approx(2 * 7 * 6 * 8 / speed + start)
+    assert plan.step_seconds == plan.timeline.makespan + plan.gather_seconds
+    assert "to gather results" in str(plan)
+    whole = autopipe.plan(Net(), ["cpu"] * 3, 1, args=(X,))
+    assert whole.gather_seconds == 0.0, "one micro-batch's results are the batch's"
+    assert "gather" not in str(whole)
+
+
 def test_what_is_saved_is_read_back(plan: Plan, path: Path) -> None:
     found = Plan.load(path)
     assert found == plan
