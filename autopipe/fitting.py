@@ -156,11 +156,12 @@ def does_not_fit(made: Plan) -> MemoryLimitError:
     """The error of a plan: its stage that lacks most."""
     k, stage = max(enumerate(made.stages), key=lambda one: missing_bytes(one[1]))
     assert stage.limit_bytes is not None
+    count = len(made.sizes)
     return MemoryLimitError(
         f"stage {k} does not fit its device: {nbytes(missing_bytes(stage))} are missing",
         expected=f"at most {nbytes(stage.limit_bytes)}",
         found=f"{nbytes(stage.memory_bytes)}: parameters, optimizer and buffers"
-        f" {nbytes(stage.static_bytes)}; gradients and {len(made.sizes)} micro-batches of"
+        f" {nbytes(stage.static_bytes)}; gradients and {count} micro-batch{'es' * (count > 1)} of"
         f" {max(made.sizes)} with remat {stage.remat} {nbytes(stage.peak_bytes)}",
         missing_bytes=missing_bytes(stage),
     )

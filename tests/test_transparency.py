@@ -99,7 +99,7 @@ def _each(names: list[str]) -> Any:
 
 
 EXACT = [n for n, e in MODELS.items() if not e.random]
-SLOW = ("unet", "transformer", "t5")
+SLOW = ("unet", "transformer", "t5", "bert", "resnet")
 """Of these not every combination is run, but every pair of a number of stages or a policy and a
 number of micro-batches; all with ``AUTOPIPE_ALL=1``."""
 
