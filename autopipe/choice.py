@@ -127,9 +127,9 @@ def _refined(search: Search, chosen: Chosen, batch: int) -> Chosen:
     timed as they run, tell how far the sum of their calls is off; so much longer or shorter each of
     them is taken to be, and the cut is made again, as long as the step gets shorter.
     """
-    known = chosen.plan
-    remat = search.options.planned(known).remat
-    search = replace(search, options=replace(search.options, chunks=known.chunks, remat=remat))
+    known, asked = chosen.plan, search.options
+    remat = asked.planned(known).remat
+    search = replace(search, options=replace(asked, chunks=known.chunks, remat=remat))
     for _ in range(REFINEMENTS):
         assert search.measured is not None
         times = dict(search.measured(max(known.sizes)))
@@ -145,8 +145,9 @@ def _refined(search: Search, chosen: Chosen, batch: int) -> Chosen:
             break
         chosen = again
     # The least of several measurements is too low: the cut that was chosen is timed once more.
-    clocks = measured_clocks(search.options.devices, search.models)
-    timed = plan(search.model, chosen.split, chosen.phased, known.sizes, search.options, clocks)
+    # Its plan is made with the options that were asked for: one micro-batch may be chosen, too.
+    clocks = measured_clocks(asked.devices, search.models)
+    timed = plan(search.model, chosen.split, chosen.phased, known.sizes, asked, clocks)
     return replace(chosen, plan=timed)
 
 

@@ -8,7 +8,7 @@ those under the limits, which choose a policy for each stage by estimate. On a c
 the policy that makes least work among those with which it really fits (`fitting`). What the trace
 shows of the estimate's error is told the next cut. Cuts for tighter limits are tried too: the
 estimate is only one, and the largest stage is not all that a step takes. (Each is a little tighter
-than what the last plan takes, so that with less memory nothing is found that is missed with more.)
+than what the last plan takes, so that what is found with less memory is seldom missed with more.)
 
 Numbers of micro-batches come in the order of a bound on their step time, and those whose bound is
 no better than the best plan found are not traced. In the best plan stages on the critical path then

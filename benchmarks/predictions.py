@@ -77,7 +77,8 @@ def compared(name: str, remat: str, chunks: int) -> tuple[float, float]:
     most = max(saved, key=abs)
     print(
         f"{name:8} {remat:8} M={chunks}: predicted {1e3 * plan.step_seconds:7.1f} ms,"
-        f" measured {1e3 * seconds:7.1f} ms, {off:+6.1%}; saved bytes {most:+.2%};"
+        f" measured {1e3 * seconds:7.1f} ms, {off:+6.1%}"
+        f" (gathering {1e3 * plan.gather_seconds:.1f} ms); saved bytes {most:+.2%};"
         f" planned in {planning:.0f} s",
         flush=True,
     )

@@ -55,12 +55,14 @@ def stage_peaks(
     first = [
         min((s.end for s in own if s.action.phase != "F"), default=float("inf")) for own in actions
     ]
+    ordered = sorted(routes.values(), key=lambda route: route.source)
+    activations = [route for route in ordered if route.kind == "activation"]
     return tuple(
         _peak(
             actions[k],
             sizes,
             {size: nbytes[k, size] for size in set(sizes)},
-            _waiting(k, nbytes[k, max(sizes)], routes, room, first),
+            _waiting(k, nbytes[k, max(sizes)], routes, activations, room, first),
         )
         for k in range(stages)
     )
@@ -70,14 +72,19 @@ def _waiting(
     k: int,
     nbytes: StageBytes,
     routes: Mapping[str, Route],
+    activations: Sequence[Route],
     room: Callable[[int, int], int],
     first: Sequence[float],
 ) -> list[_Waiting]:
-    """What other stages send to stage k; `first`: when each has made its first gradients."""
+    """What other stages send to stage k.
+
+    `activations`: routes in the order of their sources; `first`: when each stage has made its
+    first gradients.
+    """
     found = []
     after = {k}  # what cannot begin its backward before k has done its part of the forward
-    for route in sorted(routes.values(), key=lambda route: route.source):
-        if route.kind == "activation" and route.source in after:
+    for route in activations:
+        if route.source in after:
             after.update(route.consumers)
     for name, size in nbytes.received.items():
         if (source := routes[name].source) != CALLER:

@@ -144,3 +144,13 @@ def test_as_many_micro_batches_are_ahead_as_are_in_flight(
     ahead = min(in_flight, measure.MOST_AHEAD)
     assert len(seen) > measure.LEAST
     assert all(calls == ["forward"] * ahead + ["backward"] * ahead for calls in seen)
+
+
+def test_one_micro_batch_that_was_chosen_is_no_whole_batch() -> None:
+    """A batch of one sample leaves no other choice; it was not asked for."""
+    model, inputs = gpt2()
+    _, kwargs = inputs(1)
+    plan = autopipe.plan(model, ["cpu"] * 2, None, profile=True, kwargs=kwargs)
+    assert len(plan.sizes) == 1
+    assert not plan.whole
+    assert torch.allclose(autopipe.compile(model, plan=plan)(**kwargs).loss, model(**kwargs).loss)
