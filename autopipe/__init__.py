@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from autopipe.api import compile, plan
     from autopipe.module import Pipeline
     from autopipe.passes.partition import CostGraph, DeviceSpec, Partition, partition
-    from autopipe.passes.simulate import Timeline, simulate
-    from autopipe.plans import Plan
+    from autopipe.passes.schedule import Timeline, simulate
+    from autopipe.planning.plans import Plan
 
 __version__ = "0.1.0"
 
@@ -36,8 +36,8 @@ _HOMES = {
     "api": ("compile", "plan"),
     "module": ("Pipeline",),
     "passes.partition": ("CostGraph", "DeviceSpec", "Partition", "partition"),
-    "passes.simulate": ("Timeline", "simulate"),
-    "plans": ("Plan",),
+    "passes.schedule": ("Timeline", "simulate"),
+    "planning.plans": ("Plan",),
 }
 
 

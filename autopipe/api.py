@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.batch import batch_of
-from autopipe.choice import choose
+from autopipe.call_signature import flatten
 from autopipe.errors import OptionError
 from autopipe.module import Pipeline
 from autopipe.options import check
 from autopipe.passes.driver import costed
-from autopipe.plans import Plan
-from autopipe.structure import flatten
+from autopipe.planning.choice import choose
+from autopipe.planning.plans import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

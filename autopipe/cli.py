@@ -14,19 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autopipe.errors import (
-    AutopipeError,
-    DeviceError,
-    OptionError,
-    PlanError,
-    UnsupportedError,
-)
+from autopipe.errors import AutopipeError, DeviceError, OptionError, PlanError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from autopipe.passes.simulate import Timeline
-    from autopipe.plans import Plan
+    from autopipe.passes.schedule import Timeline
+    from autopipe.planning.plans import Plan
 
 WRONG, CANNOT = 2, 1
 
@@ -150,7 +144,7 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace) -> None:
     if options.output is not None:
         _can_write(options.output)
-    from autopipe import target
+    from . import target
 
     model, args, kwargs = target.load(options.model, real=options.real)
     from autopipe.api import plan
@@ -217,7 +211,7 @@ _times.__name__ = "time"  # what argparse calls a wrong value
 
 
 def _simulate(options: argparse.Namespace) -> None:
-    from autopipe.passes.simulate import simulate
+    from autopipe.passes.schedule import simulate
 
     line = simulate(
         options.kind,
@@ -258,7 +252,7 @@ def _trace(options: argparse.Namespace) -> None:
 
 def _write(options: argparse.Namespace, ending: str, make: Callable[[Plan], str]) -> None:
     """Read the plan that is asked for, write what is made of it, say where."""
-    from autopipe.plans import Plan
+    from autopipe.planning.plans import Plan
 
     source = Path(options.plan)
     target = Path(options.output) if options.output else source.parent / f"{source.stem}{ending}"

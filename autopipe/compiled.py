@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autopipe.choice import choose, models_of
 from autopipe.errors import DeviceError, MemoryLimitError
-from autopipe.fitting import missing_bytes
-from autopipe.looks import differentiated, input_looks, state_looks
 from autopipe.parameters import move, parameter, replaced
-from autopipe.passes.aim import aim_of
 from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_at
 from autopipe.passes.ir import Kind
-from autopipe.passes.phases import Traced, received_strides
+from autopipe.passes.phases import TraceCache, received_strides
 from autopipe.passes.schedule import schedule
-from autopipe.planner import clocks_of, cut_of, plan
+from autopipe.passes.split import objective_of
+from autopipe.planning.choice import choose, models_of
+from autopipe.planning.fitting import missing_bytes
+from autopipe.planning.planner import clocks_of, cut_of, plan
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load
+from autopipe.tensor_meta import differentiated, input_metadata, state_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -30,14 +30,13 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from autopipe.options import Options
-    from autopipe.passes.ir import Annotated
-    from autopipe.passes.staged import Split
-    from autopipe.plans import Plan
-    from autopipe.runtime.transfer import Place
+    from autopipe.passes.ir import Annotated, Split
+    from autopipe.planning.plans import Plan
+    from autopipe.runtime.transfer import WorkerDevice
 
 
 @dataclass(frozen=True, eq=False)
-class Ready:
+class CompiledProgram:
     """A program that can run, and the passes' results that it was made from."""
 
     program: Program
@@ -80,7 +79,7 @@ class Compiled:
         self,
         model: nn.Module,
         options: Options,
-        places: tuple[Place, ...],
+        places: tuple[WorkerDevice, ...],
         leaves: Sequence[Any],
         spec: TreeSpec,
         dims: Sequence[int | None],
@@ -116,8 +115,8 @@ class Compiled:
         self.calls = tuple(i for i in captured.inputs if i.kind is Kind.INPUT)
         self.expected = differentiated(captured)
         self._fits: dict[int, bool] = {}
-        self._programs: dict[Hashable, Ready] = {}
-        self._traced = Traced()
+        self._programs: dict[Hashable, CompiledProgram] = {}
+        self._traced = TraceCache()
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
 
     def _cut(
@@ -132,7 +131,7 @@ class Compiled:
         sizes = microbatch.sizes(batch, chunks)
         models = options.models or models_of(options.devices)
         in_flight = schedule(options.kind, len(models), len(sizes)).in_flight()
-        aim = aim_of(models, max(sizes), remat=remat, in_flight=in_flight)
+        aim = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
         return cut_in_space(
             annotated,
             aim,
@@ -178,7 +177,7 @@ class Compiled:
                     continue
                 move(parameter, place.device)
 
-    def on(self, place: Place, kind: Kind, target: str, *, written: bool) -> Tensor:
+    def on(self, place: WorkerDevice, kind: Kind, target: str, *, written: bool) -> Tensor:
         """A tensor as a stage on `place` uses it; copies are kept while the original is the same.
 
         A buffer that a stage writes to moves there for good.
@@ -204,7 +203,7 @@ class Compiled:
         grad: bool,
         expected: frozenset[str],
         progress: Callable[[str], None],
-    ) -> Ready:
+    ) -> CompiledProgram:
         """The program for these sizes, made now or before.
 
         Args:
@@ -216,13 +215,13 @@ class Compiled:
         """
         frozen = tuple((p.requires_grad, p.dtype) for p in map(self._parameter, self.parameters))
         captured = self.split.captured
-        chunks = {size: input_looks(captured, leaves, size) for size in dict.fromkeys(sizes)}
+        chunks = {size: input_metadata(captured, leaves, size) for size in dict.fromkeys(sizes)}
         key = (
             *(sizes, grad, expected, frozen, tuple(tuple(c.items()) for c in chunks.values())),
             *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
         )
         if key not in self._programs:
-            constant = state_looks(captured, lambda i: self.tensor(i.kind, i.target))
+            constant = state_metadata(captured, lambda i: self.tensor(i.kind, i.target))
             devices = [p.device for p in self.places]
             phased = phases_at(
                 self.split,
@@ -237,13 +236,13 @@ class Compiled:
             )
             kind = self.options.kind
             lowered = cut_in_time(phased, sizes, devices, kind=kind, progress=progress)
-            ready = Ready(self._load(lowered, sizes), lowered)
+            ready = CompiledProgram(self._load(lowered, sizes), lowered)
             if self.options.limits is not None and grad:
                 self._check_limits(ready)
             self._programs[key] = ready
         return self._programs[key]
 
-    def plan(self, ready: Ready) -> Plan:
+    def plan(self, ready: CompiledProgram) -> Plan:
         """The plan of a program: what it was planned to take, or is now."""
         options, sizes = self.options, ready.program.sizes
         clocks = clocks_of(options.models or models_of(options.devices))
@@ -252,7 +251,7 @@ class Compiled:
         # A measured plan of this very program knows more than the table of devices.
         return known if known is not None and made.is_of(known) else made
 
-    def _check_limits(self, ready: Ready) -> None:
+    def _check_limits(self, ready: CompiledProgram) -> None:
         """Another batch than the planned one may need more.
 
         Raises:

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.batch import batch_of
-from autopipe.call import Call
-from autopipe.compiled import Compiled, Ready
-from autopipe.configuration import configuration
+from autopipe.call_guards import plain_autograd, refuse_transforms
+from autopipe.call_signature import CallSignature, flatten, other_structure
+from autopipe.compiled import Compiled, CompiledProgram
 from autopipe.errors import OptionError
-from autopipe.face import Face
+from autopipe.model_state_key import model_state_key
+from autopipe.module_proxy import ModuleProxy
 from autopipe.options import Options
-from autopipe.plans import Plan
+from autopipe.pipeline_call import PipelineCall
+from autopipe.planning.plans import Plan
 from autopipe.progress import Progress, silent
 from autopipe.report.stages import StageView, views
 from autopipe.runtime import microbatch
 from autopipe.runtime.autograd import PipelineFunction
 from autopipe.runtime.memory import SavedBytes
 from autopipe.runtime.random import step_seed
-from autopipe.runtime.transfer import Place
-from autopipe.structure import Structure, flatten, other_structure
-from autopipe.surroundings import plain_autograd, refuse_transforms
-from autopipe.verify import Verification, compare
+from autopipe.runtime.transfer import WorkerDevice
+from autopipe.verification.compare import Verification, compare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -40,14 +40,14 @@ MANY = 16
 """Configurations of a model (training flags, attributes) after which a warning is due."""
 
 
-class Pipeline(Face):
+class Pipeline(ModuleProxy):
     """A model that runs as a pipeline of stages; made by `autopipe.compile`.
 
     Its parameters, buffers and submodules are the model's own objects, under the model's own
     names, so that optimizers, checkpoints and hooks made for one work with the other.
 
     The model is captured on the first call in each mode (train, eval), or by `capture`; and again
-    if its modules, their plain attributes, hooks or ties have changed (`configuration`). What it
+    if its modules, their plain attributes, hooks or ties have changed (`model_state_key`). What it
     lacks itself, the model has: ``pipe.config``.
     """
 
@@ -58,10 +58,10 @@ class Pipeline(Face):
 
     def _reset(self) -> None:
         """Forget everything that was compiled."""
-        self._places = tuple(Place(d) for d in self.options.devices)
+        self._places = tuple(WorkerDevice(d) for d in self.options.devices)
         self._compiled: dict[Hashable, list[Compiled]] = {}
-        self._structures: dict[Hashable, set[Structure]] = {}
-        self._last: tuple[Compiled, Ready] | None = None
+        self._structures: dict[Hashable, set[CallSignature]] = {}
+        self._last: tuple[Compiled, CompiledProgram] | None = None
         self._chosen: dict[bool, Plan] = {}
         self.memory = SavedBytes(len(self._places))
 
@@ -95,7 +95,7 @@ class Pipeline(Face):
         compiled, ready, replan = self._prepare(args, kwargs, leaves, spec, strict=True)
         compiled.place_parameters()
         seed = step_seed() if ready.program.is_random else 0
-        call = Call(compiled, ready, leaves, replan, seed, self.memory)
+        call = PipelineCall(compiled, ready, leaves, replan, seed, self.memory)
         if ready.program.backward:
             values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
         else:
@@ -163,10 +163,10 @@ class Pipeline(Face):
         spec: pytree.TreeSpec,
         *,
         strict: bool,
-    ) -> tuple[Compiled, Ready, Callable[[frozenset[str]], Ready]]:
+    ) -> tuple[Compiled, CompiledProgram, Callable[[frozenset[str]], CompiledProgram]]:
         dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)
-        mode = configuration(self.model)
-        structure = Structure.of(leaves, spec)
+        mode = model_state_key(self.model)
+        structure = CallSignature.of(leaves, spec)
         known = self._structures.setdefault(mode, set())
         if strict and known and structure not in known:
             raise other_structure(next(iter(known)), structure)
@@ -211,7 +211,7 @@ class Pipeline(Face):
                 if torch.is_autocast_enabled(kind)
             ]
 
-            def replan(expected: frozenset[str]) -> Ready:
+            def replan(expected: frozenset[str]) -> CompiledProgram:
                 compiled.expected = expected
                 with ExitStack() as stack:  # backward runs outside of the call's autocast
                     stack.enter_context(plain_autograd())
@@ -238,7 +238,7 @@ class Pipeline(Face):
 
     def _remember(self, before: Hashable, rest: tuple[Any, ...]) -> None:
         """What the model changed in itself while it was captured is no reason to capture again."""
-        after = configuration(self.model)
+        after = model_state_key(self.model)
         if after != before:
             self._compiled[(after, *rest)] = self._compiled[(before, *rest)]
             self._structures.setdefault(after, set()).update(self._structures[before])
@@ -270,7 +270,7 @@ class Pipeline(Face):
 
     # Looking inside
 
-    def _compiled_or_raise(self) -> tuple[Compiled, Ready]:
+    def _compiled_or_raise(self) -> tuple[Compiled, CompiledProgram]:
         if self._last is None:
             raise OptionError(
                 "nothing has been compiled yet",

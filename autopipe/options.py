@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from autopipe import readings
+from autopipe import option_parsing
 from autopipe.errors import OptionError, UnsupportedError
 from autopipe.passes.schedule import KNOWN
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from autopipe.passes.devices import Device
-    from autopipe.passes.policies import Policy
-    from autopipe.plans import Plan
+    from autopipe.passes.remat_policies import Policy
+    from autopipe.planning.plans import Plan
 
 EXECUTED = ("gpipe",)
 """The schedules that the runtime runs (the simulator knows more)."""
@@ -81,7 +81,7 @@ class Options:
 
     def planned(self, plan: Plan) -> Options:
         """The same with what a plan says."""
-        remat = tuple(readings.policy(s.remat) for s in plan.stages)
+        remat = tuple(option_parsing.policy(s.remat) for s in plan.stages)
         return replace(self, chunks=plan.chunks, schedule=plan.schedule, remat=remat, plan=plan)
 
 
@@ -150,19 +150,23 @@ def check(
         raise OptionError(
             "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
         )
-    places = readings.places(devices, elsewhere=elsewhere)
+    places = option_parsing.places(devices, elsewhere=elsewhere)
     K = len(places)
     options = Options(
         devices=places,
         chunks=chunks,
         schedule=None if schedule == "auto" else schedule or "gpipe",
-        remat=readings.policies(remat, K),
+        remat=option_parsing.policies(remat, K),
         in_dims=in_dims,
         out_reduce=out_reduce,
         batch_norm=batch_norm,
         loss_fn=loss_fn,
-        limits=None if memory is None else readings.each("memory", memory, K, readings.size),
-        models=None if device is None else readings.each("device", device, K, readings.speeds),
+        limits=None
+        if memory is None
+        else option_parsing.each("memory", memory, K, option_parsing.size),
+        models=None
+        if device is None
+        else option_parsing.each("device", device, K, option_parsing.speeds),
         profile=profile,
     )
     return options if plan is None else options.planned(plan)
@@ -179,13 +183,13 @@ def _agree(
     """What is given beside a plan must be the plan's (devices: as many). Returns the devices."""
     K = len(plan.stages)
     asked = devices if isinstance(devices, int) or devices is None else len(devices)
-    policies = tuple(readings.policy(s.remat) for s in plan.stages)
+    policies = tuple(option_parsing.policy(s.remat) for s in plan.stages)
     pairs: dict[str, tuple[Any, Any]] = {
         "devices": (asked, K),
         "chunks": (chunks, plan.chunks),
         "schedule": (schedule, plan.schedule),
     }
-    if remat is not None and readings.policies(remat, K) != policies:
+    if remat is not None and option_parsing.policies(remat, K) != policies:
         pairs["remat"] = (remat, plan.remat)
     for name, (given, planned) in pairs.items():
         if given is not None and given != planned:

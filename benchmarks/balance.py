@@ -24,10 +24,9 @@ from torch import nn
 
 import autopipe
 from autopipe.errors import PlanError
-from autopipe.passes.graphs import is_size
-
-from .models import Calls, swin, t5, unet
-from .predictions import loss_of
+from autopipe.passes.graph.fx_utils import is_size
+from benchmarks.models import Calls, swin, t5, unet
+from benchmarks.predictions import loss_of
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, Calls]]] = {"UNet2D": unet, "T5": t5, "Swin": swin}
 BATCH, CHUNKS = 8, 4

@@ -16,9 +16,8 @@ import time
 import torch
 
 import autopipe
-from autopipe.passes import phases
-
-from .models import gpt2
+from autopipe.passes.phases import cut as phases
+from benchmarks.models import gpt2
 
 
 def export(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:

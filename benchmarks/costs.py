@@ -28,20 +28,20 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopipe.batch import batch_of
-from autopipe.passes.aim import aim_of
-from autopipe.passes.capture import capture
-from autopipe.passes.cost import Seconds, annotate, seconds
+from autopipe.call_signature import flatten
+from autopipe.passes.capture.model import capture
+from autopipe.passes.cost.node_costs import Seconds, annotate, seconds
+from autopipe.passes.cost.stage_cost import total
 from autopipe.passes.devices import DEFAULT
-from autopipe.passes.graphs import is_size
-from autopipe.passes.ir import Annotated, at_batch
-from autopipe.passes.split import split
-from autopipe.passes.totals import total
-from autopipe.profile import profile
-from autopipe.structure import flatten
-from tests.zoo import ZOO
-
-from .models import gpt2
-from .transformer_l import TransformerL
+from autopipe.passes.graph.fx_utils import is_size
+from autopipe.passes.ir.captured import Annotated
+from autopipe.passes.ir.values import at_batch
+from autopipe.passes.split.cut import split
+from autopipe.passes.split.objective import objective_of
+from autopipe.planning.profile_calls import profile
+from benchmarks.models import gpt2
+from benchmarks.transformer_l import TransformerL
+from tests.support.zoo import ZOO
 
 SIZES = (2, 3, 5)
 CAPTURED = 8
@@ -194,7 +194,7 @@ def splits(batch: int = 4) -> None:
         }
         for rule, weights in rules.items():
             known = {n.name: Seconds(w, 0.0, 0.0) for n, w in zip(calls, weights, strict=True)}
-            aim = aim_of([DEFAULT] * 2, batch, remat="none")
+            aim = objective_of([DEFAULT] * 2, batch, remat="none")
             late = {n.name for n in split(found, replace(aim, times=known)).calls[1]}
             second = [n.name in late for n in calls]
             print(

@@ -24,9 +24,9 @@ import time
 import torch
 
 import autopipe
+from benchmarks.models import gpt2
 
 from . import overhead
-from .models import gpt2
 
 CHUNKS = 8
 

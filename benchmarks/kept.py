@@ -14,20 +14,19 @@ from typing import Any
 import torch
 
 from autopipe.batch import batch_of
+from autopipe.call_signature import flatten
 from autopipe.options import check
-from autopipe.passes.aim import Aim
-from autopipe.passes.callfacts import CallFacts
+from autopipe.passes.cost.phase_memory import stage_bytes
+from autopipe.passes.cost.phase_time import phase_seconds
 from autopipe.passes.devices import CPU_CORE
 from autopipe.passes.driver import costed, cut_in_space
-from autopipe.passes.ir import at_batch
-from autopipe.passes.memory import saved_bytes
-from autopipe.passes.phases import Traced
-from autopipe.passes.policies import Policy
-from autopipe.passes.work import phase_seconds
-from autopipe.planner import phases_of
-from autopipe.structure import flatten
-
-from .models import gpt2, swin, t5, unet
+from autopipe.passes.ir.values import at_batch
+from autopipe.passes.phases.cut import TraceCache
+from autopipe.passes.remat_policies import Policy
+from autopipe.passes.split.call_costs import CallCosts
+from autopipe.passes.split.objective import Objective
+from autopipe.planning.planner import phases_of
+from benchmarks.models import gpt2, swin, t5, unet
 
 POLICIES: tuple[Policy, ...] = ("none", "min-cut", 0.75, 0.5, 0.25, "full")
 SIZE = 4
@@ -50,9 +49,9 @@ def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
         out_reduce=None,
         batch_norm="deferred",
     )
-    aim = Aim(SIZE, (CPU_CORE,) * 2, ("none",) * 2, (1, 1), (None, None))
+    aim = Objective(SIZE, (CPU_CORE,) * 2, ("none",) * 2, (1, 1), (None, None))
     split = cut_in_space(annotated, aim)
-    facts, traced = CallFacts(split.annotated, aim), Traced()
+    facts, traced = CallCosts(split.annotated, aim), TraceCache()
     for policy in POLICIES:
         phased = phases_of(model, split, leaves, [SIZE], options, (policy,) * 2, traced)[SIZE]
         kept, again = [], []
@@ -61,7 +60,7 @@ def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
             received = [n for n in stage.receives if policy != "none" or n in used]
             estimate = sum(facts.kept_bytes(policy)[node] for node in calls)
             estimate += sum(at_batch(split.routes[n].spec.nbytes, SIZE) for n in received)
-            kept.append(_ratio(estimate, saved_bytes(phased.stages[stage.index])))
+            kept.append(_ratio(estimate, stage_bytes(phased.stages[stage.index]).saved))
             plain, more = (facts.seconds(CPU_CORE, p) for p in ("none", policy))
             seconds = sum(more[node] - plain[node] for node in calls)
             again.append(

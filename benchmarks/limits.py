@@ -23,9 +23,8 @@ import torch
 
 import autopipe
 from autopipe.errors import MemoryLimitError
-
-from .ledger import watching
-from .models import gpt2
+from benchmarks.ledger import watching
+from benchmarks.models import gpt2
 
 STEPS = (1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.3)
 """Limits as fractions of the largest stage of the plan that no limit holds back."""

@@ -15,8 +15,7 @@ from collections.abc import Callable
 import torch
 
 import autopipe
-
-from .models import gpt2
+from benchmarks.models import gpt2
 
 
 def seconds(step: Callable[[], None], device: torch.device) -> float:

@@ -4,7 +4,8 @@
     python -m benchmarks.pipelining --zoo [--loss-outside] [--only gpt2 bert]
 
 `--cases`: the five models of `benchmarks.five_cases`, split by hand between their layers, four
-micro-batches. `--zoo`: the small Hugging Face models of `tests.zoo`, used as a user would: labels
+micro-batches. `--zoo`: the small Hugging Face models of `tests.support.zoo`, used as a user
+would: labels
 among the arguments and the model's own loss, a split half-way, two ranks, GPipe, two micro-batches
 of four samples. `--loss-outside`: without labels; a loss on the first output.
 
@@ -31,8 +32,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .five_cases import CASES, CONTROL, Case
-from .peers import Example, Outcome, Trial, as_row, try_model
+from benchmarks.five_cases import CASES, CONTROL, Case
+from benchmarks.peers import Example, Outcome, Trial, as_row, try_model
 
 SIDES = ("pipelining", "autopipe")
 
@@ -57,7 +58,7 @@ def zoo_example(name: str, *, labels: bool) -> Example:
     Without labels, what a decoder would make of them is passed in their place. Caches are off: as
     results they are something that torch.export does not know.
     """
-    from tests.zoo import ZOO
+    from tests.support.zoo import ZOO
 
     model, kwargs = ZOO[name].build(False)
     for module in model.modules():
@@ -82,8 +83,8 @@ def square(result: Any, _: Any) -> Tensor:
 
 def zoo(*, outside: bool) -> dict[str, Trial]:
     """All models of the zoo; those that return no loss get one outside in any case."""
-    from tests.zoo import ZOO
-    from tests.zoo.entry import returned
+    from tests.support.zoo import ZOO
+    from tests.support.zoo.entry import returned
 
     return {
         name: Trial(

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
-
-from .models import Calls, gpt2, t5, unet
+from benchmarks.models import Calls, gpt2, t5, unet
 
 BATCH = 16
 CHUNKS = (2, 4, 8)

@@ -22,20 +22,19 @@ from typing import Any
 import torch
 
 from autopipe.batch import batch_of
-from autopipe.choice import models_of
+from autopipe.call_signature import flatten
 from autopipe.options import check
 from autopipe.passes._torch import lazy_code
-from autopipe.passes.aim import aim_of
-from autopipe.passes.capture import capture
-from autopipe.passes.cost import annotate
+from autopipe.passes.capture.model import capture
+from autopipe.passes.cost.node_costs import annotate
+from autopipe.passes.cost.stage_cost import stage_cost
 from autopipe.passes.driver import cut_in_space
-from autopipe.passes.totals import stage_cost
-from autopipe.planner import clocks_of, phases_of
-from autopipe.planner import plan as make_plan
-from autopipe.structure import flatten
-
-from .models import gpt2
-from .transformer_l import on_meta
+from autopipe.passes.split.objective import objective_of
+from autopipe.planning.choice import models_of
+from autopipe.planning.planner import clocks_of, phases_of
+from autopipe.planning.planner import plan as make_plan
+from benchmarks.models import gpt2
+from benchmarks.transformer_l import on_meta
 
 SAMPLES = 8
 """Of the batch; micro-batches of one."""
@@ -69,7 +68,7 @@ def planned(
         marks.append(time.process_time())
         annotated = annotate(captured)
         marks.append(time.process_time())
-    aim = aim_of(models, 1, remat=remat, in_flight=(SAMPLES,) * stages)
+    aim = objective_of(models, 1, remat=remat, in_flight=(SAMPLES,) * stages)
     cut = cut_in_space(annotated, aim)
     marks.append(time.process_time())
     phased = phases_of(model, cut, leaves, [1] * SAMPLES, options, remat)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import autopipe
-from autopipe.passes.schedule import KNOWN
+from autopipe.passes.schedule.kinds import KNOWN
 
 Row = tuple[int, int, tuple[float, ...], tuple[float, ...], int]
 

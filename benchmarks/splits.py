@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from autopipe import CostGraph, Partition, partition
-from autopipe.passes.cuts import cut
+from autopipe.passes.partition.chain_cut import cut
 
 PROFILES = Path(__file__).parents[1] / "tests" / "data" / "pipedream"
 MODELS = (

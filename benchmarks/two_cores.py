@@ -28,8 +28,7 @@ import torch
 from torch import nn
 
 import autopipe
-
-from .models import transformer
+from benchmarks.models import transformer
 
 CHUNKS, BATCH, VOCABULARY, SEQUENCE = 8, 16, 8192, 128
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from autopipe.errors import AutopipeError
-from tests.zoo import TOLERANCE, ZOO, Agreement, Entry, Randomness, agreement, randomness
+from tests.support.zoo import TOLERANCE, ZOO, Agreement, Entry, Randomness, agreement, randomness
 
 LIBRARIES = ("torch", "transformers", "diffusers", "peft")
 COLUMNS = (

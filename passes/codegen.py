@@ -22,14 +22,12 @@ import torch
 from torch import fx
 
 from autopipe.errors import VerifyError
-
-from .phased import Phased, StagePhases
-from .staged import CALLER, Split
+from autopipe.passes.ir import CALLER, Phased, Split, StagePhases
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .schedule import Action, Scheduled
+    from autopipe.passes.schedule import Action, Scheduled
 
 HEADER = '''\
 """{title}"""

@@ -6,7 +6,7 @@ after Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009. Peaks, ban
 are the vendors' figures, dense (vendors print the tensor cores' figures for sparse matrices, which
 are twice those here), GB and GFLOP in powers of ten. What of the peak is reached is nobody's data
 sheet: `Fractions` are this project's assumptions, fields of their own so that a measurement
-(`autopipe.profile`) can replace them. No torch.
+(`autopipe.planning.profile_calls`) can replace them. No torch.
 
 Sources:
 
@@ -35,6 +35,10 @@ KINDS = ("matmul", "convolution", "attention", "memory")
 
 PRECISIONS = ("fp32", "half")
 """What products are computed in: elements of four (or eight) bytes, or of two (fp16, bf16)."""
+
+
+ADAM_BYTES = 8
+"""Bytes of optimizer state per element of a parameter: Adam's two moments in fp32."""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autopipe.passes.capture import capture
+from autopipe.passes.cost import annotate
+from autopipe.passes.phases import TraceCache, phases
+from autopipe.passes.schedule import Scheduled, schedule
+from autopipe.passes.split import PlannedCut, split
+
 from ._torch import lazy_code
-from .capture import capture
 from .codegen import Generated, codegen
-from .cost import annotate
-from .phases import Traced, phases
-from .schedule import Scheduled, schedule
-from .split import Planned, split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,12 +33,11 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils._pytree import TreeSpec
 
-    from .aim import Aim
-    from .ir import Annotated
-    from .phased import Phased
-    from .policies import Policy
-    from .staged import Split
-    from .trace import Look
+    from autopipe.passes.ir import Annotated, Phased, Split
+    from autopipe.passes.phases import TensorMeta
+    from autopipe.passes.split import Objective
+
+    from .remat_policies import Policy
 
 _dumped = itertools.count(1)
 
@@ -77,9 +77,9 @@ def costed(
 @lazy_code()
 def cut_in_space(
     annotated: Annotated,
-    aim: Aim,
+    aim: Objective,
     *,
-    planned: Planned | None = None,
+    planned: PlannedCut | None = None,
     must_fit: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Split:
@@ -103,13 +103,13 @@ class Lowered:
 def phases_at(
     split: Split,
     sizes: Sequence[int],
-    looks: Mapping[int, Mapping[str, Look]],
+    looks: Mapping[int, Mapping[str, TensorMeta]],
     devices: Sequence[torch.device],
     *,
     remat: Sequence[Policy],
     grad: bool,
     differentiated: frozenset[str],
-    traced: Traced,
+    traced: TraceCache,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[int, Phased]:
     """A split program's phases at each micro-batch size; `looks` by size, the rest as `phases`."""

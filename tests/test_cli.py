@@ -17,7 +17,7 @@ from autopipe import Plan, simulate
 from autopipe.cli import main
 from autopipe.errors import MemoryLimitError, UnsupportedError
 from autopipe.target import load
-from tests.plans import made_plan
+from tests.support.plans import made_plan
 
 ROOT = Path(__file__).parents[1]
 

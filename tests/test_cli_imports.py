@@ -12,7 +12,7 @@ import pytest
 
 import autopipe
 from autopipe.cli import main
-from tests.plans import made_plan
+from tests.support.plans import made_plan
 
 ROOT = Path(__file__).parents[1]
 

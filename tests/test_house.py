@@ -1,207 +1,130 @@
-"""The house: who may import whom; how large and how documented files are. Read off the sources."""
+"""The house rules: who may import whom, how large and how documented files are.
+
+Everything here is read off the sources as text; nothing is imported.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINES = 400
+FILE_LINES, FUNCTION_LINES = 300, 60  # a function's docstring is not counted
+
+FLOORS = (
+    {"_torch", "devices", "ops", "partition", "remat_policies", "schedule"},
+    {"ir"},
+    {"graph"},
+    {"batch", "codegen", "cost", "phases"},
+    {"capture", "split"},
+    {"driver"},
+)
+"""The packages and root files of `passes/`, lowest floor first. Imports only go down."""
+
+LAYERS = (
+    {"errors"},
+    {"passes", "runtime", "progress", "typed_json", "target", "formatting"},
+    {"report", "planning", "options", "option_parsing", "batch", "tensor_meta", "parameters"},
+    {"call_guards", "call_signature", "model_state_key", "module_proxy", "compiled"},
+    {"pipeline_call", "program_cache", "verification"},
+    {"module"},
+    {"api"},
+    {"commands"},
+    {"cli"},
+)
+"""The packages and files of `autopipe/`, lowest layer first.
+
+Imports go down, or stay within a layer (there the rule against circles holds).
+"""
+
+TORCH_FREE = (
+    *("autopipe.errors", "autopipe.typed_json", "autopipe.formatting", "autopipe.cli"),
+    *("autopipe.passes.devices", "autopipe.passes.partition", "autopipe.passes.remat_policies"),
+    *("autopipe.passes.schedule", "autopipe.planning.plans", "autopipe.planning.plan_parts"),
+)
+"""Usable, with all that they import, where there is no torch (or before it is loaded)."""
 
 
-def sources() -> list[Path]:
+# --------------------------------------------------------------------------- reading the sources
+
+
+@cache
+def sources() -> tuple[Path, ...]:
     """Every file of the package, once: the link autopipe/passes is left out."""
     found = [*(ROOT / "passes").rglob("*.py")]
     found += [p for p in (ROOT / "autopipe").rglob("*.py") if "passes" not in p.parts]
-    return sorted(found)
+    return tuple(sorted(found))
 
 
 def module(path: Path) -> str:
-    """``passes/ir.py`` → ``autopipe.passes.ir``."""
+    """``passes/ir/split.py`` → ``autopipe.passes.ir.split``."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = parts if parts[0] == "autopipe" else ("autopipe", *parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def modules() -> dict[str, Path]:
+    return {module(path): path for path in sources()}
+
+
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
-def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """(module, line) for everything that a file imports, at whatever depth; relative ones resolved.
+def type_checking(source: ast.Module) -> set[ast.stmt]:
+    """The statements that only a type checker sees."""
+    guarded = [n for n in ast.walk(source) if isinstance(n, ast.If)]
+    tests = [n for n in guarded if isinstance(n.test, ast.Name) and n.test.id == "TYPE_CHECKING"]
+    return {s for n in tests for b in n.body for s in ast.walk(b) if isinstance(s, ast.stmt)}
 
-    ``from a import b`` counts as ``a`` and as ``a.b``, whichever of them is the module.
+
+def within_functions(source: ast.Module) -> set[ast.stmt]:
+    """The statements that run when a function is called."""
+    inside = [n for n in ast.walk(source) if isinstance(n, ast.FunctionDef)]
+    return {s for n in inside for b in n.body for s in ast.walk(b) if isinstance(s, ast.stmt)}
+
+
+@cache
+def imports(path: Path) -> tuple[tuple[str, str | None, int, bool], ...]:
+    """(module, name or None, line, at once) for everything that a file imports.
+
+    "At once": when the file is imported, not when a function is called, nor for types only.
     """
     package = module(path).split(".")
     if path.name != "__init__.py":
         package.pop()
-    for n in ast.walk(tree(path)):
+    source, found = tree(path), []
+    later = type_checking(source) | within_functions(source)
+    for n in ast.walk(source):
         if isinstance(n, ast.Import):
-            yield from ((alias.name, n.lineno) for alias in n.names)
+            found += [(alias.name, None, n.lineno, n not in later) for alias in n.names]
         elif isinstance(n, ast.ImportFrom):
             base = package[: len(package) - n.level + 1] if n.level else []
             whole = ".".join([*base, *([n.module] if n.module else [])])
-            yield whole, n.lineno
-            yield from ((f"{whole}.{alias.name}", n.lineno) for alias in n.names)
+            found += [(whole, alias.name, n.lineno, n not in later) for alias in n.names]
+    return tuple(found)
 
 
-def within(name: str, *packages: str) -> bool:
-    return any(name == p or name.startswith(f"{p}.") for p in packages)
+def needed(path: Path, *, at_once: bool) -> set[str]:
+    """The modules of autopipe that a file imports; a name of a package counts as its file."""
+    found = set()
+    for name, what, _, runs in imports(path):
+        target = f"{name}.{what}" if what and f"{name}.{what}" in modules() else name
+        if target in modules() and (runs or not at_once):
+            found.add(target)
+    return found - {module(path)}
 
 
-each_file = pytest.mark.parametrize("path", sources(), ids=module)
-
-
-def test_the_sources_are_found() -> None:
-    names = {module(p) for p in sources()}
-    assert {"autopipe", "autopipe.api", "autopipe.passes.ir", "autopipe.runtime.executor"} <= names
-    assert len(names) == len(sources())
-    assert ("autopipe.passes.staged.Split", 1) not in list(imports(ROOT / "passes" / "staged.py"))
-    assert "autopipe.passes.staged.Split" in {n for n, _ in imports(ROOT / "passes" / "split.py")}
-
-
-# ------------------------------------------------------------------------------- who imports whom
-
-FORBIDDEN = {
-    # within: what it must not import. The generated text, not the passes, imports the runtime.
-    "autopipe.passes": [
-        "autopipe.api",
-        "autopipe.batch",
-        "autopipe.call",
-        "autopipe.cli",
-        "autopipe.compiled",
-        "autopipe.module",
-        "autopipe.options",
-        "autopipe.planner",
-        "autopipe.plans",
-        "autopipe.profile",
-        "autopipe.report",
-        "autopipe.runtime",
-        "autopipe.target",
-    ],
-    "autopipe.runtime": [
-        "autopipe.api",
-        "autopipe.batch",
-        "autopipe.call",
-        "autopipe.cli",
-        "autopipe.compiled",
-        "autopipe.module",
-        "autopipe.options",
-        "autopipe.passes",
-        "autopipe.planner",
-        "autopipe.plans",
-        "autopipe.profile",
-        "autopipe.report",
-        "autopipe.target",
-    ],
-    "autopipe.errors": ["autopipe", "torch"],
-    "autopipe.batch": ["autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"],
-    "autopipe.options": ["autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"],
-    "autopipe.plans": [
-        *("autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call", "torch"),
-        *("autopipe.options", "autopipe.planner"),
-    ],
-    "autopipe.report": [
-        *("autopipe.api", "autopipe.cli", "autopipe.module", "autopipe.compiled", "autopipe.call"),
-        "autopipe.planner",
-    ],
-    # data in, text out: a page is drawn where there is no torch
-    **{
-        f"autopipe.report.{room}": ["torch", "sympy", "numpy", "autopipe.runtime"]
-        for room in (
-            *("page", "style", "svg", "facts", "tables", "table"),
-            *("graph_figure", "bars_figure", "timeline_figure", "chunks_figure"),
-        )
-    },
-    "autopipe.cli": ["torch", "autopipe.module", "autopipe.planner", "autopipe.runtime"],
-    "autopipe.target": ["autopipe.api", "autopipe.cli", "autopipe.module", "autopipe.passes"],
-    "autopipe.api": ["autopipe.cli", "autopipe.target"],
-    "autopipe.profile": [
-        *("autopipe.api", "autopipe.module", "autopipe.compiled", "autopipe.call"),
-        *("autopipe.options", "autopipe.planner", "autopipe.report", "autopipe.runtime"),
-    ],
-    "autopipe.compiled": ["autopipe.api", "autopipe.module", "autopipe.call"],
-    "autopipe.call": ["autopipe.api", "autopipe.module"],
-    "autopipe.module": ["autopipe.api"],
-    # plain arrays and lists: no tensors
-    **{
-        f"autopipe.passes.{room}": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"]
-        for room in (
-            *("bounds", "contiguous", "costgraph", "crossing", "cuts", "dag", "ideals", "lists"),
-            *("mincut", "reach", "unequal"),
-        )
-    },
-    "autopipe.passes.devices": ["torch", "autopipe.passes"],
-    "autopipe.passes.partition": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
-    "autopipe.passes.orders": ["torch", "autopipe"],
-    "autopipe.passes.scheduled": [
-        "torch",
-        *(f"autopipe.passes.{p}" for p in ("ir", "graphs", "orders", "schedule", "simulate")),
-    ],
-    "autopipe.passes.timeline": [
-        "torch",
-        *(f"autopipe.passes.{p}" for p in ("ir", "graphs", "orders", "schedule", "simulate")),
-    ],
-    "autopipe.passes.schedule": [
-        "torch",
-        *(f"autopipe.passes.{p}" for p in ("ir", "graphs", "timeline", "simulate")),
-    ],
-    "autopipe.passes.solve": [
-        "torch",
-        *(f"autopipe.passes.{p}" for p in ("ir", "graphs", "costgraph", "crossing", "partition")),
-    ],
-    "autopipe.passes.simulate": ["torch", "autopipe.passes.ir", "autopipe.passes.graphs"],
-    # the passes themselves: only the driver knows the line they stand in
-    "autopipe.passes.spec": ["autopipe.passes"],
-    "autopipe.passes.ir": [
-        f"autopipe.passes.{p}"
-        for p in ("staged", "graphs", "capture", "gradients", "cost", "totals", "split", "driver")
-    ],
-    "autopipe.passes._torch": ["autopipe"],
-    # how a call is costed knows nothing of the graph around it
-    **{
-        f"autopipe.passes.{p}": [
-            f"autopipe.passes.{q}" for q in ("gradients", "cost", "totals", "split", "driver")
-        ]
-        for p in ("meter", "runs", "distinct")
-    },
-    "autopipe.passes.graphs": [
-        f"autopipe.passes.{p}" for p in ("capture", "cost", "split", "phases", "codegen", "driver")
-    ],
-}
-
-
-@each_file
-def test_imports_run_in_one_direction(path: Path) -> None:
-    name = module(path)
-    wrong = [
-        f"{path.relative_to(ROOT)}:{line} imports {imported}"
-        for package, forbidden in FORBIDDEN.items()
-        if within(name, package)
-        for imported, line in imports(path)
-        if within(imported, *forbidden) and not within(imported, name)
-    ]
-    assert wrong == []
-
-
-@each_file
-def test_passes_are_imported_through_the_package(path: Path) -> None:
-    assert [n for n, _ in imports(path) if within(n, "passes")] == []
-
-
-def test_tests_import_passes_through_the_package() -> None:
-    wrong = [
-        f"{path}:{line}"
-        for path in (ROOT / "tests").rglob("*.py")
-        for n in ast.walk(tree(path))
-        for line in [getattr(n, "lineno", 0)]
-        if (isinstance(n, ast.Import) and any(within(a.name, "passes") for a in n.names))
-        or (isinstance(n, ast.ImportFrom) and not n.level and within(n.module or "", "passes"))
-    ]
-    assert wrong == []
+def where(path: Path, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
 
 
 def dotted(n: ast.expr) -> str:
@@ -213,58 +136,183 @@ def dotted(n: ast.expr) -> str:
     return ".".join([n.id, *reversed(parts)]) if isinstance(n, ast.Name) else ""
 
 
-@each_file
-def test_what_torch_does_not_promise_is_used_in_one_room(path: Path) -> None:
-    """``torch._anything``, imported or written out, stands in passes/_torch.py only.
+def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef, bool]]:
+    """(qualified name, function, public) of a file's functions and methods."""
+    for n in tree(path).body:
+        if isinstance(n, ast.FunctionDef):
+            yield n.name, n, not n.name.startswith("_")
+        elif isinstance(n, ast.ClassDef):
+            for m in n.body:
+                if isinstance(m, ast.FunctionDef):
+                    public = not n.name.startswith("_") and not m.name.startswith("_")
+                    yield f"{n.name}.{m.name}", m, public
+
+
+def level(name: str, levels: tuple[set[str], ...]) -> int:
+    return next(i for i, names in enumerate(levels) if name in names)
+
+
+# ------------------------------------------------------------------------------- who imports whom
+
+
+def test_the_sources_are_found() -> None:
+    assert {"autopipe", "autopipe.api", "autopipe.passes.ir.split"} <= set(modules())
+    assert len(modules()) == len(sources())
+    assert "autopipe.passes.ir" in needed(ROOT / "passes" / "codegen.py", at_once=False)
+
+
+def test_passes_import_downwards() -> None:
+    """Between the packages of `passes/`; and nothing of autopipe outside but its errors."""
+    wrong = []
+    for path in (ROOT / "passes").rglob("*.py"):
+        own = module(path).split(".")[2:3]
+        for name, what, line, _ in imports(path):
+            parts = (f"{name}.{what}" if what else name).split(".")
+            if parts[0] != "autopipe" or parts[:2] == ["autopipe", "errors"] or not own:
+                continue
+            inside = parts[1] == "passes" and len(parts) > 2
+            if not inside or (
+                parts[2] != own[0] and level(parts[2], FLOORS) >= level(own[0], FLOORS)
+            ):
+                wrong.append(f"{where(path, line)} imports {name}")
+    assert wrong == []
+
+
+def test_packages_of_passes_are_entered_by_the_door() -> None:
+    """Another package's names are imported from the package, not from a file in it."""
+    wrong = [
+        f"{where(path, line)} imports {name}"
+        for path in sources()
+        for name, _, line, _ in imports(path)
+        if name.startswith("autopipe.passes.")
+        and len(name.split(".")) > 3
+        and name.split(".")[:3] != module(path).split(".")[:3]
+    ]
+    assert wrong == []
+
+
+def test_autopipe_imports_downwards() -> None:
+    wrong = []
+    for path in sources():
+        parts = module(path).split(".")
+        if len(parts) < 2 or parts[1] in ("passes", "__main__"):
+            continue
+        for target in needed(path, at_once=False):
+            room = target.split(".")[1] if "." in target else None
+            if room is None or level(room, LAYERS) > level(parts[1], LAYERS):
+                wrong.append(f"{path.relative_to(ROOT)} imports {target}")
+    assert wrong == []
+
+
+def test_the_runtime_knows_errors_only() -> None:
+    known = ("autopipe.errors", "autopipe.runtime")
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {target}"
+        for path in (ROOT / "autopipe" / "runtime").rglob("*.py")
+        for target in needed(path, at_once=False)
+        if not target.startswith(known)
+    ]
+    assert wrong == []
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Not even for types."""
+    left = {name: needed(path, at_once=False) for name, path in modules().items()}
+    del left["autopipe"]  # its names are imported when they are first used
+    left = {
+        name: {n for n in to if not f"{name}.".startswith(f"{n}.")}  # a package holds its files
+        for name, to in left.items()
+    }
+    while free := [name for name, to in left.items() if not to & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}
+
+
+def reachable(name: str) -> set[str]:
+    """What importing a module imports, packages on the way included."""
+    found, todo = set(), [name]
+    while todo:
+        top = todo.pop()
+        if top in found or top not in modules():
+            continue
+        found.add(top)
+        todo += needed(modules()[top], at_once=True)
+        todo += [top.rpartition(".")[0]]
+    return found
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_without_torch(name: str) -> None:
+    names = {name, *(m for m in modules() if m.startswith(f"{name}."))}
+    wrong = [
+        f"{m}: {imported}"
+        for m in set().union(*map(reachable, names))
+        for imported, _, _, runs in imports(modules()[m])
+        if runs and imported.split(".")[0] in ("torch", "functorch")
+    ]
+    assert wrong == []
+
+
+def test_passes_are_imported_through_autopipe() -> None:
+    """``import passes`` would load every file twice."""
+    files = [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    wrong = [
+        where(path, n.lineno)
+        for path in files
+        for n in ast.walk(tree(path))
+        if (isinstance(n, ast.Import) and any(a.name.split(".")[0] == "passes" for a in n.names))
+        or (isinstance(n, ast.ImportFrom) and not n.level and n.module.split(".")[0] == "passes")
+    ]
+    assert wrong == []
+
+
+def test_private_torch_stands_in_one_file() -> None:
+    """``torch._anything``, ``forward_ad._anything``: imported or written out, in _torch.py only.
 
     (``torch.utils._pytree`` is documented as a name to import, its underscore notwithstanding.)
     """
-    if module(path) == "autopipe.passes._torch":
-        assert [n for n, _ in imports(path) if n.startswith("torch._")]
-        return
-    used = [(n, line) for n, line in imports(path)]
-    used += [(dotted(n), n.lineno) for n in ast.walk(tree(path)) if isinstance(n, ast.Attribute)]
-    wrong = [f"{path.relative_to(ROOT)}:{line} uses {n}" for n, line in used if _private(n)]
+    wrong = []
+    for path in sources():
+        if module(path) == "autopipe.passes._torch":
+            continue
+        own: dict[str, str] = {}  # what torch's modules are called here
+        for name, what, line, _ in imports(path):
+            if name.split(".")[0] in ("torch", "functorch"):
+                own[what or name.split(".")[0]] = f"{name}.{what}" if what else name.split(".")[0]
+                if _private(f"{name}.{what}" if what else name):
+                    wrong.append(f"{where(path, line)} imports {name}.{what}")
+        for n in ast.walk(tree(path)):
+            if isinstance(n, ast.Attribute) and (text := dotted(n)):
+                first, _, rest = text.partition(".")
+                if first in own and _private(f"{own[first]}.{rest}"):
+                    wrong.append(f"{where(path, n.lineno)} uses {text}")
     assert wrong == []
 
 
 def _private(name: str) -> bool:
     parts = name.split(".")
-    if parts[0] != "torch" or parts[:3] == ["torch", "utils", "_pytree"]:
-        return False
-    if parts[1:2] == ["ops"]:  # operators may have any name: torch.ops.aten._log_softmax
-        return False
+    if parts[:3] == ["torch", "utils", "_pytree"] or parts[1:2] == ["ops"]:
+        return False  # operators may have any name: torch.ops.aten._log_softmax
     return any(p.startswith("_") and not p.startswith("__") for p in parts[1:])
 
 
-# ------------------------------------------------------------------------------- size and words
+# -------------------------------------------------------------------------------- size and words
 
 
-@each_file
-def test_files_are_small(path: Path) -> None:
-    count = len(path.read_text().splitlines())
-    name = str(path.relative_to(ROOT))
-    assert count <= LINES, f"{name} has {count} lines"
-
-
-def public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.ClassDef]:
-    for n in body:
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_"):
-            yield n
-
-
-@each_file
-def test_modules_functions_and_classes_are_documented(path: Path) -> None:
-    """Every module that holds code, every public function and class in it."""
-    source = tree(path)
-    if not source.body:
-        return
-    assert ast.get_docstring(source), path
+def test_files_and_functions_are_small() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)}:{n.lineno} {n.name}"
-        for n in public(source.body)
-        if not ast.get_docstring(n)
+        f"{path.relative_to(ROOT)} has {count} lines"
+        for path in sources()
+        if (count := len(path.read_text().splitlines())) > FILE_LINES
     ]
+    for path in sources():
+        for name, n, _ in functions(path):
+            first = n.body[0]
+            text = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(n) else 0
+            count = (n.end_lineno or n.lineno) - n.lineno + 1 - text
+            if count > FUNCTION_LINES:
+                wrong.append(f"{where(path, n.lineno)} {name} has {count} lines")
     assert wrong == []
 
 
@@ -272,26 +320,88 @@ OBVIOUS = {"verify", "forward", "backward", "train"}
 """Methods whose meaning the class's docstring or their base class gives."""
 
 
-@each_file
-def test_public_methods_are_documented(path: Path) -> None:
-    """But for properties and overrides of one statement, which say all with their body."""
+def test_everything_public_is_documented() -> None:
+    """Modules, classes, functions; methods of more than one statement, but for `OBVIOUS` ones."""
+    wrong = [str(p) for p in sources() if tree(p).body and not ast.get_docstring(tree(p))]
+    for path in sources():
+        for n in tree(path).body:
+            if isinstance(n, ast.ClassDef) and not n.name.startswith("_"):
+                wrong += [] if ast.get_docstring(n) else [f"{where(path, n.lineno)} {n.name}"]
+        for name, n, public in functions(path):
+            obvious = "." in name and (n.name in OBVIOUS or len(n.body) < 3)
+            if public and not obvious and not ast.get_docstring(n):
+                wrong.append(f"{where(path, n.lineno)} {name}")
+    assert wrong == []
+
+
+def test_one_class_name_has_one_meaning() -> None:
+    found = defaultdict(list)
+    for path in sources():
+        for n in ast.walk(tree(path)):
+            if isinstance(n, ast.ClassDef):
+                found[n.name.lstrip("_")].append(where(path, n.lineno))
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
+def exports(path: Path) -> list[str]:
+    """The entries of a file's ``__all__``."""
+    for n in tree(path).body:
+        if isinstance(n, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == "__all__" for t in n.targets
+        ):
+            return [str(e.value) for e in ast.walk(n.value) if isinstance(e, ast.Constant)]
+    return []
+
+
+@pytest.mark.parametrize(
+    "package",
+    sorted(p.name for p in (ROOT / "passes").iterdir() if p.is_dir() and p.name != "__pycache__"),
+)
+def test_a_package_says_what_it_does(package: str) -> None:
+    """What comes in, what goes out, its files; and no value carries the name of a file."""
+    folder = ROOT / "passes" / package
+    text = ast.get_docstring(tree(folder / "__init__.py")) or ""
+    files = {p.stem for p in folder.glob("*.py")} - {"__init__"}
+    assert {f for f in files if not re.search(rf"`{f}`|^ *{f}\b", text, re.MULTILINE)} == set()
+    assert re.search(r"\bIn:", text)
+    assert re.search(r"\bOut:", text)
+    assert files & set(exports(folder / "__init__.py")) == set()
+
+
+def test_no_pass_keeps_state() -> None:
+    """No ``global``, anywhere."""
     wrong = [
-        f"{path.relative_to(ROOT)}:{m.lineno} {c.name}.{m.name}"
-        for c in public(tree(path).body)
-        if isinstance(c, ast.ClassDef)
-        for m in public(c.body)
-        if isinstance(m, ast.FunctionDef)
-        and not ast.get_docstring(m)
-        and m.name not in OBVIOUS
-        and len(m.body) > 2
+        where(path, n.lineno)
+        for path in sources()
+        for n in ast.walk(tree(path))
+        if isinstance(n, ast.Global)
     ]
     assert wrong == []
 
 
-@each_file
-def test_no_pass_keeps_state(path: Path) -> None:
-    """No ``global``, anywhere."""
-    assert [n.lineno for n in ast.walk(tree(path)) if isinstance(n, ast.Global)] == []
+# ------------------------------------------------------------------------------------------ tests
+
+
+def test_every_source_file_has_its_test() -> None:
+    """A test file of its name in the mirrored folder, or one whose docstring names it.
+
+    ``passes/split/reorder.py`` → ``tests/passes/split/test_reorder.py``, or a docstring that says
+    ``Covers split/reorder.py``.
+    """
+    tests = [*(ROOT / "tests").rglob("test_*.py")]
+    named = " ".join(ast.get_docstring(tree(p)) or "" for p in tests)
+    covered = set(re.findall(r"[\w/]+\.py", named))
+    missing = []
+    for path in sources():
+        if path.name in ("__init__.py", "__main__.py"):
+            continue
+        parts = path.relative_to(ROOT).parts
+        parts = parts[1:] if parts[0] == "autopipe" else parts
+        mirror = ROOT.joinpath("tests", *parts[:-1], f"test_{parts[-1]}")
+        short = "/".join(parts[-2:])
+        if not mirror.exists() and short not in covered and "/".join(parts) not in covered:
+            missing.append("/".join(parts))
+    assert missing == []
 
 
 def test_the_link_leads_to_the_passes() -> None:
@@ -300,7 +410,7 @@ def test_the_link_leads_to_the_passes() -> None:
 
 def test_tests_do_not_sleep() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)}:{n.lineno}"
+        where(path, n.lineno)
         for path in (ROOT / "tests").rglob("*.py")
         for n in ast.walk(tree(path))
         if isinstance(n, ast.Attribute) and dotted(n) in ("time.sleep", "asyncio.sleep")

@@ -10,7 +10,7 @@ from .table import nbytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .facts import Part
+    from .page_data import Part
 
 WIDTH, LEFT, RIGHT, TOP = 572.0, 62.0, 70.0, 24.0
 

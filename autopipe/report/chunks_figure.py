@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from .facts import least_seconds
+from .page_data import least_seconds
 from .svg import figure, label, number, seconds, tag, ticks, title
 
 if TYPE_CHECKING:
-    from .facts import Facts
+    from .page_data import PageData
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 572.0, 290.0, 62.0, 22.0, 18.0, 44.0
 
 
-def chunks_chart(facts: Facts) -> str:
+def chunks_chart(facts: PageData) -> str:
     """A line through the predicted times, and one at the least that any M can reach."""
     points, least, own = facts.step_seconds, least_seconds(facts), len(facts.plan.sizes)
     marks = ticks(max(t for _, t in points))

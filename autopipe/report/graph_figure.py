@@ -6,17 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .facts import load
+from .page_data import load
 from .svg import CHARACTER, count, escape, figure, fit, label, number, rect, tag, title
 from .table import nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from autopipe.plan_parts import Crossing
-    from autopipe.plans import Plan
+    from autopipe.planning.plan_parts import Crossing
+    from autopipe.planning.plans import Plan
 
-    from .facts import Facts
+    from .page_data import PageData
 
 WIDTH = 1176.0
 NARROW, WIDE, GAP, CALLER, HEIGHT, LANE = 85.0, 190.0, 54.0, 54.0, 116.0, 21.0
@@ -90,7 +90,7 @@ def lanes(arcs: Sequence[Bundle]) -> dict[Bundle, int]:
     return found
 
 
-def stage_graph(facts: Facts) -> tuple[str, int]:
+def stage_graph(facts: PageData) -> tuple[str, int]:
     """The drawing, and how many arcs it leaves out."""
     plan = facts.plan
     above = bundles([c for c in plan.crossings if c.kind != "parameter"])

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from .bars_figure import memory_bars, time_bars
 from .chunks_figure import chunks_chart
-from .facts import CAVEAT, Facts, check, memory, times
 from .graph_figure import MOST, stage_graph
+from .page_data import CAVEAT, PageData, check, memory, times
 from .style import STYLE
 from .svg import escape, seconds, tag
 from .table import nbytes
@@ -22,9 +22,9 @@ from .tables import (
 from .timeline_figure import NAMES, phases, timeline
 
 if TYPE_CHECKING:
-    from autopipe.plans import Plan
+    from autopipe.planning.plans import Plan
 
-    from .facts import Part
+    from .page_data import Part
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """For the browser: whatever a name in the plan may contain, run and load nothing."""
@@ -39,7 +39,7 @@ def page(plan: Plan) -> str:
         UnsupportedError: the plan's schedule cannot be simulated.
         PlanError: its numbers are beyond what can be drawn.
     """
-    facts = Facts(plan)
+    facts = PageData(plan)
     check(facts)
     name = escape(plan.model)
     head = [
@@ -77,7 +77,7 @@ def _header(plan: Plan) -> str:
     )
 
 
-def _figures(facts: Facts) -> str:
+def _figures(facts: PageData) -> str:
     plan, line = facts.plan, facts.timeline
     sizes = " or ".join(str(s) for s in sorted(set(plan.sizes), reverse=True))
     parameters = sum(s.parameter_bytes for s in plan.stages)
@@ -114,7 +114,7 @@ def _gap(plan: Plan) -> str:
     return "" if plan.gap is None else f"; no cut is more than {plan.gap:.1%} better"
 
 
-def _graph(facts: Facts) -> str:
+def _graph(facts: PageData) -> str:
     drawing, left_out = stage_graph(facts)
     note = (
         "Bytes of one micro-batch, on the way forward; gradients go back the same way. "
@@ -128,13 +128,13 @@ def _graph(facts: Facts) -> str:
     return _section("Stages", note, drawing)
 
 
-def _times(facts: Facts) -> str:
+def _times(facts: PageData) -> str:
     rows = [times(stage) for stage in facts.plan.stages]
     note = f"One micro-batch of {max(facts.plan.sizes)}. {CAVEAT}"
     return _section("Time per stage", note, _legend(rows), time_bars(rows))
 
 
-def _memory(facts: Facts) -> str:
+def _memory(facts: PageData) -> str:
     rows = [memory(stage) for stage in facts.plan.stages]
     note = "All that a stage needs on its device; what kernels use within a call is not known."
     note += " No limit was set." if facts.limit_bytes is None else " The line is the limit."
@@ -142,7 +142,7 @@ def _memory(facts: Facts) -> str:
     return _section("Memory per stage", note, _legend(rows), bars, _folded(memory_table(facts)))
 
 
-def _timeline(facts: Facts) -> str:
+def _timeline(facts: PageData) -> str:
     note = (
         "One training step as simulated: a row a device, a box an action, its number the "
         "micro-batch."
@@ -159,7 +159,7 @@ def _timeline(facts: Facts) -> str:
     return _section("Timeline", note, *parts)
 
 
-def _chunks(facts: Facts) -> str:
+def _chunks(facts: PageData) -> str:
     sizes = facts.plan.sizes
     if len(facts.step_seconds) < 2:
         return ""
@@ -177,7 +177,7 @@ def _chunks(facts: Facts) -> str:
     return _section("How many micro-batches?", note, both)
 
 
-def _tables(facts: Facts) -> str:
+def _tables(facts: PageData) -> str:
     count = len(facts.plan.crossings)
     stages = tag(
         "section", tag("h2", "Stage by stage"), stage_table(facts), parameter_lists(facts),

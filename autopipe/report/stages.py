@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from autopipe.passes.ir import Kind
-from autopipe.passes.staged import CALLER
-from autopipe.passes.totals import StageCost, stage_cost
+from autopipe.passes.cost import StageCost, stage_cost
+from autopipe.passes.ir import CALLER, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import fx
 
-    from autopipe.passes.staged import Route, Split, StageGraph
+    from autopipe.passes.ir import Route, Split, StageGraph
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class StageView:
         parameters: qualified names of the parameters that live here.
         inputs: what it receives.
         outputs: what it returns.
-        cost: see `autopipe.passes.totals.StageCost`.
+        cost: see `autopipe.passes.cost.stage_cost.StageCost`.
     """
 
     index: int

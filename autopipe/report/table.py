@@ -9,7 +9,7 @@ from .svg import seconds
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autopipe.plans import Plan
+    from autopipe.planning.plans import Plan
 
 
 def table(plan: Plan) -> str:

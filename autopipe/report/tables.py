@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .facts import crossing_ends, load, memory, received, sent
+from .page_data import crossing_ends, load, memory, received, sent
 from .svg import count, escape, seconds, tag
 from .table import nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .facts import Facts
+    from .page_data import PageData
 
 
-def stage_table(facts: Facts) -> str:
+def stage_table(facts: PageData) -> str:
     """A row a stage."""
     plan = facts.plan
     head = ["stage", "device", "first call", "calls", "parameters", "FLOP", "forward", "recompute"]
@@ -47,7 +47,7 @@ def stage_table(facts: Facts) -> str:
     return html_table(caption, head, rows, words={1, 2})
 
 
-def memory_table(facts: Facts) -> str:
+def memory_table(facts: PageData) -> str:
     """A row a stage, a column for each part of its memory."""
     parts = [memory(stage) for stage in facts.plan.stages]
     head = ["stage", *(part.name for part in parts[0])]
@@ -55,7 +55,7 @@ def memory_table(facts: Facts) -> str:
     return html_table("Memory on each stage's device.", head, rows)
 
 
-def crossing_table(facts: Facts) -> str:
+def crossing_table(facts: PageData) -> str:
     """A row a tensor that stages receive."""
     rows = []
     for c in facts.plan.crossings:
@@ -68,7 +68,7 @@ def crossing_table(facts: Facts) -> str:
     return html_table("Tensors that stages receive.", head, rows, words={0, 1, 2, 3, 4, 6})
 
 
-def device_table(facts: Facts) -> str:
+def device_table(facts: PageData) -> str:
     """A row a device of the timeline."""
     rows = []
     for device, row in enumerate(facts.timeline.spans):
@@ -91,7 +91,7 @@ def device_table(facts: Facts) -> str:
     return html_table("Devices in the simulated step.", head, rows)
 
 
-def chunks_table(facts: Facts) -> str:
+def chunks_table(facts: PageData) -> str:
     """The points of the line chart."""
     rows = [
         [str(m), seconds(t), seconds(t / facts.batch), " this plan" if m == own else ""]
@@ -102,7 +102,7 @@ def chunks_table(facts: Facts) -> str:
     return html_table("Predicted times.", head, rows, words={3})
 
 
-def parameter_lists(facts: Facts) -> str:
+def parameter_lists(facts: PageData) -> str:
     """Names of the parameters of each stage, folded."""
     lists = [
         tag("h3", f"stage {k}")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .facts import pieces
+from .page_data import pieces
 from .svg import figure, label, number, rect, seconds, tag, ticks, title
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from autopipe.passes.simulate import Span
-    from autopipe.plans import Plan
+    from autopipe.passes.schedule import Span
+    from autopipe.planning.plans import Plan
 
-    from .facts import Facts
+    from .page_data import PageData
 
 WIDTH, LEFT, RIGHT, TOP = 1176.0, 62.0, 26.0, 6.0
 DIGIT = 6.2
@@ -27,7 +27,7 @@ STEPS = tuple(f * 10**i for i in range(6) for f in (1, 2, 5))
 NAMES = {"F": "forward", "R": "recompute", "B": "backward", "W": "weight gradients"}
 
 
-def timeline(facts: Facts) -> str:
+def timeline(facts: PageData) -> str:
     """The drawing. Where all times are 0, rows without boxes."""
     plan, line = facts.plan, facts.timeline
     rows, K = line.spans, len(line.spans)
@@ -57,7 +57,7 @@ def timeline(facts: Facts) -> str:
     return figure("timeline", "One training step", words, WIDTH, bottom + 22, *parts)
 
 
-def phases(facts: Facts) -> tuple[str, ...]:
+def phases(facts: PageData) -> tuple[str, ...]:
     """The letters that the drawing has colours for, in the order in which they run."""
     kinds = {(s.action.phase, s.action.stage) for row in facts.timeline.spans for s in row}
     used = {letter for kind in kinds for letter, _ in pieces(facts.plan, *kind)}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Step(Protocol):
+class AutogradStep(Protocol):
     """A call of the pipeline, as this room needs it."""
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -34,7 +34,7 @@ class PipelineFunction(torch.autograd.Function):
     """`PipelineFunction.apply(step, *tensors)`: `tensors` are what gradients are wanted for."""
 
     @staticmethod
-    def forward(ctx: Any, step: Step, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, step: AutogradStep, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.step = step
         ctx.set_materialize_grads(False)
         # Results may be one tensor, as x and x.detach() are; what is marked is a tensor object.

@@ -39,7 +39,7 @@ class Program:
 
     forward: tuple[Callable[[Run], None], ...]
     backward: tuple[Callable[[Run], None], ...]
-    places: tuple[transfer.Place, ...]
+    places: tuple[transfer.WorkerDevice, ...]
     sizes: tuple[int, ...]
     draws: Mapping[int, Sequence[Sequence[tuple[int, int, bool]]]]
     strides: Mapping[tuple[str, int, int], tuple[int, ...]]
@@ -117,7 +117,7 @@ class Run:
             if tensor.device in self._streams:
                 tensor.record_stream(self._streams[tensor.device])
 
-    def _work(self, function: Callable[[Run], None], place: transfer.Place) -> None:
+    def _work(self, function: Callable[[Run], None], place: transfer.WorkerDevice) -> None:
         if place.compute is None:
             function(self)
             return

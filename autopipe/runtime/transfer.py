@@ -25,7 +25,7 @@ class Parcel(NamedTuple):
     ready: torch.cuda.Event | None
 
 
-class Place:
+class WorkerDevice:
     """A worker's device, with its streams if it is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class Place:
             self.copy = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def send(tensor: Tensor, source: Place, target: torch.device) -> Parcel:
+def send(tensor: Tensor, source: WorkerDevice, target: torch.device) -> Parcel:
     """Start moving a tensor made on `source`'s compute stream; the current stream is that one."""
     if source.compute is None:
         moved = tensor.to(target, non_blocking=True)
@@ -53,7 +53,7 @@ def send(tensor: Tensor, source: Place, target: torch.device) -> Parcel:
         return Parcel(moved, source.copy.record_event())
 
 
-def receive(parcel: Parcel, place: Place) -> Tensor:
+def receive(parcel: Parcel, place: WorkerDevice) -> Tensor:
     """Make a parcel's tensor safe to read on `place`'s compute stream."""
     tensor, ready = parcel
     if place.compute is not None:
@@ -66,7 +66,7 @@ def receive(parcel: Parcel, place: Place) -> Tensor:
 
 
 def fetch(
-    tensor: Tensor, place: Place, streams: Mapping[torch.device, torch.cuda.Stream]
+    tensor: Tensor, place: WorkerDevice, streams: Mapping[torch.device, torch.cuda.Stream]
 ) -> Tensor:
     """Bring a tensor of the caller's to `place`; `streams` are those that the caller works on.
 

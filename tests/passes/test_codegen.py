@@ -21,13 +21,13 @@ from torch.nn import functional as F
 
 from autopipe.errors import StageError, VerifyError
 from autopipe.passes.codegen import Generated, codegen
-from autopipe.passes.schedule import schedule
+from autopipe.passes.schedule.kinds import schedule
 from autopipe.runtime.executor import Run
 from autopipe.runtime.load import load
 from autopipe.runtime.random import Kit
-from tests.agreement import pipelined
 from tests.golden.mlp import Mlp
-from tests.programs import CPU, phased_of, split_of, user_line
+from tests.support.agreement import pipelined
+from tests.support.programs import CPU, phased_of, split_of, user_line
 
 Golden = Callable[[str, str], None]
 

@@ -8,17 +8,10 @@ import math
 import pytest
 
 from autopipe.errors import OptionError
-from autopipe.passes.cost import seconds
-from autopipe.passes.devices import (
-    DEVICES,
-    KINDS,
-    PRECISIONS,
-    Device,
-    Fractions,
-    Link,
-    device_of,
-)
-from autopipe.passes.ir import B, NodeCost
+from autopipe.passes.cost.node_costs import seconds
+from autopipe.passes.devices import DEVICES, KINDS, PRECISIONS, Device, Fractions, Link, device_of
+from autopipe.passes.ir.captured import NodeCost
+from autopipe.passes.ir.values import B
 
 ROUND = Device(
     name="round figures",

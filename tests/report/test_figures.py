@@ -11,23 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autopipe.passes.schedule import Action, Scheduled
-from autopipe.passes.simulate import play, simulate
-from autopipe.plans import Plan
+from autopipe.passes.schedule.actions import Action, Scheduled
+from autopipe.passes.schedule.simulator import play, simulate
+from autopipe.planning.plans import Plan
 from autopipe.report.bars_figure import memory_bars
-from autopipe.report.facts import (
-    Facts,
-    Part,
-    crossing_ends,
-    least_seconds,
-    with_chunks,
-)
 from autopipe.report.graph_figure import MOST, Bundle, bundles, lanes, stage_graph
 from autopipe.report.page import page
+from autopipe.report.page_data import PageData, Part, crossing_ends, least_seconds, with_chunks
 from autopipe.report.svg import byte_ticks, count, escape, fit, number, seconds, ticks
 from autopipe.report.timeline_figure import numbers_of, phases, timeline
-from tests.pages import Page
-from tests.plans import crossing, made_plan
+from tests.support.pages import Page
+from tests.support.plans import crossing, made_plan
 
 WIDE = 1088  # pixels of a step on the timeline
 ROUNDING = 0.0051  # coordinates have two decimals
@@ -104,7 +98,7 @@ PLANS = {
 
 def boxes(plan: Plan) -> list[list[tuple[float, float, str]]]:
     """Per device (start, end, colour) in the plan's seconds, as they are drawn."""
-    drawing = Page(timeline(Facts(plan))).svg("timeline")
+    drawing = Page(timeline(PageData(plan))).svg("timeline")
     idle = next(r for r in drawing.iter("rect") if r.get("class") == "idle")
     left = float(idle.get("x") or "nan")
     scale = plan.timeline.makespan / float(idle.get("width") or "nan")
@@ -152,13 +146,13 @@ def test_the_boxes_are_the_spans(name: str) -> None:
 
 
 def test_each_action_says_what_it_is_until_they_are_too_many() -> None:
-    drawing = Page(timeline(Facts(PLANS["gpipe"]))).svg("timeline")
+    drawing = Page(timeline(PageData(PLANS["gpipe"]))).svg("timeline")
     actions = Counter(g.get("data-action") for g in drawing.iter("g") if g.get("data-action"))
     expected = Counter(str(s.action) for row in PLANS["gpipe"].timeline.spans for s in row)
     assert actions == expected
     hover = [g[0].text or "" for g in drawing.iter("g") if g.get("data-action") == "RBW1.2"]
     assert hover[0].startswith("RBW1.2: stage 1, micro-batch 2, recompute, backward\n")
-    assert len(timeline(Facts(PLANS["many"]))) < 60 * 3200  # bytes for each of its actions
+    assert len(timeline(PageData(PLANS["many"]))) < 60 * 3200  # bytes for each of its actions
 
 
 def test_phases_that_run_apart_have_colours_of_their_own() -> None:
@@ -175,7 +169,7 @@ def test_phases_that_run_apart_have_colours_of_their_own() -> None:
         for row in rows
     )
     line = play(Scheduled("own", 2, 2, actions), forward=2, recompute=2, backward=4, weight=1)
-    facts = Facts(made_plan(2, (1, 1)))
+    facts = PageData(made_plan(2, (1, 1)))
     vars(facts)["timeline"] = line
     assert phases(facts) == ("F", "R", "B", "W")
     drawn = [
@@ -240,7 +234,7 @@ def test_arcs_that_follow_one_another_share_a_lane() -> None:
 def test_every_way_is_drawn_once_and_bundled() -> None:
     sent = [crossing("x", None, 0), crossing("a", 0, 1), crossing("b", 0, 1, nbytes=9)]
     sent += [crossing("s", 0, 2), crossing("m", 0, 1, 2), crossing("w", 0, 2, kind="parameter")]
-    drawing, left_out = stage_graph(Facts(made_plan(3, crossings=sent)))
+    drawing, left_out = stage_graph(PageData(made_plan(3, crossings=sent)))
     root = Page(drawing).svg("graph")
     ways = {
         (g.get("class"), g.get("data-from"), g.get("data-to")): g[0].text or ""
@@ -262,7 +256,7 @@ def test_every_way_is_drawn_once_and_bundled() -> None:
 def test_the_smallest_of_too_many_arcs_are_left_out_and_counted() -> None:
     sent = [crossing(f"s{k}", k, k + 2, nbytes=1000 + k) for k in range(MOST + 5)]
     plan = made_plan(MOST + 7, crossings=sent)
-    drawing, left_out = stage_graph(Facts(plan))
+    drawing, left_out = stage_graph(PageData(plan))
     drawn = {g.get("data-from") for g in Page(drawing).svg("graph").iter("g")} - {None}
     assert left_out == 5
     assert drawn == {str(k) for k in range(5, MOST + 5)}
@@ -289,7 +283,7 @@ def test_step_times_are_gpipes_formula(remat: str) -> None:
     same = plan.stages[0]
     names = [f"first{k}" for k in range(K)]
     stages = tuple(type(same)(**{**vars(same), "first": name}) for name in names)
-    facts = Facts(Plan(**{**{f: getattr(plan, f) for f in vars(plan)}, "stages": stages}))
+    facts = PageData(Plan(**{**{f: getattr(plan, f) for f in vars(plan)}, "stages": stages}))
     sample = same.seconds / 6
     times = dict(facts.step_seconds)
     assert list(times) == [1, 2, 4, 8, 16, 32]
@@ -301,7 +295,7 @@ def test_step_times_are_gpipes_formula(remat: str) -> None:
 
 def test_the_plans_own_time_is_its_timelines() -> None:
     plan = made_plan(3, (4, 4, 3))
-    times = dict(Facts(plan).step_seconds)
+    times = dict(PageData(plan).step_seconds)
     assert list(times) == [1, 2, 3, 4, 8]
     assert times[3] == plan.timeline.makespan
     whole = [11 / 4 * s.forward_seconds for s in plan.stages]

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from autopipe.errors import PlanError
-from autopipe.plan_parts import Times
-from autopipe.plans import Plan
+from autopipe.planning.plan_parts import Times
+from autopipe.planning.plans import Plan
 from autopipe.report.page import page
-from tests.pages import Page
-from tests.plans import crossing, made_plan
+from tests.support.pages import Page
+from tests.support.plans import crossing, made_plan
 
 LONG = "encoder." + "x" * 192
 NASTY = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autopipe.runtime.executor import Run
 from autopipe.runtime.memory import SavedBytes
-from tests.agreement import pipelined
+from tests.support.agreement import pipelined
 
 WIDTH, BATCH, CHUNKS = 8, 8, 4
 SIZE = BATCH // CHUNKS

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from autopipe.runtime import transfer
-from tests.agreement import assert_agrees, pipelined
+from tests.support.agreement import assert_agrees, pipelined
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_a_tensor_that_does_not_fit_is_copied(name: str) -> None:
 
 
 def test_between_workers_on_the_cpu_nothing_is_copied() -> None:
-    place = transfer.Place(CPU)
+    place = transfer.WorkerDevice(CPU)
     assert place.compute is None
     assert place.copy is None
     tensor = torch.randn(4, 6)
@@ -63,7 +63,7 @@ def test_between_workers_on_the_cpu_nothing_is_copied() -> None:
 
 def test_to_another_device_a_copy_is_sent() -> None:
     tensor = torch.randn(4, 6)
-    parcel = transfer.send(tensor, transfer.Place(CPU), torch.device("meta"))
+    parcel = transfer.send(tensor, transfer.WorkerDevice(CPU), torch.device("meta"))
     assert parcel.tensor.is_meta
     assert parcel.tensor.shape == tensor.shape
 
@@ -94,7 +94,7 @@ def test_boundary_tensors_may_have_any_strides(devices: int) -> None:
 @pytest.mark.gpu
 def test_streams_between_stages_on_one_gpu() -> None:
     gpu = torch.device("cuda", 0)
-    source, target = transfer.Place(gpu), transfer.Place(gpu)
+    source, target = transfer.WorkerDevice(gpu), transfer.WorkerDevice(gpu)
     assert source.compute is not None
     with torch.cuda.stream(source.compute):
         tensor = torch.randn(1000, 1000, device=gpu)
@@ -111,7 +111,7 @@ def test_streams_between_stages_on_one_gpu() -> None:
 
 @pytest.mark.gpu
 def test_from_a_gpu_to_the_cpu_and_back() -> None:
-    gpu, cpu = transfer.Place(torch.device("cuda", 0)), transfer.Place(CPU)
+    gpu, cpu = transfer.WorkerDevice(torch.device("cuda", 0)), transfer.WorkerDevice(CPU)
     assert gpu.compute is not None
     with torch.cuda.stream(gpu.compute):
         tensor = torch.randn(1000, 1000, device=gpu.device)

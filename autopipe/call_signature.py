@@ -1,0 +1,64 @@
+"""What calls of a pipeline must have in common: the structure of their inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autopipe.errors import InputError
+from autopipe.passes.capture import register_dataclasses
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of a call and their structure; dataclasses count as containers.
+
+    Keywords are sorted: in another order they are the same call.
+    """
+    register_dataclasses((args, kwargs))
+    return pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+
+
+class CallSignature(NamedTuple):
+    """What a call must share with the captured one; sizes are free."""
+
+    spec: pytree.TreeSpec
+    looks: tuple[tuple[Any, Any], ...]
+
+    @classmethod
+    def of(cls, leaves: Sequence[Any], spec: pytree.TreeSpec) -> CallSignature:
+        looks = ((x.dtype, x.ndim) if isinstance(x, Tensor) else ("", repr(x)) for x in leaves)
+        return cls(spec, tuple(looks))
+
+    def __hash__(self) -> int:
+        return hash((str(self.spec), self.looks))
+
+
+def other_structure(expected: CallSignature, found: CallSignature) -> InputError:
+    """The error for a call that is not like the captured one."""
+    return InputError(
+        "the inputs differ in structure from those that the pipeline was compiled for",
+        expected=_described(expected),
+        found=_described(found),
+        remedy="call it as it was compiled; pipe.capture(...) with these inputs makes it accept"
+        " them too",
+    )
+
+
+def _described(structure: CallSignature) -> str:
+    """A call as one would write it, tensors by dtype and number of dimensions."""
+
+    class Shown(str):
+        __repr__ = str.__str__
+
+    shown = [
+        Shown(f"{str(a).removeprefix('torch.')} {b}-d" if isinstance(b, int) else b)
+        for a, b in structure.looks
+    ]
+    args, kwargs = pytree.tree_unflatten(shown, structure.spec)
+    parts = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
+    return f"pipe({', '.join(parts)})"

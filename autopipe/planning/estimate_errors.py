@@ -1,0 +1,42 @@
+"""What the traces of a cut's stages show of its estimate: by how many bytes it was too low."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autopipe.passes.remat_policies import repeats
+from autopipe.passes.split import taken_by
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from autopipe.passes.ir import Split
+    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.split import Objective
+    from autopipe.planning.fitting import Fitted
+
+
+def missed_bytes(split: Split, aim: Objective, found: Fitted) -> dict[tuple[int, Policy], int]:
+    """By how much the estimate of a cut's stages was too low, with the policies that were tried."""
+    most = max(map(len, found.tried))
+    rows = [[*tried, *[[*tried][-1]] * (most - len(tried))] for tried in found.tried]
+    missed = {}
+    for policies in zip(*rows, strict=True):  # (the last again where a stage tried fewer)
+        estimate = taken_by(split, replace(aim, remat=policies)).nbytes
+        for k, policy in enumerate(policies):
+            missed[k, policy] = found.tried[k][policy].memory_bytes - estimate[k]
+    return missed
+
+
+def spread(
+    aim: Objective, missed: Mapping[tuple[int, Policy], int]
+) -> dict[tuple[int, Policy], int]:
+    """What the estimate missed, for a policy that was not tried that of the nearest one."""
+    found = {}
+    for k in range(aim.stages):
+        known = [policy for stage, policy in missed if stage == k]
+        for policy in aim.policies(k) if known else ():
+            nearest = min(known, key=lambda one: abs(repeats(one) - repeats(policy)))
+            found[k, policy] = missed[k, nearest]
+    return found

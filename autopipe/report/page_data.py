@@ -1,0 +1,188 @@
+"""What the page draws of a plan, read off it in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from autopipe.errors import PlanError
+from autopipe.planning.plan_parts import Times
+
+if TYPE_CHECKING:
+    from autopipe.passes.schedule import Timeline
+    from autopipe.planning.plan_parts import Crossing, StagePlan
+    from autopipe.planning.plans import Plan
+
+CAVEAT = (
+    "Unless they were measured, times are those of a device in a table: they say more of one stage "
+    "against another than of a clock."
+)
+LARGEST_SIMULATION = 20_000
+"""Visits (stages times micro-batches) beyond which a what-if is not simulated: seconds each."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of a bar: what it is called, the class that colours it, its size."""
+
+    name: str
+    class_: str
+    size: float
+
+
+@dataclass(frozen=True)
+class PageData:
+    """A plan as the page reads it."""
+
+    plan: Plan
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """What a stage may take, the largest if they differ; None: there is no limit."""
+        limits = [s.limit_bytes for s in self.plan.stages if s.limit_bytes is not None]
+        return max(limits, default=None)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The plan's own."""
+        return self.plan.timeline
+
+    @property
+    def batch(self) -> int:
+        """Samples in the batch that was planned for."""
+        return sum(self.plan.sizes)
+
+    @cached_property
+    def step_seconds(self) -> tuple[tuple[int, float], ...]:
+        """(M, predicted step time) for powers of two up to four times the plan's M, and that M.
+
+        No more micro-batches than samples; none whose simulation would take long. The plan's own
+        time is that of its step, where all micro-batches take as long as the largest.
+        """
+        own, K = len(self.plan.sizes), len(self.plan.stages)
+        known = {own: self.plan.step_seconds}
+        for m in (2**i for i in range(32)):
+            if m not in known and m <= min(4 * own, self.batch) and m * K <= LARGEST_SIMULATION:
+                known[m] = with_chunks(self.plan, m).step_seconds
+        return tuple(sorted(known.items()))
+
+
+def check(facts: PageData) -> None:
+    """Refuse numbers that have no place in a drawing: a plan's file may hold any.
+
+    Raises:
+        PlanError: a step beyond 1e15 seconds or below 1e-15, a count of more than 64 bits.
+    """
+    plan, makespan = facts.plan, facts.plan.step_seconds
+    if makespan and not 1e-15 < makespan < 1e15:
+        raise PlanError(
+            "the plan's times cannot be drawn",
+            expected="a step of 0, or of 1e-15 to 1e15 seconds",
+            found=f"{makespan:.3g}",
+        )
+    counts = {f"stages[{k}].{n}": v for k, s in enumerate(plan.stages) for n, v in vars(s).items()}
+    counts |= {f"{c.name!r:.80}": c.nbytes for c in plan.crossings}
+    counts |= {"sizes": facts.batch}
+    for name, value in counts.items():
+        if isinstance(value, int) and value.bit_length() > 64:
+            found = f"{value.bit_length()} bits"
+            raise PlanError(
+                f"the plan cannot be drawn: {name}", expected="64 bits at most", found=found
+            )
+
+
+def times(stage: StagePlan) -> tuple[Part, ...]:
+    """Seconds of one micro-batch, in the order in which they are spent."""
+    return (
+        Part("forward", "F", stage.forward_seconds),
+        Part("recompute", "R", stage.recompute_seconds),
+        Part("backward", "B", stage.backward_seconds),
+    )
+
+
+def memory(stage: StagePlan) -> tuple[Part, ...]:
+    """Bytes on a stage's device; together all that it needs."""
+    saved = min(stage.peak_saved_bytes, stage.peak_bytes)
+    return (
+        Part("parameters", "P", stage.parameter_bytes + stage.buffer_bytes + stage.lent_bytes),
+        Part("optimizer", "O", stage.optimizer_bytes),
+        Part("saved for backward, all in flight", "K", saved),
+        Part("gradients, and what a phase makes", "A", stage.peak_bytes - saved),
+    )
+
+
+def received(plan: Plan, k: int) -> int:
+    """Bytes of the tensors that stage k receives with each micro-batch."""
+    return sum(c.nbytes for c in plan.crossings if k in c.targets and c.kind != "parameter")
+
+
+def sent(plan: Plan, k: int) -> int:
+    """Bytes that stage k sends with each micro-batch, once for each receiver."""
+    return sum(
+        c.nbytes * len(c.targets) for c in plan.crossings if c.source == k and c.kind != "parameter"
+    )
+
+
+def load(plan: Plan, k: int) -> float | None:
+    """Stage k's share of the pipeline's work; None if there is no work."""
+    total = sum(s.seconds for s in plan.stages)
+    return plan.stages[k].seconds / total if total else None
+
+
+def pieces(plan: Plan, phase: str, stage: int) -> tuple[tuple[str, float], ...]:
+    """An action's letters and their shares of its time, as (class, share).
+
+    Neighbours of one class are one piece: "RBW" is recompute, then backward.
+    """
+    s = plan.stages[stage]
+    size = {"F": s.forward_seconds, "R": s.recompute_seconds, "B": s.backward_seconds}
+    # A plan does not tell B from W: where both run together, B stands for both.
+    letters = phase.replace("BW", "B")
+    total = sum(size.get(letter, 0.0) for letter in letters)
+    if len(letters) == 1 or not total:
+        return ((letters[-1], 1.0),)
+    return tuple((a, size.get(a, 0.0) / total) for a in letters if size.get(a, 0.0) > 0)
+
+
+def crossing_ends(crossing: Crossing) -> tuple[str, str]:
+    """Where a tensor comes from and goes to, in words: ``stage 0``, ``stages 1–4, 7, caller``."""
+    source = "caller" if crossing.source is None else f"stage {crossing.source}"
+    targets = sorted(crossing.targets)
+    runs: list[list[int]] = []
+    for k in targets:
+        if runs and runs[-1][-1] == k - 1:
+            runs[-1].append(k)
+        else:
+            runs.append([k])
+    ranges = [f"{r[0]}–{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
+    words = [f"stage{'s' * (len(targets) > 1)} {', '.join(ranges)}"] if targets else []
+    return source, ", ".join(words + ["caller"] * crossing.returned)
+
+
+def with_chunks(plan: Plan, chunks: int) -> Plan:
+    """The same cut and batch in `chunks` micro-batches, which all take a mean one's time.
+
+    Times are in proportion to samples.
+    """
+    batch = sum(plan.sizes)
+    chunks = min(chunks, batch)
+    few, more = divmod(batch, chunks)
+    factor = batch / chunks / max(plan.sizes)
+    stages = tuple(
+        dataclasses.replace(
+            stage, times=(Times(*(t * factor for t in vars(stage.times[0]).values())),)
+        )
+        for stage in plan.stages
+    )
+    sizes = (few + 1,) * more + (few,) * (chunks - more)
+    if more:
+        stages = tuple(dataclasses.replace(s, times=s.times * 2) for s in stages)
+    return dataclasses.replace(plan, chunks=chunks, sizes=sizes, stages=stages)
+
+
+def least_seconds(facts: PageData) -> float:
+    """Step time if no stage waited: the largest stage's time for the whole batch."""
+    plan = facts.plan
+    return max(s.seconds for s in plan.stages) / max(plan.sizes) * facts.batch

@@ -1,0 +1,44 @@
+"""What tracing must know of a call: how its tensors look, which results a gradient comes for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from autopipe.passes.ir import Kind
+from autopipe.passes.phases import TensorMeta
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from autopipe.passes.ir import Captured, Input
+
+
+def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict[str, TensorMeta]:
+    """Of a call's tensors, in a micro-batch of `size` samples."""
+    looks = {}
+    for item in captured.inputs:
+        if item.kind is not Kind.INPUT:
+            continue
+        tensor = leaves[item.index].detach()
+        if item.batch_dim is not None:
+            tensor = tensor.narrow(item.batch_dim, 0, size)
+        look = TensorMeta.of(tensor)._replace(requires_grad=leaves[item.index].requires_grad)
+        looks[item.name] = look.settled()
+    return looks
+
+
+def state_metadata(captured: Captured, tensor: Callable[[Input], Tensor]) -> dict[str, TensorMeta]:
+    """Of parameters, buffers and constants."""
+    return {i.name: TensorMeta.of(tensor(i)) for i in captured.inputs if i.kind is not Kind.INPUT}
+
+
+def differentiated(captured: Captured) -> frozenset[str]:
+    """The results for which a gradient will come, if the training loop is the usual one.
+
+    A model that returns its own loss gets its gradient there; else any result may get one.
+    """
+    results = [o for o in captured.outputs if not o.internal]
+    reduced = {o.name for o in results if o.combine in ("sum", "mean")}
+    return frozenset(reduced or {o.name for o in results})

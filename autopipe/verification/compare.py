@@ -1,0 +1,207 @@
+"""`Pipeline.verify`: the pipeline against the model itself, on one batch.
+
+Everything is compared that a training step leaves behind: results, gradients, buffers. If
+something differs, two further comparisons find where: each submodule's result with the captured
+graph's (what capture got wrong), and each value that a stage sent with the captured graph's (what
+the pipeline got wrong).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopipe.call_signature import flatten
+from autopipe.errors import UnsupportedError
+from autopipe.parameters import move
+from autopipe.passes._torch import CheckpointFunction
+from autopipe.passes.capture import fill, held_buffers
+from autopipe.passes.graph import is_random, source_line
+from autopipe.report.table import columns
+from autopipe.runtime.executor import Run
+from autopipe.verification.deterministic import MicroBatchNorm, Still
+from autopipe.verification.locate import holder, locate
+from autopipe.verification.step_snapshot import Difference, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from autopipe.module import Pipeline
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `Pipeline.verify` found.
+
+    differences: one per result, gradient and buffer.
+    stage, node: where the first value that differs is made, if one does; `node` is a name in
+        `Pipeline.captured`.
+    notes: under what conditions the two were compared.
+    """
+
+    differences: tuple[Difference, ...]
+    stage: int | None
+    node: str | None
+    source: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Everything is equal but for rounding."""
+        return all(d.ok for d in self.differences)
+
+    def worst(self, kind: str) -> Difference | None:
+        """The largest difference of a kind, relative to its scale."""
+        found = [d for d in self.differences if d.kind == kind]
+        return max(found, key=lambda d: d.largest / d.scale if d.scale else d.largest, default=None)
+
+    def __str__(self) -> str:
+        rows: list[list[str]] = []
+        for kind in ("output", "gradient", "buffer"):
+            worst = self.worst(kind)
+            if worst is not None:
+                found = [d for d in self.differences if d.kind == kind]
+                equal = f"{sum(d.ok for d in found)} of {len(found)}"
+                rows.append([kind, equal, f"{worst.largest:.2e}", f"{worst.scale:.2e}", worst.name])
+        lines = [*columns([["", "equal", "largest difference", "of", "in"], *rows])]
+        if not self.ok:
+            place = f"stage {self.stage}, node {self.node}" if self.node else "no node found"
+            source = f" ({self.source})" if self.source else ""
+            lines.append(f"first difference: {place}{source}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def compare(
+    pipe: Pipeline, args: tuple[Any, ...], kwargs: Mapping[str, Any], tolerance: float | None
+) -> Verification:
+    """See `Pipeline.verify`."""
+    leaves, spec = flatten(args, kwargs)
+    captured = pipe._prepare(args, kwargs, leaves, spec, strict=False)[0].split.captured
+    notes = []
+    with ExitStack() as stack:
+        if any(map(is_random, captured.graph_module.graph.nodes)):
+            notes.append("random calls were stilled in both: dropout drops nothing")
+            stack.enter_context(Still())
+            pipe = type(pipe)(pipe.model, pipe.options)
+        compiled, ready, _ = pipe._prepare(args, kwargs, leaves, spec, strict=False)
+        captured, sizes = compiled.split.captured, ready.program.sizes
+        for node in filter(is_random, captured.graph_module.graph.nodes):
+            raise UnsupportedError(
+                "the model draws random numbers that verify cannot still",
+                node=node.name,
+                source=source_line(node),
+                found=str(node.target),
+                remedy="verify in evaluation mode, or without that call",
+            )
+        if any(n.target is aten.batch_norm.default for n in captured.graph_module.graph.nodes):
+            notes.append("the model's batch norm, too, normalised by micro-batch")
+        deferred = pipe.options.batch_norm == "deferred"
+        modules: dict[str, Tensor] = {}
+        normalising = MicroBatchNorm(sizes, deferred=deferred)
+        own_call = mock.patch.object(pipe.model, "_compiled_call_impl", None)  # `install`
+        # A reentrant checkpoint refuses to tell gradients apart from `.grad`: no checkpoints.
+        plain = mock.patch.object(CheckpointFunction, "apply", _checkpointed)
+        home = _gathered(pipe)
+        with _restored(pipe.model), own_call, normalising, plain, _watched(pipe.model, modules):
+            expected = Step.of(pipe.model, pipe.model, [_at(x, home) for x in leaves], spec)
+        observed: dict[tuple[str, int], Tensor] = {}
+        with _restored(pipe.model):
+            found = Step.of(pipe.model, partial(_observed, pipe, observed), leaves, spec)
+        differences = tuple(expected.against(found, tolerance))
+        place = None
+        if not all(d.ok for d in differences):
+            home = _gathered(pipe)
+            leaves = [_at(x, home) for x in leaves]
+            place = locate(compiled, sizes, leaves, observed, modules)
+            place = place or holder(compiled, [d.name for d in differences if not d.ok])
+    if place is None:
+        return Verification(differences, None, None, None, tuple(notes))
+    stage, node = place
+    return Verification(differences, stage, node.name, source_line(node), tuple(notes))
+
+
+def _gathered(pipe: Pipeline) -> torch.device:
+    """The device that the model's tensors share; its first stage's, where they now go, if none.
+
+    (The pipeline takes them back to their stages in its next call.)
+    """
+    tensors = [*pipe.model.parameters(), *pipe.model.buffers()]
+    devices = {t.device for t in tensors}
+    if len(devices) == 1:
+        return next(iter(devices))
+    home = pipe.options.devices[0]
+    for tensor in tensors:
+        move(tensor, home)
+    return home
+
+
+def _at(leaf: Any, device: torch.device) -> Any:
+    """An input where the model can use it; its gradient is asked for there."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().to(device).requires_grad_(leaf.requires_grad)
+
+
+def _checkpointed(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+    """What a reentrant checkpoint returns, and nothing is run again."""
+    return run(*args)
+
+
+def _observed(
+    pipe: Pipeline, observed: dict[tuple[str, int], Tensor], *args: Any, **kwargs: Any
+) -> Any:
+    """The pipeline's forward; what its stages send is noted."""
+    send = Run.send
+
+    def noting(run: Run, what: str, source: int, to: int, m: int, tensor: Tensor) -> None:
+        observed.setdefault((what, m), tensor.detach())
+        send(run, what, source, to, m, tensor)
+
+    with mock.patch.object(Run, "send", noting):
+        return pipe(*args, **kwargs)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Leave a model's buffers (the objects and their values) and the random state as they were."""
+    before = [(b, b.clone()) for b in model.buffers()]
+    try:
+        with torch.random.fork_rng(), held_buffers(model):
+            yield
+    finally:
+        fill(before)
+
+
+@contextmanager
+def _watched(model: nn.Module, results: dict[str, Tensor]) -> Iterator[None]:
+    """Note the (first) tensor that each submodule returns, of those called once."""
+    again: set[str] = set()
+
+    def hook(path: str, result: Any) -> None:
+        tensor = next((x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)), None)
+        if path in results or path in again or tensor is None:
+            again.add(path)
+            results.pop(path, None)
+        else:
+            results[path] = tensor.detach().clone()
+
+    handles = [
+        m.register_forward_hook(lambda m, args, result, path=path: hook(path, result))
+        for path, m in model.named_modules()
+        if path
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,16 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from .combine_outputs import combine
+from .lattice import STATIC, Reduced
+from .numeric_trial import settle
+from .propagate import follow
+
+__all__ = [
+    "STATIC",
+    "Reduced",
+    "combine",
+    "follow",
+    "settle",
+]

@@ -1,0 +1,84 @@
+"""Whether the backward of a custom autograd.Function keeps samples apart, tried by numbers.
+
+What it returns for a batch must be what it returns for parts of it: put together, for a tensor that
+holds samples, and added up for one that does not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from autopipe.passes.graph import close
+
+from .lattice import Samples
+from .slicing import cut, put_together
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .lattice import State
+
+
+class TrialRun:
+    """One call of a Function (as the operator that stands for it) with gradients on."""
+
+    def __init__(self, call: fx.Node, tensors: Sequence[Tensor]) -> None:
+        self.leaves = [x.detach() for x in tensors]
+        for x in self.leaves:
+            x.requires_grad_(x.is_floating_point() or x.is_complex())
+        target, (_, *rest) = call.target, call.args
+        with torch.enable_grad():
+            self.results: list[Tensor] = target(self.leaves, *rest)  # type: ignore[operator]
+
+    def gradients(self, result: int, tangent: Tensor) -> list[Tensor | None]:
+        """Those of the tensors, for a tangent of one result; None for the others."""
+        root, wanted = self.results[result], [x for x in self.leaves if x.requires_grad]
+        if not root.requires_grad or not wanted:
+            return [None] * len(self.leaves)
+        with torch.enable_grad():
+            found = iter(
+                torch.autograd.grad(root, wanted, tangent, retain_graph=True, allow_unused=True)
+            )
+        return [next(found) if x.requires_grad else None for x in self.leaves]
+
+
+def keeps_apart(
+    whole: TrialRun,
+    parts: Sequence[TrialRun],
+    result: int,
+    found: Samples,
+    states: Sequence[State],
+    cuts: Sequence[tuple[int, int]],
+) -> bool:
+    """Try one result, in which samples lie as in `found`.
+
+    Args:
+        whole, parts: the call on all samples, and on some each.
+        states: of the tensors that the call is given.
+        cuts: (first sample, number of samples) of each part.
+    """
+    value = whole.results[result]
+    generator = torch.Generator(value.device).manual_seed(0)
+    tangent = torch.randn(value.shape, dtype=value.dtype, device=value.device, generator=generator)
+    shares = [cut(tangent, found, *c) for c in cuts]
+    given = zip(
+        states,
+        whole.gradients(result, tangent),
+        *(p.gradients(result, s) for p, s in zip(parts, shares, strict=True)),
+        strict=True,
+    )
+    for state, expected, *pieces in given:
+        here = [p for p in pieces if p is not None]
+        if expected is None or len(here) < len(parts):
+            if expected is not None or here:
+                return False
+            continue
+        joint = (
+            put_together(here, state) if isinstance(state, Samples) else torch.stack(here).sum(0)
+        )
+        if not close(joint, expected):
+            return False
+    return True

@@ -1,0 +1,96 @@
+"""Running statistics: what the whole batch's are, given those of its micro-batches.
+
+A norm still normalises each micro-batch by its own statistics, as in GPipe's paper (section 2.2).
+Its call is made to write them to tensors of its own (momentum 1), and the buffers' new values are
+worked out from these.
+
+BatchNorm: n samples times positions in all, n_i in one micro-batch; s the old running mean, a shift
+against cancellation:
+
+    mean = Σ n_i mean_i / n,   variance = Σ n_i (var_i + (mean_i - s)²) / n - (mean - s)²
+
+InstanceNorm: what it remembers is the mean over the samples, of their means and of their unbiased
+variances. So the batch's is the mean of the micro-batches', weighted by their samples.
+"""
+
+from __future__ import annotations
+
+import operator
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from autopipe.passes.graph import add_size, size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Add = Callable[..., fx.Node]
+
+aten = torch.ops.aten
+
+CUMULATIVE = -1.0
+"""What stands for momentum None while a model is captured: 1 / (number of batches so far)."""
+
+NORMS = {aten.batch_norm.default, aten.instance_norm.default}
+"""Operators whose running statistics are known to follow from those of micro-batches."""
+
+
+def momentum_of(node: fx.Node) -> float | None:
+    """The number by which a norm's call blends old and new; None where it is no number."""
+    momentum = node.args[6] if len(node.args) > 6 else None
+    return float(momentum) if isinstance(momentum, (int, float)) else None
+
+
+def own_statistics(
+    graph: fx.Graph, node: fx.Node, add: Add, counter: fx.Node | None, shift: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Let a norm's call write to tensors of its own.
+
+    Args:
+        graph: what is added comes after `node`, but for the tensors that it writes to.
+        node: a call of one of the `NORMS` that reads and writes running statistics.
+        add: adds a call to the graph.
+        counter: how many batches a BatchNorm has seen, for cumulative averages.
+        shift: a running mean as it was before the step.
+
+    Returns:
+        The new running mean and variance; and a node whose micro-batches' values are to be
+        combined by their mean.
+    """
+    x, mean, variance = node.args[0], node.args[3], node.args[4]
+    momentum: Any = momentum_of(node)
+    with graph.inserting_before(node):
+        own = [add(aten.zeros_like.default, b) for b in (mean, variance)]
+    node.args = (*node.args[:3], *own, True, 1.0, *node.args[7:])
+    if node.target is aten.instance_norm.default:
+        packed = add(aten.stack.default, own)
+        whole, spread = (add(aten.select.int, packed, 0, n) for n in (0, 1))
+    else:
+        packed, whole, spread = _moments(graph, x, shift, own, add)
+    blend: Any = aten.lerp.Scalar
+    if momentum == CUMULATIVE and counter is not None:
+        blend = aten.lerp.Tensor
+        batches = add(aten.to.dtype, counter, own[0].meta["val"].dtype)
+        momentum = add(aten.reciprocal.default, batches)
+    return add(blend, mean, whole, momentum), add(blend, variance, spread, momentum), packed
+
+
+def _moments(
+    graph: fx.Graph, x: Any, old: Any, own: list[fx.Node], add: Add
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """What is combined over the micro-batches, and the batch's mean and variance from it."""
+    positions = prod(int(size(n)) for n in x.meta["val"].shape[2:])
+    samples = add_size(graph, aten.sym_size.int, x, 0)
+    count = add_size(graph, operator.mul, samples, positions)
+    moved = add(aten.square.default, add(aten.sub.Tensor, own[0], old))
+    biased = add(aten.sub.Tensor, own[1], add(aten.div.Tensor, own[1], count))
+    packed = add(aten.stack.default, [own[0], moved, biased])
+    whole = add(aten.select.int, packed, 0, 0)
+    shift = add(aten.square.default, add(aten.sub.Tensor, whole, old))
+    spread = add(aten.sum.dim_IntList, add(aten.slice.Tensor, packed, 0, 1, 3), [0])
+    scaled = add(aten.mul.Tensor, add(aten.sub.Tensor, spread, shift), count)
+    unbiased = add(aten.div.Tensor, scaled, add_size(graph, operator.sub, count, 1))
+    return packed, whole, unbiased

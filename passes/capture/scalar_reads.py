@@ -1,0 +1,140 @@
+"""Numbers that are read off tensors: ``loss.sum() / mask.sum().item()``.
+
+The exporter knows such a number by a symbol. Here it becomes a tensor of one entry without a
+gradient, and so does what is computed from it: then it is followed, summed over micro-batches and
+run in the epilogue like any other value. What must really be a number, such as a size, is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from autopipe.errors import CaptureError
+from autopipe.passes._torch import OpOverload, free_unbacked_symbols
+from autopipe.passes.graph import add_call, is_size, source_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+aten = torch.ops.aten
+
+ITEMS = (aten.item.default, aten._local_scalar_dense.default)
+
+
+def keep_tensors(graph: fx.Graph) -> None:
+    """Rewrite the numbers of a normalized graph; changes it.
+
+    Raises:
+        CaptureError: a shape, or something else that is a number, depends on values.
+    """
+    known: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        given = [n for n in node.all_input_nodes if n in known]
+        if node.op != "call_function" or (node.target not in ITEMS and not given):
+            continue
+        with graph.inserting_before(node):
+            if node.target in ITEMS:
+                known[node] = _tensor(graph, node.all_input_nodes[0])
+            elif is_size(node):
+                known[node] = _computed(graph, node, known)
+            else:
+                node.target = _with_tensors(node, known)
+                node.args = fx.map_arg(node.args, lambda n: known.get(n, n))
+                node.kwargs = fx.map_arg(node.kwargs, lambda n: known.get(n, n))
+    for node in reversed(list(known)):
+        if not node.users:
+            graph.erase_node(node)
+    for node in graph.nodes:
+        if free_unbacked_symbols(node.meta.get("val")):
+            raise _refused(node)
+
+
+def _tensor(graph: fx.Graph, source: fx.Node) -> fx.Node:
+    """A Python number has double precision."""
+    value = source.meta["val"]
+    dtype = torch.float64 if value.is_floating_point() else torch.int64
+    flat = add_call(graph, aten.reshape.default, source, [])
+    return add_call(graph, aten.to.dtype, add_call(graph, aten.detach.default, flat), dtype)
+
+
+def _computed(graph: fx.Graph, node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Arithmetic on numbers, one of them a tensor now."""
+    args = [known.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
+    tensor_first = isinstance(args[0], fx.Node) and not is_size(args[0])
+    rule = (ARITHMETIC if tensor_first else REVERSED).get(node.target)
+    if rule is None or node.kwargs:
+        raise _refused(node)
+
+    def call(target: Any, *given: Any) -> fx.Node:
+        return add_call(graph, target, *given)
+
+    result: fx.Node = rule(call, *args)
+    return result
+
+
+def _double(call: Callable[..., fx.Node], x: Any) -> Any:
+    return call(aten.to.dtype, x, torch.float64)
+
+
+def _larger(call: Callable[..., fx.Node], x: Any, y: Any, *, of: Any, bound: str) -> fx.Node:
+    if isinstance(y, fx.Node) and not is_size(y):
+        return call(of, x, y)
+    return call(getattr(aten, f"clamp_{bound}").default, x, y)
+
+
+ARITHMETIC: dict[Any, Any] = {
+    operator.add: lambda call, x, y: call(aten.add.Tensor, x, y),
+    operator.sub: lambda call, x, y: call(aten.sub.Tensor, x, y),
+    operator.mul: lambda call, x, y: call(aten.mul.Tensor, x, y),
+    operator.truediv: lambda call, x, y: call(aten.div.Tensor, _double(call, x), y),
+    operator.neg: lambda call, x: call(aten.neg.default, x),
+    torch.sym_float: _double,
+    torch.sym_max: lambda call, x, y: _larger(call, x, y, of=aten.maximum.default, bound="min"),
+    torch.sym_min: lambda call, x, y: _larger(call, x, y, of=aten.minimum.default, bound="max"),
+}
+"""Operations on numbers as calls on tensors; the first operand is one."""
+
+REVERSED: dict[Any, Any] = {
+    operator.add: lambda call, y, x: call(aten.add.Tensor, x, y),
+    operator.sub: lambda call, y, x: call(aten.add.Tensor, call(aten.neg.default, x), y),
+    operator.mul: lambda call, y, x: call(aten.mul.Tensor, x, y),
+    operator.truediv: lambda call, y, x: call(
+        aten.mul.Tensor, call(aten.reciprocal.default, _double(call, x)), y
+    ),
+    torch.sym_max: lambda call, y, x: call(aten.clamp_min.default, x, y),
+    torch.sym_min: lambda call, y, x: call(aten.clamp_max.default, x, y),
+}
+"""The same where the first operand is a number and the second a tensor."""
+
+
+def _with_tensors(node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> Any:
+    """The overload of an operator that takes tensors for these numbers."""
+    target: Any = node.target
+    if not isinstance(target, OpOverload):
+        raise _refused(node)
+    own = [a.name for a in target._schema.arguments]
+    positions = {own[i] for i, a in enumerate(node.args) if a in known}
+    positions |= {n for n, a in node.kwargs.items() if a in known}
+    listed = [n for n in node.all_input_nodes if n in known]
+    if len(listed) <= len(positions):  # none is within a list, such as a size
+        packet = target.overloadpacket
+        for overload in [target, *(getattr(packet, n) for n in packet.overloads())]:
+            arguments = {a.name: str(a.type) for a in overload._schema.arguments}
+            if list(arguments) == own and all("Tensor" in arguments[p] for p in positions):
+                return overload
+    raise _refused(node)
+
+
+def _refused(node: fx.Node) -> CaptureError:
+    return CaptureError(
+        "a number or a shape that depends on the values of tensors cannot be pipelined",
+        node=node.name,
+        source=source_line(node),
+        found=str(node.target),
+        remedy="keep a tensor of one entry (no .item()), keep the shape and mask instead"
+        " (torch.where(mask, x, 0) for x[mask]), or pass the number in",
+    )

@@ -1,0 +1,96 @@
+"""What is dispatched, counted; and counts at a few batch sizes made a polynomial in the batch size.
+
+FLOPs are those of torch's own formulas (`torch.utils.flop_counter`), bytes one read of every
+argument and one write of every result of each kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import sympy
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autopipe.passes._torch import TorchDispatchMode, flop_registry, storage_id
+from autopipe.passes.ir import B
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+PROBES = (2, 3, 5)
+"""Batch sizes at which a call is run."""
+FOURTH = 7
+"""One more where those three are not on a line."""
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what is dispatched meanwhile, kernel by kernel.
+
+    Attributes:
+        flops: by torch's own formulas, as `torch.utils.flop_counter.FlopCounterMode` has them.
+        moved_bytes: one read of every argument and one write of every result; views move nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.moved_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **kwargs, out_val=result))
+        read, written = _tensors((args, kwargs)), _tensors(result)
+        if moves(func, read, written):
+            self.moved_bytes += sum(map(distinct_bytes, [*read, *written]))
+        return result
+
+
+def moves(target: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> bool:
+    """Whether a call of an operator touches memory: one that makes views or empty tensors does not.
+
+    Args:
+        target: the operator; None: some other function.
+        read, written: tensors among its arguments and its results.
+    """
+    owned = {storage_id(t) for t in read}
+    is_view = written and all(storage_id(t) in owned for t in written)
+    allocates = target is not None and target._overloadpacket.__name__.startswith(
+        ("empty", "new_empty")
+    )
+    return not allocates and (not is_view or (target is not None and target._schema.is_mutable))
+
+
+def kind_of(target: Any, flops: Any) -> str:
+    """The kind of an operator's work, of `devices.KINDS`; `flops` may be an expression."""
+    name = str(target)
+    if flops == 0:
+        return "memory"
+    if "attention" in name:
+        return "attention"
+    return "convolution" if "conv" in name else "matmul"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def distinct_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements, those that it repeats (`expand`) counted once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(n for n, stride in sizes if stride or not n) * tensor.dtype.itemsize
+
+
+def fit(at: Callable[[int], int]) -> sympy.Expr:
+    """The polynomial in `B` that takes the values of `at`, a function of the batch size."""
+    (x, u), (y, v), (z, w) = points = [(batch, at(batch)) for batch in PROBES]
+    if u == v == w:
+        return sympy.Integer(u)
+    slope, rest = divmod(v - u, y - x)
+    if rest == 0 and w - u == slope * (z - x):
+        return slope * B + (u - slope * x)
+    return sympy.expand(sympy.interpolate([*points, (FOURTH, at(FOURTH))], B))

@@ -1,0 +1,103 @@
+"""How long the phases of a stage take on a device: its joint graph's calls, one by one.
+
+Where `cost` says what a call of the captured graph will cost, to decide where to cut, here the
+stage has been traced: every kernel of its forward and backward stands in the graph, each in its
+phase, those that are made again twice. So F, R, B and W are summed apart, for any policy.
+
+FLOPs are those of torch's own formulas, bytes one read of every argument and one write of every
+result; views move nothing. Seconds are a `Device`'s.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autopipe.passes._torch import flop_registry
+from autopipe.passes.graph import once_per_graph
+from autopipe.passes.ir import PHASES
+
+from .op_counter import distinct_bytes, kind_of, moves
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from autopipe.passes.devices import Device
+    from autopipe.passes.ir import StagePhases
+
+
+class Work(NamedTuple):
+    """What one call does; see `Device.seconds`."""
+
+    flops: int
+    moved_bytes: int
+    kind: str
+    precision: str
+
+
+class PhaseSeconds(NamedTuple):
+    """Seconds of each phase of one micro-batch at one stage.
+
+    Attributes:
+        forward: F.
+        recompute: R, what is made again.
+        backward: B, gradients of what the stage received.
+        weight: W, gradients of its parameters.
+    """
+
+    forward: float = 0.0
+    recompute: float = 0.0
+    backward: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of a micro-batch's."""
+        return sum(self)
+
+
+def phase_seconds(stage: StagePhases, device: Device) -> PhaseSeconds:
+    """Predicted time of a traced stage's phases on a device."""
+    sums = dict.fromkeys(PHASES, 0.0)
+    for (phase, work), count in _phase_work(stage).items():
+        sums[phase] += count * device.seconds(*work)
+    return PhaseSeconds(*(sums[phase] for phase in PHASES))
+
+
+@once_per_graph
+def _phase_work(stage: StagePhases) -> Counter[tuple[str, Work]]:
+    """How often each work is done in each phase."""
+    return Counter((stage.phase_of[n.name], work) for n, work in stage_work(stage).items())
+
+
+def stage_work(stage: StagePhases) -> Mapping[fx.Node, Work]:
+    """The work of every call of a traced stage that is in a phase, in order."""
+    nodes = [n for n in stage.graph.nodes if n.name in stage.phase_of]
+    return {n: work for n in nodes if (work := _work(n)) is not None}
+
+
+def _work(node: fx.Node) -> Work | None:
+    """Of one call; None if it does nothing (it unpacks results)."""
+    target: Any = node.target
+    args = node.args
+    if node.op == "call_method":  # of the runtime's kit, with the operator before its arguments
+        target = next((a for a in args if callable(a) and not isinstance(a, fx.Node)), None)
+        args = args[args.index(target) + 1 :] if target is not None else args[1:]
+    elif not hasattr(target, "_schema"):
+        return None
+    args, kwargs = fx.map_arg((args, node.kwargs), lambda n: n.meta.get("val"))
+    result = node.meta.get("val")
+    read, written = _tensors((args, kwargs)), _tensors(result)
+    formula = flop_registry.get(getattr(target, "overloadpacket", None))
+    flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+    moved = sum(map(distinct_bytes, [*read, *written])) if moves(target, read, written) else 0
+    floats = [t for t in [*written, *read] if t.is_floating_point()]
+    half = bool(floats) and floats[0].dtype.itemsize == 2
+    return Work(flops, moved, kind_of(target, flops), "half" if half else "fp32")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]

@@ -1,0 +1,262 @@
+"""What several passes ask of an fx graph: sizes, looks, source lines, effects."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import operator
+import re
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autopipe.passes._torch import size_calls
+from autopipe.passes.ir import B, TensorSpec
+
+from .source_location import is_users
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+aten = torch.ops.aten
+
+
+def size(value: Any) -> sympy.Expr:
+    """A size as an expression in `B`: every symbol of a captured graph is the batch size."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return in_batch(value.node.expr)
+    return sympy.Integer(int(value))
+
+
+def in_batch(expr: Any) -> Any:
+    """An expression of a captured graph's symbols in `B`."""
+    return sympy.sympify(expr).xreplace(dict.fromkeys(expr.free_symbols, B))
+
+
+def spec_of(node: fx.Node) -> TensorSpec:
+    """What a node's tensor looks like."""
+    value = node.meta["val"]
+    return TensorSpec(node.name, tuple(map(size, value.shape)), value.dtype)
+
+
+def source_line(node: fx.Node) -> str | None:
+    """``file:line`` in the model of the call behind a node."""
+    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    users = [f"{file}:{line}" for file, line in frames if is_users(file)]
+    return users[-1] if users else None
+
+
+def is_random(node: fx.Node) -> bool:
+    """A call that draws random numbers (dropout of chance 0 does not, though it could)."""
+    tags = getattr(node.target, "tags", ())
+    schema = getattr(node.target, "_schema", None)
+    if torch.Tag.nondeterministic_seeded not in tags or schema is None:
+        return False
+    given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    chance = next((given[n] for n in ("p", "dropout_p", "dropout") if n in given), None)
+    return given.get("train") is not False and chance != 0.0
+
+
+def is_effect(node: fx.Node) -> bool:
+    """A call that matters even if nobody uses its result: it writes to one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return (schema is not None and schema.is_mutable) or node.target in HIDDEN_WRITES
+
+
+HIDDEN_WRITES = {  # operator → (positions written, position of the flag that makes it write)
+    aten.batch_norm.default: ((3, 4), 5),
+    aten.native_batch_norm.default: ((3, 4), 5),
+    aten.cudnn_batch_norm.default: ((3, 4), 5),
+    aten.miopen_batch_norm.default: ((3, 4), 5),
+    aten.instance_norm.default: ((3, 4), 5),
+}
+"""Operators that update running statistics although their schemas do not say so."""
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments of a call that it changes in place."""
+    if node.target in HIDDEN_WRITES:
+        positions, flag = HIDDEN_WRITES[node.target]
+        written = [node.args[p] for p in positions] if node.args[flag] else []
+    elif is_effect(node):
+        arguments = node.target._schema.arguments  # type: ignore[union-attr]
+        written = [
+            node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
+            for i, a in enumerate(arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
+    else:
+        written = []
+    flat = pytree.tree_leaves(written)
+    return [a for a in flat if isinstance(a, fx.Node)]
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """What the result is, or is a view of: the first argument, if the operator's schema says so."""
+    schema = getattr(node.target, "_schema", None)
+    shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    if not shares and node.target is not operator.getitem:
+        return None
+    return next((n for n in node.all_input_nodes if not is_size(n)), None)
+
+
+def owner_of(node: fx.Node) -> fx.Node:
+    """The call or placeholder that made the memory which a view looks at."""
+    while (source := viewed(node)) is not None:
+        node = source
+    return node
+
+
+def owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """`owner_of` every node, in one walk."""
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = viewed(node)
+        owner[node] = node if source is None else owner[source]
+    return owner
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Erase the calls that nobody uses and that change nothing.
+
+    (fx's own dead code elimination keeps random calls; a draw here depends on no other draw.)
+    """
+    for node in reversed(graph.nodes):
+        if node.op in ("call_function", "call_method") and not node.users and not is_effect(node):
+            graph.erase_node(node)
+
+
+def tensors_of(node: fx.Node) -> list[Tensor]:
+    """The (fake) tensors that a node makes: one, several, or none for a size."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return [v for v in value if isinstance(v, Tensor)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def is_size(node: fx.Node) -> bool:
+    """A node that computes a number from shapes, not a tensor."""
+    numbers = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return isinstance(node.meta.get("val"), numbers)
+
+
+def is_integer(node: fx.Node) -> bool:
+    """Made of integers (not booleans): indices, counts."""
+    dtypes = [t.dtype for t in tensors_of(node)]
+    return bool(dtypes) and not any(
+        d.is_floating_point or d.is_complex or d is torch.bool for d in dtypes
+    )
+
+
+OTHER_NAMES = {
+    aten.zero_.default: aten.zeros_like.default,  # aten.zero has no derivative
+    aten.normal_.default: aten.normal_functional.default,
+}
+"""What writes in place → the same out of place, where the name does not tell."""
+
+
+def functional_of(target: Any) -> Any:
+    """``add`` for ``add_``, ``div`` for ``div(out=)``: what takes the same and writes nowhere."""
+    if target in OTHER_NAMES:
+        return OTHER_NAMES[target]
+    schema = target._schema
+    name = schema.name.removeprefix("aten::")
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else target.overloadpacket
+    wanted = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)._schema
+        writes = found.is_mutable or any(r.alias_info is not None for r in found.returns)
+        if not writes and [(a.name, str(a.type)) for a in found.arguments] == wanted:
+            return getattr(packet, overload)
+    return None
+
+
+def add_call(graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Node:
+    """Append a call to a captured graph, with its looks worked out on the spot."""
+    node = graph.call_function(target, args, kwargs)
+    fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    known: Any = next(t for n in node.all_input_nodes for t in tensors_of(n))
+    with known.fake_mode:
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    for source in node.all_input_nodes:
+        if "stack_trace" in source.meta:
+            node.meta["stack_trace"] = source.meta["stack_trace"]
+    return node
+
+
+def add_size(graph: fx.Graph, target: Callable[..., Any], /, *args: Any) -> fx.Node:
+    """Append a computation on sizes, with its value worked out on the spot."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def batch_size_node(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorSpec]]) -> fx.Node:
+    """Append calls that read `B` off the shape of the first tensor that shows it.
+
+    Raises:
+        LookupError: no candidate's shape depends on `B`.
+    """
+    multiples = []
+    for node, spec in candidates:
+        for dim, expr in enumerate(spec.shape):
+            if expr == B:
+                return graph.call_function(aten.sym_size.int, (node, dim))
+            if expr.free_symbols and (expr / B).is_Integer:
+                multiples.append((node, dim, int(expr / B)))
+    if not multiples:
+        raise LookupError("no tensor shows the batch size")
+    node, dim, factor = multiples[0]
+    multiple = graph.call_function(aten.sym_size.int, (node, dim))
+    return graph.call_function(operator.floordiv, (multiple, factor))
+
+
+def emit_size(value: Any, batch: Callable[[], fx.Node]) -> fx.Node | int:
+    """A size as a plain integer, or as calls on the node that holds the batch size."""
+    expr = size(value)
+    return int(expr) if expr.is_Integer else size_calls(expr, batch())
+
+
+def fingerprint(graph: fx.Graph) -> str:
+    """Equal for graphs that make the same calls on the same arguments, whatever their names.
+
+    (A call that is noted to be static draws its random numbers under another key.)
+    """
+    index = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    rows = [
+        f"{n.op} {n.target if n.op == 'call_function' else ''} {n.meta.get('autocast')}"
+        f" {n.meta.get('static')} {fx.map_arg((n.args, n.kwargs), index.__getitem__)}"
+        for n in graph.nodes
+    ]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+class _HasGraph(Protocol):
+    @property
+    def graph(self) -> fx.Graph: ...
+
+
+Holder = TypeVar("Holder", bound=_HasGraph)
+Result = TypeVar("Result")
+
+
+def once_per_graph(function: Callable[[Holder], Result]) -> Callable[[Holder], Result]:
+    """Remember what a function finds out about a `graph`, as long as that is there.
+
+    For what depends on nothing else: identical stages share their graph. The result must not hold
+    nodes of it, which would keep it.
+    """
+    known: WeakKeyDictionary[fx.Graph, Result] = WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def remembered(holder: Holder) -> Result:
+        if holder.graph not in known:
+            known[holder.graph] = function(holder)
+        return known[holder.graph]
+
+    return remembered

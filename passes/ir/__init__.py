@@ -1,0 +1,48 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from .captured import ZERO, Annotated, Captured, Flow, NodeCost
+from .phased import PHASES, Draw, Phased, StagePhases
+from .split import CALLER, Route, Split, StageEstimates, StageGraph
+from .values import (
+    ONE,
+    B,
+    Branches,
+    Input,
+    Kind,
+    Leaf,
+    Output,
+    TensorSpec,
+    at_batch,
+    is_true,
+    results_of,
+)
+
+__all__ = [
+    "CALLER",
+    "ONE",
+    "PHASES",
+    "ZERO",
+    "Annotated",
+    "B",
+    "Branches",
+    "Captured",
+    "Draw",
+    "Flow",
+    "Input",
+    "Kind",
+    "Leaf",
+    "NodeCost",
+    "Output",
+    "Phased",
+    "Route",
+    "Split",
+    "StageEstimates",
+    "StageGraph",
+    "StagePhases",
+    "TensorSpec",
+    "at_batch",
+    "is_true",
+    "results_of",
+]

@@ -1,0 +1,151 @@
+"""What a simulated step looks like: when each action runs; checks of it, and two ways to see it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from autopipe.errors import OptionError, VerifyError
+
+from .actions import Action, Scheduled
+
+_COLUMNS = 88  # of the drawing; with the label 100
+
+# Names out of the viewers' own palette, by the letter that says most about the action.
+_COLOURS = {
+    "B": "rail_response",
+    "F": "thread_state_running",
+    "R": "thread_state_iowait",
+    "W": "rail_idle",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """When one action ran, from `start` to `end`."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a simulated step looks like.
+
+    Attributes:
+        makespan: end of the last action; the first starts at 0.
+        bubble: share of the pipeline's time that is idle, 1 - work/span. Work is the most that one
+            device does, for equal stages M(F + R + B + W); span the longest that one device takes
+            from its first action's start to its last one's end (arXiv 2401.10241, Table 5).
+        spans: per device, its actions in order.
+        in_flight: per stage, the most micro-batches between forward and backward (its W).
+        peak_bytes: per device, the most bytes that micro-batches occupy at once, as
+            `simulator.peak_bytes` counts them; None if nobody said what they save.
+    """
+
+    makespan: float
+    bubble: float
+    spans: tuple[tuple[Span, ...], ...]
+    in_flight: tuple[int, ...]
+    peak_bytes: tuple[float, ...] | None = None
+
+    @property
+    def device_spans(self) -> tuple[float, ...]:
+        """Per device, the time from its first action's start to its last one's end."""
+        return tuple(row[-1].end - row[0].start if row else 0.0 for row in self.spans)
+
+    def verify(self, scheduled: Scheduled) -> None:
+        """Check that each device does its actions in order, one at a time, after what they need.
+
+        Raises:
+            VerifyError: naming the device and the action.
+        """
+        ends = {
+            Action(letter, span.action.stage, span.action.microbatch): span.end
+            for row in self.spans
+            for span in row
+            for letter in span.action.phase
+        }
+        if tuple(tuple(span.action for span in row) for row in self.spans) != scheduled.devices:
+            raise VerifyError("the timeline does not have the schedule's actions in its order")
+        for device, row in enumerate(self.spans):
+            for one, two in pairwise(row):
+                if two.start < one.end:
+                    what = f"{two.action} on device {device} overlaps {one.action}"
+                    raise VerifyError(what, expected=f">= {one.end}", found=f"{two.start}")
+            for span in row:
+                what = f"{span.action} on device {device}"
+                if not 0 <= span.start <= span.end <= self.makespan:
+                    raise VerifyError(f"{what} has no place in time", found=str(span))
+                for need in span.action.needs(scheduled.stages):
+                    if span.start < ends[need]:
+                        found = f"starts at {span.start}, {need} ends at {ends[need]}"
+                        raise VerifyError(f"{what} does not wait for {need}", found=found)
+
+    def to_chrome_trace(self, microseconds: float = 1e6) -> str:
+        """The timeline in the trace event format, JSON text for chrome://tracing or Perfetto.
+
+        A thread per device, a complete event ("X") per action, named ``F2.0`` as in the schedule;
+        what kind of action it is gives its category and colour.
+
+        Args:
+            microseconds: how long the timeline's unit of time is; 1e6 where times are seconds,
+                1e3 where they are milliseconds.
+
+        Raises:
+            OptionError: a unit of no length.
+        """
+        if not 0 < microseconds < float("inf"):
+            found = str(microseconds)
+            raise OptionError("`microseconds`", expected="a finite length > 0", found=found)
+        events: list[dict[str, object]] = []
+        for device, row in enumerate(self.spans):
+            here: dict[str, object] = {"pid": 0, "tid": device}
+            name = {"name": f"device {device}"}
+            events.append({"name": "thread_name", "ph": "M", "args": name, **here})
+            for span in row:
+                action = span.action
+                events.append(
+                    {
+                        "name": str(action),
+                        "cat": action.phase,
+                        "cname": _COLOURS["B" if "B" in action.phase else action.phase],
+                        "ph": "X",
+                        "ts": span.start * microseconds,
+                        "dur": (span.end - span.start) * microseconds,
+                        "args": {"stage": action.stage, "microbatch": action.microbatch},
+                        **here,
+                    }
+                )
+        return json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, indent=1)
+
+    def __str__(self) -> str:
+        """A Gantt chart: digits are forwards, letters backwards (a: micro-batch 0).
+
+        Capitals are W apart from its B, and ``'`` is R apart from its B.
+        """
+        title = (
+            f"makespan {self.makespan:.6g}, bubble {self.bubble:.4f}, "
+            f"in flight {' '.join(map(str, self.in_flight))}"
+        )
+        if self.peak_bytes is not None:
+            title += f", peak bytes {' '.join(f'{peak:.6g}' for peak in self.peak_bytes)}"
+        rows = [f"device {device:<3}  {self._draw(row)}" for device, row in enumerate(self.spans)]
+        return "\n".join([title, *rows])
+
+    def _draw(self, row: Sequence[Span]) -> str:
+        cells = ["."] * _COLUMNS
+        for span in row if self.makespan else ():
+            first, last = (round(t / self.makespan * _COLUMNS) for t in (span.start, span.end))
+            cells[first:last] = _mark(span.action) * (last - first)
+        return "".join(cells)
+
+
+def _mark(action: Action) -> str:
+    m = action.microbatch
+    if action.phase in ("F", "R"):
+        return str(m % 10) if action.phase == "F" else "'"
+    return chr(ord("A" if action.phase == "W" else "a") + m % 26)

@@ -1,0 +1,142 @@
+"""An assignment of calls to stages → `Split`: stage graphs with explicit signatures, and routes.
+
+Sizes are not sent: each stage reads the batch size off a tensor it has.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from autopipe.passes.graph import batch_size_node, emit_size, fingerprint, is_size, spec_of
+from autopipe.passes.ir import CALLER, Annotated, Input, Kind, Route, Split, StageGraph, results_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from autopipe.passes.ir import StageEstimates
+
+    from .stage_estimate import Placement
+
+
+def build(annotated: Annotated, made: Placement, facts: StageEstimates) -> Split:
+    """The stage graphs for a given assignment of calls to stages, of which `facts` are known."""
+    captured, K = annotated.captured, len(facts.seconds)
+    inputs = {i.name: i for i in captured.inputs}
+    users = _users(captured.graph_module.graph, made)
+    outputs = {o.name: i for i, o in enumerate(captured.outputs)}
+    routes: dict[str, Route] = {}
+    held: dict[int, list[Input]] = defaultdict(list)
+    lent: dict[int, list[str]] = defaultdict(list)
+    receives: dict[int, list[str]] = defaultdict(list)
+    returns: dict[int, list[str]] = defaultdict(list)
+    for node, needed in users.items():
+        item = inputs.get(node.name)
+        stages = sorted(needed)
+        if item is not None and item.kind in (Kind.BUFFER, Kind.CONSTANT):
+            for k in stages:  # read-only copies: `_allowed` keeps a written one in one stage
+                held[k].append(item)
+            continue
+        if item is None:
+            source, kind = made[node][0], "activation"
+            consumers = [k for k in stages if k not in made[node]]
+            if not consumers and node.name not in outputs:
+                continue
+            returns[source].append(node.name)
+        elif item.kind is Kind.PARAMETER:
+            source, kind, consumers = stages[0], "parameter", stages[1:]
+            held[source].append(item)
+            if not consumers:
+                continue
+        else:
+            source, kind, consumers = CALLER, "input", stages
+        routes[node.name] = Route(
+            spec_of(node), kind, source, tuple(consumers), outputs.get(node.name)
+        )
+        for k in consumers:
+            (lent if kind == "parameter" else receives)[k].append(node.name)
+    by_name: dict[str, fx.Node] = {}
+    calls: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
+    for position, node in enumerate(captured.graph_module.graph.nodes):
+        by_name[node.name] = node
+        for k in made.get(node, ()):
+            calls[k].append((position, node))
+    result = Split(
+        annotated,
+        tuple(
+            _stage(by_name, calls[k], k, held[k], lent[k], receives[k], returns[k])
+            for k in range(K)
+        ),
+        routes,
+        facts,
+        {node.name: stages for node, stages in made.items() if len(stages) > 1},
+    )
+    result.verify()
+    return result
+
+
+def _users(graph: fx.Graph, made: Placement) -> dict[fx.Node, set[int]]:
+    """For each tensor, in graph order, the stages that use it (its own if it is an output)."""
+    users: dict[fx.Node, set[int]] = {n: set() for n in graph.nodes if n.op != "output"}
+    sized: set[int] = set()
+    for node, stages in made.items():
+        for source in node.all_input_nodes:
+            users[source].update(stages)
+            if is_size(source):
+                sized.update(stages)
+    for node in results_of(graph):
+        users[node].add(made[node][0])
+    users = {n: s for n, s in users.items() if not is_size(n)}
+    batched = [
+        n for n in users if isinstance(n.meta["val"], Tensor) and spec_of(n).batch_dim is not None
+    ]
+    shown = {k for n in batched for k in users[n] if k not in made.get(n, ())}
+    for k in sized - shown:  # a stage that needs the batch size needs a tensor to read it off
+        users[batched[0]].add(k)
+    return {n: s for n, s in users.items() if s}
+
+
+def _stage(
+    by_name: Mapping[str, fx.Node],
+    calls: Sequence[tuple[int, fx.Node]],
+    k: int,
+    held: Sequence[Input],
+    lent: Sequence[str],
+    receives: Sequence[str],
+    returns: Sequence[str],
+) -> StageGraph:
+    """Copy stage k's calls, with their positions in the whole graph, into a graph of their own."""
+    stage = fx.Graph()
+    env: dict[fx.Node, Any] = {}
+    for name in [*(i.name for i in held), *lent, *receives]:
+        env[by_name[name]] = stage.placeholder(name)
+        env[by_name[name]].meta = dict(by_name[name].meta)
+    batch: list[fx.Node] = []
+
+    def batch_node() -> fx.Node:
+        if not batch:
+            tensors = [n for n in env if isinstance(n.meta["val"], Tensor)]
+            batch.append(batch_size_node(stage, [(env[n], spec_of(n)) for n in tensors]))
+        return batch[0]
+
+    def argument(node: fx.Node) -> Any:
+        if is_size(node) and node not in env:
+            env[node] = emit_size(node.meta["val"], batch_node)
+        return env[node]
+
+    for _, node in calls:
+        env[node] = stage.node_copy(node, argument)
+    stage.output(tuple(env[by_name[name]] for name in returns))
+    position = {env[n]: i for i, n in calls}
+    return StageGraph(
+        index=k,
+        graph_module=fx.GraphModule({}, stage, f"Stage{k}"),
+        held=tuple(held),
+        lent=tuple(lent),
+        receives=tuple(receives),
+        returns=tuple(returns),
+        origins=tuple(position.get(n, -1) for n in stage.nodes),
+        fingerprint=fingerprint(stage),
+    )

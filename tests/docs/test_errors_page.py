@@ -1,0 +1,38 @@
+"""docs/errors.md says what is raised, class by class."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from autopipe import errors
+from tests.support.errors_page import CASES, page, raised
+
+ALL = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, errors.AutopipeError) and kind is not errors.AutopipeError
+]
+
+
+def test_every_class_has_a_case() -> None:
+    assert set(CASES) == set(ALL)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_each_case_raises_its_class_and_says_what_to_do(kind: type) -> None:
+    for title, script in CASES[kind].items():
+        error = raised(script)
+        assert type(error) is kind, title
+        if kind is not errors.VerifyError:  # a bug of ours: nothing that the user can do
+            assert error.remedy or error.expected, title
+        if kind in (errors.CaptureError, errors.CouplingError):
+            assert error.source, title
+
+
+def test_the_page_is_up_to_date() -> None:
+    """Else: ``python -m tests.support.errors_page > docs/errors.md``."""
+    path = Path(__file__).parents[2] / "docs" / "errors.md"
+    assert page() == path.read_text()

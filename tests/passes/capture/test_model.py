@@ -1,0 +1,349 @@
+"""Capture: what the graph holds, what comes back, and what is refused instead of captured wrongly.
+
+Where a model can be captured, eager torch on the whole batch is the truth; see
+`tests.support.agreement`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from autopipe.errors import AutopipeError, CaptureError, InputError, OptionError
+from autopipe.passes.ir.values import Kind
+from tests.support.agreement import assert_agrees, assert_close, pipelined
+from tests.support.capturing import BATCH, D, Model, Pair, batch
+from tests.support.models import Tied
+from tests.support.programs import captured_of, node, user_line
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def parameters(model: nn.Module, *args: Any) -> list[str]:
+    return [i.target for i in captured_of(model, *args).inputs if i.kind is Kind.PARAMETER]
+
+
+# ------------------------------------------------------------------------------- the state
+
+
+def test_a_tied_parameter_is_one_placeholder() -> None:
+    model = Tied()
+    captured = captured_of(model, torch.randint(0, 19, (4, 5)))
+    tied = [
+        i
+        for i in captured.inputs
+        if i.kind is Kind.PARAMETER and model.get_parameter(i.target) is model.head.weight
+    ]
+    assert len(tied) == 1
+    names = [i.name for i in captured.inputs if i.kind is Kind.PARAMETER]
+    assert len(names) == len(set(names)) == len(list(model.parameters()))
+    placeholder = node(captured.graph_module.graph, tied[0].name)
+    assert len(placeholder.users) == 1 + 3 + 1  # the embedding, again in each layer, the head
+
+
+def test_a_parameter_that_is_not_used_is_no_placeholder() -> None:
+    model = Model(lambda s, x: x * 2)
+    assert parameters(model, batch()) == ["first.weight", "first.bias"]
+
+
+def test_buffers_and_constants_are_placeholders() -> None:
+    model = Model(lambda s, x: s.last(x) * torch.arange(D) + s.shift)
+    model.register_buffer("shift", torch.rand(D))
+    captured = captured_of(model, batch())
+    kinds = collections.Counter(i.kind for i in captured.inputs)
+    assert kinds[Kind.BUFFER] == 1
+    assert kinds[Kind.PARAMETER] == 4
+    assert all(i.target in captured.constants for i in captured.inputs if i.kind is Kind.CONSTANT)
+    assert_agrees(pipelined(model), batch())
+
+
+def test_names_that_collide_once_dots_are_underscores() -> None:
+    model = Model(lambda s, x: s.last(x) * s.a.b + s.a_b)
+    model.a = nn.Module()
+    model.a.b = nn.Parameter(torch.rand(D))
+    model.a_b = nn.Parameter(torch.rand(D))
+    assert_agrees(pipelined(model), batch())
+
+
+# ------------------------------------------------------------------------------- the call's tensors
+
+
+def test_one_tensor_passed_twice_stays_two_inputs() -> None:
+    pipe = pipelined(Model(lambda s, x, y: s.last(x) * y))
+    same = batch(grad=True)
+    assert_agrees(pipe, same, same)
+    assert [i.index for i in pipe.captured.inputs if i.kind is Kind.INPUT] == [0, 1]
+    assert_agrees(pipe, batch(grad=True), batch(grad=True))
+
+
+def test_a_batch_of_one_as_example_fixes_nothing() -> None:
+    pipe = pipelined(Model(lambda s, x, y: s.last(x) * y))
+    first = pipe(batch(1), batch(1))
+    assert first.shape == (1, D)
+    for size in (7, 2, 1):
+        assert_agrees(pipe, batch(size, grad=True), batch(size))
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), {"scale": None}])
+def test_an_input_without_batch_reaches_every_micro_batch(in_dims: Any) -> None:
+    class Scaled(Model):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+            return self.last(torch.tanh(self.first(x)) * scale)
+
+    pipe = pipelined(Scaled(lambda: None), in_dims=in_dims)
+    assert_agrees(pipe, batch(grad=True), torch.randn(D).requires_grad_())
+
+
+def test_a_tensor_without_dimensions_is_not_batched() -> None:
+    pipe = pipelined(Model(lambda s, x, scale: s.last(x) * scale))
+    assert_agrees(pipe, batch(), torch.tensor(0.3).requires_grad_())
+
+
+def test_the_batch_may_be_another_dimension() -> None:
+    class Sequence(Model):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return self.last(torch.tanh(self.first(x)))
+
+    pipe = pipelined(Sequence(lambda: None), in_dims=1)
+    found = assert_agrees(pipe, batch(4, BATCH, D, grad=True))
+    assert found.shape == (4, BATCH, D)
+    assert [o.dim for o in pipe.captured.outputs] == [1]
+
+
+def test_inputs_that_are_no_tensors_are_part_of_the_graph() -> None:
+    model = Model(lambda s, x, power, *, flag: s.last(x) ** power if flag else x)
+    pipe = pipelined(model)
+    assert_agrees(pipe, batch(), 2, flag=True)
+    with pytest.raises(InputError, match="differ in structure"):
+        pipe(batch(), 3, flag=True)
+
+
+def test_strides_of_inputs_are_free() -> None:
+    pipe = pipelined(Model(lambda s, x: s.last(x)))
+    assert_agrees(pipe, batch())
+    assert_agrees(pipe, torch.randn(D, BATCH).t())
+    assert_agrees(pipe, torch.randn(1, D).expand(BATCH, D))
+
+
+def test_inputs_in_containers() -> None:
+    model = Model(lambda s, x, d, *, more: s.last(x * d["a"]) * d["b"][0] + more.left - more.right)
+    found = assert_agrees(
+        pipelined(model),
+        batch(),
+        {"a": batch(), "b": [batch(grad=True)]},
+        more=Pair(batch(), batch(grad=True)),
+    )
+    assert found.shape == (BATCH, D)
+
+
+@dataclasses.dataclass
+class Inputs:
+    left: Tensor
+    right: Tensor
+    factor: int = 3
+
+
+def test_inputs_in_a_dataclass() -> None:
+    """Promise 4: nested dict/tuple/dataclass inputs and outputs."""
+    model = Model(lambda s, x, d: s.last(x * d.left) * d.right * d.factor)
+    pipe = pipelined(model)
+    x, data = batch(), Inputs(batch(), batch())
+    assert_close(pipe(x, data), model(x, data))
+    other = Inputs(batch(), batch())
+    assert_close(pipe(x, other), model(x, other))
+
+
+def input_names(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+    inputs = captured_of(model, *args, **kwargs).inputs
+    return [i.name for i in inputs if i.kind is Kind.INPUT]
+
+
+def test_inputs_are_named_as_the_user_names_them() -> None:
+    class Named(nn.Module):
+        def forward(self, ids: Tensor, part: Any, *, mask: Tensor, extra: Any) -> Tensor:
+            return ids * part["left"] * part["rest"][1] * mask * extra.left
+
+    x = batch()
+    names = input_names(Named(), x, {"left": x, "rest": [1.5, x]}, extra=Pair(x, 2), mask=x)
+    assert names[:3] == ["ids", "part_left", "part_rest_1"]
+    assert sorted(names[3:]) == ["extra_left", "mask"]
+
+
+def test_names_of_inputs_that_collide_are_made_distinct() -> None:
+    class Colliding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(D, D)
+
+        def forward(self, a: Any, a_b: Tensor, p_layer_weight: Tensor, tanh: Tensor) -> Tensor:
+            return torch.tanh(self.layer(a["b"])) * a_b * p_layer_weight + tanh
+
+    args = ({"b": batch()}, batch(grad=True), batch(), batch(grad=True))
+    names = input_names(Colliding(), *args)
+    assert len(set(names)) == 4
+    assert_agrees(pipelined(Colliding()), *args)
+
+
+def test_names_of_inputs_may_be_words_of_the_generated_program() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(D, D)
+
+        def forward(self, kit: Tensor, args: Tensor, run: Tensor, torch: Tensor) -> Tensor:
+            return self.layer(kit).tanh() * args + run * torch
+
+    assert_agrees(pipelined(Words()), batch(), batch(), batch(grad=True), batch())
+
+
+def test_the_example_inputs_are_left_alone() -> None:
+    x = batch(grad=True)
+    before, version = x.detach().clone(), x._version
+    captured_of(Model(lambda s, x: s.last(x)), x)
+    assert torch.equal(x.detach(), before)
+    assert x._version == version
+    assert x.grad is None
+
+
+# ------------------------------------------------------------------------------- refused
+
+
+def branches(s: Any, x: Tensor) -> Tensor:
+    if x.sum() > 0:  # the line of the branch
+        x = x * 2
+    return s.last(x)
+
+
+def test_control_flow_on_data_is_refused() -> None:
+    with pytest.raises(CaptureError, match="control flow that depends on the values") as caught:
+        captured_of(Model(branches), batch())
+    assert caught.value.source == user_line(branches, "# the line " + "of the branch")
+    assert "torch.where" in str(caught.value)
+
+
+def selects(s: Any, x: Tensor) -> Tensor:
+    return s.last(x)[x[:, 0] > 0]  # the line of the selection
+
+
+def test_a_size_that_depends_on_data_is_refused() -> None:
+    with pytest.raises(AutopipeError) as caught:
+        pipelined(Model(selects))(batch())
+    # torch keeps the frames of functions called `forward` only: the caller of `selects`
+    code = Model.forward.__code__
+    assert caught.value.source == f"{code.co_filename}:{code.co_firstlineno + 1}"
+    assert "torch.where" in str(caught.value)
+
+
+def test_a_batch_size_fixed_by_the_model_is_refused() -> None:
+    model = Model(lambda s, x: s.last(x.view(BATCH, 2, 3).reshape(BATCH, D)))
+    with pytest.raises(CaptureError, match="fixes the size of its batch dimension") as caught:
+        captured_of(model, batch())
+    assert caught.value.node == "x"
+    assert caught.value.found == f"always {BATCH}"
+    assert "in_dims" in str(caught.value)
+
+
+def test_a_model_that_fails_is_refused_with_its_own_error() -> None:
+    def fails(s: Any, x: Tensor) -> Tensor:
+        return s.last(x[:, :3])  # the line that fails
+
+    with pytest.raises(CaptureError, match="cannot capture") as caught:
+        captured_of(Model(fails), batch())
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert caught.value.source == user_line(fails, "# the line " + "that fails")
+
+
+def derives(s: Any, x: Tensor) -> Tensor:
+    x = x.tanh()
+    (g,) = torch.autograd.grad(s.last(x).sum(), x, create_graph=True)  # the line that derives
+    return g.square().sum()
+
+
+def test_gradients_taken_inside_the_model_are_refused() -> None:
+    with pytest.raises(CaptureError, match="takes gradients inside its forward") as caught:
+        captured_of(Model(derives), batch(grad=True))
+    assert caught.value.source == user_line(derives, "# the line " + "that derives")
+    x = torch.ones(1, requires_grad=True)
+    assert torch.autograd.grad((2 * x).sum(), x)[0] == 2, "torch is as before"
+
+
+def test_vmap_inside_the_model_is_refused() -> None:
+    model = Model(lambda s, x: torch.vmap(lambda row: s.last(row).sin())(x))
+    with pytest.raises(CaptureError, match="function transform inside the model") as caught:
+        captured_of(model, batch())
+    code = Model.forward.__code__
+    assert caught.value.source == f"{code.co_filename}:{code.co_firstlineno + 1}"
+
+
+def test_an_operator_with_graphs_of_its_own_is_refused() -> None:
+    def conditional(s: Any, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y + 1, (x,))
+
+    with pytest.raises(CaptureError, match=r"graphs of its own|cannot capture"):
+        captured_of(Model(conditional), batch())
+
+
+def test_a_call_without_batch_is_refused() -> None:
+    pipe = pipelined(Model(lambda s, x: s.last(x)), in_dims=None)
+    with pytest.raises(InputError, match="no input has a batch dimension"):
+        pipe(batch())
+    with pytest.raises(InputError, match="without samples"):
+        pipelined(Model(lambda s, x: s.last(x)))(batch(0))
+
+
+def test_inputs_that_differ_in_their_number_of_samples_are_named() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, pair: list[Tensor], *more: Tensor, mask: Tensor) -> Tensor:
+            return x + pair[0] + pair[1] + more[0] + mask
+
+    with pytest.raises(InputError, match="differ in their number of samples") as raised:
+        pipelined(Sum())(batch(4), [batch(4), batch(1)], batch(4), mask=torch.randn(D))
+    assert raised.value.found == (
+        f"x: 4 in dimension 0 of (4, {D}); pair: 4 in dimension 0 of (4, {D}); "
+        f"pair: 1 in dimension 0 of (1, {D}); args[2]: 4 in dimension 0 of (4, {D}); "
+        f"mask: {D} in dimension 0 of ({D},)"
+    )
+
+
+# ------------------------------------------------------------------------------- other front doors
+
+
+def test_graph_modules_and_exported_programs_are_models_too() -> None:
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+    x = batch()
+    traced = fx.symbolic_trace(model)
+    assert_agrees(pipelined(traced), x)
+    shapes = {"input": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (x,), dynamic_shapes=shapes)
+    pipe = pipelined(program)
+    assert_close(pipe(x).detach(), model(x).detach())
+    assert_close(pipe(batch(3)).detach().new_zeros(3, D), torch.zeros(3, D))
+
+
+def test_an_exported_program_with_a_fixed_batch_is_refused() -> None:
+    program = torch.export.export(nn.Linear(D, D), (batch(),))
+    with pytest.raises(AutopipeError) as caught:
+        pipelined(program, devices=1)(batch())
+    assert "dynamic batch dimension" in str(caught.value)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(OptionError, match="not a module"):
+        pipelined(F.relu)  # type: ignore[arg-type]
+
+
+def test_capture_works_on_meta() -> None:
+    with torch.device("meta"):
+        model = Model(lambda s, x: s.last(x))
+    captured = captured_of(model, batch())
+    assert [str(s) for s in captured.outputs[0].spec.shape] == ["B", str(D)]
+    assert all(p.is_meta for p in model.parameters())
+    leaves, _ = pytree.tree_flatten([o.spec.dtype for o in captured.outputs])
+    assert leaves == [torch.float64]

@@ -1,0 +1,225 @@
+"""docs/errors.md: every class of error with scripts that raise it, and what they print.
+
+``python -m tests.support.errors_page > docs/errors.md`` writes the page anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+import runpy
+import tempfile
+import textwrap
+from pathlib import Path
+
+from autopipe import errors
+
+HEAD = """\
+import torch, autopipe
+from torch import nn
+"""
+
+CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
+    errors.OptionError: {
+        "A value that cannot be right": """\
+            autopipe.compile(nn.Linear(4, 4), devices=2, chunks=0)
+            """,
+        "A question before the first call": """\
+            autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2).explain()
+            """,
+    },
+    errors.DeviceError: {
+        "A device that does not exist": """\
+            autopipe.compile(nn.Linear(4, 4), devices=["cpu", "gpu:0"], chunks=2)
+            """,
+        "A model without weights": """\
+            with torch.device("meta"):
+                model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+            autopipe.compile(model, devices=1, chunks=2)(torch.randn(6, 4))
+            """,
+    },
+    errors.CaptureError: {
+        "Control flow that depends on data": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    if x.sum() > 0:
+                        return x * 2
+                    return x
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
+        "A batch size that becomes a number": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    return x * torch.ones(len(x), 1)
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
+        "Gradients taken in the forward": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    y = x.sin()
+                    return torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+
+            x = torch.randn(6, 4, requires_grad=True)
+            autopipe.compile(Model(), devices=1, chunks=2)(x)
+            """,
+        "vmap in the forward": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    return torch.vmap(torch.sin)(x)
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
+        "A random number that torch does not know of": """\
+            import random
+
+            class Model(nn.Module):
+                def forward(self, x):
+                    return x * random.random()
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
+        "A hook on a tensor": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    y = x * 2
+                    y.register_hook(lambda gradient: gradient * 0.5)
+                    return y
+
+            x = torch.randn(6, 4, requires_grad=True)
+            autopipe.compile(Model(), devices=1, chunks=2)(x)
+            """,
+    },
+    errors.CouplingError: {
+        "Samples that meet in the model": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    return x.softmax(0)
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
+        "A contrastive loss": """\
+            class Model(nn.Module):
+                def forward(self, x, y):
+                    logits = x @ y.T
+                    target = torch.arange(x.shape[0])
+                    return nn.functional.cross_entropy(logits, target)
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4), torch.randn(6, 4))
+            """,
+        "A reduction without a known rule": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    return x.logsumexp(0).mean()
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
+    },
+    errors.InputError: {
+        "Another structure than the captured one": """\
+            pipe = autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2)
+            pipe(torch.randn(6, 4))
+            pipe(torch.randn(6, 4), torch.randn(6))
+            """,
+        "Inputs that differ in their number of samples": """\
+            autopipe.compile(nn.Bilinear(4, 4, 2), 1, 2)(torch.randn(6, 4), torch.randn(5, 4))
+            """,
+    },
+    errors.PartitionError: {
+        "More stages than the model has calls": """\
+            autopipe.compile(nn.Linear(4, 4), devices=3, chunks=2)(torch.randn(6, 4))
+            """,
+    },
+    errors.MemoryLimitError: {
+        "A limit that nothing keeps": """\
+            layers = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
+            autopipe.plan(layers, 2, 4, args=(torch.ones(8, 64),), memory="200KiB")
+            """,
+    },
+    errors.PlanError: {
+        "A plan of another model": """\
+            large = nn.Sequential(*[nn.Linear(4, 4)] * 3)
+            plan = autopipe.plan(large, 2, 2, args=(torch.ones(4, 4),))
+            autopipe.compile(nn.Linear(4, 4), plan=plan)(torch.randn(6, 4))
+            """,
+    },
+    errors.UnsupportedError: {
+        "A schedule that is not there yet": """\
+            autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2, schedule="zb-h1")
+            """,
+        "A move": """\
+            autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2).half()
+            """,
+    },
+    errors.StageError: {
+        "A stage that fails while it runs": """\
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.table = nn.Embedding(10, 4)
+
+                def forward(self, ids):
+                    return self.table(ids) * 2
+
+            pipe = autopipe.compile(Model(), devices=1, chunks=2)
+            pipe(torch.tensor([1, 2, 3, 10]))
+            """,
+        "A second backward": """\
+            pipe = autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2)
+            loss = pipe(torch.randn(6, 4)).sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+            """,
+    },
+    errors.VerifyError: {
+        "A program that breaks its own rules": """\
+            import dataclasses
+
+            pipe = autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2)
+            pipe(torch.randn(6, 4))
+            dataclasses.replace(pipe.captured, inputs=()).verify()
+            """,
+    },
+}
+
+INTRODUCTION = """\
+# Errors
+
+Every error that autopipe raises on purpose is an `autopipe.errors.AutopipeError`, one class for
+each kind. It carries `problem`, `node` (in the captured graph), `source` (``file:line`` of the
+model), `expected`, `found` and `remedy`, and prints those that it has. What follows is generated:
+each script was run (after ``import torch, autopipe`` and ``from torch import nn``), and this is
+what it raised.
+"""
+
+
+def raised(script: str) -> Exception:
+    """What a script raises."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.py"
+        path.write_text(HEAD + textwrap.dedent(script))
+        try:
+            runpy.run_path(str(path))
+        except Exception as error:
+            error.args = (str(error).replace(f"{folder}/", ""),)
+            return error
+    raise AssertionError(f"nothing was raised by\n{script}")
+
+
+def page() -> str:
+    """The text of docs/errors.md."""
+    parts = [INTRODUCTION]
+    for kind, cases in CASES.items():
+        parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n")
+        for title, script in cases.items():
+            error = raised(script)
+            code = textwrap.dedent(script).strip()
+            parts.append(
+                f"### {title}\n\n```python\n{code}\n```\n\n```text\n{type(error).__name__}:"
+                f" {error}\n```\n"
+            )
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,74 @@
+"""Passes that are pure, run once for the same arguments: for tests of many plans of a model.
+
+What stays for every plan is what a plan is about: the cut in space, chains of looks, code, a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from autopipe.passes import driver
+from autopipe.passes.phases import cut as phases
+
+
+@contextmanager
+def pure_passes_once() -> Iterator[None]:
+    """Within this, a model is captured and costed once, a stage traced and cut once."""
+    captures: dict[Any, Any] = {}
+    costs: dict[int, Any] = {}
+    traces: dict[Any, Any] = {}
+    cuts: dict[Any, Any] = {}
+    alive: list[Any] = []  # so that nothing else has the id of what is here
+    capture, annotate = driver.capture, driver.annotate
+    trace, forward_looks, cut_joint = phases.trace, phases.forward_looks, phases.cut_joint
+
+    def capture_once(model: nn.Module, leaves: Any, spec: Any, dims: Any, **options: Any) -> Any:
+        alive.append(model)
+        chosen = tuple(sorted(options.items(), key=str))
+        key = (id(model), model.training, str(spec), tuple(dims), chosen, *_looks(leaves))
+        if key not in captures:
+            captures[key] = capture(model, leaves, spec, dims, **options)
+        return captures[key]
+
+    def annotate_once(captured: Any) -> Any:
+        if id(captured) not in costs:
+            alive.append(captured)
+            costs[id(captured)] = annotate(captured)
+        return costs[id(captured)]
+
+    def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:
+        key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, grad)
+        if key not in traces:
+            traces[key] = trace(stage, inputs, tangents, device, grad=grad)
+        return traces[key]
+
+    def looks_once(stage: Any, inputs: Any, device: Any, *, grad: bool) -> Any:
+        key = (stage.fingerprint, tuple(inputs), device, grad)
+        if key not in traces:
+            traces[key] = forward_looks(stage, inputs, device, grad=grad)
+        return traces[key]
+
+    def cut_once(stage: Any, joint: Any, remat: str, device: Any) -> Any:
+        # Under the names of the first stage with this trace: `phases` gives each its own.
+        key = (id(joint), len(stage.held), len(stage.lent), remat, device)
+        if key not in cuts:
+            alive.append(joint)
+            cuts[key] = cut_joint(stage, joint, remat, device)
+        return cuts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "capture", capture_once)
+        patch.setattr(driver, "annotate", annotate_once)
+        patch.setattr(phases, "trace", trace_once)
+        patch.setattr(phases, "forward_looks", looks_once)
+        patch.setattr(phases, "cut_joint", cut_once)
+        yield
+
+
+def _looks(leaves: list[Any]) -> list[Any]:
+    return [(x.shape[1:], x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves]

@@ -1,0 +1,93 @@
+"""Plans made by hand: of any size, for what is drawn of a plan; with cuts at given calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+import autopipe
+from autopipe.planning.plan_parts import Crossing, StagePlan, Times
+from autopipe.planning.plans import Plan
+
+
+def crossing(
+    name: str, source: int | None, *targets: int, nbytes: int = 1024, kind: str = "activation"
+) -> Crossing:
+    kind = "input" if source is None else kind
+    return Crossing(name, kind, "float32[B, 16]", source, targets, False, nbytes)
+
+
+def made_plan(
+    stages: int = 3,
+    sizes: Sequence[int] = (4, 4, 3),
+    crossings: Sequence[Crossing] | None = None,
+    **facts: Any,
+) -> Plan:
+    """K stages: stage k takes (k + 2) ms forward and again, two and a half times that backward."""
+    if crossings is None:
+        crossings = [crossing("x", None, 0)]
+        crossings += [crossing(f"h_{k}", k, k + 1, nbytes=512 * (k + 1)) for k in range(stages - 1)]
+    remat, limit = facts.pop("remat", "full"), facts.pop("limit", None)
+
+    def times(factor: int) -> Times:
+        return Times(1e-3 * factor, 1e-3 * factor, 2.5e-3 * factor, 0.0, 0.0, 0.0)
+
+    plan = Plan(
+        model=facts.pop("model", "Net"),
+        training=True,
+        whole=False,
+        graph="0123456789abcdef",
+        schedule=facts.pop("schedule", "gpipe"),
+        chunks=len(sizes),
+        sizes=tuple(sizes),
+        stages=tuple(
+            StagePlan(
+                first=f"linear_{k}",
+                calls=3 + k,
+                device="cpu",
+                parameters=(f"layers.{k}.weight", f"layers.{k}.bias"),
+                speeds="cpu-core",
+                remat=remat,
+                flops=10**6 * (k + 1),
+                times=(times(k + 2),) * len(set(sizes)),
+                parameter_bytes=4096 * (k + 1),
+                gradient_bytes=4096 * (k + 1),
+                optimizer_bytes=8192 * (k + 1),
+                buffer_bytes=100 * k,
+                lent_bytes=0,
+                activation_bytes=2048 * (k + 1),
+                saved_bytes=1000 * (k + 1),
+                in_flight=len(sizes),
+                peak_saved_bytes=1000 * (k + 1) * len(sizes),
+                peak_bytes=1000 * (k + 1) * len(sizes) + 2048,
+                limit_bytes=limit,
+            )
+            for k in range(stages)
+        ),
+        crossings=tuple(crossings),
+        begins=(),
+        repeated=(),
+        bound_seconds=4e-3 * stages,
+        cut_seconds=4.5e-3 * (stages + 1),
+        gather_seconds=facts.pop("gather", 0.0),
+        notes=facts.pop("notes", ()),
+    )
+    assert not facts, facts
+    plan.verify()
+    return plan
+
+
+def plan_at(
+    starts: Sequence[str], model: nn.Module, chunks: int, *args: Any, remat: str, **kwargs: Any
+) -> Plan:
+    """The plan of a model's call, on the CPU, in which stages start at these calls as captured."""
+    given: dict[str, Any] = {"remat": remat, "args": args, "kwargs": kwargs}
+    plan = autopipe.plan(model, ["cpu"] * (len(starts) + 1), chunks, **given)
+    order = autopipe.plan(model, ["cpu"], chunks, **given)  # in one stage no call is moved
+    firsts = (order.stages[0].first, *starts)
+    pairs = zip(plan.stages, firsts, strict=True)
+    stages = tuple(replace(stage, first=first) for stage, first in pairs)
+    return replace(plan, graph=order.graph, stages=stages, begins=(), repeated=())

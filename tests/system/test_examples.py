@@ -1,0 +1,76 @@
+"""The examples run, say what they promise to say, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
+    "quickstart": (
+        ["--steps", "3"],
+        [
+            "2 stages, 4 micro-batches of 8, schedule gpipe, remat full",
+            "p_transformer_wte_weight: float32[256, 256] stage 0 -> stage 1",
+            "def forward_1(run, m, compute):",
+            "step   2   loss",
+            "largest difference in the first 3 losses:",
+        ],
+    ),
+    "quickstart, other options": (
+        ["--steps", "2", "--devices", "3", "--chunks", "5", "--remat", "min-cut"],
+        ["3 stages, 5 micro-batches of 7 or 6, schedule gpipe, remat min-cut", "def forward_2("],
+    ),
+    "inspect_stages": (
+        [],
+        [
+            "in   input_ids: int64[B, 32] caller -> stage 0",
+            "forward flops       6815744*B",
+            "torch.ops.aten.",
+            "4 stages, 8 micro-batches of 4",
+            "device 3",
+        ],
+    ),
+    "unet_skips": (
+        ["--steps", "2"],
+        ["stage 0 -> stage 3   (not through [1, 2])", "largest gradient", "step  1   loss"],
+    ),
+    "encoder_decoder": (
+        ["--steps", "2"],
+        [
+            "stage 2 receives  labels: int64[B, 10]",
+            "words in micro-batches [3, 3, 2, 2]",
+            "step  1   loss",
+        ],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str) -> None:
+    options, lines = EXAMPLES[name]
+    path = ROOT / "examples" / f"{name.partition(',')[0]}.py"
+    done = subprocess.run(
+        [sys.executable, path, *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    for line in lines:
+        assert line in done.stdout
+    assert done.stderr == ""
+
+
+def test_every_example_is_tested() -> None:
+    tested = {name.partition(",")[0] for name in EXAMPLES}
+    planned = {"gpt2_xl"}  # by the command, in test_cli.py
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested | planned

@@ -1,0 +1,117 @@
+"""What needs CUDA: several stages on one GPU exercise streams and events; two GPUs, transfers.
+
+Truth is the captured graph under plain autograd on the same GPU, over the same chunks. Kernels that
+add in any order (atomics) are switched off where torch can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import autopipe
+from tests.support.models import MODELS
+from tests.support.reference import objective, over_chunks
+
+pytestmark = pytest.mark.gpu
+ONE = ["cuda:0"]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Any:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _to(device: str, inputs: Any) -> Any:
+    return pytree.tree_map(
+        lambda x: (
+            x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+        ),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "min-cut"])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("name", [n for n, e in MODELS.items() if not e.random])
+def test_all_stages_on_one_gpu(name: str, devices: int, remat: str) -> None:
+    model, inputs = MODELS[name].make()
+    model.cuda()
+    for chunks, batch in ((1, 4), (3, 10), (4, 4)):
+        args, kwargs = _to("cuda:0", inputs(batch))
+        pipe = autopipe.compile(model, ONE * devices, chunks, remat=remat, args=args, kwargs=kwargs)
+        leaves = pytree.tree_leaves((args, kwargs))
+        truth = over_chunks(pipe.captured, model, leaves, chunks)
+        model.zero_grad()
+        result = pipe(*args, **kwargs)
+        objective(result).backward()
+        pairs = zip(pytree.tree_leaves(result), pytree.tree_leaves(truth.result), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+        scale = max(g.abs().max() for g in truth.parameters.values() if g is not None)
+        for key, gradient in truth.parameters.items():
+            found = model.get_parameter(key).grad
+            if gradient is None:
+                assert found is None
+            else:
+                assert (found - gradient).abs().max() <= 2e-6 * scale, key
+
+
+def test_model_on_the_cpu_is_moved() -> None:
+    model, inputs = MODELS["gpt2"].make()
+    before = [id(p) for p in model.parameters()]
+    pipe = autopipe.compile(model, ONE * 2, 2)
+    _, kwargs = inputs(4)
+    pipe(**kwargs).loss.backward()
+    assert [id(p) for p in model.parameters()] == before
+    assert all(p.device.type == "cuda" for p in model.parameters())
+
+
+def test_randomness_on_one_gpu() -> None:
+    model, inputs = MODELS["gpt2_dropout"].make()
+    model.cuda()
+    _, kwargs = _to("cuda:0", inputs(4))
+    gradients = []
+    for devices, remat in ((1, "none"), (2, "full"), (3, "min-cut")):
+        pipe = autopipe.compile(model, ONE * devices, 2, remat=remat)
+        model.zero_grad()
+        torch.manual_seed(3)
+        loss = pipe(**kwargs).loss
+        loss.backward()
+        gradients.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    for loss, found in gradients[1:]:
+        assert torch.equal(loss, gradients[0][0])
+        assert all(torch.allclose(a, b) for a, b in zip(found, gradients[0][1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2_dropout", "unet", "resnet"])
+@pytest.mark.parametrize("devices", [ONE * 2, ["cuda:0", "cuda:1"], ["cpu", "cuda:0"]])
+def test_verify(name: str, devices: list[str]) -> None:
+    """From inputs and a model on the CPU, which the comparison must gather to run."""
+    if torch.cuda.device_count() < len({d for d in devices if d != "cpu"}):
+        pytest.skip("needs two GPUs")
+    model, inputs = MODELS[name].make()
+    args, kwargs = inputs(6)
+    found = autopipe.compile(model, devices, 3).verify(*args, **kwargs)
+    assert found.ok, str(found)
+    assert found.worst("gradient") is not None
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus() -> None:
+    for name in ("gpt2", "unet", "tied"):
+        model, inputs = MODELS[name].make()
+        args, kwargs = inputs(6)
+        result = autopipe.compile(model, 2, 3)(*args, **kwargs)
+        objective(result).backward()
+        assert {p.device for p in model.parameters()} == {
+            torch.device("cuda", 0),
+            torch.device("cuda", 1),
+        }

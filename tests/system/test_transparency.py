@@ -1,0 +1,162 @@
+"""Promises 1, 2 and 3: the same module, the same numbers, the same randomness.
+
+Truth is the captured graph under plain autograd over the same chunks
+(`tests.support.reference`), compared
+bit for bit, and the model itself in eager torch, compared to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import autopipe
+from autopipe.call_signature import flatten
+from tests.support.models import MODELS
+from tests.support.once import pure_passes_once
+from tests.support.reference import Truth, objective, over_chunks
+
+CHUNKS, BATCHES, REMATS = (1, 3, 4), (4, 10), ("none", "full", "min-cut")
+ROUNDING = 2e-6  # of a gradient's own norm per element: promise 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _once():
+    with pure_passes_once():
+        yield
+
+
+@functools.cache
+def _model(name: str) -> Any:
+    return MODELS[name].make()
+
+
+@functools.cache
+def _truth(name: str, captured: Any, batch: int, chunks: int) -> Truth:
+    model, inputs = _model(name)
+    return over_chunks(captured, model, flatten(*inputs(batch))[0], chunks)
+
+
+@functools.cache
+def _eager(name: str, batch: int) -> tuple[Any, dict[str, Tensor | None]]:
+    """The model itself, whole batch at once."""
+    model, inputs = _model(name)
+    model = copy.deepcopy(model)
+    args, kwargs = inputs(batch)
+    result = model(*args, **kwargs)
+    objective(result).backward()
+    return result, {n: p.grad for n, p in model.named_parameters()}
+
+
+def _run(pipe: autopipe.Pipeline, model: nn.Module, inputs: Any, batch: int) -> Truth:
+    """A training step; the model's buffers are put back, since `_truth` starts from them."""
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    model.zero_grad()
+    args, kwargs = inputs(batch)
+    result = pipe(*args, **kwargs)
+    objective(result).backward()
+    found = Truth(
+        result,
+        {n: p.grad for n, p in model.named_parameters()},
+        [x.grad for x in flatten(args, kwargs)[0] if x.requires_grad],
+        {n: b.clone() for n, b in model.named_buffers()},
+    )
+    with torch.no_grad():
+        for n, b in model.named_buffers():
+            b.copy_(before[n])
+    return found
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    return a == b
+
+
+def _assert_same(found: Truth, truth: Truth) -> None:
+    pairs = zip(pytree.tree_leaves(found.result), pytree.tree_leaves(truth.result), strict=True)
+    assert [i for i, (a, b) in enumerate(pairs) if not _equal(a, b)] == []
+    for name, gradient in truth.parameters.items():
+        assert _equal(found.parameters[name], gradient), name
+    assert all(_equal(a, b) for a, b in zip(found.inputs, truth.inputs, strict=True))
+    for name, buffer in truth.buffers.items():
+        assert _equal(found.buffers[name], buffer), name
+
+
+def _each(names: list[str]) -> Any:
+    """One group per model, so that parallel workers each trace their own models only."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names]
+    )
+
+
+EXACT = [n for n, e in MODELS.items() if not e.random]
+SLOW = ("unet", "transformer", "t5", "bert", "resnet")
+"""Of these not every combination is run, but every pair of a number of stages or a policy and a
+number of micro-batches; all with ``AUTOPIPE_ALL=1``."""
+
+
+def _chunks(name: str, devices: int, remat: str) -> tuple[int, ...]:
+    if name not in SLOW or os.environ.get("AUTOPIPE_ALL"):
+        return CHUNKS
+    return (CHUNKS[(devices + REMATS.index(remat)) % len(CHUNKS)],)
+
+
+def test_slow_models_too_meet_every_pair() -> None:
+    stages = (1, 2, 3, 4)
+    met = [(k, r, c) for k in stages for r in REMATS for c in _chunks(SLOW[0], k, r)]
+    assert {(k, c) for k, _, c in met} == set(itertools.product(stages, CHUNKS))
+    assert {(r, c) for _, r, c in met} == set(itertools.product(REMATS, CHUNKS))
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize("devices", [1, 2, 3, 4])
+@_each(EXACT)
+def test_bit_equal_to_the_captured_graph(name: str, devices: int, remat: str) -> None:
+    model, inputs = _model(name)
+    for chunks in _chunks(name, devices, remat):
+        pipe = autopipe.compile(model, devices=devices, chunks=chunks, remat=remat)
+        for batch in BATCHES:
+            found = _run(pipe, model, inputs, batch)
+            _assert_same(found, _truth(name, pipe.captured, batch, chunks))
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@_each([n for n in EXACT if n != "resnet"])
+def test_equal_to_the_model_itself(name: str, chunks: int) -> None:
+    model, inputs = _model(name)
+    pipe = autopipe.compile(model, devices=3, chunks=chunks)
+    found = _run(pipe, model, inputs, 10)
+    result, gradients = _eager(name, 10)
+    for a, b in zip(pytree.tree_leaves(found.result), pytree.tree_leaves(result), strict=False):
+        if isinstance(b, Tensor):
+            assert (a - b).abs().max() <= ROUNDING * max(1.0, b.abs().max().item())
+    scale = max(g.abs().max() for g in gradients.values() if g is not None)
+    for key, gradient in gradients.items():
+        if gradient is not None:
+            assert (found.parameters[key] - gradient).abs().max() <= ROUNDING * scale, key
+
+
+@_each([n for n, e in MODELS.items() if e.random])
+def test_randomness_does_not_depend_on_the_plan(name: str) -> None:
+    model, inputs = _model(name)
+    for chunks, batch, stages in ((3, 10, (1, 2, 3, 4)), (4, 4, (1, 3))):
+        runs = []
+        for devices in stages:
+            for remat in REMATS:
+                pipe = autopipe.compile(model, devices=devices, chunks=chunks, remat=remat)
+                torch.manual_seed(7)
+                runs.append(_run(pipe, model, inputs, batch))
+        for run in runs[1:]:
+            _assert_same(run, runs[0])
+        torch.manual_seed(8)
+        other = _run(pipe, model, inputs, batch)
+        assert not torch.equal(objective(other.result), objective(runs[0].result))
