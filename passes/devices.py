@@ -45,7 +45,8 @@ PRECISIONS = ("fp32", "half")
 ADAM_BYTES = 8
 """Optimizer state in bytes per trained parameter element: the default of every memory estimate.
 
-Adam and AdamW keep two moments of 4 bytes (fp32) each. Kingma and Ba, "Adam", ICLR 2015, algorithm 1.
+Adam and AdamW keep two moments of 4 bytes (fp32) each: Kingma and Ba, "Adam", ICLR 2015,
+algorithm 1.
 """
 
 
@@ -79,7 +80,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Fractions:
-    """The fraction (0 to 1) of a device's peak that each kind of work reaches, and of its bandwidth.
+    """The fractions (0 to 1) of a device's peak FLOP/s and bandwidth that its kernels reach.
 
     Attributes:
         matmul: of peak FLOP/s, by matrix products.
