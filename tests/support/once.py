@@ -1,6 +1,6 @@
 """Passes that are pure, run once for the same arguments: for tests of many plans of a model.
 
-What stays for every plan is what a plan is about: the cut in space, chains of tensor metadata, code, a run.
+What differs between plans stays: the cut in space, chains of tensor metadata, code, a run.
 """
 
 from __future__ import annotations
