@@ -5,7 +5,7 @@ What stays for every plan is what a plan is about: the cut in space, chains of l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from torch import Tensor, nn
 
 from autopipe.passes import driver
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.phases import cut as phases
 
 
@@ -27,12 +28,15 @@ def pure_passes_once() -> Iterator[None]:
     capture, annotate = driver.capture, driver.annotate
     trace, forward_looks, cut_joint = phases.trace, phases.forward_looks, phases.cut_joint
 
-    def capture_once(model: nn.Module, leaves: Any, spec: Any, dims: Any, **options: Any) -> Any:
+    def capture_once(request: CaptureRequest) -> Any:
+        model = request.model
+        assert isinstance(model, nn.Module)
         alive.append(model)
-        chosen = tuple(sorted(options.items(), key=str))
-        key = (id(model), model.training, str(spec), tuple(dims), chosen, *_looks(leaves))
+        options = (request.whole, request.single, request.batch_norm, request.out_reduce)
+        call = (str(request.spec), tuple(request.batch_dims), *_looks(request.leaves))
+        key = (id(model), model.training, options, *call)
         if key not in captures:
-            captures[key] = capture(model, leaves, spec, dims, **options)
+            captures[key] = capture(request)
         return captures[key]
 
     def annotate_once(captured: Any) -> Any:
@@ -70,5 +74,5 @@ def pure_passes_once() -> Iterator[None]:
         yield
 
 
-def _looks(leaves: list[Any]) -> list[Any]:
+def _looks(leaves: Sequence[Any]) -> list[Any]:
     return [(x.shape[1:], x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves]
