@@ -23,7 +23,7 @@ from autopipe.passes.phases import TraceCache, phases
 from autopipe.passes.schedule import Scheduled, schedule
 from autopipe.passes.split import PlannedCut, split
 
-from ._torch import lazy_code
+from ._torch import lazy_graph_code
 from .codegen import Generated, codegen
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _dumped = itertools.count(1)
 
 
-@lazy_code()
+@lazy_graph_code()
 def costed(
     request: CaptureRequest, progress: Callable[[str], None] = lambda text: None
 ) -> Annotated:
@@ -63,7 +63,7 @@ def costed(
     return annotated
 
 
-@lazy_code()
+@lazy_graph_code()
 def cut_in_space(
     annotated: Annotated,
     aim: Objective,
@@ -88,7 +88,7 @@ class Lowered:
     generated: Generated
 
 
-@lazy_code()
+@lazy_graph_code()
 def phases_at(
     split: Split,
     sizes: Sequence[int],
@@ -118,7 +118,7 @@ def phases_at(
     }
 
 
-@lazy_code()
+@lazy_graph_code()
 def cut_in_time(
     phased: Mapping[int, Phased],
     sizes: Sequence[int],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autopipe.errors import MemoryLimitError, PartitionError, UnsupportedError
-from autopipe.passes.cost import Seconds
+from autopipe.passes.cost import CallSeconds
 from autopipe.passes.devices import CPU_CORE, DEVICES, H100
 from autopipe.planning.fitting import Candidate
 from autopipe.planning.planner import clocks_of, plan
@@ -106,13 +106,13 @@ def _search(
         )
 
     @cache
-    def measured(size: int) -> Mapping[str, Seconds]:
+    def measured(size: int) -> Mapping[str, CallSeconds]:
         progress(f"timing calls on {size} samples")
         timed = profile(annotated, size, options.devices[0]).timings
         nothing = Timing(0.0, 0.0)  # what is not run: sizes, the unpacking of results
         timings = {name: timed.get(name, nothing) for name in annotated.costs}
         return {
-            name: Seconds(t.forward_seconds, t.backward_seconds, t.forward_seconds)
+            name: CallSeconds(t.forward_seconds, t.backward_seconds, t.forward_seconds)
             for name, t in timings.items()
         }
 
@@ -135,7 +135,7 @@ def _refined(search: Search, chosen: Candidate, batch: int) -> Candidate:
         times = dict(search.measured(max(known.sizes)))
         for k, calls in enumerate(chosen.split.calls):
             share = chosen.plan.stages[k].seconds / max(chosen.split.facts.seconds[k], 1e-12)
-            times |= {n.name: Seconds(*(share * t for t in times[n.name])) for n in calls}
+            times |= {n.name: CallSeconds(*(share * t for t in times[n.name])) for n in calls}
         search = replace(search, measured=_always(times))
         try:
             again = search.best(batch)
@@ -151,7 +151,7 @@ def _refined(search: Search, chosen: Candidate, batch: int) -> Candidate:
     return replace(chosen, plan=timed)
 
 
-def _always(times: Mapping[str, Seconds]) -> Callable[[int], Mapping[str, Seconds]]:
+def _always(times: Mapping[str, CallSeconds]) -> Callable[[int], Mapping[str, CallSeconds]]:
     return lambda size: times
 
 

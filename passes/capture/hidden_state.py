@@ -19,7 +19,7 @@ from torch import Tensor
 
 from autopipe.errors import AutopipeError, CaptureError
 from autopipe.passes._torch import FakeTensor
-from autopipe.passes.graph import close, fingerprint
+from autopipe.passes.graph import fingerprint, is_close
 
 from .module_state import is_same, preserve_buffers, restore_values, set_attributes
 
@@ -140,5 +140,5 @@ def _agree(a: Any, b: Any) -> bool:
     if isinstance(a, tuple):  # a buffer and its name
         return a[0] == b[0] and _agree(a[1], b[1])
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return close(a, b)
+        return is_close(a, b)
     return is_same(a, b)

@@ -17,8 +17,17 @@ from torch import Tensor, fx
 from autopipe.errors import CaptureError, UnsupportedError
 from autopipe.passes._torch import free_unbacked_symbols
 from autopipe.passes.batch import STATIC, Reduced, combine, follow, settle
-from autopipe.passes.graph import in_batch
-from autopipe.passes.ir import ONE, B, Branches, Captured, Input, Kind, Leaf, results_of
+from autopipe.passes.graph import in_batch_symbol
+from autopipe.passes.ir import (
+    SINGLE_SAMPLE,
+    B,
+    Captured,
+    Input,
+    InputKind,
+    ResultLeaf,
+    SizeGuards,
+    results_of,
+)
 
 from .buffer_assignment import read_buffer_copies
 from .buffer_mutation import check_rows, defer
@@ -71,7 +80,7 @@ def capture(request: CaptureRequest) -> Captured:
         leaves=_result_leaves(trace, combined.leaves),
         out_spec=_result_spec(trace),
         updates=combined.updates,
-        branches=sizes,
+        size_guards=sizes,
         notes=(*trace.result.notes, *notes),
     )
     captured.verify()
@@ -91,20 +100,20 @@ def _describe_inputs(trace: Trace, request: CaptureRequest) -> tuple[Input, ...]
         )
 
     inputs = trace.normalized.inputs
-    return tuple(of_call(i) if i.kind is Kind.INPUT else i for i in inputs)
+    return tuple(of_call(i) if i.kind is InputKind.INPUT else i for i in inputs)
 
 
-def _supported_sizes(trace: Trace, inputs: Sequence[Input]) -> Branches:
+def _supported_sizes(trace: Trace, inputs: Sequence[Input]) -> SizeGuards:
     """The batch sizes for which the graph computes what the model does."""
     if trace.batch is None:
-        return ONE
+        return SINGLE_SAMPLE
     _check_batch_is_symbolic(inputs, next(iter(trace.sizes.fixed), None))
     return branches(trace.normalized.graph, trace.sizes.decisions, trace.batch)
 
 
 def _check_batch_is_symbolic(inputs: Sequence[Input], fixed_at: str | None) -> None:
     for item in inputs:
-        if item.kind is not Kind.INPUT or item.batch_dim is None:
+        if item.kind is not InputKind.INPUT or item.batch_dim is None:
             continue
         size = item.spec.shape[item.batch_dim]
         if not size.free_symbols:
@@ -147,7 +156,7 @@ def _assigned_buffers(trace: Trace, inputs: Sequence[Input]) -> list[fx.Node]:
     found = {
         i.name
         for i in inputs
-        if i.kind is Kind.BUFFER and id(module.get_buffer(i.target)) in tensors
+        if i.kind is InputKind.BUFFER and id(module.get_buffer(i.target)) in tensors
     }
     return [n for n in graph.nodes if n.op == "placeholder" and n.name in found]
 
@@ -188,9 +197,9 @@ def _values(trace: Trace, leaves: Sequence[Any]) -> Callable[[Input], Tensor]:
     module, constants = trace.module, trace.normalized.constants
 
     def value(item: Input) -> Tensor:
-        if item.kind is Kind.PARAMETER:
+        if item.kind is InputKind.PARAMETER:
             return module.get_parameter(item.target)
-        if item.kind is Kind.BUFFER:
+        if item.kind is InputKind.BUFFER:
             return module.get_buffer(item.target)
         found: Tensor = constants[item.target] if item.target else leaves[item.index]
         return found
@@ -198,7 +207,7 @@ def _values(trace: Trace, leaves: Sequence[Any]) -> Callable[[Input], Tensor]:
     return value
 
 
-def _result_leaves(trace: Trace, tensors: Sequence[Leaf]) -> tuple[Leaf, ...]:
+def _result_leaves(trace: Trace, tensors: Sequence[ResultLeaf]) -> tuple[ResultLeaf, ...]:
     """All leaves of the model's result, given those that are tensors."""
     remaining = iter(tensors)
     return tuple(
@@ -207,10 +216,10 @@ def _result_leaves(trace: Trace, tensors: Sequence[Leaf]) -> tuple[Leaf, ...]:
     )
 
 
-def _plain_leaf(leaf: Any) -> Leaf:
+def _plain_leaf(leaf: Any) -> ResultLeaf:
     """A leaf that is not a tensor: its value while tracing, or a function of the batch size."""
     if not isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return Leaf("constant", leaf)
+        return ResultLeaf("constant", leaf)
     if free_unbacked_symbols(leaf):
         raise CaptureError(
             "the model returns a number that depends on the values of tensors",
@@ -218,8 +227,8 @@ def _plain_leaf(leaf: Any) -> Leaf:
             remedy="return the tensor itself (no .item(), no nonzero().shape)",
         )
     kind = leaf.node.pytype
-    expr = in_batch(leaf.node.expr)
-    return Leaf("size", lambda batch: kind(expr.subs(B, batch)))
+    expr = in_batch_symbol(leaf.node.expr)
+    return ResultLeaf("size", lambda batch: kind(expr.subs(B, batch)))
 
 
 def _result_spec(trace: Trace) -> pytree.TreeSpec:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import InputError
-from autopipe.passes.graph import advise
+from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.ops import ctc_losses
 
 from .flat_module import FlatModel, ForwardResult
@@ -90,12 +90,12 @@ def trace_model(request: CaptureRequest) -> Trace:
 
 def _warn(hooks: Sequence[str], attributes: Sequence[str]) -> None:
     for hook in hooks:
-        advise(
+        warn_at_user_line(
             f"a forward hook of {hook} returns nothing: if it only observes, it has run for the"
             " last time; it is not shown what a captured model computes"
         )
     if attributes:
-        advise(
+        warn_at_user_line(
             f"the model's forward sets the attributes {', '.join(attributes)}; the pipeline does"
             " not: they keep their values"
         )
