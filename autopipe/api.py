@@ -135,7 +135,7 @@ def plan(
         devices: how many stages, or one device for each; a count may be more than are here.
         chunks: M; None: the one with which the predicted step is shortest.
         args, kwargs: example inputs; their batch is the one that is planned for.
-        device: whose speeds and links: "h100", "h200", "a100-80gb", "l4", "rtx4090", "cpu-core", a
+        device: whose speeds and links: a name in `passes.devices.DEVICES` ("h100", "cpu-core"), a
             `passes.devices.Device`, or a list of one for each stage. None: those of `devices`.
 
     Returns:

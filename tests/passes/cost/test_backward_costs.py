@@ -334,7 +334,7 @@ def test_deeper_models_run_no_more_calls(
             seen.append(node.name)
             return run_forward(node, *rest, **more)
 
-        monkeypatch.setattr(distinct, "run", counting)
+        monkeypatch.setattr(distinct, "run_forward", counting)
         annotate(captured)
         counts.append(len(ran))
     assert counts[0] == counts[1] > 0
