@@ -25,7 +25,7 @@ def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict
         if item.batch_dim is not None:
             tensor = tensor.narrow(item.batch_dim, 0, size)
         look = TensorMeta.of(tensor)._replace(requires_grad=leaves[item.index].requires_grad)
-        looks[item.name] = look.settled()
+        looks[item.name] = look.after_copy()
     return looks
 
 
