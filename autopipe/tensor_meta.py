@@ -40,5 +40,5 @@ def differentiated(captured: Captured) -> frozenset[str]:
     A model that returns its own loss gets its gradient there; else any result may get one.
     """
     results = [o for o in captured.outputs if not o.internal]
-    reduced = {o.name for o in results if o.combine in ("sum", "mean")}
+    reduced = {o.name for o in results if o.combine.is_reduction}
     return frozenset(reduced or {o.name for o in results})

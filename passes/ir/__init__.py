@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .captured import ZERO, Annotated, Captured, Flow, NodeCost
+from .combine import MEAN, REDUCTIONS, SAME, SUM, Combine, Concatenate
 from .phased import PHASES, Draw, Phased, StagePhases
 from .split import CALLER, Route, Split, StageEstimates, StageGraph
 from .values import (
@@ -21,13 +22,19 @@ from .values import (
 
 __all__ = [
     "CALLER",
+    "MEAN",
     "ONE",
     "PHASES",
+    "REDUCTIONS",
+    "SAME",
+    "SUM",
     "ZERO",
     "Annotated",
     "B",
     "Branches",
     "Captured",
+    "Combine",
+    "Concatenate",
     "Draw",
     "Flow",
     "Input",

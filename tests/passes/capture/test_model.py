@@ -324,7 +324,8 @@ def test_graph_modules_and_exported_programs_are_models_too() -> None:
     program = torch.export.export(model, (x,), dynamic_shapes=shapes)
     pipe = pipelined(program)
     assert_close(pipe(x).detach(), model(x).detach())
-    assert_close(pipe(batch(3)).detach().new_zeros(3, D), torch.zeros(3, D))
+    x = batch(3)  # another batch size than the program was exported with
+    assert_close(pipe(x).detach(), model(x).detach())
 
 
 def test_an_exported_program_with_a_fixed_batch_is_refused() -> None:
