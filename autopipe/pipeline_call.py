@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from autopipe import results
 from autopipe.call_guards import refuse_transforms
 from autopipe.errors import StageError
-from autopipe.passes.ir import Kind
+from autopipe.passes.ir import InputKind
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Run
 from autopipe.runtime.random import step_seed
@@ -192,6 +192,8 @@ class PipelineCall:
                     buffers[item.name] = tensor
                 tensors.append(tensor)
             for name in stage.lent:
-                tensors.append(compiled.on(place, Kind.PARAMETER, targets[name], written=False))
+                tensors.append(
+                    compiled.on(place, InputKind.PARAMETER, targets[name], written=False)
+                )
             held.append(tensors)
         return held

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopipe.passes.ir import SUM, Concatenate, Kind
+from autopipe.passes.ir import SUM, Concatenate, InputKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -143,7 +143,7 @@ def run_epilogue(
         return gathered
     given: dict[str, Any] = {o.name: v for o, v in zip(captured.outputs, gathered, strict=True)}
     given["batch_size"] = batch
-    targets = {i.name: i.target for i in captured.inputs if i.kind is Kind.BUFFER}
+    targets = {i.name: i.target for i in captured.inputs if i.kind is InputKind.BUFFER}
     names = [str(n.target) for n in epilogue.graph.nodes if n.op == "placeholder"]
     arguments = [given[n] if n in given else buffer(targets[n]) for n in names]
     if any("autocast" in n.meta for n in epilogue.graph.nodes):

@@ -24,8 +24,9 @@ import torch
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.options import check
-from autopipe.passes._torch import lazy_code
+from autopipe.passes._torch import lazy_graph_code
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.cost.stage_cost import stage_cost
 from autopipe.passes.driver import cut_in_space
@@ -63,8 +64,8 @@ def planned(
     remat = options.given.remat
     models = models_of(options.devices)
     marks = [time.process_time()]
-    with lazy_code():
-        captured = capture(model, leaves, spec, dims)
+    with lazy_graph_code():
+        captured = capture(CaptureRequest(model, leaves, spec, dims))
         marks.append(time.process_time())
         annotated = annotate(captured)
         marks.append(time.process_time())

@@ -15,7 +15,7 @@ import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
@@ -23,16 +23,15 @@ from autopipe.passes.phases import TraceCache, phases
 from autopipe.passes.schedule import Scheduled, schedule
 from autopipe.passes.split import PlannedCut, split
 
-from ._torch import lazy_code
+from ._torch import lazy_graph_code
 from .codegen import Generated, codegen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
-    from torch import nn
-    from torch.utils._pytree import TreeSpec
 
+    from autopipe.passes.capture import CaptureRequest
     from autopipe.passes.ir import Annotated, Phased, Split
     from autopipe.passes.phases import TensorMeta
     from autopipe.passes.split import Objective
@@ -42,31 +41,21 @@ if TYPE_CHECKING:
 _dumped = itertools.count(1)
 
 
-@lazy_code()
+@lazy_graph_code()
 def costed(
-    model: nn.Module | torch.export.ExportedProgram,
-    leaves: Sequence[Any],
-    spec: TreeSpec,
-    batch_dims: Sequence[int | None],
-    *,
-    whole: bool,
-    single: bool = False,
-    batch_norm: str,
-    out_reduce: str | None,
-    progress: Callable[[str], None] = lambda text: None,
+    request: CaptureRequest, progress: Callable[[str], None] = lambda text: None
 ) -> Annotated:
-    """Capture a model and cost its calls; arguments as for `capture`."""
+    """Capture a model and cost its ops.
+
+    Args:
+        request: the model, its example inputs, and how micro-batches will be used.
+        progress: is called with the name of each step.
+
+    Raises:
+        AutopipeError: as `capture` does.
+    """
     progress("capturing")
-    captured = capture(
-        model,
-        leaves,
-        spec,
-        batch_dims,
-        whole=whole,
-        single=single,
-        batch_norm=batch_norm,
-        out_reduce=out_reduce,
-    )
+    captured = capture(request)
     _dump("captured", captured)
     progress("costing")
     annotated = annotate(captured)
@@ -74,7 +63,7 @@ def costed(
     return annotated
 
 
-@lazy_code()
+@lazy_graph_code()
 def cut_in_space(
     annotated: Annotated,
     aim: Objective,
@@ -99,7 +88,7 @@ class Lowered:
     generated: Generated
 
 
-@lazy_code()
+@lazy_graph_code()
 def phases_at(
     split: Split,
     sizes: Sequence[int],
@@ -129,7 +118,7 @@ def phases_at(
     }
 
 
-@lazy_code()
+@lazy_graph_code()
 def cut_in_time(
     phased: Mapping[int, Phased],
     sizes: Sequence[int],

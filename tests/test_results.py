@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autopipe import results
-from autopipe.passes.ir import MEAN, SAME, SUM, B, Concatenate, Input, Kind, Output, TensorSpec
+from autopipe.passes.ir import MEAN, SAME, SUM, B, Concatenate, Input, InputKind, Output, TensorSpec
 from tests.support.programs import captured_of
 
 SIZES = (3, 2, 2)
@@ -66,7 +66,7 @@ def test_gradients_are_shared_where_there_are_any() -> None:
 @pytest.mark.parametrize("batch_dim", [None, 1])
 def test_gradients_of_an_input(batch_dim: int | None) -> None:
     spec = TensorSpec("x", (sympy.Integer(4), B), torch.float32)
-    item = Input(spec, Kind.INPUT, index=0, batch_dim=batch_dim)
+    item = Input(spec, InputKind.INPUT, index=0, batch_dim=batch_dim)
     assert results.input_gradient(item, {}, SIZES, CPU) is None
     widths = SIZES if batch_dim == 1 else (7, 7, 7)
     found = {("grad x", m): torch.randn(4, n) for m, n in enumerate(widths)}
@@ -132,7 +132,8 @@ def test_the_result_has_the_models_structure_and_buffers_are_written() -> None:
 
 
 def arguments(captured: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
-    return [x if i.kind is Kind.INPUT else captured.held(model, i) for i in captured.inputs]
+    held = dict(model.named_parameters()) | dict(model.named_buffers()) | captured.constants
+    return [x if i.kind is InputKind.INPUT else held[i.target] for i in captured.inputs]
 
 
 def test_without_an_epilogue_the_outputs_are_the_values() -> None:

@@ -6,7 +6,6 @@ one candidate; it is the same path.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autopipe.errors import MemoryLimitError, PartitionError, UnsupportedError
-from autopipe.passes.cost import Seconds
-from autopipe.passes.devices import CPU_CORE, DEVICES, H100
+from autopipe.passes.cost import CallSeconds
+from autopipe.passes.devices import CPU_CORE, device_named_in_torch
 from autopipe.planning.fitting import Candidate
 from autopipe.planning.planner import clocks_of, plan
 from autopipe.planning.profile_calls import Timing, device_name, profile
@@ -74,16 +73,11 @@ def choose(
 
 
 def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:
-    """The device models of torch devices: GPUs by their names, an H100 if that says nothing."""
-    return tuple(_model(device) for device in devices)
-
-
-def _model(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return CPU_CORE
-    name = torch.cuda.get_device_name(device).lower().replace("rtx ", "rtx")
-    words = re.split(r"[^a-z0-9]+", name)
-    return next((m for key, m in DEVICES.items() if key.removesuffix("-80gb") in words), H100)
+    """Return the device model of each torch device: GPUs are recognized by their names."""
+    return tuple(
+        device_named_in_torch(torch.cuda.get_device_name(d)) if d.type == "cuda" else CPU_CORE
+        for d in devices
+    )
 
 
 def _search(
@@ -106,13 +100,13 @@ def _search(
         )
 
     @cache
-    def measured(size: int) -> Mapping[str, Seconds]:
+    def measured(size: int) -> Mapping[str, CallSeconds]:
         progress(f"timing calls on {size} samples")
         timed = profile(annotated, size, options.devices[0]).timings
         nothing = Timing(0.0, 0.0)  # what is not run: sizes, the unpacking of results
         timings = {name: timed.get(name, nothing) for name in annotated.costs}
         return {
-            name: Seconds(t.forward_seconds, t.backward_seconds, t.forward_seconds)
+            name: CallSeconds(t.forward_seconds, t.backward_seconds, t.forward_seconds)
             for name, t in timings.items()
         }
 
@@ -135,7 +129,7 @@ def _refined(search: Search, chosen: Candidate, batch: int) -> Candidate:
         times = dict(search.measured(max(known.sizes)))
         for k, calls in enumerate(chosen.split.calls):
             share = chosen.plan.stages[k].seconds / max(chosen.split.facts.seconds[k], 1e-12)
-            times |= {n.name: Seconds(*(share * t for t in times[n.name])) for n in calls}
+            times |= {n.name: CallSeconds(*(share * t for t in times[n.name])) for n in calls}
         search = replace(search, measured=_always(times))
         try:
             again = search.best(batch)
@@ -151,7 +145,7 @@ def _refined(search: Search, chosen: Candidate, batch: int) -> Candidate:
     return replace(chosen, plan=timed)
 
 
-def _always(times: Mapping[str, Seconds]) -> Callable[[int], Mapping[str, Seconds]]:
+def _always(times: Mapping[str, CallSeconds]) -> Callable[[int], Mapping[str, CallSeconds]]:
     return lambda size: times
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autopipe.options import Options
-    from autopipe.passes.cost import Seconds
+    from autopipe.passes.cost import CallSeconds
     from autopipe.passes.devices import Device
     from autopipe.passes.ir import Annotated, Split
     from autopipe.passes.remat_policies import Policy
@@ -115,7 +115,7 @@ class Search:
     options: Options
     models: tuple[Device, ...]
     clocks: tuple[Clock, ...]
-    measured: Callable[[int], Mapping[str, Seconds]] | None = None
+    measured: Callable[[int], Mapping[str, CallSeconds]] | None = None
     progress: Callable[[str], None] = lambda text: None
     traced: TraceCache = field(default_factory=TraceCache)
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from autopipe.passes.graph import spec_of
-from autopipe.passes.ir import REDUCTIONS, Combine, Input, Kind, Leaf, Output, results_of
+from autopipe.passes.graph import tensor_spec
+from autopipe.passes.ir import REDUCTIONS, Combine, Input, InputKind, Output, ResultLeaf, results_of
 
 from .epilogue_cut import EpilogueCut
 from .lattice import Mixed, Reduced
@@ -40,7 +40,7 @@ class CombinedGraph:
     graph_module: fx.GraphModule
     outputs: tuple[Output, ...]
     epilogue: fx.GraphModule | None
-    leaves: list[Leaf]
+    leaves: list[ResultLeaf]
     updates: tuple[tuple[str, int], ...]
 
 
@@ -68,19 +68,19 @@ def combine(
     cut = EpilogueCut(graph, inputs, states)
     stated = None if out_reduce is None else REDUCTIONS[out_reduce]
     by_name = {i.name: i for i in inputs}
-    leaves: list[Leaf] = []
+    leaves: list[ResultLeaf] = []
     finals: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(graph.output_node()):
         for result in results_of(graph):
             item = by_name.get(result.name)
-            if item is not None and item.kind is Kind.INPUT:
-                leaves.append(Leaf("input", item.index))
-            elif item is not None and item.kind is Kind.PARAMETER:
-                leaves.append(Leaf("parameter", item.target))
+            if item is not None and item.kind is InputKind.INPUT:
+                leaves.append(ResultLeaf("input", item.index))
+            elif item is not None and item.kind is InputKind.PARAMETER:
+                leaves.append(ResultLeaf("parameter", item.target))
             else:
                 if result not in finals:
                     finals[result] = _final_value(cut, result, stated)
-                leaves.append(Leaf("value", list(finals).index(result)))
+                leaves.append(ResultLeaf("value", list(finals).index(result)))
         values, written = list(finals.values()), []
         for buffer, value in (updates or {}).items():
             written.append((by_name[buffer.name].target, len(values)))
@@ -97,7 +97,7 @@ def combine(
 
 def _final_value(cut: EpilogueCut, node: fx.Node, stated: Combine | None) -> fx.Node:
     """The whole batch's value of one of the model's results."""
-    one = spec_of(node).numel == 1
+    one = tensor_spec(node).numel == 1
     if stated is not None and one and _underivable(cut, node) is not None:
         return cut.output(node, stated)
     return cut.final_value(node)

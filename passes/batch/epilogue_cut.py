@@ -18,13 +18,13 @@ from torch import fx
 
 from autopipe.errors import CouplingError
 from autopipe.passes.graph import (
-    Writes,
+    InPlaceWrites,
     add_call,
     emit_size,
     is_random,
     is_size,
     source_line,
-    spec_of,
+    tensor_spec,
 )
 from autopipe.passes.ir import (
     REDUCTIONS,
@@ -33,7 +33,7 @@ from autopipe.passes.ir import (
     Combine,
     Concatenate,
     Input,
-    Kind,
+    InputKind,
     Output,
 )
 
@@ -70,7 +70,7 @@ class EpilogueCut:
         self._inputs = {i.name: i for i in inputs}
         self._epilogue = Epilogue()
         self._final: dict[fx.Node, fx.Node] = {}  # captured graph → epilogue
-        self._writes = Writes(graph)
+        self._writes = InPlaceWrites(graph)
         self._replayed: set[fx.Node] = set()  # whose memory is written to in the epilogue
         self._needs_epilogue = False
         self._for_buffers = False  # outputs from now on serve buffers, not results
@@ -108,7 +108,7 @@ class EpilogueCut:
             The epilogue's placeholder for the combined value.
         """
         if node not in self.outputs:
-            self.outputs[node] = Output(spec_of(node), combine, self._for_buffers)
+            self.outputs[node] = Output(tensor_spec(node), combine, self._for_buffers)
             self._final[node] = self._epilogue.given(node)
         return self._final[node]
 
@@ -195,7 +195,7 @@ class EpilogueCut:
         if is_size(node):
             return emit_size(node.meta["val"], self._epilogue.batch_size)
         item = self._inputs.get(node.name)
-        if node.op == "placeholder" and item is not None and item.kind is Kind.BUFFER:
+        if node.op == "placeholder" and item is not None and item.kind is InputKind.BUFFER:
             return self._epilogue.given(node)
         later = self._writes.to(node)[-1:]
         if self.state(node) == STATIC and later and self._order[later[0]] > self._order[reader]:
@@ -203,7 +203,7 @@ class EpilogueCut:
                 node = add_call(self.graph, aten.clone.default, node)
         return self.final_value(node)
 
-    # Writes to reduced values
+    # InPlaceWrites to reduced values
 
     def _is_replayed(self, node: fx.Node) -> bool:
         """Whether a reduced value in its memory is written to: writes happen in the epilogue."""
@@ -243,7 +243,7 @@ class EpilogueCut:
     def _reads_only_buffers(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
             item = self._inputs.get(node.name)
-            return item is not None and item.kind is Kind.BUFFER
+            return item is not None and item.kind is InputKind.BUFFER
         if self.state(node) != STATIC or is_random(node):  # random numbers are drawn only once
             return False
         return all(map(self._reads_only_buffers, node.all_input_nodes))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from autopipe.passes.graph import add_call, functional_of, written_arguments
+from autopipe.passes.graph import add_call, functional_variant, written_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,7 +99,7 @@ class Accumulation(PartialReduction):
     def partial_sums(self, graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, ...]:
         with graph.inserting_before(node):
             zeros = add_call(graph, aten.zeros_like.default, self.base(node))
-            op = functional_of(node.target)
+            op = functional_variant(node.target)
             return (add_call(graph, op, zeros, *node.args[1:], **node.kwargs),)
 
     def finish(

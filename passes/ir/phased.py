@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PHASES = ("F", "R", "B", "W")
 
 
-class Draw(NamedTuple):
+class RandomDraw(NamedTuple):
     """What a random draw is keyed by, beside the step's seed and the micro-batch.
 
     Attributes:
@@ -61,7 +61,7 @@ class StagePhases:
     updates: tuple[str, ...]
     own_grads: tuple[str, ...]
     sent_grads: tuple[str, ...]
-    draws: tuple[Draw, ...]
+    draws: tuple[RandomDraw, ...]
     device: torch.device
 
     def results(self) -> dict[str, list[Any]]:

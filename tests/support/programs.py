@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.ir.captured import Annotated, Captured
 from autopipe.passes.ir.phased import Phased
 from autopipe.passes.ir.split import Split, StageGraph
-from autopipe.passes.ir.values import Input, Kind
+from autopipe.passes.ir.values import Input, InputKind
 from autopipe.passes.phases import cut as phases
 from autopipe.passes.phases.joint_trace import TensorMeta
 from autopipe.passes.split.cut import split
@@ -40,7 +41,8 @@ def captured_of(
     """Capture `model(*args, **kwargs)`; writes to buffers stay, so that later passes see them."""
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(in_dims, model, args, kwargs)
-    return capture(model, leaves, spec, dims, whole=whole, batch_norm=batch_norm)
+    request = CaptureRequest(model, leaves, spec, dims, whole=whole, batch_norm=batch_norm)
+    return capture(request)
 
 
 def aim_at(stages: int, batch: int) -> Objective:
@@ -91,8 +93,8 @@ def tensors(captured: Captured, model: nn.Module, call: Call, size: int | None =
 def _tensor(
     captured: Captured, model: nn.Module, leaves: Sequence[Any], item: Input, size: int | None
 ) -> Tensor:
-    if item.kind is not Kind.INPUT:
-        return captured.held(model, item)
+    if item.kind is not InputKind.INPUT:
+        return captured.tensor_of(model, item)
     leaf: Tensor = leaves[item.index]
     if size is None or item.batch_dim is None:
         return leaf

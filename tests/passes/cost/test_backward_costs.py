@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost import call_cache as distinct
-from autopipe.passes.cost.meta_run import run
+from autopipe.passes.cost.meta_run import run_forward
 from autopipe.passes.cost.node_costs import annotate
-from autopipe.passes.cost.stage_cost import total
+from autopipe.passes.cost.stage_cost import sum_costs
 from autopipe.passes.ir.captured import Annotated, NodeCost
 from autopipe.passes.ir.values import B, at_batch
 from benchmarks.transformer_l import TransformerL, on_meta
@@ -33,7 +34,7 @@ BATCHES = (2, 5, 7)
 
 
 def sum_of(annotated: Annotated, fact: str) -> sympy.Expr:
-    return total(annotated.costs.values(), fact)
+    return sum_costs(annotated.costs.values(), fact)
 
 
 def cost_of(annotated: Annotated, target: Any) -> NodeCost:
@@ -82,7 +83,8 @@ def test_backward_flops_of_models_are_torchs(name: str) -> None:
 def test_backward_flops_of_architectures_are_torchs(name: str) -> None:
     model, kwargs = ZOO[name].build(False)
     leaves, spec = flatten((), kwargs)
-    annotated = annotate(capture(model, leaves, spec, [0] * len(leaves), whole=True))
+    request = CaptureRequest(model, leaves, spec, [0] * len(leaves), whole=True)
+    annotated = annotate(capture(request))
     forward, backward = (sum_of(annotated, f"{way}_flops") for way in ("forward", "backward"))
     for size in (2, 3, 5):
         small = {n: x[:size] for n, x in kwargs.items()}
@@ -330,9 +332,9 @@ def test_deeper_models_run_no_more_calls(
 
         def counting(node: Any, *rest: Any, seen: list[str] = ran, **more: Any) -> Any:
             seen.append(node.name)
-            return run(node, *rest, **more)
+            return run_forward(node, *rest, **more)
 
-        monkeypatch.setattr(distinct, "run", counting)
+        monkeypatch.setattr(distinct, "run_forward", counting)
         annotate(captured)
         counts.append(len(ran))
     assert counts[0] == counts[1] > 0
