@@ -23,6 +23,7 @@ Read the files in this order:
 from __future__ import annotations
 
 from .captured import ZERO, Annotated, Captured, GradFlow, NodeCost
+from .combine import MEAN, REDUCTIONS, SAME, SUM, Combine, Concatenate
 from .phased import PHASES, Phased, RandomDraw, StagePhases
 from .split import CALLER, Route, Split, StageEstimates, StageGraph
 from .values import (
@@ -41,12 +42,18 @@ from .values import (
 
 __all__ = [
     "CALLER",
+    "MEAN",
     "PHASES",
+    "REDUCTIONS",
+    "SAME",
     "SINGLE_SAMPLE",
+    "SUM",
     "ZERO",
     "Annotated",
     "B",
     "Captured",
+    "Combine",
+    "Concatenate",
     "GradFlow",
     "Input",
     "InputKind",

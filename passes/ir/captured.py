@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sympy
-import torch
 from torch import Tensor, fx
 
 from autopipe.errors import require
@@ -24,7 +23,7 @@ from .values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import nn
     from torch.utils._pytree import TreeSpec
@@ -118,48 +117,12 @@ class Captured:
             return model.get_parameter(item.target)
         return model.get_buffer(item.target)
 
-    def finish(
-        self, combined: Sequence[Tensor], batch: int, buffer: Callable[[str], Tensor]
-    ) -> Sequence[Tensor]:
-        """The final values.
-
-        Args:
-            combined: one value per output.
-            batch: number of samples in the whole batch.
-            buffer: a buffer of the model by its qualified name.
-        """
-        if self.epilogue is None:
-            return combined
-        given: dict[str, Any] = {o.name: v for o, v in zip(self.outputs, combined, strict=True)}
-        given["batch_size"] = batch
-        targets = {i.name: i.target for i in self.inputs if i.kind is InputKind.BUFFER}
-        names = [str(n.target) for n in self.epilogue.graph.nodes if n.op == "placeholder"]
-        arguments = [given[n] if n in given else buffer(targets[n]) for n in names]
-        if any("autocast" in n.meta for n in self.epilogue.graph.nodes):
-            found: Sequence[Tensor] = _Regions(self.epilogue).run(*arguments)
-            return found
-        values: Sequence[Tensor] = self.epilogue(*arguments)
-        return values
-
     def __str__(self) -> str:
         lines = ["captured: " + self.graph_module.print_readable(print_output=False)]
         lines += [f"  {o.spec}  combined by {o.combine}" for o in self.outputs]
         if self.epilogue is not None:
             lines.append("epilogue: " + self.epilogue.print_readable(print_output=False))
         return "\n".join(lines)
-
-
-class _Regions(fx.Interpreter):
-    """Runs each call in the autocast region that it was captured in."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        if "autocast" not in n.meta:
-            return super().run_node(n)
-        _, dtype, enabled, _ = n.meta["autocast"]
-        tensors = [self.env[a] for a in n.all_input_nodes]
-        device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-        with torch.autocast(device, dtype, enabled, cache_enabled=False):
-            return super().run_node(n)
 
 
 ZERO = sympy.Integer(0)

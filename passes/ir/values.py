@@ -12,6 +12,8 @@ from torch import fx
 
 from autopipe.errors import require as require  # used by the programs that import from here
 
+from .combine import Combine, Concatenate
+
 B = sympy.Symbol("B")
 """The batch size: number of samples of the whole batch, or of one micro-batch.
 
@@ -105,14 +107,12 @@ class Input:
 class Output:
     """A tensor that every micro-batch returns, and how the M of them are combined.
 
-    combine: "cat" along `dim`; "sum"; "mean" weighted by the micro-batches' sizes; "same" where
-    the value does not depend on the batch (its gradient is shared out by size).
+    combine: the rule that gathers the values and shares the gradient.
     internal: it serves the new value of a buffer, no result: no gradient will come for it.
     """
 
     spec: TensorSpec
-    combine: str
-    dim: int | None = None
+    combine: Combine
     internal: bool = False
 
     @property
@@ -120,16 +120,20 @@ class Output:
         return self.spec.name
 
     def verify(self) -> None:
+        combine = self.combine
         require(
-            self.combine in ("cat", "sum", "mean", "same"),
+            isinstance(combine, Combine),
             "unknown combination",
-            found=self.combine,
-        )
-        require(
-            (self.combine == "cat") == (self.dim is not None),
-            "a concatenation needs a dimension, nothing else has one",
             node=self.name,
+            found=str(combine),
         )
+        if isinstance(combine, Concatenate):
+            require(
+                0 <= combine.dim < len(self.spec.shape),
+                "a concatenation along a dimension that the output does not have",
+                node=self.name,
+                found=str(combine.dim),
+            )
 
 
 @dataclass(frozen=True)

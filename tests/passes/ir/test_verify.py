@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from autopipe.errors import VerifyError
 from autopipe.passes.ir.captured import Annotated, Captured, GradFlow, NodeCost
+from autopipe.passes.ir.combine import Concatenate
 from autopipe.passes.ir.phased import Phased, StagePhases
 from autopipe.passes.ir.split import CALLER, Route, Split
 from autopipe.passes.ir.values import B, InputKind, Output, TensorSpec, at_batch
@@ -97,12 +98,13 @@ SPEC = TensorSpec("y", (B,), torch.float32)
 
 
 def test_an_output_with_an_unknown_combination() -> None:
-    broken(Output(SPEC, "max"), "unknown combination", "max")
+    broken(Output(SPEC, "max"), "unknown combination", "node: y", "max")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("combine", "dim"), [("cat", None), ("sum", 0), ("mean", 0), ("same", 0)])
-def test_an_output_with_a_dimension_too_many_or_few(combine: str, dim: int | None) -> None:
-    broken(Output(SPEC, combine, dim), "a concatenation needs a dimension", "node: y")
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_an_output_concatenated_along_a_dimension_that_it_lacks(dim: int) -> None:
+    problem = "a concatenation along a dimension that the output does not have"
+    broken(Output(SPEC, Concatenate(dim)), problem, "node: y", f"found: {dim}")
 
 
 # ------------------------------------------------------------------------------- Captured
@@ -121,7 +123,7 @@ def test_captured_with_an_output_left_out() -> None:
 
 def test_captured_verifies_its_outputs() -> None:
     first, *rest = captured().outputs
-    bad = dataclasses.replace(first, combine="median", dim=None)
+    bad = dataclasses.replace(first, combine="median")
     broken(dataclasses.replace(captured(), outputs=(bad, *rest)), "unknown combination", "median")
 
 
