@@ -15,6 +15,8 @@ from autopipe.passes._torch import has_saved_tensor_hooks, in_functorch_transfor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+AUTOCAST_TYPES = ("cpu", "cuda")
+
 
 def refuse_transforms(leaves: Sequence[Any]) -> None:
     """A pipeline runs kernels; what wraps tensors to see each operator would see none.
@@ -52,4 +54,21 @@ def plain_autograd() -> Iterator[None]:
             stack.enter_context(plain)
         if torch.is_anomaly_enabled():
             stack.enter_context(torch.autograd.set_detect_anomaly(False, check_nan=False))
+        yield
+
+
+def autocast_state() -> tuple[tuple[bool, torch.dtype], ...]:
+    """For each of `AUTOCAST_TYPES`: whether autocast is on, and its dtype."""
+    return tuple(
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in AUTOCAST_TYPES
+    )
+
+
+@contextmanager
+def autocast_as(state: Sequence[tuple[bool, torch.dtype]]) -> Iterator[None]:
+    """Restore an `autocast_state`."""
+    with ExitStack() as stack:
+        for kind, (enabled, dtype) in zip(AUTOCAST_TYPES, state, strict=True):
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
         yield

@@ -13,11 +13,11 @@ from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
-    from autopipe.compiled import Compiled, CompiledProgram
+    from autopipe.compiled import CompiledModel, CompiledProgram
     from autopipe.runtime.memory import SavedBytes
 
 
@@ -28,7 +28,6 @@ class PipelineCall:
         compiled: the captured model.
         ready: the program to run.
         leaves: the call's flattened inputs.
-        replan: makes the program for another set of outputs that gradients come for.
         seed: of the random calls.
         memory: counters.
 
@@ -38,15 +37,14 @@ class PipelineCall:
 
     def __init__(
         self,
-        compiled: Compiled,
+        compiled: CompiledModel,
         ready: CompiledProgram,
         leaves: Sequence[Any],
-        replan: Callable[[frozenset[str]], CompiledProgram],
         seed: int,
         memory: SavedBytes,
     ) -> None:
         self.compiled, self.ready, self.leaves = compiled, ready, leaves
-        self.replan, self.seed, self.memory = replan, seed, memory
+        self.seed, self.memory = seed, memory
         self.sizes = ready.program.sizes
         self.inputs = [i for i in compiled.calls if leaves[i.index].requires_grad]
         self.parameters = [
@@ -99,7 +97,7 @@ class PipelineCall:
             # The program was made for gradients from other outputs. Same seed, same buffers as
             # then: run the forward of the right one, once; the next step starts with it.
             run.drop()
-            self.ready = self.replan(pattern)
+            self.ready = self.compiled.program_for_outputs(self.ready, pattern)
             run = self._new_run(self.ready, self._before)
             run.execute("forward")
             run.results.clear()
@@ -125,7 +123,7 @@ class PipelineCall:
         held = []
         targets = {i.name: i.target for i in compiled.parameters}
         changing = {target for target, _ in split.captured.updates}
-        for stage, place in zip(split.stages, compiled.places, strict=True):
+        for stage, place in zip(split.stages, compiled.workers, strict=True):
             tensors = []
             for item in stage.held:
                 tensor = before.get(item.name)
@@ -172,7 +170,7 @@ class PipelineCall:
     def _output_device(self) -> torch.device:
         """Where results go: to the inputs' GPU, as the model itself would put them; else to the
         last stage's device."""
-        last = self.compiled.places[-1].device
+        last = self.compiled.workers[-1].device
         if last.type != "cuda":
             return last
         devices = [self.leaves[i.index].device for i in self.compiled.calls]

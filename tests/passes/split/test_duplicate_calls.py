@@ -189,7 +189,7 @@ def test_a_pipeline_with_repeats_is_bit_equal(monkeypatch: pytest.MonkeyPatch, r
     torch.manual_seed(0)
     model = Rotary()
     pipe = autopipe.compile(model, ["cpu"] * 3, 2, remat=remat, args=(IDS,))
-    assert pipe._compiled_or_raise()[0].split.repeated
+    assert pipe._programs.last[0].split.repeated
     leaves, _ = flatten((IDS,), {})
     truth = over_chunks(pipe.captured, model, leaves, 2)
     result = pipe(IDS)
@@ -198,7 +198,7 @@ def test_a_pipeline_with_repeats_is_bit_equal(monkeypatch: pytest.MonkeyPatch, r
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, truth.parameters[name])
-    assert pipe.plan.starts == planned_cut_of(pipe._compiled_or_raise()[0].split).starts
+    assert pipe.plan.starts == planned_cut_of(pipe._programs.last[0].split).starts
     assert pipe.explain()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import autopipe
-from autopipe import compiled
+from autopipe import program_cache
 from autopipe.call_signature import flatten
 from autopipe.passes.ir.captured import Annotated
 from autopipe.passes.ir.split import Split
@@ -50,7 +50,7 @@ def in_any_order(monkeypatch: pytest.MonkeyPatch, model: nn.Module, args: Any, K
     def cut(annotated: Annotated, *given: Any, **options: Any) -> Split:
         return split(annotated, aim_at(K, SIZE), planned=any_cut(annotated, K, 2), must_fit=False)
 
-    monkeypatch.setattr(compiled, "cut_in_space", cut)
+    monkeypatch.setattr(program_cache, "cut_in_space", cut)
     pipe = autopipe.compile(model, ["cpu"] * K, 2, args=args[0], kwargs=args[1])
     monkeypatch.undo()
     return pipe
