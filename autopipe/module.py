@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from autopipe.batch import batch_of
 from autopipe.call_guards import refuse_transforms
@@ -16,15 +15,14 @@ from autopipe.module_proxy import ModuleProxy
 from autopipe.pipeline_call import PipelineCall
 from autopipe.program_cache import ProgramCache
 from autopipe.report.stages import StageView, views
+from autopipe.results import finish
 from autopipe.runtime.autograd import PipelineFunction
 from autopipe.runtime.memory import SavedBytes
-from autopipe.runtime.random import step_seed
 from autopipe.verification.compare import ComparedPipeline, Verification, compare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
-    from autopipe.compiled import CompiledModel
     from autopipe.options import Options
     from autopipe.passes.ir import Captured
     from autopipe.planning.plans import Plan
@@ -81,13 +79,12 @@ class Pipeline(ModuleProxy):
         inputs = CallInputs(leaves, spec, *batch_of(self.options.in_dims, self.model, args, kwargs))
         compiled, program = self._programs.program_for(inputs, strict=True)
         compiled.place_parameters()
-        seed = step_seed() if program.program.is_random else 0
-        call = PipelineCall(compiled, program, leaves, seed, self.memory)
+        call = PipelineCall(compiled, program, leaves, self.memory)
         if program.program.backward:
             values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
         else:
             values = call.forward()
-        return self._result(compiled, values, leaves, call.sizes)
+        return finish(compiled.split.captured, self.model, values, leaves, sum(call.sizes))
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """Forward, loss and backward of one batch; gradients are added to ``.grad``.
@@ -152,28 +149,6 @@ class Pipeline(ModuleProxy):
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallInputs:
         dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)
         return CallInputs(*flatten(args, kwargs), dims, batch)
-
-    @staticmethod
-    def _result(
-        compiled: CompiledModel,
-        values: Sequence[Tensor],
-        leaves: Sequence[Any],
-        sizes: Sequence[int],
-    ) -> Any:
-        captured = compiled.split.captured
-        values = captured.finish(values, sum(sizes), compiled.model.get_buffer)
-        with torch.no_grad():
-            for target, index in captured.updates:
-                compiled.model.get_buffer(target).copy_(values[index])
-        kinds: dict[str, Callable[[Any], Any]] = {
-            "value": lambda i: values[i],
-            "input": lambda i: leaves[i],
-            "parameter": compiled.model.get_parameter,
-            "size": lambda number: number(sum(sizes)),
-            "constant": lambda x: x,
-        }
-        filled = [kinds[leaf.kind](leaf.value) for leaf in captured.leaves]
-        return pytree.tree_unflatten(filled, captured.out_spec)
 
     # Looking inside
 

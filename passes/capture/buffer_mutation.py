@@ -28,7 +28,7 @@ from autopipe.passes.graph import (
     tensors_of,
     written_arguments,
 )
-from autopipe.passes.ir import Input, InputKind
+from autopipe.passes.ir import MEAN, Combine, Input, InputKind
 
 from .norm_statistics import NORMS, momentum_of, own_statistics
 
@@ -59,7 +59,7 @@ SCATTERS = {
 
 def defer(
     graph: fx.Graph, inputs: Sequence[Input]
-) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, str]]:
+) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, Combine]]:
     """Rewrite the calls that write to buffers; changes `graph`.
 
     Returns:
@@ -113,7 +113,7 @@ class _Walk:
         self.graph = graph
         self.target = {i.name: i.target for i in inputs if i.kind is InputKind.BUFFER}
         self.value: dict[fx.Node, fx.Node] = {}
-        self.how: dict[fx.Node, str] = {}
+        self.how: dict[fx.Node, Combine] = {}
         self.made: dict[fx.Node, tuple[Any, Any]] = {}
         self.now: dict[fx.Node, fx.Node] = {}
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -250,7 +250,7 @@ class _Walk:
         counter = counter if counter is None else self._present(counter)
         before = self._original(targets[0])  # of every micro-batch the same
         mean, variance, packed = own_statistics(self.graph, node, add, counter, before)
-        self.how[packed] = "mean"
+        self.how[packed] = MEAN
         self.write(node, targets[0], mean)
         self.write(node, targets[1], variance)
 
