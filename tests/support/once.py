@@ -5,7 +5,7 @@ What differs between plans stays: the cut in space, chains of tensor metadata, c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from torch import Tensor, nn
 
 from autopipe.passes import driver
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.phases import cut as phases
 
 
@@ -28,12 +29,15 @@ def pure_passes_once() -> Iterator[None]:
     trace_joint, cut_joint = phases.trace_joint, phases.cut_joint
     forward_metadata = phases.forward_metadata
 
-    def capture_once(model: nn.Module, leaves: Any, spec: Any, dims: Any, **options: Any) -> Any:
+    def capture_once(request: CaptureRequest) -> Any:
+        model = request.model
+        assert isinstance(model, nn.Module)
         alive.append(model)
-        chosen = tuple(sorted(options.items(), key=str))
-        key = (id(model), model.training, str(spec), tuple(dims), chosen, *_metadata_of(leaves))
+        options = (request.whole, request.single, request.batch_norm, request.out_reduce)
+        call = (str(request.spec), tuple(request.batch_dims), *_metadata_of(request.leaves))
+        key = (id(model), model.training, options, *call)
         if key not in captures:
-            captures[key] = capture(model, leaves, spec, dims, **options)
+            captures[key] = capture(request)
         return captures[key]
 
     def annotate_once(captured: Any) -> Any:
@@ -71,5 +75,5 @@ def pure_passes_once() -> Iterator[None]:
         yield
 
 
-def _metadata_of(leaves: list[Any]) -> list[Any]:
+def _metadata_of(leaves: Sequence[Any]) -> list[Any]:
     return [(x.shape[1:], x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves]
