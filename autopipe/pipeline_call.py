@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from autopipe.compiled import Compiled, CompiledProgram
-    from autopipe.runtime.memory import SavedBytes
+    from autopipe.runtime.memory import SavedBytesCounter
 
 
 class PipelineCall:
@@ -43,7 +43,7 @@ class PipelineCall:
         leaves: Sequence[Any],
         replan: Callable[[frozenset[str]], CompiledProgram],
         seed: int,
-        memory: SavedBytes,
+        memory: SavedBytesCounter,
     ) -> None:
         self.compiled, self.ready, self.leaves = compiled, ready, leaves
         self.replan, self.seed, self.memory = replan, seed, memory
@@ -111,7 +111,7 @@ class PipelineCall:
                 output.combine, output.dim, gradient, self._extents[output.name], self.sizes
             )
             for m, part in enumerate(parts):
-                run.give(f"grad {output.name}", holder, m, part)
+                run.feed(f"grad {output.name}", holder, m, part)
         run.execute("backward")
         found = [self._input_gradient(run, i) for i in self.inputs]
         found += [run.gradients.get(i.name) for i in self.parameters]
@@ -125,13 +125,13 @@ class PipelineCall:
         held = []
         targets = {i.name: i.target for i in compiled.parameters}
         changing = {target for target, _ in split.captured.updates}
-        for stage, place in zip(split.stages, compiled.places, strict=True):
+        for stage, worker in zip(split.stages, compiled.workers, strict=True):
             tensors = []
             for item in stage.held:
                 tensor = before.get(item.name)
                 if tensor is None:
                     written = item.name in ready.updates
-                    tensor = compiled.on(place, item.kind, item.target, written=written)
+                    tensor = compiled.on(worker, item.kind, item.target, written=written)
                     if item.target in changing and ready.program.backward:
                         # Written at the end of the forward, and read again by its recomputation.
                         tensor = self._before[item.name] = tensor.clone()
@@ -140,7 +140,7 @@ class PipelineCall:
                 tensors.append(tensor)
             for name in stage.lent:
                 tensors.append(
-                    compiled.on(place, InputKind.PARAMETER, targets[name], written=False)
+                    compiled.on(worker, InputKind.PARAMETER, targets[name], written=False)
                 )
             held.append(tensors)
         run = Run(ready.program, held, buffers, self.seed, self.memory)
@@ -155,7 +155,7 @@ class PipelineCall:
                 parts = microbatch.scatter(leaf, item.batch_dim, self.sizes)
             for k in route.consumers:
                 for m, part in enumerate(parts):
-                    run.give(item.name, k, m, part)
+                    run.feed(item.name, k, m, part)
         return run
 
     def _combined(self, run: Run) -> list[Tensor]:
@@ -172,11 +172,9 @@ class PipelineCall:
     def _output_device(self) -> torch.device:
         """Where results go: to the inputs' GPU, as the model itself would put them; else to the
         last stage's device."""
-        last = self.compiled.places[-1].device
-        if last.type != "cuda":
-            return last
+        last = self.compiled.workers[-1].device
         devices = [self.leaves[i.index].device for i in self.compiled.calls]
-        return next((d for d in devices if d.type == "cuda"), last)
+        return next((d for d in devices if d.type == last.type), last)
 
     def _input_gradient(self, run: Run, item: Any) -> Tensor | None:
         leaf = self.leaves[item.index]

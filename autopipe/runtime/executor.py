@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .backends import Event, Stream
-    from .memory import SavedBytes
+    from .memory import SavedBytesCounter
 
 CALLER = -1
 """The stage number that stands for the pipeline's caller."""
@@ -78,7 +78,7 @@ class Run:
     state_tensors: Sequence[Sequence[Tensor]]
     buffers: Mapping[str, Tensor]
     seed: int
-    memory: SavedBytes
+    memory: SavedBytesCounter
     inputs: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     results: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)

@@ -138,8 +138,7 @@ def _device(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.devic
 
 @functools.cache
 def _with_generator(op: Any) -> Any:
-    """The overload of `op` that takes a generator: itself, one that differs only in that, or None.
-    """
+    """The overload of `op` that takes a generator: itself or one equal but for that; or None."""
     arguments = [a.name for a in op._schema.arguments]
     if "generator" in arguments:
         return op

@@ -37,9 +37,8 @@ class RandomDraw(NamedTuple):
 class StagePhases:
     """One stage at one micro-batch size: a functional joint graph and who runs each node when.
 
-    The graph's placeholders are, in order: the runtime's kit, `held` (here with what is lent to the
-    stage), `receives` and one tangent per name in
-    `tangents`. Its results are, in order: `returns`, one new value per buffer in `updates`, one
+    The graph's placeholders are, in order: the runtime's context (`ctx`), `held` (here with what
+    is lent to the stage), `receives` and one tangent per name in `tangents`. Its results are, in order: `returns`, one new value per buffer in `updates`, one
     gradient per name in `own_grads`, one per name in `sent_grads`.
 
     Attributes:

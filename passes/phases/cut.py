@@ -213,7 +213,7 @@ def cut_joint(
     stage: StageGraph, joint: JointGraph, policy: Policy, device: torch.device
 ) -> StagePhases:
     """Cut one joint graph into F, R, B and W by reachability (its draws are not yet named)."""
-    kit, *holders = [n for n in joint.graph.nodes if n.op == "placeholder"]
+    ctx, *holders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     names = stage.signature
     count = len(names) - len(stage.receives)
     held, rest = holders[:count], holders[count:]
@@ -229,7 +229,7 @@ def cut_joint(
     changing = {storage_id_of(held[i]) for i in joint.updates}
     saved = {n for n in saved if n in received or storage_id_of(n) not in changing}
     rebuild = JointRewriter(forward, late, saved)
-    rebuild.placeholders([kit, *held], received, tangents, {held[i] for i in joint.updates})
+    rebuild.placeholders([ctx, *held], received, tangents, {held[i] for i in joint.updates})
     graph = rebuild.calls(joint.graph, results[:ending], results[ending:])
     own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
     awaited = _ancestors(results_of(graph)[ending + len(own_grads) :])

@@ -29,6 +29,7 @@ from autopipe.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FunctionalTensorMode,
+    autocast_device_types,
     from_functional,
     make_fx,
     preserve_node_meta,
@@ -281,7 +282,7 @@ def _makes_tensors(target: Any) -> bool:
 
 def _uncached_autocast() -> Any:
     """Keep fake casts of parameters out of autocast's cache while tracing under it."""
-    for kind in ("cpu", "cuda"):
+    for kind in autocast_device_types():
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             return torch.autocast(kind, dtype=dtype, cache_enabled=False)

@@ -1,4 +1,4 @@
-"""What a traced joint graph is rid of, and what it leaves to the runtime's kit."""
+"""What a traced joint graph is rid of, and what it leaves to the runtime's context (`ctx`)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-KIT = "kit"
-"""First placeholder of every joint graph: what the runtime lends to a stage's code. Its methods
-are `draw` (a random call, keyed), `settled` (a tensor in the memory format that it suggests) and
-`recording` (a call with gradients on)."""
+CONTEXT = "ctx"
+"""First placeholder of every joint graph: the runtime's `MicroBatchContext`. Its methods are `draw`
+(run a random op with its own seed), `in_suggested_format` (make a tensor dense in the memory format
+that its strides suggest) and `with_grad` (run an op with gradients enabled)."""
 
 RNN_WORKSPACE = 22
 """Position of oneDNN's workspace among the arguments of its LSTM backward."""
@@ -29,7 +29,7 @@ PICKY = (aten.native_group_norm.default, aten.native_group_norm_backward.default
 
 
 def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDraw, ...]:
-    """Drop what does nothing below autograd, and hand two kinds of calls to the runtime's kit.
+    """Drop what does nothing below autograd, and hand three kinds of calls to `ctx`.
 
     Random calls become keyed draws: what they draw depends on the key and on nothing else, so that
     a repetition draws the same and no order of execution matters.
@@ -47,7 +47,7 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
         For each draw its key; its call is named by the position in the stage graph.
     """
     with graph.inserting_before(next(iter(graph.nodes))):
-        kit = graph.placeholder(KIT)
+        ctx = graph.placeholder(CONTEXT)
     keys: list[RandomDraw] = []
     for node in list(graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
@@ -56,19 +56,19 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
             call = node.meta["custom"]["call"]
             with graph.inserting_before(node):
                 drawn = graph.call_method(
-                    "draw", (kit, len(keys), node.target, *node.args), node.kwargs
+                    "draw", (ctx, len(keys), node.target, *node.args), node.kwargs
                 )
             keys.append(RandomDraw(call, sum(k.call == call for k in keys), call in static))
             drawn.meta = dict(node.meta)
             node.replace_all_uses_with(drawn)
         elif node.target is aten.mkldnn_rnn_layer_backward.default:
-            _give_workspace(graph, kit, node)
+            _give_workspace(graph, ctx, node)
         elif node.target in PICKY:
             for source in node.all_input_nodes:
                 looks = source.meta["val"]
                 if looks.ndim == 4 and 1 in looks.shape:
                     with graph.inserting_before(node):
-                        settled = graph.call_method("settled", (kit, source))
+                        settled = graph.call_method("in_suggested_format", (ctx, source))
                     settled.meta = dict(source.meta)
                     node.replace_input_with(source, settled)
     remove_dead_calls(graph)
@@ -77,7 +77,7 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
     return tuple(keys)
 
 
-def _give_workspace(graph: fx.Graph, kit: fx.Node, backward: fx.Node) -> None:
+def _give_workspace(graph: fx.Graph, ctx: fx.Node, backward: fx.Node) -> None:
     """Hand oneDNN's LSTM backward its workspace, the fourth result of the forward.
 
     The fake forward has none to save, and the real one makes it only while gradients are on.
@@ -86,7 +86,7 @@ def _give_workspace(graph: fx.Graph, kit: fx.Node, backward: fx.Node) -> None:
     forward = output.args[0]
     if forward.op == "call_function":
         with graph.inserting_before(forward):
-            recording = graph.call_method("recording", (kit, forward.target, *forward.args))
+            recording = graph.call_method("with_grad", (ctx, forward.target, *forward.args))
         recording.meta = dict(forward.meta)
         forward.replace_all_uses_with(recording)
         forward = recording
