@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from autopipe.passes.cost import (
     PhaseSeconds,
@@ -13,15 +13,12 @@ from autopipe.passes.cost import (
     stage_cost,
     stage_peak_bytes,
 )
-from autopipe.passes.driver import phases_at
 from autopipe.passes.ir import CALLER, InputKind, at_batch
-from autopipe.passes.phases import TraceCache
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import PlannedCut, planned_cut_of
 from autopipe.planning.plan_parts import Begin, Crossing, Repeated, StagePlan, Times
 from autopipe.planning.plans import Plan
 from autopipe.runtime.mailbox import room
-from autopipe.tensor_meta import differentiated, input_metadata, state_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
     from autopipe.options import Options
     from autopipe.passes.devices import Device, Link
     from autopipe.passes.ir import Phased, Route, Split, StageGraph, StagePhases
-    from autopipe.passes.remat_policies import Policy
 
 
 class Clock(NamedTuple):
@@ -63,40 +59,6 @@ def clocks_of(models: Sequence[Device]) -> tuple[Clock, ...]:
 
     known = {id(model): clock(model) for model in models}
     return tuple(known[id(model)] for model in models)
-
-
-def phases_of(
-    model: nn.Module,
-    split: Split,
-    leaves: Sequence[Any],
-    sizes: Sequence[int],
-    options: Options,
-    remat: Sequence[Policy],
-    traced: TraceCache | None = None,
-) -> dict[int, Phased]:
-    """The phases of a split program in training, by micro-batch size; weights are not needed.
-
-    Args:
-        model: what was captured.
-        split: the stages.
-        leaves: a call's flattened inputs.
-        sizes: samples in each micro-batch.
-        options: devices.
-        remat: one policy for each stage.
-        traced: what is known of stages like these, and grows.
-    """
-    captured = split.captured
-    state = state_metadata(captured, lambda item: captured.tensor_of(model, item))
-    return phases_at(
-        split,
-        sizes,
-        {size: state | input_metadata(captured, leaves, size) for size in dict.fromkeys(sizes)},
-        options.devices,
-        remat=remat,
-        grad=True,
-        differentiated=differentiated(captured),
-        traced=TraceCache() if traced is None else traced,
-    )
 
 
 def plan(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from .cut import TraceCache, phases, received_strides
+from .cut import cut_phases, received_strides
 from .joint_trace import TensorMeta
+from .request import PhaseRequest, TraceCache
 
 __all__ = [
+    "PhaseRequest",
     "TensorMeta",
     "TraceCache",
-    "phases",
+    "cut_phases",
     "received_strides",
 ]
