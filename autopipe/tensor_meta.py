@@ -27,7 +27,7 @@ def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict
         if item.batch_dim is not None:
             tensor = tensor.narrow(item.batch_dim, 0, size)
         look = TensorMeta.of(tensor)._replace(requires_grad=leaves[item.index].requires_grad)
-        looks[item.name] = look.settled()
+        looks[item.name] = look.after_copy()
     return looks
 
 
@@ -44,7 +44,7 @@ def differentiated(captured: Captured) -> frozenset[str]:
     A model that returns its own loss gets its gradient there; else any result may get one.
     """
     results = [o for o in captured.outputs if not o.internal]
-    reduced = {o.name for o in results if o.combine in ("sum", "mean")}
+    reduced = {o.name for o in results if o.combine.is_reduction}
     return frozenset(reduced or {o.name for o in results})
 
 

@@ -193,7 +193,7 @@ def _gathering(split: Split, sizes: Sequence[int], clocks: Sequence[Clock]) -> f
     parts = {
         o.name: at_batch(o.spec.nbytes, sum(sizes))
         for o in split.captured.outputs
-        if o.combine == "cat"
+        if o.combine.copies
     }
     return sum(
         clocks[max(split.routes[n].source, 0)].copying(nbytes) for n, nbytes in parts.items()

@@ -28,7 +28,7 @@ from autopipe.passes.graph import (
     tensors_of,
     written_arguments,
 )
-from autopipe.passes.ir import Input, InputKind
+from autopipe.passes.ir import MEAN, Combine, Input, InputKind
 
 from .norm_statistics import NORMS, momentum_of, separate_statistics
 
@@ -59,7 +59,7 @@ SCATTERS = {
 
 def defer_buffer_writes(
     graph: fx.Graph, inputs: Sequence[Input]
-) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, str]]:
+) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, Combine]]:
     """Rewrite the ops that write to buffers.
 
     Args:
@@ -124,7 +124,7 @@ class _BufferRewriter:
         self.graph = graph
         self.target = {i.name: i.target for i in inputs if i.kind is InputKind.BUFFER}
         self.value: dict[fx.Node, fx.Node] = {}
-        self.reductions: dict[fx.Node, str] = {}
+        self.reductions: dict[fx.Node, Combine] = {}
         self.view_args: dict[fx.Node, tuple[Any, Any]] = {}
         self.current: dict[fx.Node, fx.Node] = {}
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -269,7 +269,7 @@ class _BufferRewriter:
         counter = counter if counter is None else self._current_value(counter)
         before = self._old_value(targets[0])  # the same for every micro-batch
         mean, variance, packed = separate_statistics(self.graph, node, add, counter, before)
-        self.reductions[packed] = "mean"
+        self.reductions[packed] = MEAN
         self.write(node, targets[0], mean)
         self.write(node, targets[1], variance)
 

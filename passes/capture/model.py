@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from torch.utils import _pytree as pytree
 
-    from autopipe.passes.batch import Combined
+    from autopipe.passes.batch import CombinedGraph
 
     from .request import CaptureRequest
 
@@ -161,7 +161,7 @@ def _assigned_buffers(trace: Trace, inputs: Sequence[Input]) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder" and n.name in found]
 
 
-def _combine_one(trace: Trace, inputs: Sequence[Input]) -> Combined:
+def _combine_one(trace: Trace, inputs: Sequence[Input]) -> CombinedGraph:
     """Results of a single micro-batch: each is the whole batch's already."""
     graph = trace.normalized.graph
     updates = defer_buffer_writes(graph, inputs)[0] if trace.cumulative else {}
@@ -170,7 +170,7 @@ def _combine_one(trace: Trace, inputs: Sequence[Input]) -> Combined:
 
 def _combine_many(
     trace: Trace, inputs: Sequence[Input], request: CaptureRequest
-) -> tuple[Combined, list[str]]:
+) -> tuple[CombinedGraph, list[str]]:
     """Results of several micro-batches, and notes on the values whose rule was tried out."""
     graph = trace.normalized.graph
     refuse_batched_writes(graph, inputs)

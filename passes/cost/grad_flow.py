@@ -179,7 +179,7 @@ class GradientAnalysis:
 def _differentiated(captured: Captured, needs: Mapping[fx.Node, Flags]) -> list[fx.Node]:
     """The outputs that a program takes gradients from: the reduced ones if there are any."""
     found = [
-        (n, o.combine in ("sum", "mean"))
+        (n, o.combine.is_reduction)
         for n, o in zip(results_of(captured.graph_module.graph), captured.outputs, strict=True)
         if not o.internal and any(needs[n])
     ]

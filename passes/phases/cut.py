@@ -122,7 +122,7 @@ def received_strides(phased: Phased) -> dict[tuple[str, int], tuple[int, ...]]:
 def _arrived(known: tuple[TensorMeta, torch.device], device: torch.device) -> TensorMeta:
     """A tensor's looks where it is used: a copy between devices makes it dense."""
     look, source = known
-    return look if source == device else look.settled()
+    return look if source == device else look.after_copy()
 
 
 def _dense(look: TensorMeta) -> TensorMeta:
@@ -208,17 +208,17 @@ def cut_joint(
     forward |= _ancestors(list(saved))
     changing = {storage_id_of(held[i]) for i in joint.updates}
     saved = {n for n in saved if n in received or storage_id_of(n) not in changing}
-    rebuild = JointRewriter(forward, late, saved)
-    rebuild.placeholders([kit, *held], received, tangents, {held[i] for i in joint.updates})
-    graph = rebuild.calls(joint.graph, results[:ending], results[ending:])
+    rewriter = JointRewriter(forward, late, saved)
+    rewriter.write_placeholders([kit, *held], received, tangents, {held[i] for i in joint.updates})
+    graph = rewriter.write_calls(joint.graph, results[:ending], results[ending:])
     own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
     awaited = _ancestors(results_of(graph)[ending + len(own_grads) :])
     return StagePhases(
         index=stage.index,
         graph=graph,
-        phase_of=rebuild.phase_of
-        | {n.name: "B" for n in awaited if rebuild.phase_of.get(n.name) == "W"},
-        saved=tuple(rebuild.kept),
+        phase_of=rewriter.phase_of
+        | {n.name: "B" for n in awaited if rewriter.phase_of.get(n.name) == "W"},
+        saved=tuple(rewriter.saved_names),
         held=tuple(names[:count]),
         receives=stage.receives,
         tangents=(),
