@@ -38,6 +38,7 @@ from torch.fx.traceback import (
     set_stack_trace,
 )
 from torch.nn.modules._functions import BackwardHookFunction
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackwardHookFunction",
+    "BatchNormBase",
     "CheckpointFunction",
     "DataDependentOutputException",
     "DynamicOutputShapeException",

@@ -41,66 +41,43 @@ if TYPE_CHECKING:
 
     from autopipe.passes.remat_policies import Policy
 
+    from .request import PhaseRequest, TraceCache
+
 aten = torch.ops.aten
 
 
-@dataclasses.dataclass
-class TraceCache:
-    """What was found out about stages, by everything it depends on: identical ones are traced once.
-
-    looks: what their results look like.
-    joints: their joint graphs, whatever is kept.
-    stages: their phases.
-    """
-
-    looks: dict[Hashable, tuple[TensorMeta, ...]] = dataclasses.field(default_factory=dict)
-    joints: dict[Hashable, JointGraph] = dataclasses.field(default_factory=dict)
-    stages: dict[Hashable, StagePhases] = dataclasses.field(default_factory=dict)
-
-
-def phases(
-    split: Split,
+def cut_phases(
+    request: PhaseRequest,
     size: int,
-    looks: Mapping[str, TensorMeta],
-    devices: Sequence[torch.device],
-    *,
-    remat: Sequence[Policy],
-    grad: bool,
-    differentiated: frozenset[str],
-    traced: TraceCache,
+    cache: TraceCache,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Phased:
-    """Trace and cut every stage at one micro-batch size.
+    """Trace every stage at one micro-batch size and cut it into phases.
 
     Args:
-        split: the stages.
-        size: samples in the micro-batch.
-        looks: of every placeholder of the captured graph, at this size.
-        devices: one per stage; kernels are chosen for them.
-        remat: what each stage keeps, see `keep`.
-        grad: False for inference: the forward alone, traced under no_grad.
-        differentiated: outputs for which a gradient will come, if one can; if it can for none of
-            them, all others count.
-        traced: what is known so far, and grows.
-        progress: told about each stage.
+        request: the stages and what they are traced for.
+        size: samples in the micro-batch, one of those that `request` has metadata for.
+        cache: what was traced so far; grows.
+        progress: called with each stage that is traced.
 
     Raises:
         InputError: a batch norm would see a single value per channel.
     """
+    split, devices, grad = request.split, request.devices, request.grad
     _check_statistics(split, size)
-    known = {name: (look, devices[0]) for name, look in looks.items()}
+    known = {name: (meta, devices[0]) for name, meta in request.metadata[size].items()}
     inputs: list[list[TensorMeta]] = []
     for stage, device in zip(split.stages, devices, strict=True):
         inputs.append([_arrived(known[n], device) for n in stage.signature])
         key: Hashable = (stage.fingerprint, tuple(inputs[-1]), device.type, grad, _autocast(device))
-        if key not in traced.looks:
-            traced.looks[key] = forward_metadata(stage, inputs[-1], device, grad=grad)
-        found = traced.looks[key]
-        known |= {n: (look, device) for n, look in zip(stage.returns, found, strict=True)}
+        if key not in cache.results:
+            cache.results[key] = forward_metadata(stage, inputs[-1], device, grad=grad)
+        found = cache.results[key]
+        known |= {n: (meta, device) for n, meta in zip(stage.returns, found, strict=True)}
     differentiable = frozenset(
         o.name for o in split.captured.outputs if known[o.name][0].requires_grad
     )
-    differentiated = differentiated & differentiable or differentiable
+    differentiated = request.differentiated & differentiable or differentiable
     arriving = {n: (_dense(known[n][0]), known[n][1]) for n in differentiated}
     cut: list[StagePhases] = []
     for stage, device in reversed(list(zip(split.stages, devices, strict=True))):
@@ -112,17 +89,20 @@ def phases(
             *(tuple(held_and_received), tuple(tangents)),
             *(device.type, grad, _autocast(device)),
         )
-        if key not in traced.joints:
-            progress(f"tracing stage {stage.index}")
-            traced.joints[key] = trace_joint(stage, held_and_received, tangents, device, grad=grad)
-        kept = (key, remat[stage.index])
-        if kept not in traced.stages:
-            traced.stages[kept] = cut_joint(stage, traced.joints[key], kept[1], device)
-        phased = _named(traced.stages[kept], split.captured, stage, [n for *_, n in places])
+        policy = request.remat[stage.index]
+        if (key, policy) not in cache.stages:
+            if key not in cache.joints:
+                progress(f"tracing stage {stage.index}")
+                cache.joints[key] = trace_joint(
+                    stage, held_and_received, tangents, device, grad=grad
+                )
+            cache.stages[key, policy] = cut_joint(stage, cache.joints[key], policy, device)
+        core = cache.stages[key, policy]
+        phased = _named(core, split.captured, stage, [n for *_, n in places])
         cut.insert(0, phased)
         for name, node in zip(phased.sent_grads, phased.results()["sent_grads"], strict=True):
             arriving[name] = (TensorMeta.of(node.meta["val"]), device)
-    result = Phased(split, size, tuple(remat), differentiable, differentiated, tuple(cut))
+    result = Phased(split, size, request.remat, differentiable, differentiated, tuple(cut))
     result.verify()
     return result
 
@@ -142,7 +122,7 @@ def received_strides(phased: Phased) -> dict[tuple[str, int], tuple[int, ...]]:
 def _arrived(known: tuple[TensorMeta, torch.device], device: torch.device) -> TensorMeta:
     """A tensor's looks where it is used: a copy between devices makes it dense."""
     look, source = known
-    return look if source == device else look.settled()
+    return look if source == device else look.after_copy()
 
 
 def _dense(look: TensorMeta) -> TensorMeta:
@@ -228,17 +208,17 @@ def cut_joint(
     forward |= _ancestors(list(saved))
     changing = {storage_id_of(held[i]) for i in joint.updates}
     saved = {n for n in saved if n in received or storage_id_of(n) not in changing}
-    rebuild = JointRewriter(forward, late, saved)
-    rebuild.placeholders([ctx, *held], received, tangents, {held[i] for i in joint.updates})
-    graph = rebuild.calls(joint.graph, results[:ending], results[ending:])
+    rewriter = JointRewriter(forward, late, saved)
+    rewriter.write_placeholders([kit, *held], received, tangents, {held[i] for i in joint.updates})
+    graph = rewriter.write_calls(joint.graph, results[:ending], results[ending:])
     own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
     awaited = _ancestors(results_of(graph)[ending + len(own_grads) :])
     return StagePhases(
         index=stage.index,
         graph=graph,
-        phase_of=rebuild.phase_of
-        | {n.name: "B" for n in awaited if rebuild.phase_of.get(n.name) == "W"},
-        saved=tuple(rebuild.kept),
+        phase_of=rewriter.phase_of
+        | {n.name: "B" for n in awaited if rewriter.phase_of.get(n.name) == "W"},
+        saved=tuple(rewriter.saved_names),
         held=tuple(names[:count]),
         receives=stage.receives,
         tangents=(),
