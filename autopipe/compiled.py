@@ -217,7 +217,7 @@ class Compiled:
         )
         if key not in self._programs:
             constant = state_metadata(captured, lambda i: self.tensor(i.kind, i.target))
-            devices = [p.device for p in self.places]
+            devices = [w.device for w in self.workers]
             request = PhaseRequest(
                 self.split,
                 {size: constant | chunk for size, chunk in chunks.items()},

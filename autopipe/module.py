@@ -26,7 +26,8 @@ from autopipe.report.stages import StageView, views
 from autopipe.results import finish
 from autopipe.runtime import microbatch
 from autopipe.runtime.autograd import PipelineFunction
-from autopipe.runtime.memory import SavedBytes
+from autopipe.runtime.backends import autocast_types
+from autopipe.runtime.memory import SavedBytesCounter
 from autopipe.runtime.transfer import WorkerDevice
 from autopipe.verification.compare import Verification, compare
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from autopipe.compiled import Compiled, CompiledProgram
     from autopipe.passes.ir import Input
-    from autopipe.runtime.memory import SavedBytes
+    from autopipe.runtime.memory import SavedBytesCounter
 
 
 class PipelineCall:
@@ -42,7 +42,7 @@ class PipelineCall:
         ready: CompiledProgram,
         replan: Callable[[frozenset[str]], CompiledProgram],
         leaves: Sequence[Any],
-        memory: SavedBytes,
+        memory: SavedBytesCounter,
     ) -> None:
         self.compiled, self.ready, self.replan = compiled, ready, replan
         self.leaves, self.memory = leaves, memory
@@ -73,7 +73,7 @@ class PipelineCall:
             self.compiled.split.captured.outputs,
             run.results,
             self.sizes,
-            results.output_device(self.compiled.places[-1].device, devices),
+            results.output_device(self.compiled.workers[-1].device, devices),
         )
         self._saved = gathered.saved
         return gathered.values
@@ -112,7 +112,7 @@ class PipelineCall:
         for name, parts in shared.items():
             holder = self.compiled.split.routes[name].holders[-1]
             for m, part in enumerate(parts):
-                run.give(f"grad {name}", holder, m, part)
+                run.feed(f"grad {name}", holder, m, part)
         run.execute("backward")
         found = [
             results.input_gradient(i, run.results, self.sizes, self.leaves[i.index].device)
@@ -161,7 +161,7 @@ class PipelineCall:
             parts = self._scattered(item)
             for k in route.consumers:
                 for m, part in enumerate(parts):
-                    run.give(item.name, k, m, part)
+                    run.feed(item.name, k, m, part)
         return run
 
     def _scattered(self, item: Input) -> Sequence[Tensor]:

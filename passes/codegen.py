@@ -175,7 +175,7 @@ def _listed(arguments: Sequence[str]) -> str:
 
 
 def stage_function(stage: StagePhases, phase: str, device: torch.device, name: str) -> str:
-    """Write the calls of some phases as a function ``name(kit, args)``, which empties `args`.
+    """Write the calls of some phases as a function ``name(ctx, args)``, which empties `args`.
 
     `StagePhases` shows the arguments and results of these functions.
 
@@ -218,7 +218,7 @@ def stage_function(stage: StagePhases, phase: str, device: torch.device, name: s
             env[node] = graph.node_copy(node, env.__getitem__)
             _replace_device(env[node], stage.device, device)
         for i in own_grads.get(node, ()):  # at once, so that only the sum stays alive
-            done = graph.call_method("accumulate", (env[kit], i, env[node]))
+            done = graph.call_method("accumulate", (env[ctx], i, env[node]))
             done.meta = {"stack_trace": node.meta.get("stack_trace")}
     graph.output([env[v] if isinstance(v, fx.Node) else v for v in values])
     return _text(graph, name)

@@ -19,7 +19,7 @@ from autopipe.passes.split import PlannedCut, planned_cut_of
 from autopipe.planning.plan_parts import DuplicatedCall, Segment, StagePlan, Times
 from autopipe.planning.plans import Plan
 from autopipe.report.stages import BoundaryTensor
-from autopipe.runtime.mailbox import room
+from autopipe.runtime.mailbox import queue_capacity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

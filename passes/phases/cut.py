@@ -209,7 +209,7 @@ def cut_joint(
     changing = {storage_id_of(held[i]) for i in joint.updates}
     saved = {n for n in saved if n in received or storage_id_of(n) not in changing}
     rewriter = JointRewriter(forward, late, saved)
-    rewriter.write_placeholders([kit, *held], received, tangents, {held[i] for i in joint.updates})
+    rewriter.write_placeholders([ctx, *held], received, tangents, {held[i] for i in joint.updates})
     graph = rewriter.write_calls(joint.graph, results[:ending], results[ending:])
     own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
     awaited = _ancestors(results_of(graph)[ending + len(own_grads) :])

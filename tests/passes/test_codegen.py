@@ -124,7 +124,7 @@ def test_stage_types_show_the_functions_that_are_written() -> None:
     pipe = pipelined(Three(), devices=3, chunks=2)
     pipe(torch.randn(8, 4), torch.randn(8, 4))
     written = [
-        f"{name}(kit, [{', '.join(e.id for e in f.body[0].targets[0].elts)}])"
+        f"{name}(ctx, [{', '.join(e.id for e in f.body[0].targets[0].elts)}])"
         f" -> {ast.unparse(f.body[-1].value)}"
         for name, f in functions(pipe.code).items()
         if name.startswith(("F_", "RBW_"))
