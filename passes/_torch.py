@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.amp.autocast_mode import _enter_autocast
+from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
@@ -38,6 +39,7 @@ from torch.fx.traceback import (
     set_stack_trace,
 )
 from torch.nn.modules._functions import BackwardHookFunction
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackwardHookFunction",
+    "BatchNormBase",
     "CheckpointFunction",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -66,6 +69,7 @@ __all__ = [
     "free_unbacked_symbols",
     "from_functional",
     "has_saved_tensor_hooks",
+    "has_tangent",
     "in_functorch_transform",
     "is_functorch_call",
     "is_traced",
@@ -120,6 +124,13 @@ def in_functorch_transform(tensors: Sequence[torch.Tensor]) -> bool:
 def has_saved_tensor_hooks() -> bool:
     """Whether `saved_tensors_hooks` are active."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a tensor has a tangent of forward-mode differentiation."""
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -274,7 +285,7 @@ def emit_expression(expr: sympy.Expr, batch: fx.Node) -> fx.Node:
     """Append the arithmetic of a size expression to the graph of `batch`.
 
     Args:
-        expr: has at most one symbol, the batch size.
+        expr: depends on one symbol, the batch size.
         batch: the node whose value is the batch size.
 
     Returns:

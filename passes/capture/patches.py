@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autopipe.passes._torch import symbolic_fake_mode
+from autopipe.passes._torch import BatchNormBase, symbolic_fake_mode
 from autopipe.passes.graph import is_user_file
 
 from .norm_statistics import CUMULATIVE
@@ -75,7 +75,7 @@ def cumulative_norms(module: nn.Module) -> Iterator[list[str]]:
     found = {
         name: m
         for name, m in module.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        if isinstance(m, BatchNormBase)
         and m.momentum is None
         and m.training
         and m.track_running_stats
