@@ -75,7 +75,7 @@ class Plan(PlanData):
             empty = stage.first is None
             require(empty == (stage.calls == 0), f"stages[{k}]: `first` and `calls` disagree")
             require(not empty or K == 1, f"stages[{k}] has no call")
-        for stages in ([b.stage for b in self.begins], *[r.stages for r in self.repeated]):
+        for stages in ([s.stage for s in self.segments], *[r.stages for r in self.duplicated]):
             require(all(0 <= k < K for k in stages), "a call in no stage", found=str(stages))
         names = [s.first for s in self.stages]
         require(len(set(names)) == K, "two stages start at one call", found=str(names))

@@ -1,4 +1,8 @@
-"""What the drawings show, measured on them, against the plan and against formulas."""
+"""What the drawings show, measured on them, against the plan and against formulas.
+
+Covers report/bars_figure.py, report/chunks_figure.py, report/graph_figure.py,
+report/timeline_figure.py, report/page_data.py and report/svg.py.
+"""
 
 from __future__ import annotations
 
