@@ -45,7 +45,7 @@ class JointRewriter:
         owned: Sequence[fx.Node],
         received: Sequence[fx.Node],
         tangents: Sequence[fx.Node],
-        written: set[fx.Node],
+        written: Sequence[fx.Node],
     ) -> None:
         """Write the placeholders, and copy the buffers that F writes to.
 
