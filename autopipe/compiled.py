@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autopipe.call_guards import autocast_as, autocast_state, plain_autograd
+from autopipe.call_guards import autocast_state, plain_autograd, restore_autocast
 from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.parameters import move, parameter
 from autopipe.passes.driver import Lowered, cut_in_time, phases_by_size
@@ -21,7 +21,7 @@ from autopipe.planning.planner import clocks_of, plan
 from autopipe.progress import silent
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Program
-from autopipe.runtime.load import load
+from autopipe.runtime.load import load_source
 from autopipe.tensor_meta import input_metadata, state_metadata, usual_outputs
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class CompiledModel:
         """
         self.expected = names
         # A backward runs outside of the call's autocast.
-        with plain_autograd(), autocast_as(program.key.autocast):
+        with plain_autograd(), restore_autocast(program.key.autocast):
             return self._program(program.key._replace(expected=names), silent)
 
     def _program(self, key: ProgramKey, progress: Callable[[str], None]) -> CompiledProgram:
@@ -263,11 +263,11 @@ class CompiledModel:
 
     def _load(self, lowered: Lowered, sizes: tuple[int, ...]) -> Program:
         generated = lowered.generated
-        names, filename = load(generated.source)
+        names, filename = load_source(generated.source)
         return Program(
             forward=tuple(names[n] for n in generated.forward),
             backward=tuple(names[n] for n in generated.backward),
-            places=self.workers,
+            workers=self.workers,
             sizes=sizes,
             draws={s: [k.draws for k in cut.stages] for s, cut in lowered.phased.items()},
             strides={

@@ -17,7 +17,7 @@ from autopipe.program_cache import ProgramCache
 from autopipe.report.stages import StageView, views
 from autopipe.results import finish
 from autopipe.runtime.autograd import PipelineFunction
-from autopipe.runtime.memory import SavedBytes
+from autopipe.runtime.memory import SavedBytesCounter
 from autopipe.verification.compare import ComparedPipeline, Verification, compare
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Pipeline(ModuleProxy):
     def _reset(self) -> None:
         """Forget everything that was compiled."""
         self._programs = ProgramCache(self.model, self.options)
-        self.memory = SavedBytes(len(self._programs.workers))
+        self.memory = SavedBytesCounter(len(self._programs.workers))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autopipe.passes.ir import MEAN, SUM
-from autopipe.passes.ops import ctc_loss as ctc
+from autopipe.passes.ops import CTC_LOSS_OP
 
 from .lattice import STATIC, Reduced, Samples, State, aligned, join
 from .partial_reductions import COUNTED_MEAN
@@ -61,7 +61,7 @@ def _reduced(call: OpCall, state: State, mean: Combine | PartialReduction = MEAN
 
 
 def ctc_loss(call: OpCall) -> State:
-    """See `ctc_loss.losses`: log probabilities (T, N, C), everything else (N, …)."""
+    """See `ctc_loss.sample_losses`: log probabilities (T, N, C), everything else (N, …)."""
     state, *others = [call.state(n) for n in call.tensors]
     if isinstance(state, Samples):
         if state.dim != 1:
@@ -80,4 +80,4 @@ RULES = table(
         " multilabel_margin_loss",
         class_loss: "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d",
     }
-) | {ctc.PACKET: ctc_loss}
+) | {CTC_LOSS_OP: ctc_loss}
