@@ -1,7 +1,7 @@
 """The pipeline as one node of the caller's autograd graph.
 
 Parameters are inputs of that node, so autograd itself accumulates into `.grad`, runs hooks and
-leaves frozen ones alone.
+skips frozen parameters.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ if TYPE_CHECKING:
 
 
 class AutogradStep(Protocol):
-    """A call of the pipeline, as this room needs it."""
+    """One training step of a pipeline, as the autograd node sees it."""
 
     def forward(self) -> tuple[Tensor, ...]:
         """Run the micro-batches forward; the combined outputs."""
 
     def differentiable(self) -> Sequence[bool]:
-        """For each output, whether a gradient can flow back from it."""
+        """For each output, whether gradients can flow back from it."""
 
     def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensors that `apply` was given, from those of the outputs."""
+        """Run the micro-batches backward; the gradients of the tensors passed to `apply`."""
 
 
 class PipelineFunction(torch.autograd.Function):
-    """`PipelineFunction.apply(step, *tensors)`: `tensors` are what gradients are wanted for."""
+    """`PipelineFunction.apply(step, *tensors)`: `tensors` are those that need gradients."""
 
     @staticmethod
     def forward(ctx: Any, step: AutogradStep, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.step = step
         ctx.set_materialize_grads(False)
-        # Results may be one tensor, as x and x.detach() are; what is marked is a tensor object.
+        # Two outputs may be the same tensor object (x and x.detach()); detaching each gives every
+        # output an object of its own, which can be marked.
         outputs = tuple(o.detach() for o in step.forward())
         fixed = [o for o, d in zip(outputs, step.differentiable(), strict=True) if not d]
         ctx.mark_non_differentiable(*fixed)
