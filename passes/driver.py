@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from autopipe.passes.phases import TensorMeta
     from autopipe.passes.split import Objective
 
-    from .remat_policies import Policy
+    from .remat_policies import RematPolicy
 
 _dumped = itertools.count(1)
 
@@ -106,7 +106,7 @@ def phases_at(
     looks: Mapping[int, Mapping[str, TensorMeta]],
     devices: Sequence[torch.device],
     *,
-    remat: Sequence[Policy],
+    remat: Sequence[RematPolicy],
     grad: bool,
     differentiated: frozenset[str],
     traced: TraceCache,

@@ -6,7 +6,7 @@
     W  the rest: gradients of the stage's own parameters; nobody is waiting
 
 All four are reachability in one graph. What F keeps is the only choice, and a policy of the stage
-makes it (`keep`). A call that R repeats stands twice in the graph: every node belongs to one phase.
+makes it (`select_saved`). A call that R repeats stands twice in the graph: every node belongs to one phase.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from autopipe.passes.ir import (
 
 from .joint_trace import Joint, TensorMeta, forward_metadata, trace
 from .rematerialize import Rebuild
-from .select_saved import keep
+from .select_saved import select_saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
 
 aten = torch.ops.aten
 
@@ -64,7 +64,7 @@ def phases(
     looks: Mapping[str, TensorMeta],
     devices: Sequence[torch.device],
     *,
-    remat: Sequence[Policy],
+    remat: Sequence[RematPolicy],
     grad: bool,
     differentiated: frozenset[str],
     traced: TraceCache,
@@ -77,7 +77,7 @@ def phases(
         size: samples in the micro-batch.
         looks: of every placeholder of the captured graph, at this size.
         devices: one per stage; kernels are chosen for them.
-        remat: what each stage keeps, see `keep`.
+        remat: the policy of each stage.
         grad: False for inference: the forward alone, traced under no_grad.
         differentiated: outputs for which a gradient will come, if one can; if it can for none of
             them, all others count.
@@ -207,7 +207,7 @@ def _named(
     )
 
 
-def cut_joint(stage: StageGraph, joint: Joint, policy: Policy, device: torch.device) -> StagePhases:
+def cut_joint(stage: StageGraph, joint: Joint, policy: RematPolicy, device: torch.device) -> StagePhases:
     """Cut one joint graph into F, R, B and W by reachability (its draws are not yet named)."""
     kit, *holders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     names = stage.signature
@@ -219,8 +219,9 @@ def cut_joint(stage: StageGraph, joint: Joint, policy: Policy, device: torch.dev
     forward = _ancestors(results[:ending])
     forward |= {n for n in joint.graph.nodes if n.target is getitem and n.args[0] in forward}
     late = _descendants(tangents)
-    policy = policy if tangents else "full"
-    saved = keep(joint.graph, policy, forward, late, held, received, ending)
+    saved = set(received)
+    if tangents:
+        saved = select_saved(joint.graph, policy, forward, late, held, received, ending)
     forward |= _ancestors(list(saved))
     changing = {storage_id_of(held[i]) for i in joint.updates}
     saved = {n for n in saved if n in received or storage_id_of(n) not in changing}
