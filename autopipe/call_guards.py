@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from autopipe.errors import UnsupportedError
-from autopipe.passes._torch import is_transformed, saves_through_hooks
+from autopipe.passes._torch import has_saved_tensor_hooks, in_functorch_transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ def refuse_transforms(leaves: Sequence[Any]) -> None:
         UnsupportedError: a call, or a gradient, within torch.func.grad, vmap, jvp and the like.
     """
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    if is_transformed(tensors):
+    if in_functorch_transform(tensors):
         raise UnsupportedError(
             "a function transform around a pipeline (torch.func, vmap, gradients in batches)",
             remedy="transform the model itself (pipe.model), or call the pipeline outside",
@@ -47,7 +47,7 @@ def plain_autograd() -> Iterator[None]:
     Both would look at fake tensors; the gradients that they are meant for come later.
     """
     with ExitStack() as stack:
-        if saves_through_hooks():  # autograd checks what was changed in place only without hooks
+        if has_saved_tensor_hooks():  # autograd checks what was changed in place only without hooks
             plain = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
             stack.enter_context(plain)
         if torch.is_anomaly_enabled():

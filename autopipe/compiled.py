@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.parameters import move, parameter, replaced
 from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_at
-from autopipe.passes.ir import Kind
+from autopipe.passes.ir import InputKind
 from autopipe.passes.phases import TraceCache, received_strides
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
@@ -111,8 +111,8 @@ class Compiled:
         else:
             self.options, self.split = options, self._cut(annotated, options, batch, progress)
         captured = self.split.captured
-        self.parameters = tuple(i for i in captured.inputs if i.kind is Kind.PARAMETER)
-        self.calls = tuple(i for i in captured.inputs if i.kind is Kind.INPUT)
+        self.parameters = tuple(i for i in captured.inputs if i.kind is InputKind.PARAMETER)
+        self.calls = tuple(i for i in captured.inputs if i.kind is InputKind.INPUT)
         self.expected = differentiated(captured)
         self._fits: dict[int, bool] = {}
         self._programs: dict[Hashable, CompiledProgram] = {}
@@ -143,14 +143,14 @@ class Compiled:
     def fits(self, batch: int) -> bool:
         """Whether the model takes the captured branches for a batch of this size."""
         if batch not in self._fits:
-            self._fits[batch] = self.split.captured.branches.hold(batch)
+            self._fits[batch] = self.split.captured.size_guards.hold_for(batch)
         return self._fits[batch]
 
-    def tensor(self, kind: Kind, target: str) -> Tensor:
+    def tensor(self, kind: InputKind, target: str) -> Tensor:
         """A tensor of the model by its qualified name."""
-        if kind is Kind.CONSTANT:
+        if kind is InputKind.CONSTANT:
             return self.split.captured.constants[target]
-        if kind is Kind.PARAMETER:
+        if kind is InputKind.PARAMETER:
             return parameter(self.model, target)
         return self.model.get_buffer(target)
 
@@ -162,7 +162,7 @@ class Compiled:
         """
         for stage, place in zip(self.split.stages, self.places, strict=True):
             for item in stage.held:
-                if item.kind is Kind.CONSTANT:
+                if item.kind is InputKind.CONSTANT:
                     continue
                 parameter = self.tensor(item.kind, item.target)
                 if parameter.is_meta:
@@ -173,11 +173,11 @@ class Compiled:
                         " initialise, or model.load_state_dict(..., assign=True) (which leaves out"
                         " buffers that are not persistent)",
                     )
-                if item.kind is Kind.BUFFER or parameter.device == place.device:
+                if item.kind is InputKind.BUFFER or parameter.device == place.device:
                     continue
                 move(parameter, place.device)
 
-    def on(self, place: WorkerDevice, kind: Kind, target: str, *, written: bool) -> Tensor:
+    def on(self, place: WorkerDevice, kind: InputKind, target: str, *, written: bool) -> Tensor:
         """A tensor as a stage on `place` uses it; copies are kept while the original is the same.
 
         A buffer that a stage writes to moves there for good.

@@ -307,11 +307,10 @@ class Pipeline(ModuleProxy):
     def __repr__(self) -> str:
         options = self._options()
         devices = ", ".join(map(str, options.devices))
-        policies = set(options.remat or ("auto",))
-        remat = next(iter(policies)) if len(policies) == 1 else options.remat
+        remat = tuple(p.option for p in options.remat or ()) or ("auto",)
         return (
             f"Pipeline({type(self.model).__name__}, devices=[{devices}], chunks={options.chunks},"
-            f" schedule={options.schedule or 'auto'!r}, remat={remat!r})"
+            f" schedule={options.schedule or 'auto'!r}, remat={remat[0] if len(set(remat)) == 1 else remat!r})"
         )
 
 

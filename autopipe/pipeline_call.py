@@ -8,7 +8,7 @@ import torch
 
 from autopipe.call_guards import refuse_transforms
 from autopipe.errors import StageError
-from autopipe.passes.ir import Kind
+from autopipe.passes.ir import InputKind
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Run
 
@@ -139,7 +139,9 @@ class PipelineCall:
                     buffers[item.name] = tensor
                 tensors.append(tensor)
             for name in stage.lent:
-                tensors.append(compiled.on(place, Kind.PARAMETER, targets[name], written=False))
+                tensors.append(
+                    compiled.on(place, InputKind.PARAMETER, targets[name], written=False)
+                )
             held.append(tensors)
         run = Run(ready.program, held, buffers, self.seed, self.memory)
         for item in compiled.calls:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from autopipe.passes.ir import Kind
+from autopipe.passes.ir import InputKind
 from autopipe.passes.phases import TensorMeta
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict
     """Of a call's tensors, in a micro-batch of `size` samples."""
     looks = {}
     for item in captured.inputs:
-        if item.kind is not Kind.INPUT:
+        if item.kind is not InputKind.INPUT:
             continue
         tensor = leaves[item.index].detach()
         if item.batch_dim is not None:
@@ -31,7 +31,9 @@ def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict
 
 def state_metadata(captured: Captured, tensor: Callable[[Input], Tensor]) -> dict[str, TensorMeta]:
     """Of parameters, buffers and constants."""
-    return {i.name: TensorMeta.of(tensor(i)) for i in captured.inputs if i.kind is not Kind.INPUT}
+    return {
+        i.name: TensorMeta.of(tensor(i)) for i in captured.inputs if i.kind is not InputKind.INPUT
+    }
 
 
 def differentiated(captured: Captured) -> frozenset[str]:

@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
-from autopipe.passes.cost.node_costs import Seconds, annotate, seconds
-from autopipe.passes.cost.stage_cost import total
+from autopipe.passes.cost.node_costs import CallSeconds, annotate, call_seconds
+from autopipe.passes.cost.stage_cost import sum_costs
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.graph.fx_utils import is_size
 from autopipe.passes.ir.captured import Annotated
@@ -112,7 +112,7 @@ def flops(names: list[str]) -> bool:
         model, args, kwargs, loss, in_dims = case(name)
         found = annotated(model, args, kwargs, in_dims)
         costs = found.costs.values()
-        forward, backward = total(costs, "forward_flops"), total(costs, "backward_flops")
+        forward, backward = sum_costs(costs, "forward_flops"), sum_costs(costs, "backward_flops")
         ours = [(at_batch(forward, b), at_batch(backward, b)) for b in SIZES]
         theirs = [counted(model, *narrowed((args, kwargs), b), loss) for b in SIZES]
         equal += ours == theirs
@@ -183,7 +183,7 @@ def splits(batch: int = 4) -> None:
         work = [float(at_batch(c.forward_flops + c.backward_flops, batch)) for c in costs]
         forward = [float(at_batch(c.forward_flops, batch)) for c in costs]
         moved = [float(at_batch(c.forward_bytes, batch)) for c in costs]
-        times = [seconds(c, DEFAULT, batch) for c in costs]
+        times = [call_seconds(c, DEFAULT, batch) for c in costs]
         with tempfile.TemporaryDirectory() as folder:
             measured = profile(found, batch, folder=folder)
         real = [measured.seconds(n.name) for n in calls]
@@ -193,7 +193,7 @@ def splits(batch: int = 4) -> None:
             "seconds": [t.forward + t.backward for t in times],
         }
         for rule, weights in rules.items():
-            known = {n.name: Seconds(w, 0.0, 0.0) for n, w in zip(calls, weights, strict=True)}
+            known = {n.name: CallSeconds(w, 0.0, 0.0) for n, w in zip(calls, weights, strict=True)}
             aim = objective_of([DEFAULT] * 2, batch, remat="none")
             late = {n.name for n in split(found, replace(aim, times=known)).calls[1]}
             second = [n.name in late for n in calls]

@@ -24,7 +24,7 @@ import torch
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.options import check
-from autopipe.passes._torch import lazy_code
+from autopipe.passes._torch import lazy_graph_code
 from autopipe.passes.capture.model import capture
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.cost.stage_cost import stage_cost
@@ -63,7 +63,7 @@ def planned(
     remat = options.given.remat
     models = models_of(options.devices)
     marks = [time.process_time()]
-    with lazy_code():
+    with lazy_graph_code():
         captured = capture(model, leaves, spec, dims)
         marks.append(time.process_time())
         annotated = annotate(captured)

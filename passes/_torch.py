@@ -60,36 +60,36 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
-    "attribute",
-    "attributed",
+    "emit_expression",
+    "fix_lstm_state_shapes",
     "flop_registry",
     "free_unbacked_symbols",
     "from_functional",
+    "has_saved_tensor_hooks",
+    "in_functorch_transform",
+    "is_functorch_call",
     "is_traced",
-    "is_transform",
-    "is_transformed",
-    "keep_regions",
-    "lazy_code",
+    "keep_no_grad_regions",
+    "lazy_graph_code",
     "make_fx",
+    "mark_recorded",
     "min_cut_saved",
     "preserve_node_meta",
-    "recorded_as",
-    "right_lstm_states",
-    "saves_through_hooks",
-    "size_calls",
+    "record_checks_unordered",
+    "set_traced_call",
     "storage_id",
     "storage_id_of",
     "suggest_memory_format",
-    "symbolic_fakes",
+    "symbolic_fake_mode",
     "to_functional",
-    "unordered_checks",
+    "traced_call",
     "wrap_with_autocast",
     "wrap_with_set_grad_enabled",
 ]
 
 
 @contextmanager
-def lazy_code() -> Iterator[None]:
+def lazy_graph_code() -> Iterator[None]:
     """Graph modules that torch makes in here write their Python code when they are run.
 
     The passes read them, and run none: a tenth of the time that compiling takes.
@@ -98,17 +98,17 @@ def lazy_code() -> Iterator[None]:
         yield
 
 
-def symbolic_fakes() -> FakeTensorMode:
+def symbolic_fake_mode() -> FakeTensorMode:
     """A fake tensor mode in which torch.export can make sizes symbolic."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
-def is_transform(target: Any) -> bool:
+def is_functorch_call(target: Any) -> bool:
     """Whether an exported call is a part of a function transform: vmap's levels and the like."""
     return str(getattr(target, "__module__", "")).startswith("torch._functorch.")
 
 
-def is_transformed(tensors: Sequence[torch.Tensor]) -> bool:
+def in_functorch_transform(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a function transform is under way, or has wrapped one of the tensors."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
@@ -117,13 +117,13 @@ def is_transformed(tensors: Sequence[torch.Tensor]) -> bool:
     return any(wrapped(t) or batched(t) for t in tensors)
 
 
-def saves_through_hooks() -> bool:
+def has_saved_tensor_hooks() -> bool:
     """Whether `saved_tensors_hooks` are active."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 @contextmanager
-def keep_regions() -> Iterator[None]:
+def keep_no_grad_regions() -> Iterator[None]:
     """Keep export from forgetting that gradients are off where an autocast region is around it.
 
     Export cuts its graph where gradients are switched and looks at the first call of each part to
@@ -146,7 +146,7 @@ def keep_regions() -> Iterator[None]:
 
 
 @contextmanager
-def right_lstm_states() -> Iterator[None]:
+def fix_lstm_state_shapes() -> Iterator[None]:
     """Let the states of a fake LSTM have the shape of real ones (torch 2.11: a dimension more)."""
 
     def corrected(layer: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,7 +166,7 @@ def right_lstm_states() -> Iterator[None]:
 
 
 @contextmanager
-def unordered_checks() -> Iterator[None]:
+def record_checks_unordered() -> Iterator[None]:
     """Record checks of results (a matrix was singular) like any other call.
 
     Newer torches keep them in order by tokens, which only AOTAutograd's own tracing hands out.
@@ -180,21 +180,21 @@ def unordered_checks() -> Iterator[None]:
         yield
 
 
-def attribute(call: int, stack_trace: str | None) -> None:
+def set_traced_call(call: int, stack_trace: str | None) -> None:
     """While tracing: what is recorded from now on belongs to this call of the traced graph."""
     if has_preserved_node_meta():
         get_current_meta()["custom"] = {"call": call}
         set_stack_trace([stack_trace] if stack_trace else [])
 
 
-def attributed() -> int | None:
+def traced_call() -> int | None:
     """While tracing: the call that what is recorded now belongs to."""
     position: int | None = get_current_meta().get("custom", {}).get("call")
     return position
 
 
 @contextmanager
-def recorded_as(fact: str) -> Iterator[None]:
+def mark_recorded(fact: str) -> Iterator[None]:
     """While tracing: what is recorded meanwhile is marked."""
     meta = get_current_meta()
     before = meta.get("custom", {})
@@ -262,7 +262,7 @@ class _OnProxies(PythonReferenceAnalysis):
         return a / b
 
 
-def size_calls(expr: sympy.Expr, batch: fx.Node) -> fx.Node:
+def emit_expression(expr: sympy.Expr, batch: fx.Node) -> fx.Node:
     """Append the arithmetic of a size expression in one symbol to `batch`'s graph."""
     if expr.is_Symbol:
         return batch

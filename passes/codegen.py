@@ -91,7 +91,7 @@ def codegen(
                 key = (id(stage.graph), phase, device)
                 if key not in written:  # identical stages share their functions
                     written[key] = f"{phase}_{stage.index}_b{size}"
-                    parts.append(compute(stage, phase, device, written[key]))
+                    parts.append(stage_function(stage, phase, device, written[key]))
                 computes[phase, stage.index, size] = written[key]
     for stage in next(iter(phased.values())).stages:
         parts.append(_forward(split, stage))
@@ -171,7 +171,7 @@ def _listed(arguments: Sequence[str]) -> str:
     return "\n        " + ",\n        ".join(arguments) + ",\n    "
 
 
-def compute(stage: StagePhases, phase: str, device: torch.device, name: str) -> str:
+def stage_function(stage: StagePhases, phase: str, device: torch.device, name: str) -> str:
     """The calls of some phases as a function ``name(kit, args)``; `args` is emptied.
 
     F returns what the stage returns, buffers' new values, and what is saved; a backward hands the

@@ -23,7 +23,7 @@ from autopipe.passes.phases import TraceCache, phases
 from autopipe.passes.schedule import Scheduled, schedule
 from autopipe.passes.split import PlannedCut, split
 
-from ._torch import lazy_code
+from ._torch import lazy_graph_code
 from .codegen import Generated, codegen
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _dumped = itertools.count(1)
 
 
-@lazy_code()
+@lazy_graph_code()
 def costed(
     model: nn.Module | torch.export.ExportedProgram,
     leaves: Sequence[Any],
@@ -74,7 +74,7 @@ def costed(
     return annotated
 
 
-@lazy_code()
+@lazy_graph_code()
 def cut_in_space(
     annotated: Annotated,
     aim: Objective,
@@ -99,7 +99,7 @@ class Lowered:
     generated: Generated
 
 
-@lazy_code()
+@lazy_graph_code()
 def phases_at(
     split: Split,
     sizes: Sequence[int],
@@ -129,7 +129,7 @@ def phases_at(
     }
 
 
-@lazy_code()
+@lazy_graph_code()
 def cut_in_time(
     phased: Mapping[int, Phased],
     sizes: Sequence[int],

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autopipe.errors import MemoryLimitError, PartitionError, UnsupportedError
-from autopipe.passes.cost import Seconds
+from autopipe.passes.cost import CallSeconds
 from autopipe.passes.devices import CPU_CORE, DEVICES, H100
+from autopipe.passes.remat_policies import LADDER
 from autopipe.planning.fitting import Candidate
 from autopipe.planning.planner import clocks_of, plan
 from autopipe.planning.profile_calls import Timing, device_name, profile
@@ -106,13 +107,13 @@ def _search(
         )
 
     @cache
-    def measured(size: int) -> Mapping[str, Seconds]:
+    def measured(size: int) -> Mapping[str, CallSeconds]:
         progress(f"timing calls on {size} samples")
         timed = profile(annotated, size, options.devices[0]).timings
         nothing = Timing(0.0, 0.0)  # what is not run: sizes, the unpacking of results
         timings = {name: timed.get(name, nothing) for name in annotated.costs}
         return {
-            name: Seconds(t.forward_seconds, t.backward_seconds, t.forward_seconds)
+            name: CallSeconds(t.forward_seconds, t.backward_seconds, t.forward_seconds)
             for name, t in timings.items()
         }
 
@@ -135,7 +136,7 @@ def _refined(search: Search, chosen: Candidate, batch: int) -> Candidate:
         times = dict(search.measured(max(known.sizes)))
         for k, calls in enumerate(chosen.split.calls):
             share = chosen.plan.stages[k].seconds / max(chosen.split.facts.seconds[k], 1e-12)
-            times |= {n.name: Seconds(*(share * t for t in times[n.name])) for n in calls}
+            times |= {n.name: CallSeconds(*(share * t for t in times[n.name])) for n in calls}
         search = replace(search, measured=_always(times))
         try:
             again = search.best(batch)
@@ -151,7 +152,7 @@ def _refined(search: Search, chosen: Candidate, batch: int) -> Candidate:
     return replace(chosen, plan=timed)
 
 
-def _always(times: Mapping[str, Seconds]) -> Callable[[int], Mapping[str, Seconds]]:
+def _always(times: Mapping[str, CallSeconds]) -> Callable[[int], Mapping[str, CallSeconds]]:
     return lambda size: times
 
 
@@ -161,10 +162,11 @@ def _always(times: Mapping[str, Seconds]) -> Callable[[int], Mapping[str, Second
 def _remedies(search: Search, batch: int) -> Iterator[str]:
     """Changes that would fit, each the smallest of its kind, in words."""
     options = search.options
-    if options.remat is not None and set(options.remat) != {"full"}:
-        full = replace(options, remat=("full",) * len(options.devices))
-        if _fits(search, full, batch):
-            yield 'remat="full", or remat="auto"'
+    leanest = LADDER[-1]
+    if options.remat is not None and set(options.remat) != {leanest}:
+        lean = replace(options, remat=(leanest,) * len(options.devices))
+        if _fits(search, lean, batch):
+            yield f'remat="{leanest.name}", or remat="auto"'
     if options.chunks is not None:
         for chunks in numbers_of_chunks(batch, len(options.devices)):
             if chunks > options.chunks and _fits(search, replace(options, chunks=chunks), batch):

@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autopipe.passes.remat_policies import repeats
 from autopipe.passes.split import taken_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from autopipe.passes.ir import Split
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
     from autopipe.passes.split import Objective
     from autopipe.planning.fitting import Fitted
 
 
-def missed_bytes(split: Split, aim: Objective, found: Fitted) -> dict[tuple[int, Policy], int]:
+def missed_bytes(split: Split, aim: Objective, found: Fitted) -> dict[tuple[int, RematPolicy], int]:
     """By how much the estimate of a cut's stages was too low, with the policies that were tried."""
     most = max(map(len, found.tried))
     rows = [[*tried, *[[*tried][-1]] * (most - len(tried))] for tried in found.tried]
@@ -30,13 +29,13 @@ def missed_bytes(split: Split, aim: Objective, found: Fitted) -> dict[tuple[int,
 
 
 def spread(
-    aim: Objective, missed: Mapping[tuple[int, Policy], int]
-) -> dict[tuple[int, Policy], int]:
+    aim: Objective, missed: Mapping[tuple[int, RematPolicy], int]
+) -> dict[tuple[int, RematPolicy], int]:
     """What the estimate missed, for a policy that was not tried that of the nearest one."""
     found = {}
     for k in range(aim.stages):
         known = [policy for stage, policy in missed if stage == k]
         for policy in aim.policies(k) if known else ():
-            nearest = min(known, key=lambda one: abs(repeats(one) - repeats(policy)))
+            nearest = min(known, key=lambda one: abs(one.rank - policy.rank))
             found[k, policy] = missed[k, nearest]
     return found

@@ -11,10 +11,10 @@ from autopipe.passes.cost import (
     phase_seconds,
     stage_bytes,
     stage_cost,
-    stage_peaks,
+    stage_peak_bytes,
 )
 from autopipe.passes.driver import phases_at
-from autopipe.passes.ir import CALLER, Kind, at_batch
+from autopipe.passes.ir import CALLER, InputKind, at_batch
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import PlannedCut, planned_cut_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from autopipe.options import Options
     from autopipe.passes.devices import Device, Link
     from autopipe.passes.ir import Phased, Route, Split, StageGraph, StagePhases
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
 
 
 class Clock(NamedTuple):
@@ -71,7 +71,7 @@ def phases_of(
     leaves: Sequence[Any],
     sizes: Sequence[int],
     options: Options,
-    remat: Sequence[Policy],
+    remat: Sequence[RematPolicy],
     traced: TraceCache | None = None,
 ) -> dict[int, Phased]:
     """The phases of a split program in training, by micro-batch size; weights are not needed.
@@ -86,7 +86,7 @@ def phases_of(
         traced: what is known of stages like these, and grows.
     """
     captured = split.captured
-    state = state_metadata(captured, lambda item: captured.held(model, item))
+    state = state_metadata(captured, lambda item: captured.tensor_of(model, item))
     return phases_at(
         split,
         sizes,
@@ -155,7 +155,7 @@ def plan(
         gather_seconds=_gathering(split, sizes, clocks),
         notes=split.captured.notes,
     )
-    peaks = stage_peaks(made.timeline, K, sizes, nbytes, split.routes, room)
+    peaks = stage_peak_bytes(made.timeline, K, sizes, nbytes, split.routes, room)
     stages = zip(made.stages, peaks, strict=True)
     made = replace(made, stages=tuple(replace(s, peak_bytes=peak) for s, peak in stages))
     made.verify()
@@ -188,14 +188,16 @@ def _stage(
         calls=len(calls),
         device=str(options.devices[k]),
         speeds=clock.name,
-        remat=str(phased[0].remat[k]),
-        parameters=tuple(i.target for i in stage.held if i.kind is Kind.PARAMETER),
+        remat=phased[0].remat[k].name,
+        parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
         flops=at_batch(cost.flops, size),
         times=tuple(_times(split, cut, k, clock, in_flight) for cut in phased),
         parameter_bytes=cost.parameter_bytes,
         gradient_bytes=cost.gradient_bytes,
         optimizer_bytes=cost.optimizer_bytes,
-        buffer_bytes=sum(int(i.spec.nbytes) for i in stage.held if i.kind is not Kind.PARAMETER),
+        buffer_bytes=sum(
+            int(i.spec.nbytes) for i in stage.held if i.kind is not InputKind.PARAMETER
+        ),
         lent_bytes=cost.lent_bytes,
         activation_bytes=at_batch(cost.activation_bytes, size),
         saved_bytes=max(saved),

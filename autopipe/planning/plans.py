@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopipe.errors import PlanError, VerifyError, require
-from autopipe.passes.remat_policies import policy_of
+from autopipe.passes.remat_policies import parse_policy
 from autopipe.passes.schedule import KNOWN, Timeline, play_out, schedule, stages_per_device
 from autopipe.planning.plan_parts import Begin, Crossing, Repeated, StagePlan, Times
 from autopipe.report.table import table
@@ -158,7 +158,7 @@ class Plan:
             for name, value in facts:
                 if isinstance(value, (int, float)):
                     require(value >= 0, f"{name} is negative", found=str(value))
-            require(policy_of(stage.remat) is not None, f"{where}.remat", found=stage.remat)
+            require(parse_policy(stage.remat) is not None, f"{where}.remat", found=stage.remat)
             empty = stage.first is None
             require(empty == (stage.calls == 0), f"stages[{k}]: `first` and `calls` disagree")
             require(not empty or K == 1, f"stages[{k}] has no call")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from autopipe.errors import DeviceError, InputError, UnsupportedError
-from autopipe.passes.cost import BoundCall, described, stand_ins, tensors_in
+from autopipe.passes.cost import BoundCall, operand_values, tensor_leaves, work_key
 from autopipe.passes.graph import source_line
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-    from autopipe.passes.ir import Annotated, Flow
+    from autopipe.passes.ir import Annotated, GradFlow
 
     Clock = Callable[[Callable[[], Any]], tuple[Any, float]]
 
@@ -118,7 +118,7 @@ def profile(
             flow = annotated.flows.get(node.name)
             if flow is None:
                 continue
-            key = described(node, batch, flow)
+            key = work_key(node, batch, flow)
             if key not in cached:
                 if not engine:
                     engine.append(_engine(place, clock))
@@ -215,7 +215,7 @@ def _events(run: Callable[[], Any]) -> tuple[Any, float]:
 def _measure(
     node: fx.Node,
     batch: int,
-    flow: Flow,
+    flow: GradFlow,
     device: torch.device,
     clock: Clock,
     engine: float,
@@ -227,8 +227,10 @@ def _measure(
 
     try:
         with torch.enable_grad():
-            ready = BoundCall(node, stand_ins(node, batch, fill), flow.needs, batch, device)
-            return _medians(lambda: _once(ready, flow.gets, clock), engine)
+            ready = BoundCall(
+                node, operand_values(node, batch, fill), flow.operands_need_grad, batch, device
+            )
+            return _medians(lambda: _once(ready, flow.results_get_grad, clock), engine)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         raise UnsupportedError(
             "a call cannot be timed by itself",
@@ -242,7 +244,7 @@ def _measure(
 def _once(ready: BoundCall, gets: Sequence[bool], clock: Clock) -> tuple[float, float | None]:
     args, kwargs, _, edges = ready.arguments()
     found, forward = clock(lambda: ready.target(*args, **kwargs))
-    results = zip(tensors_in(found), gets, strict=True)
+    results = zip(tensor_leaves(found), gets, strict=True)
     roots = [r for r, wanted in results if wanted and r is not None and r.requires_grad]
     inputs = [e for of in edges for e in of if e is not None]
     if not roots or not inputs:

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from autopipe.passes.codegen import HEADER, compute
+from autopipe.passes.codegen import HEADER, stage_function
 from autopipe.passes.cost import PhaseSeconds, phase_seconds
 from autopipe.planning.planner import Clock
 from autopipe.planning.profile_calls import device_name, filled
@@ -112,7 +112,9 @@ class _Stopwatch:
 
     def _measured(self, stage: StagePhases, ahead: int) -> PhaseSeconds:
         names = {"F": "forward", "RBW": "backward"}
-        parts = [compute(stage, letters, self.device, name) for letters, name in names.items()]
+        parts = [
+            stage_function(stage, letters, self.device, name) for letters, name in names.items()
+        ]
         functions, _ = load("\n\n".join([HEADER.format(title="a stage by itself"), *parts]))
         count = len(self.cores or [None])
         barrier = threading.Barrier(count)

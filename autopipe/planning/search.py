@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 from autopipe.errors import InputError, MemoryLimitError, PartitionError
 from autopipe.passes.driver import cut_in_space
 from autopipe.passes.phases import TraceCache
+from autopipe.passes.remat_policies import LADDER
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of, taken_by
 from autopipe.planning.estimate_errors import missed_bytes, spread
-from autopipe.planning.fitting import LADDER, Candidate, Fitted, does_not_fit, fitted, refined
+from autopipe.planning.fitting import Candidate, Fitted, does_not_fit, fitted, refined
 from autopipe.planning.planner import phases_of, plan
 from autopipe.runtime import microbatch
 
@@ -39,10 +40,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autopipe.options import Options
-    from autopipe.passes.cost import Seconds
+    from autopipe.passes.cost import CallSeconds
     from autopipe.passes.devices import Device
     from autopipe.passes.ir import Annotated, Split
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
     from autopipe.passes.split import Objective
     from autopipe.planning.planner import Clock
 
@@ -75,7 +76,7 @@ class _Tried:
     cuts: dict[Any, Fitted] = field(default_factory=dict)
     found: list[Fitted] = field(default_factory=list)
     failures: list[MemoryLimitError] = field(default_factory=list)
-    missed: dict[tuple[int, Policy], int] = field(default_factory=dict)
+    missed: dict[tuple[int, RematPolicy], int] = field(default_factory=dict)
 
     @property
     def enough(self) -> bool:
@@ -115,7 +116,7 @@ class Search:
     options: Options
     models: tuple[Device, ...]
     clocks: tuple[Clock, ...]
-    measured: Callable[[int], Mapping[str, Seconds]] | None = None
+    measured: Callable[[int], Mapping[str, CallSeconds]] | None = None
     progress: Callable[[str], None] = lambda text: None
     traced: TraceCache = field(default_factory=TraceCache)
 
@@ -193,7 +194,7 @@ class Search:
         """
         K, given, limits = len(self.models), self.options.remat, self.options.limits
         tried = _Tried(sizes, lean, beat)
-        free = self.aim(sizes, given or ("none",) * K)
+        free = self.aim(sizes, given or LADDER[:1] * K)
 
         def within(remat: Sequence[Any], share: float, times: int) -> Fitted | None:
             if limits is None or tried.enough:
@@ -202,7 +203,7 @@ class Search:
             return self._within(replace(free, remat=tuple(remat), limits=room), tried, times)
 
         if lean:
-            within(given or ("full",) * K, 1.0, RECUTS)
+            within(given or LADDER[-1:] * K, 1.0, RECUTS)
         if not tried.enough:
             balanced = cut_in_space(self.annotated, free)
             first = self._try(balanced, free, tried)
@@ -214,7 +215,7 @@ class Search:
             share = min(share * LESS, _used(found))  # what is cut for limits between is this cut
             found = within(given or (LADDER,) * K, share, 2)
         if not tried.found and not lean:
-            within(given or ("full",) * K, 1.0, RECUTS)
+            within(given or LADDER[-1:] * K, 1.0, RECUTS)
         if tried.best is None and beat == math.inf:
             raise min(tried.failures, key=_missing)
         return tried.best
@@ -261,7 +262,7 @@ class Search:
         if cut in tried.cuts:
             return tried.cuts[cut]
         K, given, limits = len(self.models), self.options.remat, self.options.limits
-        ladders: list[tuple[Policy, ...]] = [LADDER] * K if given is None else [(p,) for p in given]
+        ladders: list[tuple[RematPolicy, ...]] = [LADDER] * K if given is None else [(p,) for p in given]
         wanted = replace(aim, remat=tuple(ladders), limits=limits or aim.limits)
         start = taken_by(split, wanted).remat
         if tried.lean:
@@ -274,7 +275,7 @@ class Search:
             tried.failures.append(does_not_fit(found.chosen.plan))
         return found
 
-    def _made(self, split: Split, sizes: Sequence[int], remat: Sequence[Policy]) -> Candidate:
+    def _made(self, split: Split, sizes: Sequence[int], remat: Sequence[RematPolicy]) -> Candidate:
         """The plan of a cut with a policy for each stage."""
         self.progress(f"trying {len(sizes)} micro-batches")
         options = self.options
@@ -283,7 +284,7 @@ class Search:
             plan(self.model, split, phased, sizes, options, self.clocks), split, phased
         )
 
-    def aim(self, sizes: Sequence[int], remat: Sequence[Policy]) -> Objective:
+    def aim(self, sizes: Sequence[int], remat: Sequence[RematPolicy]) -> Objective:
         """What a cut for these micro-batches is made for; without limits."""
         return objective_of(
             self.models,
@@ -301,7 +302,7 @@ class Search:
         bounds = []
         for chunks in numbers_of_chunks(batch, len(self.models)):
             sizes = microbatch.sizes(batch, chunks)
-            remat = self.options.remat or ("none",) * len(self.models)
+            remat = self.options.remat or LADDER[:1] * len(self.models)
             split = cut_in_space(self.annotated, self.aim(sizes, remat))
             bounds.append((_bound(split, sizes), chunks))
         for bound, chunks in sorted(bounds):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from autopipe.passes.cost import StageCost, stage_cost
-from autopipe.passes.ir import CALLER, Kind
+from autopipe.passes.ir import CALLER, InputKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +107,7 @@ def _view(split: Split, stage: StageGraph, device: torch.device, batch: int) -> 
         device=device,
         graph_module=stage.graph_module,
         held=tuple(i.name for i in stage.held),
-        parameters=tuple(i.target for i in stage.held if i.kind is Kind.PARAMETER),
+        parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
         inputs=tuple(Boundary.of(split.routes[n]) for n in (*stage.lent, *stage.receives)),
         outputs=tuple(Boundary.of(split.routes[n]) for n in stage.returns),
         cost=stage_cost(split, stage, batch),

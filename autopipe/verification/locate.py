@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from autopipe.passes.graph import close, spec_of
-from autopipe.passes.ir import Kind, at_batch
+from autopipe.passes.graph import is_close, tensor_spec
+from autopipe.passes.ir import InputKind, at_batch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,9 +45,9 @@ def locate(
     for m, size in enumerate(sizes):
         tensors = [
             leaves[i.index].detach().narrow(i.batch_dim, start, size)
-            if i.kind is Kind.INPUT and i.batch_dim is not None
+            if i.kind is InputKind.INPUT and i.batch_dim is not None
             else leaves[i.index].detach()
-            if i.kind is Kind.INPUT
+            if i.kind is InputKind.INPUT
             else compiled.tensor(i.kind, i.target).detach().clone()
             for i in captured.inputs
         ]
@@ -109,18 +109,18 @@ class _Walk(fx.Interpreter):
             value = super().run_node(n)
         if isinstance(value, Tensor) and n.op == "call_function":
             other = self.sent.get((n.name, self.m))
-            if other is not None and not close(other.to(value.device), value):
+            if other is not None and not is_close(other.to(value.device), value):
                 self.apart.add(n.name)
             for path in n.meta.get("modules", ()):
                 if path in self.returned and path not in self.equal:
                     part = self._part(n, self.returned[path])
-                    if part is not None and close(part.to(value.device), value):
+                    if part is not None and is_close(part.to(value.device), value):
                         self.equal.add(path)
         return value
 
     def _part(self, node: fx.Node, whole: Tensor) -> Tensor | None:
         """What of a whole batch's value belongs to this micro-batch, if the shapes fit."""
-        shape = spec_of(node).shape
+        shape = tensor_spec(node).shape
         if tuple(whole.shape) != tuple(at_batch(s, self.batch) for s in shape):
             return None
         for dim, extent in enumerate(shape):

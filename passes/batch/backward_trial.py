@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from autopipe.passes.graph import close
+from autopipe.passes.graph import is_close
 
 from .lattice import Samples
 from .slicing import cut, put_together
@@ -79,6 +79,6 @@ def keeps_apart(
         joint = (
             put_together(here, state) if isinstance(state, Samples) else torch.stack(here).sum(0)
         )
-        if not close(joint, expected):
+        if not is_close(joint, expected):
             return False
     return True

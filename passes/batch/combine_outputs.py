@@ -25,16 +25,16 @@ from torch import fx
 
 from autopipe.errors import CouplingError
 from autopipe.passes.graph import (
-    Writes,
+    InPlaceWrites,
     add_call,
     emit_size,
     is_random,
     is_size,
     source_line,
-    spec_of,
+    tensor_spec,
     written_arguments,
 )
-from autopipe.passes.ir import Input, Kind, Leaf, Output, results_of
+from autopipe.passes.ir import Input, InputKind, Output, ResultLeaf, results_of
 
 from .epilogue import Epilogue
 from .lattice import STATIC, Mixed, Reduced, Samples
@@ -61,7 +61,7 @@ class Combined:
     graph_module: fx.GraphModule
     outputs: tuple[Output, ...]
     epilogue: fx.GraphModule | None
-    leaves: list[Leaf]
+    leaves: list[ResultLeaf]
     updates: tuple[tuple[str, int], ...]
 
 
@@ -108,27 +108,27 @@ class _Combine:
         self.outputs: dict[fx.Node, Output] = {}
         self.epilogue = Epilogue()
         self.env: dict[fx.Node, fx.Node] = {}  # main graph → epilogue
-        self.writes = Writes(graph)
+        self.writes = InPlaceWrites(graph)
         self.replayed: set[fx.Node] = set()  # whose memory is written to in the epilogue
         self.needs_epilogue = False
         self.internal = False  # what is added from now on serves buffers, not results
 
     def run(self, updates: Mapping[fx.Node, fx.Node]) -> Combined:
         output = self.graph.output_node()
-        leaves: list[Leaf] = []
+        leaves: list[ResultLeaf] = []
         finals: dict[fx.Node, fx.Node] = {}
         with self.graph.inserting_before(output):
             for result in results_of(self.graph):
                 item = self.inputs.get(result.name)
-                if item is not None and item.kind is Kind.INPUT:
-                    leaves.append(Leaf("input", item.index))
+                if item is not None and item.kind is InputKind.INPUT:
+                    leaves.append(ResultLeaf("input", item.index))
                     continue
-                if item is not None and item.kind is Kind.PARAMETER:
-                    leaves.append(Leaf("parameter", item.target))
+                if item is not None and item.kind is InputKind.PARAMETER:
+                    leaves.append(ResultLeaf("parameter", item.target))
                     continue
                 if result not in finals:
                     finals[result] = self.result(result)
-                leaves.append(Leaf("value", list(finals).index(result)))
+                leaves.append(ResultLeaf("value", list(finals).index(result)))
             values = list(finals.values())
             written = []
             self.internal = True
@@ -157,7 +157,7 @@ class _Combine:
     def result(self, node: fx.Node) -> fx.Node:
         """The final value of one of the model's results."""
         stated = self.out_reduce
-        if stated is not None and spec_of(node).numel == 1 and self.obstacle(node) is not None:
+        if stated is not None and tensor_spec(node).numel == 1 and self.obstacle(node) is not None:
             return self.yields(node, stated)
         return self.final(node)
 
@@ -276,7 +276,7 @@ class _Combine:
         if is_size(node):
             return emit_size(node.meta["val"], self.epilogue.batch_size)
         item = self.inputs.get(node.name)
-        if node.op == "placeholder" and item is not None and item.kind is Kind.BUFFER:
+        if node.op == "placeholder" and item is not None and item.kind is InputKind.BUFFER:
             return self.epilogue.given(node)
         later = self.writes.to(node)[-1:]
         if self.state(node) == STATIC and later and self.order[later[0]] > self.order[reader]:
@@ -293,7 +293,7 @@ class _Combine:
     def _from_buffers(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
             item = self.inputs.get(node.name)
-            return item is not None and item.kind is Kind.BUFFER
+            return item is not None and item.kind is InputKind.BUFFER
         if self.state(node) != STATIC or is_random(node):  # what was drawn is not drawn again
             return False
         return all(map(self._from_buffers, node.all_input_nodes))
@@ -306,7 +306,7 @@ class _Combine:
     def yields(self, node: fx.Node, how: str, dim: int | None = None) -> fx.Node:
         """Make `node` an output of each micro-batch; returns the combined value's placeholder."""
         if node not in self.outputs:
-            self.outputs[node] = Output(spec_of(node), how, dim, self.internal)
+            self.outputs[node] = Output(tensor_spec(node), how, dim, self.internal)
             self.env[node] = self.epilogue.given(node)
         return self.env[node]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import sympy
 from torch import fx
 
-from autopipe.passes.graph import is_integer, is_size, size, tensors_of
+from autopipe.passes.graph import is_integer, is_size, symbolic_size, tensors_of
 from autopipe.passes.ir import B
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class OpCall:
         return found
 
     def shape(self, node: fx.Node) -> Shape:
-        return tuple(map(size, node.meta["val"].shape))
+        return tuple(map(symbolic_size, node.meta["val"].shape))
 
     def rank(self, node: fx.Node) -> int:
         return int(node.meta["val"].dim())
@@ -150,7 +150,7 @@ class OpCall:
     @property
     def out(self) -> Shape:
         """The shape of the (first) result."""
-        return tuple(map(size, tensors_of(self.node)[0].shape))
+        return tuple(map(symbolic_size, tensors_of(self.node)[0].shape))
 
     def mixed(self, reason: str, *, certain: bool = True) -> Mixed:
         return Mixed(self.node, reason, certain)
@@ -164,7 +164,7 @@ def depends_on_size(argument: Any) -> bool:
     return (
         isinstance(argument, fx.Node)
         and is_size(argument)
-        and bool(size(argument.meta["val"]).free_symbols)
+        and bool(symbolic_size(argument.meta["val"]).free_symbols)
     )
 
 

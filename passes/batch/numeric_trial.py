@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, fx
 
 from autopipe.passes.graph import (
-    close,
+    is_close,
     is_inexact,
     is_random,
     is_size,
-    size,
     source_line,
+    symbolic_size,
     tensors_of,
     written_arguments,
 )
-from autopipe.passes.ir import Kind, at_batch
+from autopipe.passes.ir import InputKind, at_batch
 
 from .backward_trial import TrialRun, keeps_apart
 from .lattice import Mixed, Reduced, Samples, batch_dims, factor
@@ -136,7 +136,7 @@ class Parts:
     def _given(self, item: Input) -> Tensor:
         value = self.tensor(item).detach()
         if item.batch_dim is None:
-            return value.clone() if item.kind is Kind.BUFFER else value
+            return value.clone() if item.kind is InputKind.BUFFER else value
         return enough(value, item.batch_dim, self.samples)
 
     def _known(self, source: fx.Node) -> Any:
@@ -210,7 +210,7 @@ class Parts:
                 again = put_together(parts, found)
             except RuntimeError:
                 continue
-            if close(again, whole):
+            if is_close(again, whole):
                 if self._backward_mixes(node, found):
                     return Mixed(state.node, "the backward of a custom Function mixes samples")
                 trial = f"a trial on {self.samples} samples"
@@ -245,7 +245,7 @@ def _arrangements(node: fx.Node) -> list[Samples]:
     tensors = tensors_of(node)
     if len(tensors) != 1 or not is_inexact(tensors[0]):
         return []
-    shape = tuple(map(size, tensors[0].shape))
+    shape = tuple(map(symbolic_size, tensors[0].shape))
     dims = batch_dims(shape)
     times = factor(shape[dims[0]]) if len(dims) == 1 else None
     if times is None:
@@ -270,7 +270,9 @@ def _run(node: fx.Node, value: Callable[[fx.Node], Any], batch: int, *, still: b
     """One call; `still`: without drawing random numbers."""
 
     def argument(source: fx.Node) -> Any:
-        return at_batch(size(source.meta["val"]), batch) if is_size(source) else value(source)
+        return (
+            at_batch(symbolic_size(source.meta["val"]), batch) if is_size(source) else value(source)
+        )
 
     if still and node.target in IDENTITIES:
         return argument(node.all_input_nodes[0])

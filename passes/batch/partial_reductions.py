@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopipe.passes.graph import add_call, functional_of
+from autopipe.passes.graph import add_call, functional_variant
 
 aten = torch.ops.aten
 
@@ -46,4 +46,6 @@ def addend(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """What it adds: the same call on zeros."""
     with graph.inserting_before(node):
         zeros = add_call(graph, aten.zeros_like.default, added_to(node))
-        return add_call(graph, functional_of(node.target), zeros, *node.args[1:], **node.kwargs)
+        return add_call(
+            graph, functional_variant(node.target), zeros, *node.args[1:], **node.kwargs
+        )

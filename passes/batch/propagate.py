@@ -18,8 +18,8 @@ from autopipe.passes.graph import (
     HIDDEN_WRITES,
     is_integer,
     is_size,
-    owners,
-    size,
+    memory_owners,
+    symbolic_size,
     tensors_of,
     written_arguments,
 )
@@ -82,7 +82,7 @@ class _Walk:
     def __init__(self, graph: fx.Graph, inputs: Sequence[Input], trial: Trial | None) -> None:
         dims = {i.name: i.batch_dim for i in inputs}
         self.states: dict[fx.Node, Any] = {}
-        self.owner = owners(graph)
+        self.owner = memory_owners(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
                 dim = dims.get(node.name)
@@ -131,7 +131,7 @@ class _Walk:
             if self.owner[node] is owner and not isinstance(state, tuple):
                 if isinstance(state, Reduced) and isinstance(new, Reduced):
                     continue  # its own rule holds for what was reduced before the write
-                shapes = [tuple(map(size, t.shape)) for t in tensors_of(node)]
+                shapes = [tuple(map(symbolic_size, t.shape)) for t in tensors_of(node)]
                 ok = isinstance(new, Mixed) or not any(batch_dims(s) for s in shapes)
                 self.states[node] = new if ok else call.mixed("a reduction is written to samples")
 
@@ -164,7 +164,7 @@ def state_of(call: OpCall) -> Any:
                 return Mixed(first.node, first.reason)
         return first
     batched = any(isinstance(s, Samples) for s in states)
-    new_dims = any(batch_dims(tuple(map(size, t.shape))) for t in tensors_of(call.node))
+    new_dims = any(batch_dims(tuple(map(symbolic_size, t.shape))) for t in tensors_of(call.node))
     if not batched and not new_dims and not call.uses_batch_size:
         return REDUCED if reduced else STATIC
     if reduced and not batched and new_dims:
@@ -182,7 +182,7 @@ def checked(call: OpCall, state: Any) -> Any:
     """A state that does not fit the shape it is for is no knowledge."""
     outs = tensors_of(call.node)
     states = state if isinstance(state, tuple) else (state,) * len(outs)
-    shapes = [tuple(map(size, t.shape)) for t in outs]
+    shapes = [tuple(map(symbolic_size, t.shape)) for t in outs]
     if all(fits(s, shape) for s, shape in zip(states, shapes, strict=False)):
         return state
     return call.undecided("it changes the batch in a way that autopipe cannot follow")

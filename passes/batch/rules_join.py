@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch import fx
 
-from autopipe.passes.graph import owner_of, size
+from autopipe.passes.graph import memory_owner, symbolic_size
 from autopipe.passes.ir import B
 
 from .lattice import (
@@ -56,7 +56,7 @@ def narrow(call: OpCall) -> State:
         return call.mixed(COUNT_AS_VALUE) if moves else state
     whole, taken = call.shape(node)[state.dim], call.out[state.dim]
     start = call["start"]
-    begin = size(start.meta["val"] if isinstance(start, fx.Node) else start or 0)
+    begin = symbolic_size(start.meta["val"] if isinstance(start, fx.Node) else start or 0)
     if taken == whole:
         return state
     if state.constant and state.outer == 1 and not taken.free_symbols:
@@ -76,7 +76,7 @@ def split(call: OpCall) -> State | tuple[State, ...]:
     if (call["dim"] or 0) % call.rank(node) != state.dim:
         return state
     whole = call.shape(node)[state.dim]
-    pieces = [size(t.shape[state.dim]) for t in call.node.meta["val"]]
+    pieces = [symbolic_size(t.shape[state.dim]) for t in call.node.meta["val"]]
     counts = [p * state.outer / whole for p in pieces]
     if all(c.is_Integer for c in counts):
         return tuple(Samples(state.dim, int(c), state.inner, state.numbered) for c in counts)
@@ -157,12 +157,12 @@ def as_strided(call: OpCall) -> State:
     node, state = call.first, call.state(call.first)
     if not isinstance(state, Samples):
         return state
-    own = list(map(size, node.meta["val"].stride()))
-    if owner_of(node).op == "placeholder" and (
+    own = list(map(symbolic_size, node.meta["val"].stride()))
+    if memory_owner(node).op == "placeholder" and (
         call["storage_offset"] is not None or any(s.free_symbols for s in own)
     ):
         return call.mixed("windows over memory of the whole batch")
-    begin = size(node.meta["val"].storage_offset())
+    begin = symbolic_size(node.meta["val"].storage_offset())
     offset = begin if call["storage_offset"] is None else _number(call["storage_offset"])
     strides = list(map(_number, call["stride"]))
     dims = batch_dims(call.out)
@@ -180,7 +180,7 @@ def as_strided(call: OpCall) -> State:
 
 
 def _number(argument: Any) -> Any:
-    return size(argument.meta["val"] if isinstance(argument, fx.Node) else argument)
+    return symbolic_size(argument.meta["val"] if isinstance(argument, fx.Node) else argument)
 
 
 def _stays_within(
@@ -196,7 +196,7 @@ def _stays_within(
 
 def as_strided_scatter(call: OpCall) -> State:
     """Windows written to: by which samples they are read only a trial can tell."""
-    if owner_of(call.first).op == "placeholder" and isinstance(call.state(call.first), Samples):
+    if memory_owner(call.first).op == "placeholder" and isinstance(call.state(call.first), Samples):
         return call.mixed("windows over memory of the whole batch")
     return call.undecided("windows that may overlap several samples")
 

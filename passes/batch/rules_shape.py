@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from autopipe.passes.graph import is_integer, size, tensors_of
+from autopipe.passes.graph import is_integer, symbolic_size, tensors_of
 
 from .lattice import STATIC, Samples, State, aligned, alone, fresh, join, reshaped
 
@@ -38,7 +38,7 @@ def reshape_each(call: OpCall) -> State | tuple[State, ...]:
     """atleast_2d and the like, of one tensor or of several."""
     states: list[State] = []
     for node, out in zip(call.tensors, tensors_of(call.node), strict=True):
-        state, shape = call.state(node), tuple(map(size, out.shape))
+        state, shape = call.state(node), tuple(map(symbolic_size, out.shape))
         if isinstance(state, Samples):
             state = reshaped(call, state, call.shape(node), shape)
         states.append(state)

@@ -22,13 +22,13 @@ from autopipe.passes._torch import storage_id, storage_id_of
 from autopipe.passes.graph import (
     HIDDEN_WRITES,
     add_call,
-    functional_of,
-    size,
+    functional_variant,
     source_line,
+    symbolic_size,
     tensors_of,
     written_arguments,
 )
-from autopipe.passes.ir import Input, Kind
+from autopipe.passes.ir import Input, InputKind
 
 from .norm_statistics import NORMS, momentum_of, own_statistics
 
@@ -82,12 +82,14 @@ def check_rows(graph: fx.Graph, inputs: Sequence[Input]) -> None:
     Raises:
         UnsupportedError: with the call and the buffer.
     """
-    names = {i.name: i.target for i in inputs if i.kind is Kind.BUFFER}
+    names = {i.name: i.target for i in inputs if i.kind is InputKind.BUFFER}
     buffers = {storage_id_of(n): names[n.name] for n in graph.nodes if n.name in names}
     for node in graph.nodes:
         for target in written_arguments(node):
             shape = target.meta["val"].shape
-            if storage_id_of(target) in buffers and any(size(n).free_symbols for n in shape):
+            if storage_id_of(target) in buffers and any(
+                symbolic_size(n).free_symbols for n in shape
+            ):
                 raise UnsupportedError(
                     "the samples of a batch are written to a buffer",
                     node=node.name,
@@ -109,7 +111,7 @@ class _Walk:
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[Input]) -> None:
         self.graph = graph
-        self.target = {i.name: i.target for i in inputs if i.kind is Kind.BUFFER}
+        self.target = {i.name: i.target for i in inputs if i.kind is InputKind.BUFFER}
         self.value: dict[fx.Node, fx.Node] = {}
         self.how: dict[fx.Node, str] = {}
         self.made: dict[fx.Node, tuple[Any, Any]] = {}
@@ -188,7 +190,7 @@ class _Walk:
         if node.target is aten.copy_.default:  # aten.copy has no derivative
             new = self.add(node, aten.expand.default, node.args[1], list(old.shape))
             return self.add(node, aten.clone.default, self.cast(node, new, old.dtype))
-        functional = functional_of(node.target)
+        functional = functional_variant(node.target)
         if functional is None or len(written_arguments(node)) != 1:
             self.refuse(node, targets)
         names = {a.name for a in functional._schema.arguments}

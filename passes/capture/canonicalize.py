@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopipe.passes.graph import size
+from autopipe.passes.graph import symbolic_size
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ def squeeze_ones(node: fx.Node) -> None:
     shape = source.meta["val"].shape
     given: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
     dims = [d % len(shape) for d in ([given] if isinstance(given, int) else given)] if shape else []
-    sizes = {d: size(shape[d]) for d in dims}
+    sizes = {d: symbolic_size(shape[d]) for d in dims}
     if any(s.free_symbols for s in sizes.values()):
         node.meta["squeezed"] = True
     node.target = SQUEEZES[node.target]

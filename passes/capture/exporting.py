@@ -24,10 +24,10 @@ from autopipe.errors import AutopipeError, CaptureError
 from autopipe.passes._torch import (
     BackwardHookFunction,
     CheckpointFunction,
-    keep_regions,
-    right_lstm_states,
+    fix_lstm_state_shapes,
+    keep_no_grad_regions,
 )
-from autopipe.passes.graph import is_users, user_frame
+from autopipe.passes.graph import is_user_file, user_source_line
 from autopipe.passes.ops import autograd_function as functions
 
 if TYPE_CHECKING:
@@ -62,7 +62,13 @@ def export(
     shapes = tuple({} if d is None else {d: torch.export.Dim.AUTO} for d in dims)
     try:
         with ExitStack() as stack:
-            for context in (_lossless(), _drawing(), keep_regions(), right_lstm_states(), _quiet()):
+            for context in (
+                _lossless(),
+                _drawing(),
+                keep_no_grad_regions(),
+                fix_lstm_state_shapes(),
+                _quiet(),
+            ):
                 stack.enter_context(context)
             stack.enter_context(torch.enable_grad())
             sizes = stack.enter_context(_asked())
@@ -98,7 +104,7 @@ def _asked() -> Iterator[Sizes]:
     def watch(original: Any, size_of: Callable[..., Any]) -> Any:
         def watched(*args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1)
-            if is_users(caller.f_code.co_filename):
+            if is_user_file(caller.f_code.co_filename):
                 size = size_of(*args, **kwargs)
                 if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
                     sizes.fixed.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
@@ -117,7 +123,7 @@ def _asked() -> Iterator[Sizes]:
     def decided(condition: torch.SymBool) -> bool:
         expr, caller = condition.node.expr, sys._getframe(1)
         taken: bool = truth(condition)
-        if is_users(caller.f_code.co_filename):
+        if is_user_file(caller.f_code.co_filename):
             sizes.decisions.append((expr, taken))
             if taken and isinstance(expr, sympy.Eq):  # n == 3
                 sizes.fixed.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
@@ -144,7 +150,7 @@ def _drawing() -> Iterator[None]:
     def refused(name: str) -> Any:
         return CaptureError(
             f"{name} draws a number inside the model: in the captured graph it would be a constant",
-            source=user_frame(traceback.extract_stack()),
+            source=user_source_line(traceback.extract_stack()),
             found=name,
             remedy=f"draw with torch (torch.rand) inside the model; {OPTIONS}",
         )
@@ -164,7 +170,7 @@ def _drawing() -> Iterator[None]:
 def _raise_in_user_code(
     function: Any, error: Callable[[str], Exception], name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    if is_users(sys._getframe(1).f_code.co_filename):
+    if is_user_file(sys._getframe(1).f_code.co_filename):
         raise error(f"{function.__self__.__class__.__module__}.{name}")
     return function(*args, **kwargs)
 
@@ -176,7 +182,7 @@ def _lossless() -> Iterator[None]:
     def keep_function(cls: type[torch.autograd.Function], *args: Any) -> Any:
         if cls.__module__.startswith("torch._library"):  # an operator's registered derivative
             return functions.apply.__func__(cls, *args)
-        source = user_frame(traceback.extract_stack())
+        source = user_source_line(traceback.extract_stack())
         if cls is CheckpointFunction:  # what is kept for backward is the pipeline's business
             run, _, *given = args
             return run(*given)
@@ -189,18 +195,18 @@ def _lossless() -> Iterator[None]:
 
     def refuse_hook(tensor: Tensor, hook: Any) -> Any:
         name = getattr(hook, "__qualname__", hook)
-        source = user_frame(traceback.extract_stack())
+        source = user_source_line(traceback.extract_stack())
         raise _lost_hook(f"Tensor.register_hook({name!s})", source)
 
     enter: Any = torch.inference_mode.__enter__
 
     def refuse_inference(mode: Any) -> Any:
         caller = sys._getframe(1).f_code.co_filename
-        if not is_users(caller):  # fake tensors use it for themselves
+        if not is_user_file(caller):  # fake tensors use it for themselves
             return enter(mode)
         raise CaptureError(
             "inference mode inside the model: it would be lost in the captured graph",
-            source=user_frame(traceback.extract_stack()),
+            source=user_source_line(traceback.extract_stack()),
             remedy="use torch.no_grad() there",
         )
 
@@ -218,7 +224,7 @@ def _lossless() -> Iterator[None]:
 def _derived(name: str, *args: Any, **kwargs: Any) -> None:
     raise CaptureError(
         "the model takes gradients inside its forward: an exported graph has none",
-        source=user_frame(traceback.extract_stack()),
+        source=user_source_line(traceback.extract_stack()),
         found=f"torch.autograd.{name}",
         remedy="take them outside of the model, or write the derivative out",
     )
@@ -236,7 +242,7 @@ def _lost_hook(found: str, source: str | None) -> CaptureError:
 
 def _explain(error: Exception) -> CaptureError:
     """Say in one sentence what export says in pages."""
-    source = user_frame(traceback.extract_tb(error.__traceback__))
+    source = user_source_line(traceback.extract_tb(error.__traceback__))
     kind, text = type(error).__name__, str(error)
     first = next((line for line in text.splitlines() if line.strip()), kind)
     if source is not None:

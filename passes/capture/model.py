@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import CaptureError, InputError, UnsupportedError
 from autopipe.passes._torch import free_unbacked_symbols
 from autopipe.passes.batch import STATIC, Reduced, combine, follow, settle
-from autopipe.passes.graph import advise, in_batch
-from autopipe.passes.ir import ONE, B, Captured, Input, Kind, Leaf, results_of
+from autopipe.passes.graph import in_batch_symbol, warn_at_user_line
+from autopipe.passes.ir import SINGLE_SAMPLE, B, Captured, Input, InputKind, ResultLeaf, results_of
 from autopipe.passes.ops import ctc_losses
 
 from .buffer_assignment import kept_apart
@@ -94,12 +94,12 @@ def capture(
         assigned = flat.result.assigned
         left = forgotten(flat, traced, lambda: trace()[1], examples, dims)
     for hook in hooks:
-        advise(
+        warn_at_user_line(
             f"a forward hook of {hook} returns nothing: if it only looks on, it has done so for the"
             " last time; what a captured model computes is not shown to it"
         )
     if left:
-        advise(
+        warn_at_user_line(
             f"the model's forward sets the attributes {', '.join(left)}; as a pipeline it does not:"
             " they stay what they were"
         )
@@ -113,11 +113,11 @@ def capture(
             batch_dim=batch_dims[flat.tensor_positions[item.index]],
             requires_grad=leaves[flat.tensor_positions[item.index]].requires_grad,
         )
-        if item.kind is Kind.INPUT
+        if item.kind is InputKind.INPUT
         else item
         for item in inputs
     )
-    holds = ONE
+    holds = SINGLE_SAMPLE
     if not single:
         _check_batch(inputs, next(iter(sizes.fixed), None))
         cut = [x.shape[d] for x, d in zip(examples, dims, strict=True) if d is not None]
@@ -157,17 +157,17 @@ def capture(
         ),
         out_spec=result.spec,
         updates=combined.updates,
-        branches=holds,
+        size_guards=holds,
         notes=tuple(notes),
     )
     captured.verify()
     return captured
 
 
-def _number(leaf: Any) -> Leaf:
+def _number(leaf: Any) -> ResultLeaf:
     """A result that is no tensor: what it was while tracing, or computed from the batch's size."""
     if not isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return Leaf("constant", leaf)
+        return ResultLeaf("constant", leaf)
     if free_unbacked_symbols(leaf):
         raise CaptureError(
             "the model returns a number that depends on the values of tensors",
@@ -175,8 +175,8 @@ def _number(leaf: Any) -> Leaf:
             remedy="return the tensor itself (no .item(), no nonzero().shape)",
         )
     kind = leaf.node.pytype
-    expr = in_batch(leaf.node.expr)
-    return Leaf("size", lambda batch: kind(expr.subs(B, batch)))
+    expr = in_batch_symbol(leaf.node.expr)
+    return ResultLeaf("size", lambda batch: kind(expr.subs(B, batch)))
 
 
 def _note_static(states: Mapping[fx.Node, Any]) -> None:
@@ -196,7 +196,7 @@ def _assigned(
     found = {
         i.name
         for i in inputs
-        if i.kind is Kind.BUFFER and id(module.get_buffer(i.target)) in tensors
+        if i.kind is InputKind.BUFFER and id(module.get_buffer(i.target)) in tensors
     }
     return [n for n in graph.nodes if n.op == "placeholder" and n.name in found]
 
@@ -248,9 +248,9 @@ def _values(
     """Placeholder → the tensor that it stands for in this model and call."""
 
     def value(item: Input) -> Tensor:
-        if item.kind is Kind.PARAMETER:
+        if item.kind is InputKind.PARAMETER:
             return module.get_parameter(item.target)
-        if item.kind is Kind.BUFFER:
+        if item.kind is InputKind.BUFFER:
             return module.get_buffer(item.target)
         found: Tensor = constants[item.target] if item.target else leaves[item.index]
         return found
@@ -260,7 +260,7 @@ def _values(
 
 def _check_batch(inputs: Sequence[Input], fixed_at: str | None) -> None:
     for item in inputs:
-        if item.kind is not Kind.INPUT or item.batch_dim is None:
+        if item.kind is not InputKind.INPUT or item.batch_dim is None:
             continue
         size = item.spec.shape[item.batch_dim]
         if not size.free_symbols:

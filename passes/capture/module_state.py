@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import AutopipeError, CaptureError
 from autopipe.passes._torch import FakeTensor
-from autopipe.passes.graph import close, fingerprint
+from autopipe.passes.graph import fingerprint, is_close
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -227,7 +227,7 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, tuple):  # a buffer, by its name
         return a[0] == b[0] and _alike(a[1], b[1])
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return close(a, b)
+        return is_close(a, b)
     return _same(a, b)
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from autopipe.passes.graph import add_size, size
+from autopipe.passes.graph import add_size, symbolic_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +82,7 @@ def _moments(
     graph: fx.Graph, x: Any, old: Any, own: list[fx.Node], add: Add
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """What is combined over the micro-batches, and the batch's mean and variance from it."""
-    positions = prod(int(size(n)) for n in x.meta["val"].shape[2:])
+    positions = prod(int(symbolic_size(n)) for n in x.meta["val"].shape[2:])
     samples = add_size(graph, aten.sym_size.int, x, 0)
     count = add_size(graph, operator.mul, samples, positions)
     moved = add(aten.square.default, add(aten.sub.Tensor, own[0], old))

@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 from autopipe.errors import CaptureError, UnsupportedError
 from autopipe.passes._torch import (
     HigherOrderOperator,
-    is_transform,
+    is_functorch_call,
     storage_id_of,
     wrap_with_autocast,
     wrap_with_set_grad_enabled,
 )
-from autopipe.passes.graph import drop_dead, source_line, spec_of, users_trace
-from autopipe.passes.ir import Input, Kind
+from autopipe.passes.graph import remove_dead_calls, source_line, tensor_spec, trim_to_user_frame
+from autopipe.passes.ir import Input, InputKind
 
 from .canonicalize import SQUEEZES, does_nothing, squeeze_ones
 from .scalar_reads import keep_tensors
@@ -74,9 +74,9 @@ def normalize(
         spec = specs[node.name]
         kind = _kind(spec.kind.name, node)
         target, index = "", -1
-        if kind is Kind.INPUT:
+        if kind is InputKind.INPUT:
             index, calls = calls, calls + 1
-        elif kind is Kind.CONSTANT:
+        elif kind is InputKind.CONSTANT:
             target = str(spec.target)
             value = program.constants[target]
             if not isinstance(value, Tensor):
@@ -96,26 +96,26 @@ def normalize(
         new.target = new.name  # fx has made the name unique, not the target
         new.meta = _facts(node) | {"kind": kind}
         env[node] = new
-        if kind in (Kind.PARAMETER, Kind.BUFFER):
+        if kind in (InputKind.PARAMETER, InputKind.BUFFER):
             first_of[id(tensor)] = new
-        wants = kind is Kind.PARAMETER and tensor.requires_grad
-        inputs.append(Input(spec_of(new), kind, target, index, requires_grad=wants))
+        wants = kind is InputKind.PARAMETER and tensor.requires_grad
+        inputs.append(Input(tensor_spec(new), kind, target, index, requires_grad=wants))
     result = _inline(program.graph_module, env, graph, autocast=None)
     graph.output(tuple(result))
-    drop_dead(graph)
+    remove_dead_calls(graph)
     keep_tensors(graph)
     unused = {n.name for n in graph.nodes if n.op == "placeholder" and not n.users}
     kept = []
     for item in inputs:  # inputs of the call stay: their gradients and structure are the user's
-        if item.name in unused and item.kind is not Kind.INPUT:
+        if item.name in unused and item.kind is not InputKind.INPUT:
             graph.erase_node(next(n for n in graph.nodes if n.name == item.name))
         else:
             kept.append(item)
-    drop_dead(graph)
+    remove_dead_calls(graph)
     return Normalized(graph, tuple(kept), constants)
 
 
-def _name(kind: Kind, target: str) -> str:
+def _name(kind: InputKind, target: str) -> str:
     """The placeholder of a tensor that the model holds: p_, b_ or c_ and its qualified name."""
     return f"{kind.value[0]}_{re.sub(r'[^0-9a-zA-Z]', '_', target)}"
 
@@ -128,12 +128,12 @@ def _safe(name: str) -> str:
     return f"{name}_" if name in RESERVED else name
 
 
-def _kind(name: str, node: fx.Node) -> Kind:
+def _kind(name: str, node: fx.Node) -> InputKind:
     kinds = {
-        "PARAMETER": Kind.PARAMETER,
-        "BUFFER": Kind.BUFFER,
-        "CONSTANT_TENSOR": Kind.CONSTANT,
-        "USER_INPUT": Kind.INPUT,
+        "PARAMETER": InputKind.PARAMETER,
+        "BUFFER": InputKind.BUFFER,
+        "CONSTANT_TENSOR": InputKind.CONSTANT,
+        "USER_INPUT": InputKind.INPUT,
     }
     if name not in kinds:
         raise UnsupportedError(
@@ -144,8 +144,8 @@ def _kind(name: str, node: fx.Node) -> Kind:
     return kinds[name]
 
 
-def _tensor(model: nn.Module, kind: Kind, target: str) -> Tensor:
-    return model.get_parameter(target) if kind is Kind.PARAMETER else model.get_buffer(target)
+def _tensor(model: nn.Module, kind: InputKind, target: str) -> Tensor:
+    return model.get_parameter(target) if kind is InputKind.PARAMETER else model.get_buffer(target)
 
 
 def _inline(
@@ -174,7 +174,7 @@ def _inline(
             env[node] = env[node.args[0]][node.args[1]]
         elif does_nothing(node):
             env[node] = mapped(node.args[0])
-        elif is_transform(node.target):
+        elif is_functorch_call(node.target):
             raise CaptureError(
                 "a function transform inside the model cannot be pipelined",
                 source=source_line(node),
@@ -269,7 +269,7 @@ def _object(value: Any) -> Any:
 def _facts(node: fx.Node) -> dict[str, Any]:
     """What later passes ask of a node: its looks and where the model made it."""
     facts = {"val": node.meta["val"]} if "val" in node.meta else {}
-    trace = users_trace(node.meta.get("stack_trace"))
+    trace = trim_to_user_frame(node.meta.get("stack_trace"))
     stack = (node.meta.get("nn_module_stack") or {}).values()
     modules = [path.removeprefix("model.") for path, _ in stack if path.startswith("model.")]
     if modules:
@@ -281,7 +281,7 @@ def _detached(graph: fx.Graph, value: Any) -> Any:
     """A value without its gradient; buffers and integers have none."""
     if not isinstance(value, fx.Node) or not isinstance(value.meta["val"], Tensor):
         return value
-    if value.meta.get("kind") is Kind.BUFFER or not _can_have_grad(value.meta["val"]):
+    if value.meta.get("kind") is InputKind.BUFFER or not _can_have_grad(value.meta["val"]):
         return value
     node = graph.call_function(aten.detach.default, (value,))
     node.meta = dict(value.meta)

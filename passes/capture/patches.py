@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autopipe.passes._torch import symbolic_fakes
-from autopipe.passes.graph import is_users
+from autopipe.passes._torch import symbolic_fake_mode
+from autopipe.passes.graph import is_user_file
 
 from .norm_statistics import CUMULATIVE
 
@@ -42,7 +42,7 @@ def noted_hooks(module: nn.Module) -> Iterator[list[str]]:
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             result = hook(*args, **kwargs)
-            if result is None and code is not None and is_users(code.co_filename):
+            if result is None and code is not None and is_user_file(code.co_filename):
                 where = f"{code.co_filename}:{code.co_firstlineno}"
                 found.setdefault(where, []).append(path or "the model")
             return result
@@ -104,7 +104,7 @@ def off_meta(module: nn.Module, examples: list[Tensor]) -> Iterator[None]:
         yield
         return
     fakes: dict[int, Tensor] = {}  # tied tensors stay tied
-    with symbolic_fakes():
+    with symbolic_fake_mode():
         for _, _, tensor in originals:
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
             if isinstance(tensor, nn.Parameter):

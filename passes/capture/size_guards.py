@@ -13,14 +13,14 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from autopipe.passes.graph import in_batch
-from autopipe.passes.ir import Branches, is_true
+from autopipe.passes.graph import in_batch_symbol
+from autopipe.passes.ir import SizeGuards, holds_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def branches(graph: fx.Graph, decisions: Iterable[tuple[Any, bool]], batch: int) -> Branches:
+def branches(graph: fx.Graph, decisions: Iterable[tuple[Any, bool]], batch: int) -> SizeGuards:
     """Branches of a normalized graph.
 
     Args:
@@ -35,10 +35,10 @@ def branches(graph: fx.Graph, decisions: Iterable[tuple[Any, bool]], batch: int)
             sizes: list[Any] = [s for s in value.shape if isinstance(s, torch.SymInt)]
             environments = {s.node.shape_env for s in sizes}
             for environment in environments:
-                conditions |= {in_batch(g.expr): None for g in environment.guards}
+                conditions |= {in_batch_symbol(g.expr): None for g in environment.guards}
     squeezed = any("squeezed" in n.meta for n in graph.nodes)
-    one = all(is_true(in_batch(c), 1) == taken for c, taken in decisions)
+    one = all(holds_at(in_batch_symbol(c), 1) == taken for c, taken in decisions)
     # (Where strides of the example were assumed to differ from what its sizes give, the symbols
     # stand for more than the batch's size; what is not even true of the example says nothing.)
-    taken_ones = (c for c in conditions if c.free_symbols and is_true(c, batch))
-    return Branches(tuple(taken_ones), one and not squeezed)
+    taken_ones = (c for c in conditions if c.free_symbols and holds_at(c, batch))
+    return SizeGuards(tuple(taken_ones), one and not squeezed)

@@ -12,11 +12,11 @@ import sympy
 from torch import Tensor
 
 from autopipe.passes._torch import storage_id
-from autopipe.passes.graph import size, tensors_of
-from autopipe.passes.ir import ZERO, B, Flow, NodeCost
+from autopipe.passes.graph import symbolic_size, tensors_of
+from autopipe.passes.ir import ZERO, B, GradFlow, NodeCost
 
-from .meta_run import ATTENTION, MetaBackward, MetaRun, back, run
-from .op_counter import PROBES, fit, kind_of
+from .meta_run import ATTENTION, MetaBackward, MetaRun, run_backward, run_forward
+from .op_counter import PROBE_BATCHES, fit_polynomial, work_kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,10 +47,10 @@ class DistinctCall:
         for fused in (False, True):
             known = cls(node, needs, fused=fused)
             try:
-                known.run(PROBES[0])
+                known.run(PROBE_BATCHES[0])
                 if node.target in ATTENTION:
                     known.memory = cls(node, needs, fused=True)
-                    known.memory.run(PROBES[0])
+                    known.memory.run(PROBE_BATCHES[0])
                 return known
             except Exception:  # whatever an operator, or a user's Function, may raise
                 known.refused = True
@@ -59,35 +59,35 @@ class DistinctCall:
     def run(self, batch: int) -> MetaRun:
         """The call at one batch size."""
         if batch not in self.runs:
-            self.runs[batch] = run(self.node, batch, self.given, fused=self.is_fused)
+            self.runs[batch] = run_forward(self.node, batch, self.given, fused=self.is_fused)
         return self.runs[batch]
 
     def back(self, batch: int, wanted: Flags) -> MetaBackward:
         """Its backward."""
         if (batch, wanted) not in self.backs:
-            self.backs[batch, wanted] = back(self.run(batch), wanted)
+            self.backs[batch, wanted] = run_backward(self.run(batch), wanted)
         return self.backs[batch, wanted]
 
     def arrives(self, wanted: Flags) -> Sequence[Flags]:
         """For each operand, the leaves that a gradient arrives at."""
-        return self.given if self.refused else self.back(PROBES[0], wanted).arrives
+        return self.given if self.refused else self.back(PROBE_BATCHES[0], wanted).arrives
 
     @property
     def keeps_results(self) -> bool:
         """Whether its backward reads its results (not what only it sees)."""
-        return self.refused or self.memory.run(PROBES[0]).saved_results
+        return self.refused or self.memory.run(PROBE_BATCHES[0]).saved_results
 
-    def flow(self, wanted: Flags) -> Flow:
+    def flow(self, wanted: Flags) -> GradFlow:
         """The gradients it takes part in, if these come for its results."""
         try:
             self.cost(wanted)
         except Exception:  # another size, or its backward, refuses
             self.refused = True
         if self.refused or not any(wanted):
-            return Flow(self.given, wanted, saves_own=any(wanted))
-        memory = self.memory.run(PROBES[0])
+            return GradFlow(self.given, wanted, saves_results=any(wanted))
+        memory = self.memory.run(PROBE_BATCHES[0])
         own = memory.saved_results or memory.inner_bytes > 0
-        return Flow(self.given, wanted, tuple(sorted(memory.saved_operands)), own)
+        return GradFlow(self.given, wanted, tuple(sorted(memory.saved_operands)), own)
 
     def cost(self, wanted: Flags) -> NodeCost:
         """All of its cost but what depends on its neighbours."""
@@ -113,23 +113,23 @@ def _cost(known: DistinctCall, wanted: Flags) -> NodeCost:
     )
     if known.refused:
         return replace(cost, backward_bytes=2 * moved if any(wanted) else ZERO)
-    forward = fit(lambda batch: known.run(batch).flops)
-    cost = replace(cost, forward_flops=forward, kind=kind_of(node.target, forward))
+    forward = fit_polynomial(lambda batch: known.run(batch).flops)
+    cost = replace(cost, forward_flops=forward, kind=work_kind(node.target, forward))
     if not any(wanted):
         return cost
     memory = known.memory
     return replace(
         cost,
-        backward_flops=fit(lambda batch: known.back(batch, wanted).flops),
-        backward_bytes=fit(lambda batch: memory.back(batch, wanted).moved_bytes),
-        saved_bytes=fit(lambda batch: memory.run(batch).inner_bytes),
+        backward_flops=fit_polynomial(lambda batch: known.back(batch, wanted).flops),
+        backward_bytes=fit_polynomial(lambda batch: memory.back(batch, wanted).moved_bytes),
+        saved_bytes=fit_polynomial(lambda batch: memory.run(batch).inner_bytes),
     )
 
 
 def nbytes(tensor: Tensor) -> sympy.Expr:
     """Bytes of a tensor of a captured graph, as an expression in `B`."""
-    return sympy.Mul(*map(size, tensor.shape)) * tensor.dtype.itemsize
+    return sympy.Mul(*map(symbolic_size, tensor.shape)) * tensor.dtype.itemsize
 
 
 def _is_polynomial(tensor: Tensor) -> bool:
-    return all(size(s).is_polynomial(B) for s in tensor.shape)
+    return all(symbolic_size(s).is_polynomial(B) for s in tensor.shape)

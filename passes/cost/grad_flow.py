@@ -17,18 +17,18 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopipe.passes._torch import OpOverload, storage_id
-from autopipe.passes.graph import is_size, size, tensors_of, written_arguments
-from autopipe.passes.ir import Captured, Flow, results_of
+from autopipe.passes.graph import is_size, symbolic_size, tensors_of, written_arguments
+from autopipe.passes.ir import Captured, GradFlow, results_of
 
 from .call_cache import DistinctCall, Flags
-from .meta_run import operands_of
-from .op_counter import PROBES
+from .meta_run import tensor_operands
+from .op_counter import PROBE_BATCHES
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
 
-class Gradients:
+class GradientAnalysis:
     """What is found out about one graph.
 
     Attributes:
@@ -50,7 +50,7 @@ class Gradients:
         self.kept: set[int] = set()
         self.writer: dict[int, fx.Node] = {}
         self.behind: dict[fx.Node, list[fx.Node]] = {}
-        self.flows: dict[fx.Node, Flow] = {}
+        self.flows: dict[fx.Node, GradFlow] = {}
 
     def run(self) -> None:
         """Both walks."""
@@ -81,10 +81,10 @@ class Gradients:
             source: Any = node.args[0]
             if isinstance(node.meta["val"], Tensor) or node.meta["val"] is None:
                 return (self.needs[source][node.args[1]],)
-        return _like(node, any(any(self.needs[n]) for n in operands_of(node)))
+        return _like(node, any(any(self.needs[n]) for n in tensor_operands(node)))
 
     def _needs_of_call(self, node: fx.Node) -> Flags:
-        operands = operands_of(node)
+        operands = tensor_operands(node)
         # The last write to what is read; that one reads the ones before.
         writers = {n: [self.writer[s] for s in _storages(n) if s in self.writer] for n in operands}
         self.behind[node] = [w for n, late in writers.items() for w in late if w is not n]
@@ -96,13 +96,17 @@ class Gradients:
         if key not in self.known:
             self.known[key] = DistinctCall.of(node, tuple(needs))
         self.of[node] = known = self.known[key]
-        flags = _like(node, any(map(any, needs))) if known.refused else known.run(PROBES[0]).flags
+        flags = (
+            _like(node, any(map(any, needs)))
+            if known.refused
+            else known.run(PROBE_BATCHES[0]).flags
+        )
         for n in written_arguments(node):
             self.writer.update(dict.fromkeys(_storages(n), node))
         return flags
 
     def _key(self, node: fx.Node, needs: tuple[Flags, ...]) -> Hashable:
-        position = {n: i for i, n in enumerate(operands_of(node))}
+        position = {n: i for i, n in enumerate(tensor_operands(node))}
 
         def look(value: Any) -> Hashable:
             if isinstance(value, fx.Node):
@@ -120,7 +124,7 @@ class Gradients:
 
     def owned(self, node: fx.Node) -> set[int]:
         """The memory of a call's operands."""
-        return {s for n in operands_of(node) for s in _storages(n)}
+        return {s for n in tensor_operands(node) for s in _storages(n)}
 
     # ------------------------------------------------------------------ which get one
 
@@ -150,7 +154,7 @@ class Gradients:
         """A gradient goes through one of Python's functions."""
         if not any(wanted):
             return
-        for n in operands_of(node):
+        for n in tensor_operands(node):
             part = node.args[1] if node.target is operator.getitem else None
             if isinstance(part, int):
                 self._gets(n, [i == part for i in range(len(self.needs[n]))])
@@ -159,12 +163,12 @@ class Gradients:
 
     def _back(self, node: fx.Node, wanted: Flags) -> None:
         """A call's backward runs: what it hands on, and what was kept for it."""
-        operands, flow = operands_of(node), self.flows[node]
+        operands, flow = tensor_operands(node), self.flows[node]
         for n, arrives in zip(operands, self.of[node].arrives(wanted), strict=True):
             self._gets(n, arrives)
         for writer in self.behind[node]:
             self.gets[writer] = list(self.needs[writer])
-        for i in flow.saves:
+        for i in flow.saved_operands:
             self.kept.update(_storages(operands[i]))
         if self.of[node].keeps_results:
             self.kept.update(_storages(node))
@@ -183,7 +187,7 @@ def _differentiated(captured: Captured, needs: Mapping[fx.Node, Flags]) -> list[
 def _look(node: fx.Node) -> Hashable:
     """What a node makes: tensors by size, strides and dtype, numbers by their value."""
     if is_size(node):
-        return str(size(node.meta["val"]))
+        return str(symbolic_size(node.meta["val"]))
     return tuple((str(t.shape), str(t.stride()), t.dtype) for t in tensors_of(node))
 
 

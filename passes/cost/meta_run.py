@@ -21,10 +21,10 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from autopipe.passes._torch import storage_id
-from autopipe.passes.graph import is_size, size, static_fakes
-from autopipe.passes.ir import B, Flow, at_batch
+from autopipe.passes.graph import is_size, static_fake_mode, symbolic_size
+from autopipe.passes.ir import B, GradFlow, at_batch
 
-from .op_counter import Meter
+from .op_counter import OpCounter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,12 +35,12 @@ ATTENTION = (aten.scaled_dot_product_attention.default,)
 """Operators whose kernels depend on the device."""
 
 
-def operands_of(node: fx.Node) -> list[fx.Node]:
+def tensor_operands(node: fx.Node) -> list[fx.Node]:
     """The nodes that give a call its tensors, each once, in order."""
     return [n for n in node.all_input_nodes if not is_size(n)]
 
 
-def stand_ins(
+def operand_values(
     node: fx.Node, batch: int, make: Callable[[Sequence[int], Sequence[int], torch.dtype], Any]
 ) -> dict[fx.Node, Any]:
     """What a call's argument nodes make, at one batch size.
@@ -53,21 +53,23 @@ def stand_ins(
 
     def concrete(value: Any) -> Any:
         if isinstance(value, Tensor):
-            shape = [at_batch(size(s), batch) for s in value.shape]
-            return make(shape, [at_batch(size(s), batch) for s in value.stride()], value.dtype)
-        return number(value, batch)
+            shape = [at_batch(symbolic_size(s), batch) for s in value.shape]
+            return make(
+                shape, [at_batch(symbolic_size(s), batch) for s in value.stride()], value.dtype
+            )
+        return concrete_number(value, batch)
 
     return {n: pytree.tree_map(concrete, n.meta["val"]) for n in node.all_input_nodes}
 
 
-def number(value: Any, batch: int) -> Any:
+def concrete_number(value: Any, batch: int) -> Any:
     """A size, or another number computed from sizes, at one batch size."""
     if isinstance(value, torch.SymInt):
-        return at_batch(size(value), batch)
+        return at_batch(symbolic_size(value), batch)
     if isinstance(value, torch.SymFloat):
-        return float(size(value).subs(B, batch))
+        return float(symbolic_size(value).subs(B, batch))
     if isinstance(value, torch.SymBool):
-        return bool(size(value).subs(B, batch))
+        return bool(symbolic_size(value).subs(B, batch))
     return value
 
 
@@ -100,7 +102,7 @@ class BoundCall:
 
     def arguments(self) -> tuple[Any, Any, dict[fx.Node, Any], Edges]:
         """args, kwargs; the operands' values; their edges. What is written to is a fresh copy."""
-        operands, schema = operands_of(self.node), self.target._schema
+        operands, schema = tensor_operands(self.node), self.target._schema
         marked = {
             n: _marked(self.values[n], flags, schema.is_mutable)
             for n, flags in zip(operands, self.needs, strict=True)
@@ -120,7 +122,7 @@ class BoundCall:
         return args, kwargs, marked, edges
 
 
-def tensors_in(value: Any) -> tuple[Tensor | None, ...]:
+def tensor_leaves(value: Any) -> tuple[Tensor | None, ...]:
     """The leaves of what a call gave back, None for what is no tensor."""
     return tuple(x if isinstance(x, Tensor) else None for x in pytree.tree_leaves(value))
 
@@ -160,7 +162,7 @@ class MetaBackward:
     arrives: tuple[tuple[bool, ...], ...]
 
 
-def run(
+def run_forward(
     node: fx.Node, batch: int, needs: Sequence[Sequence[bool]], *, fused: bool = False
 ) -> MetaRun:
     """Run a call at one batch size.
@@ -182,10 +184,10 @@ def run(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        static_fakes() if fused else nullcontext(),
+        static_fake_mode() if fused else nullcontext(),
     ):
-        operands = operands_of(node)
-        ready = BoundCall(node, stand_ins(node, batch, empty), needs, batch, device)
+        operands = tensor_operands(node)
+        ready = BoundCall(node, operand_values(node, batch, empty), needs, batch, device)
         args, kwargs, marked, edges = ready.arguments()
         owner = {
             storage_id(x): i
@@ -199,8 +201,8 @@ def run(
             kept.append(x)
             return x
 
-        with saved_tensors_hooks(pack, lambda x: x), Meter() as meter:
-            results = tensors_in(ready.target(*args, **kwargs))
+        with saved_tensors_hooks(pack, lambda x: x), OpCounter() as meter:
+            results = tensor_leaves(ready.target(*args, **kwargs))
         made = {storage_id(x) for x in results if x is not None} - set(owner)
         inner = {
             s: x.untyped_storage().nbytes()
@@ -217,7 +219,7 @@ def run(
         )
 
 
-def back(done: MetaRun, wanted: Sequence[bool]) -> MetaBackward:
+def run_backward(done: MetaRun, wanted: Sequence[bool]) -> MetaBackward:
     """Run the backward of a call.
 
     Args:
@@ -233,9 +235,9 @@ def back(done: MetaRun, wanted: Sequence[bool]) -> MetaBackward:
     if not roots or not edges:
         return MetaBackward(0, 0, tuple(tuple(False for _ in of) for of in done.edges))
     with torch.inference_mode(False):
-        with nullcontext() if roots[0].is_meta else static_fakes():
+        with nullcontext() if roots[0].is_meta else static_fake_mode():
             tangents = [torch.empty_like(r) for r in roots]
-        with Meter() as meter:
+        with OpCounter() as meter:
             found = iter(
                 torch.autograd.grad(roots, edges, tangents, allow_unused=True, retain_graph=True)
             )
@@ -256,13 +258,13 @@ def _marked(value: Any, needs: Sequence[bool], written: bool) -> Any:
     return pytree.tree_unflatten(marked, spec)
 
 
-def described(node: fx.Node, batch: int, flow: Flow) -> str:
+def work_key(node: fx.Node, batch: int, flow: GradFlow) -> str:
     """A call in words: equal for calls that do the same work at this batch size."""
-    looks = stand_ins(node, batch, lambda *look: f"{look[2]}{list(look[0])}{list(look[1])}")
-    position = {n: i for i, n in enumerate(operands_of(node))}
+    looks = operand_values(node, batch, lambda *look: f"{look[2]}{list(look[0])}{list(look[1])}")
+    position = {n: i for i, n in enumerate(tensor_operands(node))}
 
     def word(n: fx.Node) -> str:
         return f"%{position.get(n, '')} {looks[n]}"
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), word)
-    return f"{node.target} {args} {kwargs} {flow.needs} {flow.gets}"
+    return f"{node.target} {args} {kwargs} {flow.operands_need_grad} {flow.results_get_grad}"

@@ -23,8 +23,8 @@ from autopipe.passes.graph import tensors_of
 from autopipe.passes.ir import Annotated, B, Captured, NodeCost
 
 from .call_cache import nbytes
-from .grad_flow import Gradients
-from .meta_run import operands_of
+from .grad_flow import GradientAnalysis
+from .meta_run import tensor_operands
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from torch import fx
 
     from autopipe.passes.devices import Device
-    from autopipe.passes.ir import Flow
+    from autopipe.passes.ir import GradFlow
 
-FREE = NodeCost()
+ZERO_COST = NodeCost()
 
 
 def annotate(captured: Captured) -> Annotated:
@@ -43,18 +43,18 @@ def annotate(captured: Captured) -> Annotated:
     Returns:
         `Annotated` with a `NodeCost` per node, whose only symbol is `B`.
     """
-    found = Gradients(captured)
+    found = GradientAnalysis(captured)
     with torch.random.fork_rng(devices=[]):  # a custom Function may draw numbers
         found.run()
     calls = [n for n in captured.graph_module.graph.nodes if n.op == "call_function"]
-    costs = {n.name: _cost(n, found) if n in found.of else FREE for n in calls}
+    costs = {n.name: _cost(n, found) if n in found.of else ZERO_COST for n in calls}
     flows = {n.name: found.flows[n] for n in calls if n in found.flows}
     result = Annotated(captured, costs, flows)
     result.verify()
     return result
 
 
-class Seconds(NamedTuple):
+class CallSeconds(NamedTuple):
     """Time of one call at one batch size, on one device."""
 
     forward: float
@@ -62,7 +62,7 @@ class Seconds(NamedTuple):
     recompute: float
 
 
-def seconds(cost: NodeCost, device: Device, batch: int) -> Seconds:
+def call_seconds(cost: NodeCost, device: Device, batch: int) -> CallSeconds:
     """Estimated time of a call on a device at one batch size.
 
     Args:
@@ -79,10 +79,10 @@ def seconds(cost: NodeCost, device: Device, batch: int) -> Seconds:
         return device.seconds(work, moved, cost.kind, cost.precision)
 
     forward = time(cost.forward_flops, cost.forward_bytes)
-    return Seconds(forward, time(cost.backward_flops, cost.backward_bytes), forward)
+    return CallSeconds(forward, time(cost.backward_flops, cost.backward_bytes), forward)
 
 
-def run_again(nodes: Sequence[fx.Node], flows: Mapping[str, Flow]) -> set[fx.Node]:
+def recomputed_calls(nodes: Sequence[fx.Node], flows: Mapping[str, GradFlow]) -> set[fx.Node]:
     """The calls that a backward runs again if of a stage only what it received was kept.
 
     Those whose results are read again, by their own backward or by that of another call of the
@@ -96,9 +96,9 @@ def run_again(nodes: Sequence[fx.Node], flows: Mapping[str, Flow]) -> set[fx.Nod
     for node in nodes:
         flow = flows.get(node.name)
         if flow is not None:
-            operands = operands_of(node)
-            read.update(operands[i] for i in flow.saves)
-            if flow.saves_own:
+            operands = tensor_operands(node)
+            read.update(operands[i] for i in flow.saved_operands)
+            if flow.saves_results:
                 read.add(node)
     for node in reversed(nodes):
         if node in read:
@@ -106,9 +106,9 @@ def run_again(nodes: Sequence[fx.Node], flows: Mapping[str, Flow]) -> set[fx.Nod
     return read.intersection(nodes)
 
 
-def _cost(node: fx.Node, found: Gradients) -> NodeCost:
+def _cost(node: fx.Node, found: GradientAnalysis) -> NodeCost:
     """Of one call, with what depends on its neighbours: memory that is kept, sums of gradients."""
-    cost = found.of[node].cost(found.flows[node].gets)
+    cost = found.of[node].cost(found.flows[node].results_get_grad)
     owned = found.owned(node)
     made = {s: nbytes(t) for t in tensors_of(node) if (s := storage_id(t)) not in owned}
     kept = [size for s, size in made.items() if s in found.kept]

@@ -19,13 +19,13 @@ from autopipe.passes.ir import B
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-PROBES = (2, 3, 5)
+PROBE_BATCHES = (2, 3, 5)
 """Batch sizes at which a call is run."""
-FOURTH = 7
+EXTRA_PROBE = 7
 """One more where those three are not on a line."""
 
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is dispatched meanwhile, kernel by kernel.
 
     Attributes:
@@ -45,12 +45,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=result))
         read, written = _tensors((args, kwargs)), _tensors(result)
-        if moves(func, read, written):
+        if touches_memory(func, read, written):
             self.moved_bytes += sum(map(distinct_bytes, [*read, *written]))
         return result
 
 
-def moves(target: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> bool:
+def touches_memory(target: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> bool:
     """Whether a call of an operator touches memory: one that makes views or empty tensors does not.
 
     Args:
@@ -65,7 +65,7 @@ def moves(target: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> boo
     return not allocates and (not is_view or (target is not None and target._schema.is_mutable))
 
 
-def kind_of(target: Any, flops: Any) -> str:
+def work_kind(target: Any, flops: Any) -> str:
     """The kind of an operator's work, of `devices.KINDS`; `flops` may be an expression."""
     name = str(target)
     if flops == 0:
@@ -85,12 +85,12 @@ def distinct_bytes(tensor: Tensor) -> int:
     return math.prod(n for n, stride in sizes if stride or not n) * tensor.dtype.itemsize
 
 
-def fit(at: Callable[[int], int]) -> sympy.Expr:
+def fit_polynomial(at: Callable[[int], int]) -> sympy.Expr:
     """The polynomial in `B` that takes the values of `at`, a function of the batch size."""
-    (x, u), (y, v), (z, w) = points = [(batch, at(batch)) for batch in PROBES]
+    (x, u), (y, v), (z, w) = points = [(batch, at(batch)) for batch in PROBE_BATCHES]
     if u == v == w:
         return sympy.Integer(u)
     slope, rest = divmod(v - u, y - x)
     if rest == 0 and w - u == slope * (z - x):
         return slope * B + (u - slope * x)
-    return sympy.expand(sympy.interpolate([*points, (FOURTH, at(FOURTH))], B))
+    return sympy.expand(sympy.interpolate([*points, (EXTRA_PROBE, at(EXTRA_PROBE))], B))

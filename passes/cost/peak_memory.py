@@ -30,7 +30,7 @@ class _Waiting(NamedTuple):
     first: float
 
 
-def stage_peaks(
+def stage_peak_bytes(
     line: Timeline,
     stages: int,
     sizes: Sequence[int],

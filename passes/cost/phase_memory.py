@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopipe.passes._torch import storage_id
-from autopipe.passes.graph import once_per_graph
+from autopipe.passes.graph import cache_per_graph
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping, Sequence
@@ -55,7 +55,7 @@ def stage_bytes(stage: StagePhases) -> StageBytes:
     )
 
 
-@once_per_graph
+@cache_per_graph
 def _stage_bytes(stage: StagePhases) -> tuple[Any, ...]:
     """The same without names, which identical stages do not share: sizes in their order."""
     _, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]

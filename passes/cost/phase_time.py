@@ -17,10 +17,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopipe.passes._torch import flop_registry
-from autopipe.passes.graph import once_per_graph
+from autopipe.passes.graph import cache_per_graph
 from autopipe.passes.ir import PHASES
 
-from .op_counter import distinct_bytes, kind_of, moves
+from .op_counter import distinct_bytes, touches_memory, work_kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import StagePhases
 
 
-class Work(NamedTuple):
+class CallWork(NamedTuple):
     """What one call does; see `Device.seconds`."""
 
     flops: int
@@ -67,19 +67,19 @@ def phase_seconds(stage: StagePhases, device: Device) -> PhaseSeconds:
     return PhaseSeconds(*(sums[phase] for phase in PHASES))
 
 
-@once_per_graph
-def _phase_work(stage: StagePhases) -> Counter[tuple[str, Work]]:
+@cache_per_graph
+def _phase_work(stage: StagePhases) -> Counter[tuple[str, CallWork]]:
     """How often each work is done in each phase."""
     return Counter((stage.phase_of[n.name], work) for n, work in stage_work(stage).items())
 
 
-def stage_work(stage: StagePhases) -> Mapping[fx.Node, Work]:
+def stage_work(stage: StagePhases) -> Mapping[fx.Node, CallWork]:
     """The work of every call of a traced stage that is in a phase, in order."""
     nodes = [n for n in stage.graph.nodes if n.name in stage.phase_of]
     return {n: work for n in nodes if (work := _work(n)) is not None}
 
 
-def _work(node: fx.Node) -> Work | None:
+def _work(node: fx.Node) -> CallWork | None:
     """Of one call; None if it does nothing (it unpacks results)."""
     target: Any = node.target
     args = node.args
@@ -93,10 +93,12 @@ def _work(node: fx.Node) -> Work | None:
     read, written = _tensors((args, kwargs)), _tensors(result)
     formula = flop_registry.get(getattr(target, "overloadpacket", None))
     flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-    moved = sum(map(distinct_bytes, [*read, *written])) if moves(target, read, written) else 0
+    moved = (
+        sum(map(distinct_bytes, [*read, *written])) if touches_memory(target, read, written) else 0
+    )
     floats = [t for t in [*written, *read] if t.is_floating_point()]
     half = bool(floats) and floats[0].dtype.itemsize == 2
-    return Work(flops, moved, kind_of(target, flops), "half" if half else "fp32")
+    return CallWork(flops, moved, work_kind(target, flops), "half" if half else "fp32")
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import sympy
 
 from autopipe.passes.devices import ADAM_BYTES, DEFAULT, Device
-from autopipe.passes.ir import ZERO, Kind
+from autopipe.passes.ir import ZERO, InputKind
 
-from .node_costs import run_again, seconds
+from .node_costs import call_seconds, recomputed_calls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -80,21 +80,21 @@ def stage_cost(
     """
     calls = split.calls[stage.index]
     costs = [split.annotated.costs[n.name] for n in calls]
-    repeated = run_again(calls, split.annotated.flows)
+    repeated = recomputed_calls(calls, split.annotated.flows)
     again = [split.annotated.costs[n.name] for n in calls if n in repeated]
-    held = [i for i in stage.held if i.kind is Kind.PARAMETER]
+    held = [i for i in stage.held if i.kind is InputKind.PARAMETER]
     trained = [i.spec for i in held if i.requires_grad]
-    times = {cost: seconds(cost, device, batch) for cost in set(costs)}
+    times = {cost: call_seconds(cost, device, batch) for cost in set(costs)}
     forward = sum(times[c].forward for c in costs)
     backward = sum(times[c].backward for c in costs)
     return StageCost(
-        flops=total(costs, "forward_flops"),
-        backward_flops=total(costs, "backward_flops"),
-        recompute_flops=total(again, "recompute_flops"),
-        moved_bytes=total(costs, "forward_bytes"),
-        backward_bytes=total(costs, "backward_bytes"),
-        activation_bytes=total(costs, "activation_bytes"),
-        saved_bytes=total(costs, "saved_bytes"),
+        flops=sum_costs(costs, "forward_flops"),
+        backward_flops=sum_costs(costs, "backward_flops"),
+        recompute_flops=sum_costs(again, "recompute_flops"),
+        moved_bytes=sum_costs(costs, "forward_bytes"),
+        backward_bytes=sum_costs(costs, "backward_bytes"),
+        activation_bytes=sum_costs(costs, "activation_bytes"),
+        saved_bytes=sum_costs(costs, "saved_bytes"),
         parameter_bytes=_bytes(i.spec for i in held),
         gradient_bytes=_bytes(trained),
         optimizer_bytes=sum(int(s.numel) * state_bytes for s in trained),
@@ -106,7 +106,7 @@ def stage_cost(
     )
 
 
-def total(costs: Iterable[NodeCost], fact: str) -> sympy.Expr:
+def sum_costs(costs: Iterable[NodeCost], fact: str) -> sympy.Expr:
     """Sum of one fact of `NodeCost`. Equal expressions are counted: adding expressions is slow."""
     counted: dict[sympy.Expr, int] = {}
     for cost in costs:

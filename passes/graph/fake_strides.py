@@ -60,7 +60,7 @@ COPIES = ("clone", "_to_copy", "convert_element_type")
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def static_fakes() -> FakeTensorMode:
+def static_fake_mode() -> FakeTensorMode:
     """A fake tensor mode without symbolic sizes: shapes are plain integers.
 
     Without a shape environment torch also keeps its native kernels for composite operators

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopipe.passes._torch import size_calls
+from autopipe.passes._torch import emit_expression
 from autopipe.passes.ir import B, TensorSpec
 
-from .source_location import is_users
+from .source_location import is_user_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def size(value: Any) -> sympy.Expr:
+def symbolic_size(value: Any) -> sympy.Expr:
     """A size as an expression in `B`: every symbol of a captured graph is the batch size."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return in_batch(value.node.expr)
+        return in_batch_symbol(value.node.expr)
     return sympy.Integer(int(value))
 
 
-def in_batch(expr: Any) -> Any:
+def in_batch_symbol(expr: Any) -> Any:
     """An expression of a captured graph's symbols in `B`."""
     return sympy.sympify(expr).xreplace(dict.fromkeys(expr.free_symbols, B))
 
 
-def spec_of(node: fx.Node) -> TensorSpec:
+def tensor_spec(node: fx.Node) -> TensorSpec:
     """What a node's tensor looks like."""
     value = node.meta["val"]
-    return TensorSpec(node.name, tuple(map(size, value.shape)), value.dtype)
+    return TensorSpec(node.name, tuple(map(symbolic_size, value.shape)), value.dtype)
 
 
 def source_line(node: fx.Node) -> str | None:
     """``file:line`` in the model of the call behind a node."""
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
-    users = [f"{file}:{line}" for file, line in frames if is_users(file)]
+    users = [f"{file}:{line}" for file, line in frames if is_user_file(file)]
     return users[-1] if users else None
 
 
@@ -62,7 +62,7 @@ def is_random(node: fx.Node) -> bool:
     return given.get("train") is not False and chance != 0.0
 
 
-def is_effect(node: fx.Node) -> bool:
+def has_side_effect(node: fx.Node) -> bool:
     """A call that matters even if nobody uses its result: it writes to one of its arguments."""
     schema = getattr(node.target, "_schema", None)
     return (schema is not None and schema.is_mutable) or node.target in HIDDEN_WRITES
@@ -83,7 +83,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     if node.target in HIDDEN_WRITES:
         positions, flag = HIDDEN_WRITES[node.target]
         written = [node.args[p] for p in positions] if node.args[flag] else []
-    elif is_effect(node):
+    elif has_side_effect(node):
         arguments = node.target._schema.arguments  # type: ignore[union-attr]
         written = [
             node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
@@ -96,7 +96,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     return [a for a in flat if isinstance(a, fx.Node)]
 
 
-def viewed(node: fx.Node) -> fx.Node | None:
+def view_base(node: fx.Node) -> fx.Node | None:
     """What the result is, or is a view of: the first argument, if the operator's schema says so."""
     schema = getattr(node.target, "_schema", None)
     shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
@@ -105,29 +105,33 @@ def viewed(node: fx.Node) -> fx.Node | None:
     return next((n for n in node.all_input_nodes if not is_size(n)), None)
 
 
-def owner_of(node: fx.Node) -> fx.Node:
+def memory_owner(node: fx.Node) -> fx.Node:
     """The call or placeholder that made the memory which a view looks at."""
-    while (source := viewed(node)) is not None:
+    while (source := view_base(node)) is not None:
         node = source
     return node
 
 
-def owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """`owner_of` every node, in one walk."""
+def memory_owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """`memory_owner` every node, in one walk."""
     owner: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        source = viewed(node)
+        source = view_base(node)
         owner[node] = node if source is None else owner[source]
     return owner
 
 
-def drop_dead(graph: fx.Graph) -> None:
+def remove_dead_calls(graph: fx.Graph) -> None:
     """Erase the calls that nobody uses and that change nothing.
 
     (fx's own dead code elimination keeps random calls; a draw here depends on no other draw.)
     """
     for node in reversed(graph.nodes):
-        if node.op in ("call_function", "call_method") and not node.users and not is_effect(node):
+        if (
+            node.op in ("call_function", "call_method")
+            and not node.users
+            and not has_side_effect(node)
+        ):
             graph.erase_node(node)
 
 
@@ -160,7 +164,7 @@ OTHER_NAMES = {
 """What writes in place → the same out of place, where the name does not tell."""
 
 
-def functional_of(target: Any) -> Any:
+def functional_variant(target: Any) -> Any:
     """``add`` for ``add_``, ``div`` for ``div(out=)``: what takes the same and writes nowhere."""
     if target in OTHER_NAMES:
         return OTHER_NAMES[target]
@@ -196,7 +200,7 @@ def add_size(graph: fx.Graph, target: Callable[..., Any], /, *args: Any) -> fx.N
     return node
 
 
-def batch_size_node(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorSpec]]) -> fx.Node:
+def emit_batch_size(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorSpec]]) -> fx.Node:
     """Append calls that read `B` off the shape of the first tensor that shows it.
 
     Raises:
@@ -218,8 +222,8 @@ def batch_size_node(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorS
 
 def emit_size(value: Any, batch: Callable[[], fx.Node]) -> fx.Node | int:
     """A size as a plain integer, or as calls on the node that holds the batch size."""
-    expr = size(value)
-    return int(expr) if expr.is_Integer else size_calls(expr, batch())
+    expr = symbolic_size(value)
+    return int(expr) if expr.is_Integer else emit_expression(expr, batch())
 
 
 def fingerprint(graph: fx.Graph) -> str:
@@ -245,7 +249,7 @@ Holder = TypeVar("Holder", bound=_HasGraph)
 Result = TypeVar("Result")
 
 
-def once_per_graph(function: Callable[[Holder], Result]) -> Callable[[Holder], Result]:
+def cache_per_graph(function: Callable[[Holder], Result]) -> Callable[[Holder], Result]:
     """Remember what a function finds out about a `graph`, as long as that is there.
 
     For what depends on nothing else: identical stages share their graph. The result must not hold

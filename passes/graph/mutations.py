@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .fx_utils import drop_dead, is_effect, owners, written_arguments
+from .fx_utils import has_side_effect, memory_owners, remove_dead_calls, written_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from torch import fx
 
 
-class Writes:
+class InPlaceWrites:
     """The calls of a graph that write in place, by the memory that they write to."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.owner = owners(graph)
+        self.owner = memory_owners(graph)
         self._calls: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             for owner in dict.fromkeys(self.owner[t] for t in written_arguments(node)):
@@ -32,15 +32,15 @@ class Writes:
 
     def drop(self, moved: Iterable[fx.Node]) -> None:
         """Erase the writes to the memory of these nodes, where nothing in the graph reads it."""
-        drop_dead(self.graph)
+        remove_dead_calls(self.graph)
         for owner in moved:
             here = [n for n in self.graph.nodes if self.owner.get(n) is owner]
             known = {*here, *self.copies(owner)}
             if all(user in known for n in here for user in n.users):
                 for node in reversed(here):
-                    if is_effect(node) and not node.users:
+                    if has_side_effect(node) and not node.users:
                         self.graph.erase_node(node)
-        drop_dead(self.graph)
+        remove_dead_calls(self.graph)
 
     def copies(self, owner: fx.Node) -> list[fx.Node]:
         """Calls on a value before anything is written to it."""

@@ -14,7 +14,7 @@ def is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
+def is_close(found: Tensor, expected: Tensor) -> bool:
     """Of one shape and type, and equal but for rounding."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False

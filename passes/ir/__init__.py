@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-from .captured import ZERO, Annotated, Captured, Flow, NodeCost
-from .phased import PHASES, Draw, Phased, StagePhases
+from .captured import ZERO, Annotated, Captured, GradFlow, NodeCost
+from .phased import PHASES, Phased, RandomDraw, StagePhases
 from .split import CALLER, Route, Split, StageEstimates, StageGraph
 from .values import (
-    ONE,
+    SINGLE_SAMPLE,
     B,
-    Branches,
     Input,
-    Kind,
-    Leaf,
+    InputKind,
     Output,
+    ResultLeaf,
+    SizeGuards,
     TensorSpec,
     at_batch,
-    is_true,
+    holds_at,
     results_of,
 )
 
 __all__ = [
     "CALLER",
-    "ONE",
     "PHASES",
+    "SINGLE_SAMPLE",
     "ZERO",
     "Annotated",
     "B",
-    "Branches",
     "Captured",
-    "Draw",
-    "Flow",
+    "GradFlow",
     "Input",
-    "Kind",
-    "Leaf",
+    "InputKind",
     "NodeCost",
     "Output",
     "Phased",
+    "RandomDraw",
+    "ResultLeaf",
     "Route",
+    "SizeGuards",
     "Split",
     "StageEstimates",
     "StageGraph",
     "StagePhases",
     "TensorSpec",
     "at_batch",
-    "is_true",
+    "holds_at",
     "results_of",
 ]

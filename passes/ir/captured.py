@@ -25,7 +25,18 @@ from torch import Tensor, fx
 from autopipe.errors import require
 from autopipe.passes.devices import KINDS, PRECISIONS
 
-from .values import ALL, B, Branches, Input, Kind, Leaf, Output, TensorSpec, at_batch, results_of
+from .values import (
+    ANY_BATCH_SIZE,
+    B,
+    Input,
+    InputKind,
+    Output,
+    ResultLeaf,
+    SizeGuards,
+    TensorSpec,
+    at_batch,
+    results_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -37,12 +48,12 @@ __all__ = [
     "Annotated",
     "B",
     "Captured",
-    "Flow",
+    "GradFlow",
     "Input",
-    "Kind",
-    "Leaf",
+    "InputKind",
     "NodeCost",
     "Output",
+    "ResultLeaf",
     "TensorSpec",
     "at_batch",
     "require",
@@ -65,10 +76,10 @@ class Captured:
         leaves: how the final values fill the model's result.
         out_spec: the result's structure.
         updates: (buffer, index of its value after the call among the final values).
-        branches: the batch sizes that the graph holds for.
+        size_guards: the batch sizes that the graph is valid for.
         notes: what capture did that a reader should know.
-        places: for each node where it stood before the calls were put into another order; empty if
-            they were not. Random numbers are drawn by it.
+        original_positions: for each node its position before the calls were reordered; empty if
+            they were not. Random draws are keyed by it.
     """
 
     graph_module: fx.GraphModule
@@ -76,20 +87,21 @@ class Captured:
     outputs: tuple[Output, ...]
     constants: Mapping[str, Tensor]
     epilogue: fx.GraphModule | None
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[ResultLeaf, ...]
     out_spec: TreeSpec
     updates: tuple[tuple[str, int], ...] = ()
-    branches: Branches = ALL
+    size_guards: SizeGuards = ANY_BATCH_SIZE
     notes: tuple[str, ...] = ()
-    places: tuple[int, ...] = ()
+    original_positions: tuple[int, ...] = ()
 
     def verify(self) -> None:
         graph = self.graph_module.graph
         graph.lint()
         require(
-            not self.places or sorted(self.places) == list(range(len(graph.nodes))),
-            "places are no order of the nodes",
-            found=str(self.places),
+            not self.original_positions
+            or sorted(self.original_positions) == list(range(len(graph.nodes))),
+            "the original positions are not a permutation of the nodes",
+            found=str(self.original_positions),
         )
         placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
         require(
@@ -117,20 +129,20 @@ class Captured:
             require("val" in node.meta or node.op == "output", "no looks known", node=node.name)
         for item in self.inputs:
             require(
-                item.kind is not Kind.CONSTANT or item.target in self.constants,
+                item.kind is not InputKind.CONSTANT or item.target in self.constants,
                 "a constant without a value",
                 node=item.name,
             )
 
-    def place(self, position: int) -> int:
-        """Where the node at a position stood when the graph was captured."""
-        return self.places[position] if self.places else position
+    def original_position(self, position: int) -> int:
+        """Return where the node at a position was when the graph was captured."""
+        return self.original_positions[position] if self.original_positions else position
 
-    def held(self, model: nn.Module, item: Input) -> Tensor:
-        """The parameter, buffer or constant that a placeholder stands for in a model."""
-        if item.kind is Kind.CONSTANT:
+    def tensor_of(self, model: nn.Module, item: Input) -> Tensor:
+        """Return the parameter, buffer or constant of `model` that a placeholder stands for."""
+        if item.kind is InputKind.CONSTANT:
             return self.constants[item.target]
-        if item.kind is Kind.PARAMETER:
+        if item.kind is InputKind.PARAMETER:
             return model.get_parameter(item.target)
         return model.get_buffer(item.target)
 
@@ -148,7 +160,7 @@ class Captured:
             return combined
         given: dict[str, Any] = {o.name: v for o, v in zip(self.outputs, combined, strict=True)}
         given["batch_size"] = batch
-        targets = {i.name: i.target for i in self.inputs if i.kind is Kind.BUFFER}
+        targets = {i.name: i.target for i in self.inputs if i.kind is InputKind.BUFFER}
         names = [str(n.target) for n in self.epilogue.graph.nodes if n.op == "placeholder"]
         arguments = [given[n] if n in given else buffer(targets[n]) for n in names]
         if any("autocast" in n.meta for n in self.epilogue.graph.nodes):
@@ -223,19 +235,21 @@ class NodeCost:
 
 
 @dataclass(frozen=True)
-class Flow:
-    """The gradients that a call takes part in.
+class GradFlow:
+    """The gradients that one call takes part in.
 
-    needs: for each node that gives it tensors, for each of these: does it need a gradient?
-    gets: for each of its results: does a gradient come for it?
-    saves: positions of the nodes that give it tensors which its backward reads again.
-    saves_own: whether its backward reads what the call itself makes.
+    Attributes:
+        operands_need_grad: for each tensor operand (a node), for each of its tensors: does it need
+            a gradient?
+        results_get_grad: for each result: does a gradient arrive for it?
+        saved_operands: positions of the operands that the call's backward reads again.
+        saves_results: whether its backward reads the call's own results or intermediates.
     """
 
-    needs: tuple[tuple[bool, ...], ...]
-    gets: tuple[bool, ...]
-    saves: tuple[int, ...] = ()
-    saves_own: bool = False
+    operands_need_grad: tuple[tuple[bool, ...], ...]
+    results_get_grad: tuple[bool, ...]
+    saved_operands: tuple[int, ...] = ()
+    saves_results: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +261,7 @@ class Annotated:
 
     captured: Captured
     costs: Mapping[str, NodeCost]
-    flows: Mapping[str, Flow] = field(default_factory=dict)
+    flows: Mapping[str, GradFlow] = field(default_factory=dict)
 
     def verify(self) -> None:
         for node in self.captured.graph_module.graph.nodes:

@@ -16,10 +16,12 @@ from .values import results_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from autopipe.passes.remat_policies import RematPolicy
+
 PHASES = ("F", "R", "B", "W")
 
 
-class Draw(NamedTuple):
+class RandomDraw(NamedTuple):
     """What a random draw is keyed by, beside the step's seed and the micro-batch.
 
     Attributes:
@@ -61,7 +63,7 @@ class StagePhases:
     updates: tuple[str, ...]
     own_grads: tuple[str, ...]
     sent_grads: tuple[str, ...]
-    draws: tuple[Draw, ...]
+    draws: tuple[RandomDraw, ...]
     device: torch.device
 
     def results(self) -> dict[str, list[Any]]:

@@ -11,7 +11,7 @@ from torch import fx
 from autopipe.errors import require
 
 from .captured import Annotated, Captured
-from .values import Input, Kind, TensorSpec
+from .values import Input, InputKind, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -170,7 +170,7 @@ class Split:
                 found=str(names[: len(expected)]),
             )
             for item in stage.held:
-                if item.kind is Kind.PARAMETER:
+                if item.kind is InputKind.PARAMETER:
                     require(
                         item.name not in placed, "a parameter held by two stages", node=item.name
                     )

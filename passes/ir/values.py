@@ -29,7 +29,7 @@ def results_of(graph: fx.Graph) -> list[Any]:
     return list(returned)
 
 
-class Kind(str, Enum):
+class InputKind(str, Enum):
     """Where a value that no node computes comes from."""
 
     PARAMETER = "parameter"
@@ -83,7 +83,7 @@ class Input:
     """
 
     spec: TensorSpec
-    kind: Kind
+    kind: InputKind
     target: str = ""
     index: int = -1
     batch_dim: int | None = None
@@ -126,7 +126,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Leaf:
+class ResultLeaf:
     """One leaf of the model's result: `kind` is "value" (index into the final values), "input"
     (index into the call's leaves), "parameter" (qualified name), "size" (a function of the batch's
     size) or "constant" (the object)."""
@@ -136,28 +136,32 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Branches:
-    """What must be true of the batch's size `B`.
+class SizeGuards:
+    """The batch sizes that a captured graph is valid for.
 
-    conditions: the branches that were taken, and numbers that were made of the size.
-    one: whether a batch of one sample, which is traced as two, takes the same branches.
+    Attributes:
+        conditions: conditions on `B`: branches that the model took, sizes that it used as numbers.
+        valid_for_one: whether a batch of one sample, which is traced as two, takes the same
+            branches.
     """
 
     conditions: tuple[sympy.Basic, ...] = ()
-    one: bool = True
+    valid_for_one: bool = True
 
-    def hold(self, batch: int) -> bool:
-        """Whether the graph is the model's for a batch of this size."""
-        return (batch > 1 or self.one) and all(is_true(c, batch) for c in self.conditions)
-
-
-ALL = Branches()
-"""Those of a graph that holds for any batch."""
-
-ONE = Branches((sympy.Eq(B, 1),))
-"""Those of a graph that was traced with one sample, and is good for no more."""
+    def hold_for(self, batch: int) -> bool:
+        """Whether the graph computes what the model computes for a batch of this size."""
+        return (batch > 1 or self.valid_for_one) and all(
+            holds_at(c, batch) for c in self.conditions
+        )
 
 
-def is_true(condition: sympy.Basic, batch: int) -> bool:
-    """A condition on `B`, at one batch size."""
+ANY_BATCH_SIZE = SizeGuards()
+"""Guards of a graph that is valid for every batch size."""
+
+SINGLE_SAMPLE = SizeGuards((sympy.Eq(B, 1),))
+"""Guards of a graph that was traced with one sample and is valid for one sample only."""
+
+
+def holds_at(condition: sympy.Basic, batch: int) -> bool:
+    """Evaluate a condition on `B` at one batch size."""
     return bool(condition.subs(B, batch) == sympy.true)

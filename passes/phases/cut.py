@@ -21,7 +21,7 @@ from torch import fx
 
 from autopipe.errors import InputError
 from autopipe.passes._torch import storage_id_of
-from autopipe.passes.graph import source_line, spec_of
+from autopipe.passes.graph import source_line, tensor_spec
 from autopipe.passes.ir import (
     Captured,
     Phased,
@@ -32,8 +32,8 @@ from autopipe.passes.ir import (
     results_of,
 )
 
-from .joint_trace import Joint, TensorMeta, forward_metadata, trace
-from .rematerialize import Rebuild
+from .joint_trace import JointGraph, TensorMeta, forward_metadata, trace_joint
+from .rematerialize import JointRewriter
 from .select_saved import select_saved
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class TraceCache:
     """
 
     looks: dict[Hashable, tuple[TensorMeta, ...]] = dataclasses.field(default_factory=dict)
-    joints: dict[Hashable, Joint] = dataclasses.field(default_factory=dict)
+    joints: dict[Hashable, JointGraph] = dataclasses.field(default_factory=dict)
     stages: dict[Hashable, StagePhases] = dataclasses.field(default_factory=dict)
 
 
@@ -114,7 +114,7 @@ def phases(
         )
         if key not in traced.joints:
             progress(f"tracing stage {stage.index}")
-            traced.joints[key] = trace(stage, held_and_received, tangents, device, grad=grad)
+            traced.joints[key] = trace_joint(stage, held_and_received, tangents, device, grad=grad)
         kept = (key, remat[stage.index])
         if kept not in traced.stages:
             traced.stages[kept] = cut_joint(stage, traced.joints[key], kept[1], device)
@@ -156,7 +156,7 @@ def _check_statistics(split: Split, size: int) -> None:
     for node in split.captured.graph_module.graph.nodes:
         if node.target is not aten.batch_norm.default or not node.args[5]:
             continue
-        shape = [at_batch(s, size) for s in spec_of(node).shape]
+        shape = [at_batch(s, size) for s in tensor_spec(node).shape]
         if math.prod(shape) == shape[1]:
             raise InputError(
                 f"batch norm in training needs more than one value per channel, and a micro-batch"
@@ -203,11 +203,15 @@ def _named(
         updates=tuple(rename[n] for n in core.updates),
         own_grads=tuple(rename[n] for n in core.own_grads),
         sent_grads=tuple(rename[n] for n in core.sent_grads),
-        draws=tuple(d._replace(call=captured.place(stage.origins[d.call])) for d in core.draws),
+        draws=tuple(
+            d._replace(call=captured.original_position(stage.origins[d.call])) for d in core.draws
+        ),
     )
 
 
-def cut_joint(stage: StageGraph, joint: Joint, policy: RematPolicy, device: torch.device) -> StagePhases:
+def cut_joint(
+    stage: StageGraph, joint: JointGraph, policy: RematPolicy, device: torch.device
+) -> StagePhases:
     """Cut one joint graph into F, R, B and W by reachability (its draws are not yet named)."""
     kit, *holders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     names = stage.signature
@@ -225,7 +229,7 @@ def cut_joint(stage: StageGraph, joint: Joint, policy: RematPolicy, device: torc
     forward |= _ancestors(list(saved))
     changing = {storage_id_of(held[i]) for i in joint.updates}
     saved = {n for n in saved if n in received or storage_id_of(n) not in changing}
-    rebuild = Rebuild(forward, late, saved)
+    rebuild = JointRewriter(forward, late, saved)
     rebuild.placeholders([kit, *held], received, tangents, {held[i] for i in joint.updates})
     graph = rebuild.calls(joint.graph, results[:ending], results[ending:])
     own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
-from autopipe.passes._torch import attributed, is_traced, recorded_as
+from autopipe.passes._torch import is_traced, mark_recorded, traced_call
 from autopipe.passes.graph import source_line
 from autopipe.passes.ops import under
 
@@ -79,14 +79,14 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in READERS and any(isinstance(a, Tensor) and not is_traced(a) for a in args):
-            raise _refused(self.stage, attributed(), f"{name} of such a tensor")
+            raise _refused(self.stage, traced_call(), f"{name} of such a tensor")
         given = pytree.tree_leaves((args, kwargs))
         made = isinstance(func, BUILTIN) and all(map(_is_known, given))
-        with recorded_as("made") if made else nullcontext():
+        with mark_recorded("made") if made else nullcontext():
             return func(*args, **kwargs)
 
 
-def watched(stage: StageGraph) -> AbstractContextManager[None]:
+def watch_constants(stage: StageGraph) -> AbstractContextManager[None]:
     """While `stage` is traced: tell constants that are made from those that are brought along.
 
     (A mode sees nothing of what is called within a call that it has seen, so it is entered where
@@ -98,7 +98,7 @@ def watched(stage: StageGraph) -> AbstractContextManager[None]:
     return under(_Watch(stage))
 
 
-def make_anew(stage: StageGraph, traced: fx.GraphModule) -> None:
+def inline_constants(stage: StageGraph, traced: fx.GraphModule) -> None:
     """Let a traced stage make its constants itself; changes its graph, which then has none.
 
     Raises:

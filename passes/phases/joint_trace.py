@@ -29,22 +29,22 @@ from autopipe.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FunctionalTensorMode,
-    attribute,
     from_functional,
     make_fx,
     preserve_node_meta,
+    record_checks_unordered,
+    set_traced_call,
     to_functional,
-    unordered_checks,
 )
-from autopipe.passes.graph import source_line, static_fakes
+from autopipe.passes.graph import source_line, static_fake_mode
 
-from .function_constants import make_anew, watched
-from .lower_random import tidy
+from .function_constants import inline_constants, watch_constants
+from .lower_random import lower_joint_graph
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autopipe.passes.ir import Draw, StageGraph
+    from autopipe.passes.ir import RandomDraw, StageGraph
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ class TensorMeta(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Joint:
+class JointGraph:
     """A traced stage. Placeholders: held, received, tangents. Results: returns, updates, grads.
 
     Attributes:
@@ -85,14 +85,19 @@ class Joint:
     graph: fx.Graph
     updates: tuple[int, ...]
     grads: tuple[int, ...]
-    draws: tuple[Draw, ...]
+    draws: tuple[RandomDraw, ...]
 
 
 def forward_metadata(
     stage: StageGraph, inputs: Sequence[TensorMeta], device: torch.device, *, grad: bool
 ) -> tuple[TensorMeta, ...]:
     """What a stage's results look like, given its held and received tensors; without tracing."""
-    with static_fakes(), unordered_checks(), _uncached_autocast(), torch.set_grad_enabled(grad):
+    with (
+        static_fake_mode(),
+        record_checks_unordered(),
+        _uncached_autocast(),
+        torch.set_grad_enabled(grad),
+    ):
         plain = [look.fake(device) for look in inputs]
         with FunctionalTensorMode():
             leaves = [
@@ -106,14 +111,14 @@ def forward_metadata(
             )
 
 
-def trace(
+def trace_joint(
     stage: StageGraph,
     inputs: Sequence[TensorMeta],
     arriving: Sequence[tuple[str, int, TensorMeta]],
     device: torch.device,
     *,
     grad: bool,
-) -> Joint:
+) -> JointGraph:
     """Trace a stage.
 
     Args:
@@ -159,19 +164,21 @@ def trace(
         return plain + [now[i] for i in updates] + [g for _, g in pairs]
 
     with (
-        static_fakes(),
-        unordered_checks(),
+        static_fake_mode(),
+        record_checks_unordered(),
         preserve_node_meta(),
         _uncached_autocast(),
-        watched(stage),
+        watch_constants(stage),
     ):
         primals = [look.fake(device) for look in inputs]
         tangents_ = [look.fake(device) for _, _, look in arriving]
         module = make_fx(joint, _allow_non_fake_inputs=True)(primals, tangents_)
-    make_anew(stage, module)
+    inline_constants(stage, module)
     calls = enumerate(stage.graph_module.graph.nodes)
     static = {position for position, node in calls if node.meta.get("static")}
-    return Joint(module.graph, tuple(updates), tuple(grads), tidy(module.graph, static))
+    return JointGraph(
+        module.graph, tuple(updates), tuple(grads), lower_joint_graph(module.graph, static)
+    )
 
 
 def _gradients(
@@ -205,7 +212,7 @@ def _run(stage: StageGraph, inputs: Sequence[Tensor], device: torch.device) -> l
             return [env[n] for n in node.args[0]]
         else:
             origin = (position, node.meta.get("stack_trace"))
-            attribute(*origin)
+            set_traced_call(*origin)
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             with _region(node, device):
                 env[node] = _call(node, _moved(args, device), _placed(node, kwargs, device))
@@ -239,7 +246,7 @@ def _attribute_backward(function: Any, origin: tuple[int, str | None], known: se
         top = todo.pop()
         if top is not None and top not in known:
             known.add(top)
-            top.register_prehook(lambda _: attribute(*origin))
+            top.register_prehook(lambda _: set_traced_call(*origin))
             todo += [f for f, _ in top.next_functions]
 
 

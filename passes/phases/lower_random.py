@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from autopipe.passes.graph import drop_dead, is_random
-from autopipe.passes.ir import Draw
+from autopipe.passes.graph import is_random, remove_dead_calls
+from autopipe.passes.ir import RandomDraw
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -28,7 +28,7 @@ PICKY = (aten.native_group_norm.default, aten.native_group_norm_backward.default
 """Kernels that want their tensors dense in the memory format which those suggest."""
 
 
-def tidy(graph: fx.Graph, static: Container[int]) -> tuple[Draw, ...]:
+def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDraw, ...]:
     """Drop what does nothing below autograd, and hand two kinds of calls to the runtime's kit.
 
     Random calls become keyed draws: what they draw depends on the key and on nothing else, so that
@@ -48,7 +48,7 @@ def tidy(graph: fx.Graph, static: Container[int]) -> tuple[Draw, ...]:
     """
     with graph.inserting_before(next(iter(graph.nodes))):
         kit = graph.placeholder(KIT)
-    keys: list[Draw] = []
+    keys: list[RandomDraw] = []
     for node in list(graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
@@ -58,7 +58,7 @@ def tidy(graph: fx.Graph, static: Container[int]) -> tuple[Draw, ...]:
                 drawn = graph.call_method(
                     "draw", (kit, len(keys), node.target, *node.args), node.kwargs
                 )
-            keys.append(Draw(call, sum(k.call == call for k in keys), call in static))
+            keys.append(RandomDraw(call, sum(k.call == call for k in keys), call in static))
             drawn.meta = dict(node.meta)
             node.replace_all_uses_with(drawn)
         elif node.target is aten.mkldnn_rnn_layer_backward.default:
@@ -71,7 +71,7 @@ def tidy(graph: fx.Graph, static: Container[int]) -> tuple[Draw, ...]:
                         settled = graph.call_method("settled", (kit, source))
                     settled.meta = dict(source.meta)
                     node.replace_input_with(source, settled)
-    drop_dead(graph)
+    remove_dead_calls(graph)
     for node in graph.nodes:
         node.meta.pop("custom", None)
     return tuple(keys)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-class Rebuild:
+class JointRewriter:
     """Writes a joint graph anew, with R's calls spelled out just before their use.
 
     Attributes:

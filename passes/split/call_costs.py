@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import OptionError
-from autopipe.passes.cost import operands_of, run_again, seconds
-from autopipe.passes.graph import is_size, spec_of
-from autopipe.passes.ir import B, Kind
+from autopipe.passes.cost import call_seconds, recomputed_calls, tensor_operands
+from autopipe.passes.graph import is_size, tensor_spec
+from autopipe.passes.ir import B, InputKind
 from autopipe.passes.remat_policies import repeats
 
 from .mincut_estimate import estimate_min_cut
@@ -58,7 +58,7 @@ class CallCosts:
     @cached_property
     def again(self) -> set[fx.Node]:
         """What a backward runs again (the last calls of a stage may do without)."""
-        return run_again(self.calls, self.annotated.flows)
+        return recomputed_calls(self.calls, self.annotated.flows)
 
     @cached_property
     def saved(self) -> set[fx.Node]:
@@ -68,7 +68,7 @@ class CallCosts:
     def reads(self, node: fx.Node) -> list[fx.Node]:
         """Of what a call is given what its backward reads."""
         flow = self.annotated.flows.get(node.name)
-        return [] if flow is None else [operands_of(node)[i] for i in flow.saves]
+        return [] if flow is None else [tensor_operands(node)[i] for i in flow.saved_operands]
 
     @cached_property
     def saved_bytes(self) -> dict[fx.Node, int]:
@@ -145,7 +145,7 @@ class CallCosts:
                     expected = "a time for each call of the captured graph"
                     raise OptionError("`times` of a cut", node=node.name, expected=expected)
             used = {costs[node.name] for node in self.calls} if measured is None else ()
-            times = {cost: seconds(cost, device, self.aim.batch) for cost in used}
+            times = {cost: call_seconds(cost, device, self.aim.batch) for cost in used}
             found = {}
             for node in self.calls:
                 time = times[costs[node.name]] if measured is None else measured[node.name]
@@ -163,7 +163,7 @@ class CallCosts:
     def nbytes(self, node: fx.Node) -> int:
         """Of a tensor."""
         if node not in self._nbytes:
-            self._nbytes[node] = self.at_batch(spec_of(node).nbytes)
+            self._nbytes[node] = self.at_batch(tensor_spec(node).nbytes)
         return self._nbytes[node]
 
     def held_bytes(self, item: Input) -> int:
@@ -178,9 +178,9 @@ class CallCosts:
         if node.target is operator.getitem:
             source, at = node.args
             node, index = source, at  # type: ignore[assignment]
-        return node.name in flows and flows[node.name].gets[index]
+        return node.name in flows and flows[node.name].results_get_grad[index]
 
 
 def is_trained(item: Input) -> bool:
     """Whether a placeholder is a parameter that an optimizer changes."""
-    return item.kind is Kind.PARAMETER and item.requires_grad
+    return item.kind is InputKind.PARAMETER and item.requires_grad

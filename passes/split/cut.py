@@ -19,8 +19,8 @@ from torch import fx
 
 from autopipe.errors import PartitionError, UnsupportedError
 from autopipe.passes._torch import storage_id_of
-from autopipe.passes.graph import advise, fingerprint, source_line, written_arguments
-from autopipe.passes.ir import Annotated, Input, Kind, StageEstimates
+from autopipe.passes.graph import fingerprint, source_line, warn_at_user_line, written_arguments
+from autopipe.passes.ir import Annotated, Input, InputKind, StageEstimates
 
 from .assign_stages import Items, choose
 from .call_costs import CallCosts
@@ -90,7 +90,7 @@ def split(
     result = _built(facts, made, bound)
     graph = result.captured.graph_module.graph
     if planned is not None and must_fit and fingerprint(graph) != planned.graph:
-        advise(
+        warn_at_user_line(
             "the plan was made for a graph that differs from the model's in some calls: it is"
             " cut as planned, but what was predicted may not hold"
         )
@@ -128,7 +128,7 @@ def _allowed(calls: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
     position = {n: i for i, n in enumerate(calls)}
     first: dict[int, int] = {}
     blocked = [0] * (len(calls) + 2)
-    names = {i.name for i in inputs if i.kind in (Kind.PARAMETER, Kind.INPUT)}
+    names = {i.name for i in inputs if i.kind in (InputKind.PARAMETER, InputKind.INPUT)}
     placeholders = [n for c in calls for n in c.all_input_nodes if n.op == "placeholder"]
     fixed = {storage_id_of(n) for n in placeholders if n.name in names}
     changing = {storage_id_of(n) for c in calls for n in written_arguments(c)}

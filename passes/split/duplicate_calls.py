@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, fx
 
 from autopipe.passes._torch import storage_id_of
-from autopipe.passes.graph import is_effect, is_random, is_size, written_arguments
-from autopipe.passes.ir import Kind
+from autopipe.passes.graph import has_side_effect, is_random, is_size, written_arguments
+from autopipe.passes.ir import InputKind
 from autopipe.passes.partition import Edge, source_side
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def repeatable(items: Items) -> set[fx.Node]:
             and isinstance(node.meta.get("val"), Tensor)
             and node.name not in returned
             and getattr(node.target, "namespace", None) == "aten"
-            and not (is_random(node) or is_effect(node) or facts.wants_gradient(node))
+            and not (is_random(node) or has_side_effect(node) or facts.wants_gradient(node))
             and not {storage_id_of(n) for n in (node, *sources)} & written
             and all(
                 source in found or _is_fixed(facts.inputs.get(source.name), changed)
@@ -59,9 +59,9 @@ def repeatable(items: Items) -> set[fx.Node]:
 
 def _is_fixed(item: Input | None, changed: set[str]) -> bool:
     """Whether a placeholder has no gradient and is the same in all stages."""
-    if item is None or item.kind is Kind.PARAMETER:
+    if item is None or item.kind is InputKind.PARAMETER:
         return False
-    if item.kind is Kind.INPUT:
+    if item.kind is InputKind.INPUT:
         return not (item.spec.dtype.is_floating_point or item.spec.dtype.is_complex)
     return item.target not in changed
 
@@ -98,7 +98,7 @@ def _cheapest(
     while todo:
         node = todo.pop()
         item = facts.inputs.get(node.name)
-        free = item is not None and item.kind is not Kind.INPUT  # a copy of a constant
+        free = item is not None and item.kind is not InputKind.INPUT  # a copy of a constant
         sent = 0.0 if free else device.link.seconds(facts.nbytes(node))
         if node not in able:
             edges[(node, "had"), "sink"] = sent

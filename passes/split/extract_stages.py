@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from autopipe.passes.graph import batch_size_node, emit_size, fingerprint, is_size, spec_of
-from autopipe.passes.ir import CALLER, Annotated, Input, Kind, Route, Split, StageGraph, results_of
+from autopipe.passes.graph import emit_batch_size, emit_size, fingerprint, is_size, tensor_spec
+from autopipe.passes.ir import (
+    CALLER,
+    Annotated,
+    Input,
+    InputKind,
+    Route,
+    Split,
+    StageGraph,
+    results_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,7 +44,7 @@ def build(annotated: Annotated, made: Placement, facts: StageEstimates) -> Split
     for node, needed in users.items():
         item = inputs.get(node.name)
         stages = sorted(needed)
-        if item is not None and item.kind in (Kind.BUFFER, Kind.CONSTANT):
+        if item is not None and item.kind in (InputKind.BUFFER, InputKind.CONSTANT):
             for k in stages:  # read-only copies: `_allowed` keeps a written one in one stage
                 held[k].append(item)
             continue
@@ -45,7 +54,7 @@ def build(annotated: Annotated, made: Placement, facts: StageEstimates) -> Split
             if not consumers and node.name not in outputs:
                 continue
             returns[source].append(node.name)
-        elif item.kind is Kind.PARAMETER:
+        elif item.kind is InputKind.PARAMETER:
             source, kind, consumers = stages[0], "parameter", stages[1:]
             held[source].append(item)
             if not consumers:
@@ -53,7 +62,7 @@ def build(annotated: Annotated, made: Placement, facts: StageEstimates) -> Split
         else:
             source, kind, consumers = CALLER, "input", stages
         routes[node.name] = Route(
-            spec_of(node), kind, source, tuple(consumers), outputs.get(node.name)
+            tensor_spec(node), kind, source, tuple(consumers), outputs.get(node.name)
         )
         for k in consumers:
             (lent if kind == "parameter" else receives)[k].append(node.name)
@@ -90,7 +99,9 @@ def _users(graph: fx.Graph, made: Placement) -> dict[fx.Node, set[int]]:
         users[node].add(made[node][0])
     users = {n: s for n, s in users.items() if not is_size(n)}
     batched = [
-        n for n in users if isinstance(n.meta["val"], Tensor) and spec_of(n).batch_dim is not None
+        n
+        for n in users
+        if isinstance(n.meta["val"], Tensor) and tensor_spec(n).batch_dim is not None
     ]
     shown = {k for n in batched for k in users[n] if k not in made.get(n, ())}
     for k in sized - shown:  # a stage that needs the batch size needs a tensor to read it off
@@ -118,7 +129,7 @@ def _stage(
     def batch_node() -> fx.Node:
         if not batch:
             tensors = [n for n in env if isinstance(n.meta["val"], Tensor)]
-            batch.append(batch_size_node(stage, [(env[n], spec_of(n)) for n in tensors]))
+            batch.append(emit_batch_size(stage, [(env[n], tensor_spec(n)) for n in tensors]))
         return batch[0]
 
     def argument(node: fx.Node) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from autopipe.passes.graph import is_effect, is_random, is_size
+from autopipe.passes.graph import has_side_effect, is_random, is_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,7 +52,7 @@ def estimate_min_cut(
         reads: what a call's backward reads of what the call is given.
     """
     found, known = MinCutEstimate(), set(calls)
-    heavy = {n for n in calls if flops(n) or is_random(n) or is_effect(n)}
+    heavy = {n for n in calls if flops(n) or is_random(n) or has_side_effect(n)}
     needed = {_maker(s, made) for n in calls if n in heavy and flops(n) for s in reads(n)}
     cheap = known - heavy - needed
     there: set[fx.Node] = set()  # kept, or can be made again from what is

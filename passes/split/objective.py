@@ -13,7 +13,7 @@ from autopipe.passes.remat_policies import policy_of, repeats
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from autopipe.passes.cost import Seconds
+    from autopipe.passes.cost import CallSeconds
     from autopipe.passes.remat_policies import Policy
 
 
@@ -45,7 +45,7 @@ class Objective:
     in_flight: tuple[int, ...]
     limits: tuple[int | None, ...]
     state_bytes: int = ADAM_BYTES
-    times: Mapping[str, Seconds] | None = None
+    times: Mapping[str, CallSeconds] | None = None
     scale: tuple[float, ...] = ()
     missed: Mapping[tuple[int, Policy], int] = field(default_factory=dict)
 
@@ -106,7 +106,7 @@ def objective_of(
     *,
     remat: Sequence[Policy | tuple[Policy, ...]] | Policy = "full",
     in_flight: Sequence[int] | None = None,
-    times: Mapping[str, Seconds] | None = None,
+    times: Mapping[str, CallSeconds] | None = None,
 ) -> Objective:
     """The aim without limits.
 

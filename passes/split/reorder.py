@@ -33,7 +33,7 @@ def reordered(annotated: Annotated, stage_of: Mapping[fx.Node, int]) -> Annotate
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     position = {node: at for at, node in enumerate(old)}
-    places = []
+    positions = []
 
     def copy(node: fx.Node) -> None:
         if node in copies:
@@ -42,7 +42,7 @@ def reordered(annotated: Annotated, stage_of: Mapping[fx.Node, int]) -> Annotate
             if is_size(source):  # as late as can be
                 copy(source)
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        places.append(captured.place(position[node]))
+        positions.append(captured.original_position(position[node]))
 
     for node in old:
         if node.op == "placeholder":
@@ -53,7 +53,7 @@ def reordered(annotated: Annotated, stage_of: Mapping[fx.Node, int]) -> Annotate
         copy(node)
     graph.lint()
     module = fx.GraphModule({}, graph, type(captured.graph_module).__name__)
-    moved = replace(captured, graph_module=module, places=tuple(places))
+    moved = replace(captured, graph_module=module, original_positions=tuple(positions))
     result = replace(annotated, captured=moved)
     moved.verify()
     result.verify()

@@ -47,14 +47,16 @@ def planned_cut_of(split: Split) -> PlannedCut:
 def _runs(split: Split) -> tuple[tuple[str, int], ...]:
     """See `PlannedCut`; empty where its starts say it all."""
     captured = split.captured
-    if not captured.places:
+    if not captured.original_positions:
         return ()
     nodes = list(captured.graph_module.graph.nodes)
     stage_of: dict[fx.Node, int] = {}
     for k, calls in enumerate(split.calls):
         for node in calls:
             stage_of.setdefault(node, k)
-    placed = sorted((captured.place(at), node) for at, node in enumerate(nodes) if node in stage_of)
+    placed = sorted(
+        (captured.original_position(at), node) for at, node in enumerate(nodes) if node in stage_of
+    )
     order = [node for _, node in placed]
     return tuple(
         (node.name, stage_of[node])

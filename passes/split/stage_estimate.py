@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import fx
 
 from autopipe.passes.graph import is_size
-from autopipe.passes.ir import Kind
+from autopipe.passes.ir import InputKind
 
 from .call_costs import CallCosts, is_trained
 
@@ -134,7 +134,7 @@ def _bytes(facts: CallCosts, stage: _Stage, policy: Policy) -> int:
     size = math.ceil(factor * (once + more)) + aim.missed.get((k, policy), 0)
     for source in outside:
         item = facts.inputs.get(source.name)
-        if item is None or item.kind is Kind.INPUT:
+        if item is None or item.kind is InputKind.INPUT:
             if policy != "none" or source in facts.saved:
                 size += math.ceil(facts.nbytes(source) * n * factor)
         elif first[source] == k:

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, fx
 
 from autopipe.passes.graph import is_size
-from autopipe.passes.ir import Kind
+from autopipe.passes.ir import InputKind
 from autopipe.passes.partition import Loads, Value
 
 from .call_costs import CallCosts, is_trained
@@ -170,7 +170,7 @@ class Rows:
         found = [0] * len(self.starts)
         for node, uses in self._uses.items():
             item = self.facts.inputs.get(node.name)
-            if item is not None and item.kind is not Kind.INPUT:
+            if item is not None and item.kind is not InputKind.INPUT:
                 found[uses[0]] += self.facts.held_bytes(item)
         return found
 
@@ -197,7 +197,7 @@ class Rows:
                     found.append(SharedValue(Value(made, later), size, True, wanted, saved))
                 continue
             size = self.facts.nbytes(node)
-            if item.kind is Kind.INPUT:
+            if item.kind is InputKind.INPUT:
                 found.append(SharedValue(Value(-1, tuple(uses)), size, saved=saved))
             elif len(uses) > 1:
                 value = Value(uses[0], tuple(uses[1:]))

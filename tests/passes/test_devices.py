@@ -8,7 +8,7 @@ import math
 import pytest
 
 from autopipe.errors import OptionError
-from autopipe.passes.cost.node_costs import seconds
+from autopipe.passes.cost.node_costs import call_seconds
 from autopipe.passes.devices import DEVICES, KINDS, PRECISIONS, Device, Fractions, Link, device_of
 from autopipe.passes.ir.captured import NodeCost
 from autopipe.passes.ir.values import B
@@ -52,10 +52,10 @@ def test_seconds_of_a_node() -> None:
         backward_bytes=4e11 * B,
         kind="matmul",
     )
-    found = seconds(cost, ROUND, 3)
+    found = call_seconds(cost, ROUND, 3)
     assert found.forward == found.recompute == pytest.approx(3 * 2)
     assert found.backward == pytest.approx(3 * 8)  # bound by memory
-    assert seconds(NodeCost(), ROUND, 3) == (0, 0, 0)
+    assert call_seconds(NodeCost(), ROUND, 3) == (0, 0, 0)
 
 
 def test_links() -> None:

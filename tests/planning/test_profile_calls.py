@@ -42,7 +42,7 @@ def test_every_call_of_the_models_can_be_timed(name: str, tmp_path: Path) -> Non
     assert set(found.timings) == set(annotated.flows)
     assert all(t.forward_seconds > 0 for t in found.timings.values())
     assert all(t.backward_seconds >= 0 for t in found.timings.values())
-    backward = {n for n, f in annotated.flows.items() if any(f.gets)}
+    backward = {n for n, f in annotated.flows.items() if any(f.results_get_grad)}
     idle = [t.backward_seconds for n, t in found.timings.items() if n not in backward]
     assert not any(idle)
     assert found.seconds("not there") == 0

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from autopipe.passes.ir.split import StageGraph
-from autopipe.passes.ir.values import Kind
-from autopipe.passes.phases.joint_trace import Joint, TensorMeta, trace
+from autopipe.passes.ir.values import InputKind
+from autopipe.passes.phases.joint_trace import JointGraph, TensorMeta, trace_joint
 from autopipe.runtime.random import Kit
 from tests.support.programs import CPU, sole_stage
 
 aten = torch.ops.aten
 
 
-def run(joint: Joint, *arguments: Tensor, seed: int = 0, m: int = 0) -> list[Any]:
+def run(joint: JointGraph, *arguments: Tensor, seed: int = 0, m: int = 0) -> list[Any]:
     """The joint graph on real tensors, as generated code would run it."""
     with torch.no_grad():
         program = fx.Interpreter(fx.GraphModule({}, joint.graph))
@@ -51,10 +51,10 @@ def eager(
 
 def check(
     stage: StageGraph, values: Sequence[Tensor], arriving: Sequence[tuple[str, int, Tensor]]
-) -> Joint:
+) -> JointGraph:
     """Trace, run, and compare results, buffers and gradients bit for bit."""
     looks = [(kind, i, TensorMeta.of(t)) for kind, i, t in arriving]
-    joint = trace(stage, looks_of(values), looks, CPU, grad=True)
+    joint = trace_joint(stage, looks_of(values), looks, CPU, grad=True)
     before = [v.detach().clone() for v in values]
     found = run(joint, *(v.detach() for v in values), *(t for *_, t in arriving))
     results, gradients, after = eager(stage, values, arriving)
@@ -99,7 +99,7 @@ def values_of(model: nn.Module, stage: StageGraph, *args: Tensor) -> list[Tensor
     for name in stage.signature:
         if name not in named:
             values.append(next(arguments))
-        elif named[name].kind is Kind.PARAMETER:
+        elif named[name].kind is InputKind.PARAMETER:
             values.append(model.get_parameter(named[name].target))
         else:
             values.append(model.get_buffer(named[name].target).detach())
@@ -115,7 +115,7 @@ def tangents(results: Sequence[Tensor], *, seed: int = 1) -> list[tuple[str, int
     ]
 
 
-def traced(f: Callable[..., Any], *args: Tensor) -> Joint:
+def traced(f: Callable[..., Any], *args: Tensor) -> JointGraph:
     model = Call(f)
     stage = sole_stage(model, *args)
     values = values_of(model, stage, *args)

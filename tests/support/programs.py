@@ -18,7 +18,7 @@ from autopipe.passes.devices import DEFAULT
 from autopipe.passes.ir.captured import Annotated, Captured
 from autopipe.passes.ir.phased import Phased
 from autopipe.passes.ir.split import Split, StageGraph
-from autopipe.passes.ir.values import Input, Kind
+from autopipe.passes.ir.values import Input, InputKind
 from autopipe.passes.phases import cut as phases
 from autopipe.passes.phases.joint_trace import TensorMeta
 from autopipe.passes.split.cut import split
@@ -91,8 +91,8 @@ def tensors(captured: Captured, model: nn.Module, call: Call, size: int | None =
 def _tensor(
     captured: Captured, model: nn.Module, leaves: Sequence[Any], item: Input, size: int | None
 ) -> Tensor:
-    if item.kind is not Kind.INPUT:
-        return captured.held(model, item)
+    if item.kind is not InputKind.INPUT:
+        return captured.tensor_of(model, item)
     leaf: Tensor = leaves[item.index]
     if size is None or item.batch_dim is None:
         return leaf

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.passes.ir.captured import Captured
-from autopipe.passes.ir.values import Kind
+from autopipe.passes.ir.values import InputKind
 
 
 @dataclass
@@ -47,12 +47,12 @@ def over_chunks(
     sizes = [len(c) for c in torch.arange(batch).tensor_split(chunks) if len(c)]
     state: dict[str, Tensor] = {}
     for item in captured.inputs:
-        if item.kind is Kind.PARAMETER:
+        if item.kind is InputKind.PARAMETER:
             parameter = model.get_parameter(item.target)
             state[item.name] = parameter.detach().clone().requires_grad_(parameter.requires_grad)
-        elif item.kind is Kind.BUFFER:
+        elif item.kind is InputKind.BUFFER:
             state[item.name] = model.get_buffer(item.target).detach().clone()
-        elif item.kind is Kind.CONSTANT:
+        elif item.kind is InputKind.CONSTANT:
             state[item.name] = captured.constants[item.target]
         else:
             leaf = leaves[item.index]
@@ -98,12 +98,12 @@ def over_chunks(
                 tangents.append(_share(output, whole.grad, outputs, m, sizes, captured))
                 assert tangents[-1].shape == value.shape
             torch.autograd.backward(roots, tangents)
-    calls = [i for i in captured.inputs if i.kind is Kind.INPUT]
+    calls = [i for i in captured.inputs if i.kind is InputKind.INPUT]
     return Truth(
         result,
-        {i.target: state[i.name].grad for i in captured.inputs if i.kind is Kind.PARAMETER},
+        {i.target: state[i.name].grad for i in captured.inputs if i.kind is InputKind.PARAMETER},
         [state[i.name].grad for i in calls if leaves[i.index].requires_grad],
-        {i.target: state[i.name] for i in captured.inputs if i.kind is Kind.BUFFER},
+        {i.target: state[i.name] for i in captured.inputs if i.kind is InputKind.BUFFER},
     )
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import AutopipeError, CaptureError, InputError, OptionError
-from autopipe.passes.ir.values import Kind
+from autopipe.passes.ir.values import InputKind
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 from tests.support.capturing import BATCH, D, Model, Pair, batch
 from tests.support.models import Tied
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def parameters(model: nn.Module, *args: Any) -> list[str]:
-    return [i.target for i in captured_of(model, *args).inputs if i.kind is Kind.PARAMETER]
+    return [i.target for i in captured_of(model, *args).inputs if i.kind is InputKind.PARAMETER]
 
 
 # ------------------------------------------------------------------------------- the state
@@ -39,10 +39,10 @@ def test_a_tied_parameter_is_one_placeholder() -> None:
     tied = [
         i
         for i in captured.inputs
-        if i.kind is Kind.PARAMETER and model.get_parameter(i.target) is model.head.weight
+        if i.kind is InputKind.PARAMETER and model.get_parameter(i.target) is model.head.weight
     ]
     assert len(tied) == 1
-    names = [i.name for i in captured.inputs if i.kind is Kind.PARAMETER]
+    names = [i.name for i in captured.inputs if i.kind is InputKind.PARAMETER]
     assert len(names) == len(set(names)) == len(list(model.parameters()))
     placeholder = node(captured.graph_module.graph, tied[0].name)
     assert len(placeholder.users) == 1 + 3 + 1  # the embedding, again in each layer, the head
@@ -58,9 +58,11 @@ def test_buffers_and_constants_are_placeholders() -> None:
     model.register_buffer("shift", torch.rand(D))
     captured = captured_of(model, batch())
     kinds = collections.Counter(i.kind for i in captured.inputs)
-    assert kinds[Kind.BUFFER] == 1
-    assert kinds[Kind.PARAMETER] == 4
-    assert all(i.target in captured.constants for i in captured.inputs if i.kind is Kind.CONSTANT)
+    assert kinds[InputKind.BUFFER] == 1
+    assert kinds[InputKind.PARAMETER] == 4
+    assert all(
+        i.target in captured.constants for i in captured.inputs if i.kind is InputKind.CONSTANT
+    )
     assert_agrees(pipelined(model), batch())
 
 
@@ -79,7 +81,7 @@ def test_one_tensor_passed_twice_stays_two_inputs() -> None:
     pipe = pipelined(Model(lambda s, x, y: s.last(x) * y))
     same = batch(grad=True)
     assert_agrees(pipe, same, same)
-    assert [i.index for i in pipe.captured.inputs if i.kind is Kind.INPUT] == [0, 1]
+    assert [i.index for i in pipe.captured.inputs if i.kind is InputKind.INPUT] == [0, 1]
     assert_agrees(pipe, batch(grad=True), batch(grad=True))
 
 
@@ -162,7 +164,7 @@ def test_inputs_in_a_dataclass() -> None:
 
 def input_names(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
     inputs = captured_of(model, *args, **kwargs).inputs
-    return [i.name for i in inputs if i.kind is Kind.INPUT]
+    return [i.name for i in inputs if i.kind is InputKind.INPUT]
 
 
 def test_inputs_are_named_as_the_user_names_them() -> None:

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
 from autopipe.passes.cost import call_cache as distinct
-from autopipe.passes.cost.meta_run import run
+from autopipe.passes.cost.meta_run import run_forward
 from autopipe.passes.cost.node_costs import annotate
-from autopipe.passes.cost.stage_cost import total
+from autopipe.passes.cost.stage_cost import sum_costs
 from autopipe.passes.ir.captured import Annotated, NodeCost
 from autopipe.passes.ir.values import B, at_batch
 from benchmarks.transformer_l import TransformerL, on_meta
@@ -33,7 +33,7 @@ BATCHES = (2, 5, 7)
 
 
 def sum_of(annotated: Annotated, fact: str) -> sympy.Expr:
-    return total(annotated.costs.values(), fact)
+    return sum_costs(annotated.costs.values(), fact)
 
 
 def cost_of(annotated: Annotated, target: Any) -> NodeCost:
@@ -330,7 +330,7 @@ def test_deeper_models_run_no_more_calls(
 
         def counting(node: Any, *rest: Any, seen: list[str] = ran, **more: Any) -> Any:
             seen.append(node.name)
-            return run(node, *rest, **more)
+            return run_forward(node, *rest, **more)
 
         monkeypatch.setattr(distinct, "run", counting)
         annotate(captured)

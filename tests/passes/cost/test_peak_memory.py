@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autopipe.passes.cost.peak_memory import stage_peaks
+from autopipe.passes.cost.peak_memory import stage_peak_bytes
 from autopipe.passes.cost.phase_memory import StageBytes
 from autopipe.passes.ir.split import CALLER, Route
 from autopipe.passes.ir.values import TensorSpec
@@ -87,7 +87,7 @@ def test_peaks_by_definition(kind: str, seed: int) -> None:
         forward=[draw.randint(1, 5) for _ in range(K)],
         backward=[draw.randint(1, 9) for _ in range(K)],
     )
-    found = stage_peaks(line, K, [2] * M, {(k, 2): n for k, n in nbytes.items()}, routes, room)
+    found = stage_peak_bytes(line, K, [2] * M, {(k, 2): n for k, n in nbytes.items()}, routes, room)
     assert list(found) == counted(line, K, M, nbytes, sources)
     assert all(peak > 0 for peak in found)
 
@@ -96,7 +96,7 @@ def test_gpipe_keeps_all_and_1f1b_few() -> None:
     K, M, saved = 4, 8, 100
     nbytes = {(k, 1): StageBytes(saved, saved, saved, saved, {}, {}) for k in range(K)}
     peaks = {
-        kind: stage_peaks(
+        kind: stage_peak_bytes(
             play(schedule(kind, K, M), forward=1, backward=2), K, [1] * M, nbytes, {}, room
         )
         for kind in ("gpipe", "1f1b")
@@ -116,4 +116,4 @@ def test_a_gradient_may_come_during_the_forward_of_a_stage_that_its_maker_does_n
     }
     line = play(schedule("gpipe", K, M), forward=[1, 9, 1], backward=1)
     waiting = size * min(room(0, 1), M - 1) + size * room(2, 1)
-    assert stage_peaks(line, K, [1] * M, nbytes, routes, room)[1] == 500 + waiting
+    assert stage_peak_bytes(line, K, [1] * M, nbytes, routes, room)[1] == 500 + waiting

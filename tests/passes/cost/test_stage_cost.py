@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from autopipe.passes.cost.node_costs import annotate, seconds
+from autopipe.passes.cost.node_costs import annotate, call_seconds
 from autopipe.passes.cost.stage_cost import stage_cost
 from autopipe.passes.devices import DEFAULT, DEVICES
 from autopipe.passes.ir.phased import StagePhases
@@ -141,7 +141,7 @@ def test_seconds_of_a_stage_are_its_calls() -> None:
     cut = split(annotated, aim_at(STAGES, SIZE))
     for stage, own in zip(cut.stages, cut.calls, strict=True):
         cost = stage_cost(cut, stage, SIZE)
-        times = [seconds(annotated.costs[n.name], DEFAULT, SIZE) for n in own]
+        times = [call_seconds(annotated.costs[n.name], DEFAULT, SIZE) for n in own]
         assert cost.seconds == pytest.approx(sum(t.forward + t.backward for t in times))
         assert cost.seconds == pytest.approx(cost.forward_seconds + cost.backward_seconds)
         assert 0 < cost.recompute_seconds <= cost.forward_seconds

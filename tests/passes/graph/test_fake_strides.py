@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autopipe.passes.graph.fake_strides import static_fakes
+from autopipe.passes.graph.fake_strides import static_fake_mode
 
 CHANNELS = 4
 
@@ -31,7 +31,7 @@ class Compared(TorchDispatchMode):
         self.wrong: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with static_fakes() as fakes:
+        with static_fake_mode() as fakes:
             pass
         twins = pytree.tree_map_only(Tensor, fakes.from_tensor, (args, kwargs or {}))
         given = [(tuple(x.shape), x.stride()) for x in args if isinstance(x, Tensor)]
@@ -107,7 +107,7 @@ def test_a_fake_that_is_wrong_is_seen() -> None:
 
 
 def test_what_is_corrected_stays_a_view() -> None:
-    with static_fakes():
+    with static_fake_mode():
         x = torch.empty(1, 16, 64).transpose(1, 2).contiguous().transpose(1, 2)
         y = x.view(1, 16, 8, 8)
         assert y.stride() == (16, 1, 128, 16)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from autopipe.errors import VerifyError
-from autopipe.passes.ir.captured import Annotated, Captured, Flow, NodeCost
+from autopipe.passes.ir.captured import Annotated, Captured, GradFlow, NodeCost
 from autopipe.passes.ir.phased import Phased, StagePhases
 from autopipe.passes.ir.split import CALLER, Route, Split
-from autopipe.passes.ir.values import B, Kind, Output, TensorSpec, at_batch
+from autopipe.passes.ir.values import B, InputKind, Output, TensorSpec, at_batch
 from tests.support.programs import calls, copied, node, phased_of, split_of
 
 ZERO = sympy.Integer(0)
@@ -142,7 +142,7 @@ def test_captured_with_a_node_of_unknown_looks() -> None:
 
 
 def test_captured_with_a_constant_that_is_missing() -> None:
-    (constant,) = [i for i in captured().inputs if i.kind is Kind.CONSTANT]
+    (constant,) = [i for i in captured().inputs if i.kind is InputKind.CONSTANT]
     program = dataclasses.replace(captured(), constants={})
     broken(program, "a constant without a value", f"node: {constant.name}")
 
@@ -215,7 +215,7 @@ def test_annotated_with_work_that_no_device_knows(field: str, value: str, proble
 
 def test_annotated_with_gradients_of_a_node_that_is_not_there() -> None:
     program = programs()[1]
-    flows = {**program.flows, "elsewhere": Flow(((True,),), (True,))}
+    flows = {**program.flows, "elsewhere": GradFlow(((True,),), (True,))}
     bad = Annotated(captured(), program.costs, flows)
     broken(bad, "gradients of a node without a cost", "node: elsewhere")
 

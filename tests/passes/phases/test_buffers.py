@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.errors import InputError
-from autopipe.passes.ir.values import Kind
+from autopipe.passes.ir.values import InputKind
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.once import pure_passes_once
 from tests.support.phased import each_policy, parts, phase_nodes, saved_in
@@ -44,7 +44,7 @@ def test_old_statistics_are_kept_for_the_repetition() -> None:
     model, x = Centred(), torch.randn(4, 6)
     cut = split_of(model, 1, x)
     (stage,) = phased_of(cut, model, 4, ((x,), {}), remat="full").stages
-    updated = {i.name for i in cut.stages[0].held if i.kind is Kind.BUFFER}
+    updated = {i.name for i in cut.stages[0].held if i.kind is InputKind.BUFFER}
     assert set(stage.updates) == updated
     old = [n for n in saved_in(stage) if n.op != "placeholder"]
     sources = {stage.held[parts(stage)["held"].index(n.args[0])] for n in old}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from autopipe.passes._torch import storage_id
 from autopipe.passes.ir.phased import StagePhases
-from autopipe.passes.ir.values import Kind, at_batch
+from autopipe.passes.ir.values import InputKind, at_batch
 from autopipe.passes.phases.cut import received_strides
 from autopipe.runtime.random import Kit
 from tests.support.once import pure_passes_once
@@ -211,7 +211,7 @@ def test_phases_run_one_after_another_give_eagers_bits(name: str, remat: str) ->
             n: values[n].detach().clone().requires_grad_(values[n].requires_grad)
             for n in graph.signature
         }
-        buffers = {i.name for i in graph.held if i.kind is Kind.BUFFER}
+        buffers = {i.name for i in graph.held if i.kind is InputKind.BUFFER}
         before = {n: v.detach().clone() if n in buffers else v.detach() for n, v in leaves.items()}
         results = dict(zip(graph.returns, graph.graph_module(*leaves.values()), strict=True))
         tangents = [

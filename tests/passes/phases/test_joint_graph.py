@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autopipe.passes.phases.joint_trace import TensorMeta, trace
+from autopipe.passes.phases.joint_trace import TensorMeta, trace_joint
 from tests.support.joints import (
     ALIASES,
     Call,
@@ -70,7 +70,9 @@ def test_random_calls_become_keyed_draws() -> None:
     stage = sole_stage(model, x())
     values = values_of(model, stage, x())
     tangent = torch.randn(4, 6)
-    joint = trace(stage, looks_of(values), [("return", 0, TensorMeta.of(tangent))], CPU, grad=True)
+    joint = trace_joint(
+        stage, looks_of(values), [("return", 0, TensorMeta.of(tangent))], CPU, grad=True
+    )
     draws = calls(joint.graph)
     draws = [n for n in draws if n.op == "call_method" and n.target == "draw"]
     assert [n.args[1] for n in draws] == list(range(len(draws)))
@@ -97,7 +99,9 @@ def test_draws_that_do_not_depend_on_the_batch_are_marked() -> None:
     stage = sole_stage(model, x())
     values = values_of(model, stage, x())
     tangent = torch.randn(4, 6)
-    joint = trace(stage, looks_of(values), [("return", 0, TensorMeta.of(tangent))], CPU, grad=True)
+    joint = trace_joint(
+        stage, looks_of(values), [("return", 0, TensorMeta.of(tangent))], CPU, grad=True
+    )
     assert [d.shared for d in joint.draws] == [True, False, True, False]
     arguments = [*(v.detach() for v in values), tangent]
     first, second = run(joint, *arguments), run(joint, *arguments, m=1)
@@ -120,7 +124,9 @@ def test_gradients_of_dropout_match_what_was_drawn() -> None:
     model = Call(lambda s, x: F.dropout(x, 0.5))
     stage = sole_stage(model, x())
     value, tangent = x(), torch.randn(4, 6)
-    joint = trace(stage, looks_of([value]), [("return", 0, TensorMeta.of(tangent))], CPU, grad=True)
+    joint = trace_joint(
+        stage, looks_of([value]), [("return", 0, TensorMeta.of(tangent))], CPU, grad=True
+    )
     result, gradient = run(joint, value.detach(), tangent)
     kept = result != 0
     assert 0 < kept.sum() < kept.numel()
@@ -138,7 +144,7 @@ def test_attention_with_dropout_draws_once() -> None:
     values = values_of(model, stage, x())
     shape = stage.graph_module(*values)[0].shape
     arriving = [("return", 0, TensorMeta.of(torch.randn(shape)))]
-    joint = trace(stage, looks_of(values), arriving, CPU, grad=True)
+    joint = trace_joint(stage, looks_of(values), arriving, CPU, grad=True)
     assert len(joint.draws) == 1
 
 
@@ -149,7 +155,7 @@ def test_devices_in_the_graph_are_replaced() -> None:
     )
     stage = sole_stage(model, x())
     values = values_of(model, stage, x())
-    joint = trace(stage, looks_of(values), [], torch.device("meta"), grad=False)
+    joint = trace_joint(stage, looks_of(values), [], torch.device("meta"), grad=False)
     for node in joint.graph.nodes:
         if isinstance(node.meta.get("val"), Tensor):
             assert node.meta["val"].device.type == "meta", node.name

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopipe.passes.ir.split import StageGraph
-from autopipe.passes.phases.joint_trace import TensorMeta, forward_metadata, trace
+from autopipe.passes.phases.joint_trace import TensorMeta, forward_metadata, trace_joint
 from autopipe.passes.split.cut import split
 from tests.support.joints import (
     ALIASES,
@@ -56,7 +56,7 @@ def test_without_gradients_the_kernels_are_those_of_a_trainable_model() -> None:
 
     model, x = Net(), torch.randn(8, 6, 5)
     stage = sole_stage(model, x)
-    joint = trace(stage, looks_of(values_of(model, stage, x)), (), CPU, grad=False)
+    joint = trace_joint(stage, looks_of(values_of(model, stage, x)), (), CPU, grad=False)
     with torch.no_grad(), Called() as eager_calls:
         model(x)
     found = [n.target for n in joint.graph.nodes if n.op == "call_function"]
@@ -208,12 +208,12 @@ def test_without_gradients_only_the_forward_is_traced() -> None:
     values = values_of(model, stage, x())
     arriving = [("return", 0, TensorMeta.of(torch.randn(4, 6)))]
     for joint in (
-        trace(stage, looks_of(values), [], CPU, grad=False),
-        trace(stage, looks_of(values), arriving, CPU, grad=False),
+        trace_joint(stage, looks_of(values), [], CPU, grad=False),
+        trace_joint(stage, looks_of(values), arriving, CPU, grad=False),
     ):
         assert joint.grads == ()
         assert len(list(joint.graph.output_node().args[0])) == 1
-    plain = trace(stage, looks_of(values), [], CPU, grad=False)
+    plain = trace_joint(stage, looks_of(values), [], CPU, grad=False)
     (found,) = run(plain, *(v.detach() for v in values))
     with torch.no_grad():
         assert torch.equal(found, stage.graph_module(*values)[0])

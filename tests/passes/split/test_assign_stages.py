@@ -107,14 +107,14 @@ def test_no_convex_cut_is_better_by_more_than_the_slack(name: str, device: Devic
     cut = split(found, aim)
     assert best * (1 - 1e-9) <= cut.facts.bottleneck <= best * (1 + SLACK) ** 2
     assert cut.facts.lower_bound <= best * (1 + 1e-9)
-    assert cut.captured.places
+    assert cut.captured.original_positions
     cut.verify()
 
 
 def test_the_captured_order_is_kept_where_it_is_good() -> None:
     even = annotated(Branches([900] * 4), torch.randn(4, 256))
     cut = split(even, on(DEFAULT, 2))
-    assert not cut.captured.places
+    assert not cut.captured.original_positions
     assert cut.captured is even.captured
     assert cut.facts.gap <= SLACK
 
@@ -125,14 +125,14 @@ def test_limits_hold_in_the_order_that_is_taken() -> None:
     limit = max(free.facts.nbytes)
     cut = split(FOUR, replace(on(DEFAULT, 2), limits=(limit, limit)))
     assert max(cut.facts.nbytes) <= limit
-    assert cut.captured.places
+    assert cut.captured.original_positions
 
 
 def test_only_the_order_changes() -> None:
     cut = split(FOUR, on(DEFAULT, 2))
     before = list(FOUR.captured.graph_module.graph.nodes)
     after = list(cut.captured.graph_module.graph.nodes)
-    assert [before[cut.captured.place(at)].name for at in range(len(after))] == [
+    assert [before[cut.captured.original_position(at)].name for at in range(len(after))] == [
         node.name for node in after
     ]
     assert [n.name for calls in cut.calls for n in calls] == [
@@ -148,8 +148,8 @@ def test_only_the_order_changes() -> None:
     found = run_stages(cut, names)
     assert torch.equal(found[cut.captured.outputs[0].name], expected[0])
     assert torch.equal(cut.captured.graph_module(*values)[0], expected[0])
-    broken = replace(cut.captured, places=cut.captured.places[:-1])
-    with pytest.raises(VerifyError, match="places are no order"):
+    broken = replace(cut.captured, original_positions=cut.captured.original_positions[:-1])
+    with pytest.raises(VerifyError, match="the original positions are not a permutation"):
         broken.verify()
 
 
@@ -178,10 +178,10 @@ def test_writes_and_what_reads_them_keep_their_order() -> None:
     pipe = autopipe.compile(model, ["cpu"] * 2, 3)
     for y in expected:
         torch.testing.assert_close(pipe(x), y)
-    assert pipe.captured.places
+    assert pipe.captured.original_positions
     whole = annotated(Stepped(), x)
     cut = split(whole, on(DEFAULT, 2))
-    assert cut.captured.places
+    assert cut.captured.original_positions
     names = [n.name for n in cut.captured.graph_module.graph.nodes]
     for node in whole.captured.graph_module.graph.nodes:
         for source in node.all_input_nodes:
@@ -206,8 +206,8 @@ def runs(chance: float) -> Iterator[tuple[int, Tensor, dict[str, Tensor], Any]]:
 def test_a_program_in_another_order_draws_the_same_numbers() -> None:
     """Dropout in each branch: two stages are made in another order, one stage is not."""
     (_, first, gradients, captured), *others = runs(0.5)
-    assert not captured.places
-    assert any(other.places for *_, other in others)
+    assert not captured.original_positions
+    assert any(other.original_positions for *_, other in others)
     assert (first == 0).any()
     for _, found, others_gradients, _ in others:
         assert torch.equal(found, first)
@@ -225,7 +225,7 @@ def test_a_plan_reproduces_the_order() -> None:
     assert planned.runs
     other = split(FOUR, aim, planned=planned, must_fit=True)
     assert str(other) == str(cut)
-    assert other.captured.places == cut.captured.places
+    assert other.captured.original_positions == cut.captured.original_positions
     assert other.facts.seconds == cut.facts.seconds
     even = annotated(Branches([900] * 4), torch.randn(4, 256))
     assert planned_cut_of(split(even, aim)).runs == ()
@@ -247,7 +247,7 @@ def test_runs_of_another_graph_are_refused(change: Any) -> None:
     wrong = planned._replace(runs=change(planned.runs))
     with pytest.raises(PlanError, match="not one for this model"):
         split(FOUR, aim, planned=wrong, must_fit=True)
-    assert split(FOUR, aim, planned=wrong).captured.places  # left alone
+    assert split(FOUR, aim, planned=wrong).captured.original_positions  # left alone
 
 
 def test_orders_are_searched_for_devices_that_differ() -> None:

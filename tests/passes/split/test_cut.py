@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import PartitionError, UnsupportedError
 from autopipe.passes.capture.model import capture
-from autopipe.passes.cost.node_costs import annotate, seconds
+from autopipe.passes.cost.node_costs import annotate, call_seconds
 from autopipe.passes.cost.stage_cost import stage_cost
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.graph.fx_utils import is_size
 from autopipe.passes.ir.split import CALLER, Route, Split, StageGraph
-from autopipe.passes.ir.values import B, Kind
+from autopipe.passes.ir.values import B, InputKind
 from autopipe.passes.split.assign_stages import SLACK
 from autopipe.passes.split.cut import split
 from autopipe.passes.split.objective import objective_of
@@ -97,7 +97,7 @@ def test_stages_run_by_hand_equal_the_uncut_graph(name: str) -> None:
             for output, value in zip(captured.outputs, expected, strict=True):
                 assert torch.equal(found[output.name], value), f"{output.name} in {len(cut.stages)}"
             for item in captured.inputs:
-                if item.kind is Kind.BUFFER:
+                if item.kind is InputKind.BUFFER:
                     assert torch.equal(values[item.name], whole[item.name]), item.name
 
 
@@ -105,7 +105,9 @@ def _values(captured: Any, model: nn.Module, call: Any) -> dict[str, Tensor]:
     """name → tensor for the captured graph's placeholders, copies where they are written."""
     args, kwargs = call
     found = zip(captured.inputs, tensors(captured, model, (args, kwargs)), strict=True)
-    return {i.name: t.detach().clone() if i.kind is Kind.BUFFER else t.detach() for i, t in found}
+    return {
+        i.name: t.detach().clone() if i.kind is InputKind.BUFFER else t.detach() for i, t in found
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -133,10 +135,10 @@ def test_boundaries_are_consistent(name: str) -> None:
         for item in annotated.captured.inputs:
             (node,) = [n for n in graph.nodes if n.name == item.name]
             users = sorted({home[u.name] for u in node.users if u.name in home})
-            if item.kind is Kind.PARAMETER:
+            if item.kind is InputKind.PARAMETER:
                 assert [s.index for s in cut.stages if item in s.held] == users[:1]
                 assert [s.index for s in cut.stages if item.name in s.lent] == users[1:]
-            elif item.kind is Kind.INPUT:
+            elif item.kind is InputKind.INPUT:
                 assert set(users) <= {s.index for s in cut.stages if item.name in s.receives}
                 assert item.name not in cut.routes or cut.routes[item.name].source == CALLER
             else:
@@ -196,7 +198,7 @@ def test_equal_layers_are_shared_out_evenly() -> None:
 
 def test_the_largest_stage_is_near_the_least_possible() -> None:
     _, _, annotated = known("gpt2")
-    times = {name: seconds(cost, DEFAULT, 2) for name, cost in annotated.costs.items()}
+    times = {name: call_seconds(cost, DEFAULT, 2) for name, cost in annotated.costs.items()}
     balanced = {name: t.forward + t.backward for name, t in times.items()}
     everything, heaviest = sum(balanced.values()), max(balanced.values())
     for count in STAGES:
@@ -393,7 +395,7 @@ def test_a_buffer_that_is_read_only_is_copied_to_each_stage_that_reads_it() -> N
             return x
 
     cut = split_of(Shifted(), 2, torch.randn(4, 8))
-    held = [[i.target for i in s.held if i.kind is Kind.BUFFER] for s in cut.stages]
+    held = [[i.target for i in s.held if i.kind is InputKind.BUFFER] for s in cut.stages]
     assert held == [["shift"], ["shift"]]
     assert not [r for r in cut.routes.values() if "shift" in r.name]
 
@@ -415,7 +417,7 @@ def test_a_buffer_that_is_written_is_not_read_elsewhere() -> None:
     x = torch.randn(4, 8)
     leaves, spec = pytree.tree_flatten(((x,), {}))
     cut = split(annotate(capture(Doubled(), leaves, spec, [0], batch_norm="micro")), aim_at(3, 2))
-    held = [i.target for s in cut.stages for i in s.held if i.kind is Kind.BUFFER]
+    held = [i.target for s in cut.stages for i in s.held if i.kind is InputKind.BUFFER]
     assert held == ["shift"]
 
 

@@ -122,7 +122,7 @@ def test_the_same_bits_with_and_without_repeats() -> None:
     cut = split(ROTARY, on(SLOW, 3))
     values = {}
     for item in cut.captured.inputs:
-        tensor = ids if item.index >= 0 else cut.captured.held(model, item)
+        tensor = ids if item.index >= 0 else cut.captured.tensor_of(model, item)
         values[item.name] = tensor.detach().clone()
     expected = ROTARY.captured.graph_module(*[v.clone() for v in values.values()])
     found = run_stages(cut, values)

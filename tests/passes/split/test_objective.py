@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from autopipe.errors import OptionError, PartitionError
-from autopipe.passes.cost.meta_run import operands_of
-from autopipe.passes.cost.node_costs import Seconds, annotate, run_again, seconds
+from autopipe.passes.cost.meta_run import tensor_operands
+from autopipe.passes.cost.node_costs import CallSeconds, annotate, call_seconds, recomputed_calls
 from autopipe.passes.devices import DEFAULT, H100, L4, Device, Link
 from autopipe.passes.graph.fx_utils import tensors_of
 from autopipe.passes.ir import StageEstimates
 from autopipe.passes.ir.split import Split
-from autopipe.passes.ir.values import Kind, at_batch
+from autopipe.passes.ir.values import InputKind, at_batch
 from autopipe.passes.split.assign_stages import SLACK
 from autopipe.passes.split.call_costs import CallCosts
 from autopipe.passes.split.cut import split
@@ -41,7 +41,7 @@ def aim(models: list[Device], **change: Any) -> Objective:
 
 def saves_of(cut: Split, call: fx.Node) -> tuple[int, ...]:
     flow = cut.annotated.flows.get(call.name)
-    return () if flow is None else flow.saves
+    return () if flow is None else flow.saved_operands
 
 
 def gets_gradient(cut: Split, name: str) -> bool:
@@ -79,10 +79,10 @@ def expected_seconds(cut: Split, wanted: Objective, k: int) -> float:
     """Of stage k: its calls, and what it receives and sends back."""
     annotated, device = cut.annotated, wanted.devices[k]
     every = [n for calls in cut.calls for n in calls]
-    again = run_again(every, annotated.flows)
+    again = recomputed_calls(every, annotated.flows)
     total = 0.0
     for node in cut.calls[k]:
-        times = seconds(annotated.costs[node.name], device, SIZE)
+        times = call_seconds(annotated.costs[node.name], device, SIZE)
         total += times.forward + times.backward
         if node in again:
             total += share_again(cut, wanted, k, node) * times.recompute
@@ -100,12 +100,12 @@ def expected_bytes(cut: Split, wanted: Objective, k: int) -> int:
     annotated, stage, n = cut.annotated, cut.stages[k], wanted.in_flight[k]
     factor, received_kept = wanted.factor(k), wanted.policies(k) != ("none",)
     every = [node for calls in cut.calls for node in calls]
-    read = {operands_of(c)[i].name for c in every for i in saves_of(cut, c)}
+    read = {tensor_operands(c)[i].name for c in every for i in saves_of(cut, c)}
     total = 0
     for item in stage.held:
         size = at_batch(item.spec.nbytes, SIZE)
         first = not any(item in s.held for s in cut.stages[:k])
-        trained = item.kind is Kind.PARAMETER and first
+        trained = item.kind is InputKind.PARAMETER and first
         total += size + (size + 2 * size if trained else 0)
     first = {i.name for s in cut.stages[:k] for i in s.held}
     own = {i.name: i for i in stage.held if i.name not in first}
@@ -280,8 +280,8 @@ def test_a_stage_without_a_limit_has_the_policy_of_least_work() -> None:
 
 def test_measured_times_take_the_place_of_the_devices() -> None:
     nodes = [n.name for n in LAYERS.captured.graph_module.graph.nodes if n.name in LAYERS.costs]
-    times = {name: Seconds(1.0, 2.0, 1.0) for name in nodes}
-    times[nodes[0]] = Seconds(30.0, 9.0, 1.0)
+    times = {name: CallSeconds(1.0, 2.0, 1.0) for name in nodes}
+    times[nodes[0]] = CallSeconds(30.0, 9.0, 1.0)
     cut = split(LAYERS, aim([DEFAULT] * 2, times=times))
     assert len(cut.calls[0]) <= 2
     assert cut.facts.bottleneck == 42.0

@@ -98,7 +98,7 @@ def randomness(entry: Entry) -> Randomness:
     again, others = step(entry, pipe, inputs, seed=5)
     moved, _ = step(entry, pipe, inputs, seed=6)
     # Calls that a better cut brings into another order add gradients up in another order.
-    moved_calls = bool(pipe.captured.places)
+    moved_calls = bool(pipe.captured.original_positions)
     largest = max(g.abs().max().item() for g in gradients.values() if g is not None)
 
     def equal(a: Tensor, b: Tensor) -> bool:
