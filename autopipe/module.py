@@ -307,10 +307,11 @@ class Pipeline(ModuleProxy):
     def __repr__(self) -> str:
         options = self._options()
         devices = ", ".join(map(str, options.devices))
-        remat = tuple(p.option for p in options.remat or ()) or ("auto",)
+        policies = tuple(p.option for p in options.remat or ()) or ("auto",)
+        remat = policies[0] if len(set(policies)) == 1 else policies
         return (
             f"Pipeline({type(self.model).__name__}, devices=[{devices}], chunks={options.chunks},"
-            f" schedule={options.schedule or 'auto'!r}, remat={remat[0] if len(set(remat)) == 1 else remat!r})"
+            f" schedule={options.schedule or 'auto'!r}, remat={remat!r})"
         )
 
 

@@ -186,7 +186,7 @@ DEFAULT = FULL
 """The policy of stages for which none is given."""
 
 
-def fraction(share: float) -> RematPolicy:
+def fraction_policy(share: float) -> RematPolicy:
     """The policy that saves a fraction of what min-cut saves.
 
     Args:
@@ -204,7 +204,7 @@ def _parse_fraction(value: object) -> RematPolicy | None:
             return None
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
         return None
-    return fraction(float(value))
+    return fraction_policy(float(value))
 
 
 PARAMETERIZED: Mapping[str, Callable[[object], RematPolicy | None]] = {
@@ -213,7 +213,7 @@ PARAMETERIZED: Mapping[str, Callable[[object], RematPolicy | None]] = {
 """Parsers of policies that have a parameter, by a description of what they accept."""
 
 LADDER: tuple[RematPolicy, ...] = tuple(
-    sorted((*POLICIES, fraction(0.5)), key=lambda policy: policy.rank)
+    sorted((*POLICIES, fraction_policy(0.5)), key=lambda policy: policy.rank)
 )
 """The policies that the planner tries, from least recomputation to least memory."""
 

@@ -135,7 +135,7 @@ def _refined(search: Search, chosen: Candidate, batch: int) -> Candidate:
         assert search.measured is not None
         times = dict(search.measured(max(known.sizes)))
         for k, calls in enumerate(chosen.split.calls):
-            share = chosen.plan.stages[k].seconds / max(chosen.split.facts.seconds[k], 1e-12)
+            share = chosen.plan.stages[k].seconds / max(chosen.split.estimates.seconds[k], 1e-12)
             times |= {n.name: CallSeconds(*(share * t for t in times[n.name])) for n in calls}
         search = replace(search, measured=_always(times))
         try:

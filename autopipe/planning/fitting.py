@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from autopipe.errors import MemoryLimitError
-from autopipe.passes.remat_policies import fraction, parse_policy
+from autopipe.passes.remat_policies import fraction_policy, parse_policy
 from autopipe.report.table import nbytes
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from autopipe.planning.plan_parts import StagePlan
     from autopipe.planning.plans import Plan
 
-    Make = Callable[[Sequence[RematPolicy]], "Candidate"]  # the plan of a cut, a policy for each stage
+    Make = Callable[
+        [Sequence[RematPolicy]], "Candidate"
+    ]  # the plan of a cut, a policy for each stage
 
 HALVINGS = 3
 """How often the way between two rungs is halved, to find the fraction that just fits."""
@@ -152,7 +154,7 @@ def _at_share(policy: RematPolicy, share: float | None) -> RematPolicy:
     """The policy of a share of min-cut's values; `policy` if `share` is None or its own."""
     if share is None or share == policy.min_cut_share:
         return policy
-    return fraction(share)
+    return fraction_policy(share)
 
 
 def missing_bytes(stage: StagePlan) -> int:

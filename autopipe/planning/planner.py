@@ -149,9 +149,9 @@ def plan(
         ),
         crossings=tuple(_crossing(r, distinct[0]) for r in split.routes.values() if r.consumers),
         begins=tuple(Begin(*run) for run in planned.runs),
-        repeated=tuple(Repeated(*one) for one in planned.repeated),
-        bound_seconds=split.facts.lower_bound,
-        cut_seconds=split.facts.bottleneck,
+        repeated=tuple(Repeated(*one) for one in planned.duplicated),
+        bound_seconds=split.estimates.lower_bound,
+        cut_seconds=split.estimates.bottleneck,
         gather_seconds=_gathering(split, sizes, clocks),
         notes=split.captured.notes,
     )

@@ -138,7 +138,9 @@ class Phased:
                 )
 
     def __str__(self) -> str:
-        lines = [f"phased: micro-batch of {self.size}, remat {', '.join(p.name for p in self.remat)}"]
+        lines = [
+            f"phased: micro-batch of {self.size}, remat {', '.join(p.name for p in self.remat)}"
+        ]
         for stage in self.stages:
             counts = {p: sum(q == p for q in stage.phase_of.values()) for p in PHASES}
             lines.append(f"stage {stage.index}: nodes {counts}, saved {list(stage.saved)}")

@@ -5,8 +5,8 @@
     B  what the gradients of received values need: the stages before are waiting for it
     W  the rest: gradients of the stage's own parameters; nobody is waiting
 
-All four are reachability in one graph. What F keeps is the only choice, and a policy of the stage
-makes it (`select_saved`). A call that R repeats stands twice in the graph: every node belongs to one phase.
+All four are reachability in one graph. What F saves is the only choice, and the stage's policy
+makes it (`select_saved`). An op that R recomputes is in the graph twice: each node has one phase.
 """
 
 from __future__ import annotations
