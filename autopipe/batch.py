@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import InputError, OptionError
+from autopipe.passes.capture import argument_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,10 +87,7 @@ def _asked(
 
 def _names(model: Any, count: int) -> list[str]:
     """What the model calls its first `count` arguments."""
-    forward = model.forward if isinstance(model, nn.Module) else model.module().forward
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(forward).parameters.values()
-    names = [p.name for p in parameters if p.kind in kinds][:count]
+    names = argument_names(model)[:count]
     return names + [f"args[{i}]" for i in range(len(names), count)]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopipe.errors import AutopipeError, DeviceError, OptionError, PlanError, UnsupportedError
+from autopipe.passes.devices import DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -134,8 +135,8 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
     add("--out-reduce", metavar="RULE", help="mean or sum, where a result's rule is not derived")
     add("--memory", metavar="SIZE", help="a limit for each device, such as 16GiB; or a list of one "
         "for each: 80GiB,24GiB")  # fmt: skip
-    add("--device", metavar="NAME", help="whose speeds: h100, h200, a100-80gb, l4, rtx4090, "
-        "cpu-core; or a list of one for each stage")  # fmt: skip
+    add("--device", metavar="NAME", help=f"whose speeds: {', '.join(DEVICES)}; "
+        "or a list of one for each stage")  # fmt: skip
     add("--profile", action="store_true", help="time the model's calls and stages here")
     add("--real", action="store_true", help="call CALLABLE as it is, not under the meta device")
     add("-o", "--output", metavar="FILE", help="save the plan as JSON")

@@ -93,17 +93,8 @@ class Compiled:
                 raise replaced(name)
         self.model = model
         self.places = places
-        annotated = costed(
-            model,
-            leaves,
-            spec,
-            dims,
-            whole=options.whole,
-            single=single,
-            batch_norm=options.batch_norm,
-            out_reduce=options.out_reduce,
-            progress=progress,
-        )
+        request = options.capture_request(model, leaves, spec, dims, single=single)
+        annotated = costed(request, progress)
         if options.is_open:
             chosen = choose(model, annotated, leaves, batch, options, progress)
             self.options = options.planned(chosen.plan)

@@ -10,12 +10,14 @@ import torch
 
 from autopipe import option_parsing
 from autopipe.errors import OptionError, UnsupportedError
+from autopipe.passes.capture import CaptureRequest
 from autopipe.passes.schedule import KNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.utils._pytree import TreeSpec
 
     from autopipe.passes.devices import Device
     from autopipe.passes.remat_policies import RematPolicy
@@ -78,6 +80,31 @@ class Options:
         assert self.chunks is not None
         assert self.remat is not None
         return Given(self.chunks, self.remat)
+
+    def capture_request(
+        self,
+        model: nn.Module,
+        leaves: Sequence[Any],
+        spec: TreeSpec,
+        batch_dims: Sequence[int | None],
+        *,
+        single: bool = False,
+    ) -> CaptureRequest:
+        """What to capture of a model under these options.
+
+        Args:
+            model, leaves, spec, batch_dims, single: see `CaptureRequest`.
+        """
+        return CaptureRequest(
+            model,
+            leaves,
+            spec,
+            batch_dims,
+            whole=self.whole,
+            single=single,
+            batch_norm=self.batch_norm,
+            out_reduce=self.out_reduce,
+        )
 
     def planned(self, plan: Plan) -> Options:
         """The same with what a plan says."""

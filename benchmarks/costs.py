@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import CallSeconds, annotate, call_seconds
 from autopipe.passes.cost.stage_cost import sum_costs
 from autopipe.passes.devices import DEFAULT
@@ -67,7 +68,7 @@ def annotated(
     """The model's costs; micro-batches are not combined, so that any model will do."""
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(in_dims, model, args, kwargs)
-    return annotate(capture(model, leaves, spec, dims, whole=True))
+    return annotate(capture(CaptureRequest(model, leaves, spec, dims, whole=True)))
 
 
 def narrowed(value: Any, samples: int) -> Any:

@@ -16,6 +16,7 @@ import torch
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.options import check
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.phase_memory import stage_bytes
 from autopipe.passes.cost.phase_time import phase_seconds
 from autopipe.passes.devices import CPU_CORE
@@ -36,9 +37,7 @@ def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
     """Print a line for each policy."""
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(0, model, args, kwargs)
-    annotated = costed(
-        model, leaves, spec, dims, whole=False, batch_norm="deferred", out_reduce=None
-    )
+    annotated = costed(CaptureRequest(model, leaves, spec, dims))
     options = check(
         devices=["cpu"] * 2,
         chunks=1,

@@ -26,6 +26,7 @@ from autopipe.call_signature import flatten
 from autopipe.options import check
 from autopipe.passes._torch import lazy_graph_code
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.cost.stage_cost import stage_cost
 from autopipe.passes.driver import cut_in_space
@@ -64,7 +65,7 @@ def planned(
     models = models_of(options.devices)
     marks = [time.process_time()]
     with lazy_graph_code():
-        captured = capture(model, leaves, spec, dims)
+        captured = capture(CaptureRequest(model, leaves, spec, dims))
         marks.append(time.process_time())
         annotated = annotate(captured)
         marks.append(time.process_time())

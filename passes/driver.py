@@ -15,7 +15,7 @@ import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
-    from torch import nn
-    from torch.utils._pytree import TreeSpec
 
+    from autopipe.passes.capture import CaptureRequest
     from autopipe.passes.ir import Annotated, Phased, Split
     from autopipe.passes.phases import TensorMeta
     from autopipe.passes.split import Objective
@@ -44,29 +43,19 @@ _dumped = itertools.count(1)
 
 @lazy_graph_code()
 def costed(
-    model: nn.Module | torch.export.ExportedProgram,
-    leaves: Sequence[Any],
-    spec: TreeSpec,
-    batch_dims: Sequence[int | None],
-    *,
-    whole: bool,
-    single: bool = False,
-    batch_norm: str,
-    out_reduce: str | None,
-    progress: Callable[[str], None] = lambda text: None,
+    request: CaptureRequest, progress: Callable[[str], None] = lambda text: None
 ) -> Annotated:
-    """Capture a model and cost its calls; arguments as for `capture`."""
+    """Capture a model and cost its ops.
+
+    Args:
+        request: the model, its example inputs, and how micro-batches will be used.
+        progress: is called with the name of each step.
+
+    Raises:
+        AutopipeError: as `capture` does.
+    """
     progress("capturing")
-    captured = capture(
-        model,
-        leaves,
-        spec,
-        batch_dims,
-        whole=whole,
-        single=single,
-        batch_norm=batch_norm,
-        out_reduce=out_reduce,
-    )
+    captured = capture(request)
     _dump("captured", captured)
     progress("costing")
     annotated = annotate(captured)

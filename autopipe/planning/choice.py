@@ -6,7 +6,6 @@ one candidate; it is the same path.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import torch
 
 from autopipe.errors import MemoryLimitError, PartitionError, UnsupportedError
 from autopipe.passes.cost import CallSeconds
-from autopipe.passes.devices import CPU_CORE, DEVICES, H100
+from autopipe.passes.devices import CPU_CORE, device_named_in_torch
 from autopipe.passes.remat_policies import LADDER
 from autopipe.planning.fitting import Candidate
 from autopipe.planning.planner import clocks_of, plan
@@ -75,16 +74,11 @@ def choose(
 
 
 def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:
-    """The device models of torch devices: GPUs by their names, an H100 if that says nothing."""
-    return tuple(_model(device) for device in devices)
-
-
-def _model(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return CPU_CORE
-    name = torch.cuda.get_device_name(device).lower().replace("rtx ", "rtx")
-    words = re.split(r"[^a-z0-9]+", name)
-    return next((m for key, m in DEVICES.items() if key.removesuffix("-80gb") in words), H100)
+    """Return the device model of each torch device: GPUs are recognized by their names."""
+    return tuple(
+        device_named_in_torch(torch.cuda.get_device_name(d)) if d.type == "cuda" else CPU_CORE
+        for d in devices
+    )
 
 
 def _search(

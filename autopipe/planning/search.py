@@ -28,7 +28,7 @@ from autopipe.passes.driver import cut_in_space
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.remat_policies import LADDER
 from autopipe.passes.schedule import schedule
-from autopipe.passes.split import objective_of, estimate_stages
+from autopipe.passes.split import estimate_stages, objective_of
 from autopipe.planning.estimate_errors import missed_bytes, spread
 from autopipe.planning.fitting import Candidate, Fitted, does_not_fit, fitted, refined
 from autopipe.planning.planner import phases_of, plan

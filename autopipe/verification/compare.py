@@ -22,7 +22,7 @@ from autopipe.call_signature import flatten
 from autopipe.errors import UnsupportedError
 from autopipe.parameters import move
 from autopipe.passes._torch import CheckpointFunction
-from autopipe.passes.capture import fill, held_buffers
+from autopipe.passes.capture import preserve_buffers, restore_values
 from autopipe.passes.graph import is_random, source_line
 from autopipe.report.table import columns
 from autopipe.runtime.executor import Run
@@ -176,10 +176,10 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Leave a model's buffers (the objects and their values) and the random state as they were."""
     before = [(b, b.clone()) for b in model.buffers()]
     try:
-        with torch.random.fork_rng(), held_buffers(model):
+        with torch.random.fork_rng(), preserve_buffers(model):
             yield
     finally:
-        fill(before)
+        restore_values(before)
 
 
 @contextmanager

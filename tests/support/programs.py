@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.ir.captured import Annotated, Captured
@@ -40,7 +41,8 @@ def captured_of(
     """Capture `model(*args, **kwargs)`; writes to buffers stay, so that later passes see them."""
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(in_dims, model, args, kwargs)
-    return capture(model, leaves, spec, dims, whole=whole, batch_norm=batch_norm)
+    request = CaptureRequest(model, leaves, spec, dims, whole=whole, batch_norm=batch_norm)
+    return capture(request)
 
 
 def aim_at(stages: int, batch: int) -> Objective:

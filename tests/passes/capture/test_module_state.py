@@ -97,7 +97,7 @@ def looks_on(s: Any, x: Tensor) -> Tensor:
 def test_what_no_call_needs_is_said() -> None:
     """A counter that is printed elsewhere, a result that is kept to be looked at."""
     model = Keeps(looks_on)
-    with pytest.warns(UserWarning, match="steps, seen, last, made; as a pipeline it does not"):
+    with pytest.warns(UserWarning, match="steps, seen, last, made; the pipeline does not"):
         pipe = pipelined(model, args=(x(),))
     assert_agrees(pipe, x())
     assert (model.steps, model.last, model.seen) == (0, None, {"all": []})

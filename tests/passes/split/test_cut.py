@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import PartitionError, UnsupportedError
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate, call_seconds
 from autopipe.passes.cost.stage_cost import stage_cost
 from autopipe.passes.devices import DEFAULT
@@ -416,7 +417,8 @@ def test_a_buffer_that_is_written_is_not_read_elsewhere() -> None:
 
     x = torch.randn(4, 8)
     leaves, spec = pytree.tree_flatten(((x,), {}))
-    cut = split(annotate(capture(Doubled(), leaves, spec, [0], batch_norm="micro")), aim_at(3, 2))
+    request = CaptureRequest(Doubled(), leaves, spec, [0], batch_norm="micro")
+    cut = split(annotate(capture(request)), aim_at(3, 2))
     held = [i.target for s in cut.stages for i in s.held if i.kind is InputKind.BUFFER]
     assert held == ["shift"]
 
