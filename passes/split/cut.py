@@ -67,8 +67,8 @@ def split(
     if assignment is None and stages > len(groups.starts):
         raise PartitionError(
             f"the model cannot be cut into {stages} stages",
-            expected=f"at least {stages} groups of ops that can be in different stages",
-            found=f"{len(costs.ops)} ops, {max(0, len(groups.starts) - 1)} positions to cut at",
+            expected=f"at least {stages} groups of calls that can be in different stages",
+            found=f"{len(costs.ops)} calls, {max(0, len(groups.starts) - 1)} positions to cut at",
             remedy="use fewer devices",
         )
     if assignment is None:
