@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.parameters import move, parameter, replaced
-from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_at
+from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_by_size
 from autopipe.passes.ir import InputKind
-from autopipe.passes.phases import TraceCache, received_strides
+from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
 from autopipe.planning.choice import choose, models_of
@@ -214,17 +214,15 @@ class Compiled:
         if key not in self._programs:
             constant = state_metadata(captured, lambda i: self.tensor(i.kind, i.target))
             devices = [p.device for p in self.places]
-            phased = phases_at(
+            request = PhaseRequest(
                 self.split,
-                sizes,
                 {size: constant | chunk for size, chunk in chunks.items()},
-                devices,
-                remat=self.options.given.remat,
-                grad=grad,
-                differentiated=expected,
-                traced=self._traced,
-                progress=progress,
+                tuple(devices),
+                self.options.given.remat,
+                grad,
+                expected,
             )
+            phased = phases_by_size(request, self._traced, progress)
             kind = self.options.kind
             lowered = cut_in_time(phased, sizes, devices, kind=kind, progress=progress)
             ready = CompiledProgram(self._load(lowered, sizes), lowered)

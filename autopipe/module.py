@@ -23,15 +23,15 @@ from autopipe.pipeline_call import PipelineCall
 from autopipe.planning.plans import Plan
 from autopipe.progress import Progress, silent
 from autopipe.report.stages import StageView, views
+from autopipe.results import finish
 from autopipe.runtime import microbatch
 from autopipe.runtime.autograd import PipelineFunction
 from autopipe.runtime.memory import SavedBytes
-from autopipe.runtime.random import step_seed
 from autopipe.runtime.transfer import WorkerDevice
 from autopipe.verification.compare import Verification, compare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping
 
     from autopipe.passes.ir import Captured
 
@@ -94,13 +94,12 @@ class Pipeline(ModuleProxy):
         refuse_transforms(leaves)
         compiled, ready, replan = self._prepare(args, kwargs, leaves, spec, strict=True)
         compiled.place_parameters()
-        seed = step_seed() if ready.program.is_random else 0
-        call = PipelineCall(compiled, ready, leaves, replan, seed, self.memory)
+        call = PipelineCall(compiled, ready, replan, leaves, self.memory)
         if ready.program.backward:
             values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
         else:
             values = call.forward()
-        return self._result(compiled, values, leaves, call.sizes)
+        return finish(compiled.split.captured, self.model, values, leaves, sum(call.sizes))
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """Forward, loss and backward of one batch; gradients are added to ``.grad``.
@@ -248,25 +247,6 @@ class Pipeline(ModuleProxy):
                 " of its modules change from call to call, and each change costs a capture",
                 stacklevel=4,
             )
-
-    @staticmethod
-    def _result(
-        compiled: Compiled, values: Sequence[Tensor], leaves: Sequence[Any], sizes: Sequence[int]
-    ) -> Any:
-        captured = compiled.split.captured
-        values = captured.finish(values, sum(sizes), compiled.model.get_buffer)
-        with torch.no_grad():
-            for target, index in captured.updates:
-                compiled.model.get_buffer(target).copy_(values[index])
-        kinds: dict[str, Callable[[Any], Any]] = {
-            "value": lambda i: values[i],
-            "input": lambda i: leaves[i],
-            "parameter": compiled.model.get_parameter,
-            "size": lambda number: number(sum(sizes)),
-            "constant": lambda x: x,
-        }
-        filled = [kinds[leaf.kind](leaf.value) for leaf in captured.leaves]
-        return pytree.tree_unflatten(filled, captured.out_spec)
 
     # Looking inside
 

@@ -11,6 +11,7 @@ import torch
 from autopipe import option_parsing
 from autopipe.errors import OptionError, UnsupportedError
 from autopipe.passes.capture import CaptureRequest
+from autopipe.passes.ir import REDUCTIONS
 from autopipe.passes.schedule import KNOWN
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 EXECUTED = ("gpipe",)
 """The schedules that the runtime runs (the simulator knows more)."""
 
-OUT_REDUCE = (None, "mean", "sum")
 BATCH_NORM = ("deferred", "micro")
 
 
@@ -169,10 +169,9 @@ def check(
         )
     if backend != "eager":
         raise OptionError("unknown backend", expected="eager", found=repr(backend))
-    if out_reduce not in OUT_REDUCE:
-        raise OptionError(
-            "unknown out_reduce", expected='None, "mean" or "sum"', found=repr(out_reduce)
-        )
+    if out_reduce not in (None, *REDUCTIONS):
+        names = " or ".join(f'"{name}"' for name in REDUCTIONS)
+        raise OptionError("unknown out_reduce", expected=f"None, {names}", found=repr(out_reduce))
     if batch_norm not in BATCH_NORM:
         raise OptionError(
             "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)

@@ -86,7 +86,7 @@ def moved(
             stages = [plan.stages[0]]
             for stage, first in zip(plan.stages[1:], [*starts, name, *rest], strict=True):
                 stages.append(dataclasses.replace(stage, first=first))
-            changed = dataclasses.replace(plan, stages=tuple(stages), begins=(), repeated=())
+            changed = dataclasses.replace(plan, stages=tuple(stages), segments=(), duplicated=())
             try:
                 pipe = autopipe.compile(model, plan=changed, args=call[0], kwargs=call[1])
             except PlanError as error:

@@ -1,4 +1,4 @@
-"""What a traced joint graph is rid of, and what it leaves to the runtime's kit."""
+"""Clean a traced joint graph and lower random calls to keyed draws of the runtime's kit."""
 
 from __future__ import annotations
 
@@ -17,38 +17,42 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 KIT = "kit"
-"""First placeholder of every joint graph: what the runtime lends to a stage's code. Its methods
-are `draw` (a random call, keyed), `settled` (a tensor in the memory format that it suggests) and
-`recording` (a call with gradients on)."""
+"""First placeholder of every joint graph: the object through which a stage's code uses the runtime.
+
+Its methods are `draw` (a keyed random call), `settled` (a tensor, dense in the memory format that
+its strides suggest), `recording` (a call with gradients enabled) and `accumulate`."""
 
 RNN_WORKSPACE = 22
 """Position of oneDNN's workspace among the arguments of its LSTM backward."""
 
-PICKY = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
-"""Kernels that want their tensors dense in the memory format which those suggest."""
+LAYOUT_SENSITIVE = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
+"""Kernels that require their arguments to be dense in the memory format that these suggest."""
 
 
 def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDraw, ...]:
-    """Drop what does nothing below autograd, and hand two kinds of calls to the runtime's kit.
+    """Drop calls that do nothing below autograd, and lower some calls to methods of the kit.
 
-    Random calls become keyed draws: what they draw depends on the key and on nothing else, so that
-    a repetition draws the same and no order of execution matters.
+    A random call (`autopipe.passes.graph.is_random`) becomes a keyed draw. What it draws depends on
+    its key alone, so recomputation draws the same numbers and the order of execution does not
+    matter.
 
-    A group norm's argument is settled. Where a fake's stride of a dimension of size one is not the
-    kernel's (see `fakes`), the norm was traced as if its argument were dense in a memory format
-    which the real one does not even suggest. When it runs, the question is asked again, as eager
-    would.
+    A group norm's argument goes through `kit.settled`. Where a fake tensor's stride of a dimension
+    of size one differs from the kernel's (see `graph/fake_strides.py`), the norm was traced as if
+    its argument were dense in a memory format that the real argument does not suggest. The format
+    is chosen again at run time, as eager execution would.
+
+    An LSTM's backward gets the workspace of its forward.
 
     Args:
         graph: changed in place.
         static: positions, in the stage graph, of the calls that do not depend on the batch.
 
     Returns:
-        For each draw its key; its call is named by the position in the stage graph.
+        The key of each draw; `call` is the position of its call in the stage graph.
     """
     with graph.inserting_before(next(iter(graph.nodes))):
         kit = graph.placeholder(KIT)
-    keys: list[RandomDraw] = []
+    draws: list[RandomDraw] = []
     for node in list(graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
@@ -56,17 +60,17 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
             call = node.meta["custom"]["call"]
             with graph.inserting_before(node):
                 drawn = graph.call_method(
-                    "draw", (kit, len(keys), node.target, *node.args), node.kwargs
+                    "draw", (kit, len(draws), node.target, *node.args), node.kwargs
                 )
-            keys.append(RandomDraw(call, sum(k.call == call for k in keys), call in static))
+            draws.append(RandomDraw(call, sum(d.call == call for d in draws), call in static))
             drawn.meta = dict(node.meta)
             node.replace_all_uses_with(drawn)
         elif node.target is aten.mkldnn_rnn_layer_backward.default:
             _give_workspace(graph, kit, node)
-        elif node.target in PICKY:
+        elif node.target in LAYOUT_SENSITIVE:
             for source in node.all_input_nodes:
-                looks = source.meta["val"]
-                if looks.ndim == 4 and 1 in looks.shape:
+                value = source.meta["val"]
+                if value.ndim == 4 and 1 in value.shape:
                     with graph.inserting_before(node):
                         settled = graph.call_method("settled", (kit, source))
                     settled.meta = dict(source.meta)
@@ -74,13 +78,14 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
     remove_dead_calls(graph)
     for node in graph.nodes:
         node.meta.pop("custom", None)
-    return tuple(keys)
+    return tuple(draws)
 
 
 def _give_workspace(graph: fx.Graph, kit: fx.Node, backward: fx.Node) -> None:
-    """Hand oneDNN's LSTM backward its workspace, the fourth result of the forward.
+    """Pass oneDNN's LSTM backward its workspace, the fourth result of the forward.
 
-    The fake forward has none to save, and the real one makes it only while gradients are on.
+    The fake forward has no workspace to save, and the real one returns it only while gradients are
+    enabled.
     """
     output: Any = backward.args[7]
     forward = output.args[0]

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from autopipe.errors import StageError, VerifyError
 from autopipe.passes.codegen import Generated, codegen
+from autopipe.passes.ir.phased import StagePhases
 from autopipe.passes.schedule.kinds import schedule
 from autopipe.runtime.executor import Run
 from autopipe.runtime.load import load
@@ -105,6 +106,32 @@ def test_golden_explain(golden: Golden) -> None:
     pipe = pipelined(Mlp(), batch_norm="micro")
     pipe(torch.randn(7, 4), torch.zeros(7, dtype=torch.long))
     golden("explain", pipe.explain())
+
+
+class Three(nn.Module):
+    """The model in the docstring of `StagePhases`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.c(torch.relu(self.b(torch.tanh(self.a(x))))), y)
+
+
+def test_stage_types_show_the_functions_that_are_written() -> None:
+    """First, middle and last stage, with their arguments and results."""
+    pipe = pipelined(Three(), devices=3, chunks=2)
+    pipe(torch.randn(8, 4), torch.randn(8, 4))
+    written = [
+        f"{name}(kit, [{', '.join(e.id for e in f.body[0].targets[0].elts)}])"
+        f" -> {ast.unparse(f.body[-1].value)}"
+        for name, f in functions(pipe.code).items()
+        if name.startswith(("F_", "RBW_"))
+    ]
+    shown = re.findall(r"^ +(\w+_\d_b4\(.*)$", StagePhases.__doc__ or "", re.MULTILINE)
+    assert shown == written
+    assert len(shown) == 6
 
 
 # ------------------------------------------------------------------------------- text that runs
@@ -313,7 +340,7 @@ def test_generated_text_without_a_device_program() -> None:
         dataclasses.replace(sound, forward=("device_0_forward", "device_1_forward")),
         dataclasses.replace(sound, backward=("device_0_backward",)),
     ):
-        with pytest.raises(VerifyError, match="a device without a program") as caught:
+        with pytest.raises(VerifyError, match="a device without a function") as caught:
             broken.verify()
         assert "device_" in str(caught.value)
     with pytest.raises(SyntaxError):

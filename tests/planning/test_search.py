@@ -187,7 +187,7 @@ def test_what_a_pipeline_takes_is_not_above_the_limit(
         own = [model.get_parameter(target) for target in stage.parameters]
         state = [t for p in own for t in optimizer.state[p].values() if t.ndim]
         static = sum(t.nbytes for t in [*own, *state])
-        used = static + stage.buffer_bytes + stage.lent_bytes + ledger.peak[k]
+        used = static + stage.buffer_bytes + stage.shared_copy_bytes + ledger.peak[k]
         assert 0 < used <= int(most(name) * fraction)
         assert used <= stage.memory_bytes
 
