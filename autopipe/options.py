@@ -176,10 +176,10 @@ def check(
         raise OptionError(
             "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
         )
-    places = option_parsing.places(devices, elsewhere=elsewhere)
-    K = len(places)
+    parsed = option_parsing.parse_devices(devices, elsewhere=elsewhere)
+    K = len(parsed)
     options = Options(
-        devices=places,
+        devices=parsed,
         chunks=chunks,
         schedule=None if schedule == "auto" else schedule or "gpipe",
         remat=option_parsing.policies(remat, K),

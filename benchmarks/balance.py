@@ -49,7 +49,7 @@ def busy(pipe: autopipe.Pipeline, call: tuple[Any, Any], rounds: int = 5) -> lis
         return run
 
     for way in ("forward", "backward"):
-        for k in range(len(ready.program.places)):
+        for k in range(len(ready.program.workers)):
             names[f"{way}_{k}"] = wrapped(names[f"{way}_{k}"], timed, k)
     steps = []
     for i in range(rounds + 1):

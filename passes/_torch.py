@@ -296,3 +296,9 @@ def emit_expression(expr: sympy.Expr, batch: fx.Node) -> fx.Node:
     (symbol,) = expr.free_symbols
     result: fx.Proxy = sympy_interp(_OnProxies, {symbol: fx.Proxy(batch)}, expr)
     return result.node
+
+
+def autocast_device_types() -> tuple[str, ...]:
+    """The device types for which autocast can be on: the CPU and this torch build's accelerator."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)

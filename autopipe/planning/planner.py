@@ -19,7 +19,7 @@ from autopipe.passes.split import PlannedCut, planned_cut_of
 from autopipe.planning.plan_parts import DuplicatedCall, Segment, StagePlan, Times
 from autopipe.planning.plans import Plan
 from autopipe.report.stages import BoundaryTensor
-from autopipe.runtime.mailbox import room
+from autopipe.runtime.mailbox import queue_capacity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -120,7 +120,7 @@ def plan(
         gather_seconds=_gathering(split, sizes, clocks),
         notes=split.captured.notes,
     )
-    peaks = stage_peak_bytes(made.timeline, K, sizes, nbytes, split.routes, room)
+    peaks = stage_peak_bytes(made.timeline, K, sizes, nbytes, split.routes, queue_capacity)
     stages = zip(made.stages, peaks, strict=True)
     made = replace(made, stages=tuple(replace(s, peak_bytes=peak) for s, peak in stages))
     made.verify()

@@ -169,7 +169,7 @@ def _placeholder_name(kind: InputKind, target: str) -> str:
     return f"{kind.value[0]}_{re.sub(r'[^0-9a-zA-Z]', '_', target)}"
 
 
-RESERVED = {"args", "compute", "device", "inf", "kit", "m", "nan", "results", "run", "torch"}
+RESERVED = {"args", "compute", "ctx", "device", "inf", "m", "nan", "results", "run", "torch"}
 """Names that generated programs use for something else."""
 
 

@@ -41,28 +41,28 @@ class RandomDraw(NamedTuple):
 class StagePhases:
     """One stage at one micro-batch size: a pure joint graph, and the phase of each node.
 
-    The graph's placeholders are, in order: the runtime's kit, `held`, `receives`, and one tangent
+    The graph's placeholders are, in order: the runtime's `ctx`, `held`, `receives`, and one tangent
     per name in `tangents`. Its results are, in order: `returns`, one new value per name in
     `updates`, one gradient per name in `own_grads`, one per name in `sent_grads`.
 
     `codegen` writes a function per phase group (R, B and W are one where the schedule runs them
-    together). It takes the kit and a list of tensors, which it empties, and returns a list::
+    together). It takes `ctx` and a list of tensors, which it empties, and returns a list::
 
-        F_{index}_b{size}(kit, [*held, *receives]) -> [*returns, *updates, *saved]
-        RBW_{index}_b{size}(kit, [*held, *saved, *tangents]) -> [*sent_grads]
+        F_{index}_b{size}(ctx, [*held, *receives]) -> [*returns, *updates, *saved]
+        RBW_{index}_b{size}(ctx, [*held, *saved, *tangents]) -> [*sent_grads]
 
-    A backward passes the gradients in `own_grads` to ``kit.accumulate(position, gradient)``. For
+    A backward passes the gradients in `own_grads` to ``ctx.accumulate(position, gradient)``. For
     ``mse_loss(c(relu(b(tanh(a(x))))), y)`` with linear layers a, b, c, a layer per stage,
     micro-batches of 4 and ``remat="full"`` (a stage saves what it received)::
 
-        F_0_b4(kit, [p_a_weight, p_a_bias, x]) -> [tanh, x]
-        RBW_0_b4(kit, [p_a_weight, p_a_bias, x, grad_tanh]) -> []
+        F_0_b4(ctx, [p_a_weight, p_a_bias, x]) -> [tanh, x]
+        RBW_0_b4(ctx, [p_a_weight, p_a_bias, x, grad_tanh]) -> []
 
-        F_1_b4(kit, [p_b_weight, p_b_bias, tanh]) -> [relu, tanh]
-        RBW_1_b4(kit, [p_b_weight, p_b_bias, tanh, grad_relu]) -> [mm]
+        F_1_b4(ctx, [p_b_weight, p_b_bias, tanh]) -> [relu, tanh]
+        RBW_1_b4(ctx, [p_b_weight, p_b_bias, tanh, grad_relu]) -> [mm]
 
-        F_2_b4(kit, [p_c_weight, p_c_bias, y, relu]) -> [mse_loss, relu, y]
-        RBW_2_b4(kit, [p_c_weight, p_c_bias, relu, y, grad_mse_loss]) -> [mm]
+        F_2_b4(ctx, [p_c_weight, p_c_bias, y, relu]) -> [mse_loss, relu, y]
+        RBW_2_b4(ctx, [p_c_weight, p_c_bias, relu, y, grad_mse_loss]) -> [mm]
 
     The first stage sends no gradient, since `x` requires none. Each `mm` is the gradient of what
     the stage received. The last stage's `mse_loss` goes to the caller, who sends `grad_mse_loss`.

@@ -14,7 +14,7 @@ Read the files in this order:
     `request`             the arguments as one value; the cache of traced stages
     `cut`                 Split -> Phased: trace every stage, cut joint graphs into F, R, B and W
     `joint_trace`         one stage graph -> its joint forward and backward graph
-    `lower_random`        random calls become keyed draws of the runtime's kit; other clean-up
+    `lower_random`        random calls become keyed draws of the runtime's `ctx`; other clean-up
     `function_constants`  constants that a custom autograd.Function creates
     `select_saved`        which values F saves for the backward, by policy
     `rematerialize`       rewrite a joint graph so that it recomputes what F did not save

@@ -237,7 +237,7 @@ def cut_joint(
         The cut stage, without names of tangents. The `call` of its draws is still a position in the
         stage graph.
     """
-    kit, *placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
+    ctx, *placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     names = stage.signature
     count = len(names) - len(stage.receives)
     held, rest = placeholders[:count], placeholders[count:]
@@ -257,7 +257,7 @@ def cut_joint(
     written_storages = {storage_id_of(n) for n in written}
     saved = {n for n in saved if n in received or storage_id_of(n) not in written_storages}
     rewriter = JointRewriter(forward, backward, saved)
-    rewriter.write_placeholders([kit, *held], received, tangents, written)
+    rewriter.write_placeholders([ctx, *held], received, tangents, written)
     graph = rewriter.write_calls(joint.graph, results[:forward_results], results[forward_results:])
     own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
     awaited = _ancestors(results_of(graph)[forward_results + len(own_grads) :])

@@ -29,6 +29,7 @@ from autopipe.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FunctionalTensorMode,
+    autocast_device_types,
     from_functional,
     make_fx,
     preserve_node_meta,
@@ -83,7 +84,7 @@ class TensorMeta(NamedTuple):
 class JointGraph:
     """A traced stage: its forward and backward as one pure graph.
 
-    Placeholders: the runtime's kit, the stage's state (`held`: parameters, buffers, constants),
+    Placeholders: the runtime's `ctx`, the stage's state (`held`: parameters, buffers, constants),
     received values, tangents. Results: returned values, new values of buffers, gradients.
 
     Attributes:
@@ -309,7 +310,7 @@ def _is_factory(target: Any) -> bool:
 
 def _uncached_autocast() -> Any:
     """While tracing under autocast: keep fake casts of parameters out of its cache."""
-    for kind in ("cpu", "cuda"):
+    for kind in autocast_device_types():
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             return torch.autocast(kind, dtype=dtype, cache_enabled=False)

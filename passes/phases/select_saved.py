@@ -30,7 +30,7 @@ def select_saved(
     """The values that F saves under a policy; some of them the backward may not read.
 
     Args:
-        graph: joint graph; its first placeholder is the runtime's kit.
+        graph: joint graph; its first placeholder is the runtime's context (`ctx`).
         policy: the stage's policy.
         forward: what the forward computes or reads.
         late: values that depend on a gradient, which F cannot save.
@@ -54,22 +54,22 @@ def select_saved(
 def _min_cut(graph: fx.Graph, results: int, budget: float) -> set[fx.Node]:
     """The values that functorch's partitioner saves.
 
-    It gets a copy of the graph without the kit: each call of a kit method is replaced by the op
-    that the method runs.
+    It gets a copy of the graph without `ctx`: each call of one of its methods is replaced by the
+    op that the method runs.
     """
-    kit = next(iter(graph.nodes))
+    ctx = next(iter(graph.nodes))
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node is kit:
+        if node is ctx:
             continue
         if node.op != "call_method":
             env[node] = copy.node_copy(node, env.__getitem__)
             continue
         _, *arguments = node.args
         target: Any = aten.clone.default
-        if node.target != "settled":  # the operator precedes its arguments
-            start = {"draw": 1, "recording": 0}[node.target]
+        if node.target != "in_suggested_format":  # the operator precedes its arguments
+            start = {"draw": 1, "with_grad": 0}[node.target]
             target, arguments = arguments[start], arguments[start + 1 :]
         arguments, kwargs = fx.map_arg((arguments, node.kwargs), env.__getitem__)
         env[node] = copy.create_node(
@@ -78,4 +78,4 @@ def _min_cut(graph: fx.Graph, results: int, budget: float) -> set[fx.Node]:
         env[node].meta = dict(node.meta)
     fakes = [n.meta["val"] for n in copy.nodes if n.op == "placeholder"]
     saved = min_cut_saved(fx.GraphModule({}, copy), fakes, results, budget)
-    return {node for node in graph.nodes if node is not kit and env[node].name in saved}
+    return {node for node in graph.nodes if node is not ctx and env[node].name in saved}

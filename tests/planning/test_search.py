@@ -150,14 +150,14 @@ def test_no_plan_with_given_policies_and_micro_batches_is_faster(
 
 def slow(monkeypatch: pytest.MonkeyPatch, stage: int | None) -> None:
     """Have a stage begin everything late, so that the other is ahead of it as far as it may be."""
-    kit = Run.kit
+    context = Run.context
 
     def late(self: Run, k: int, *args: Any) -> Any:
         if k == stage:
             hashlib.pbkdf2_hmac("sha256", b"some work", b"without the GIL", 10_000)
-        return kit(self, k, *args)
+        return context(self, k, *args)
 
-    monkeypatch.setattr(Run, "kit", late)
+    monkeypatch.setattr(Run, "context", late)
 
 
 @pytest.mark.parametrize("late", [None, 0, 1])
