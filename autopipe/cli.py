@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from autopipe.errors import AutopipeError, DeviceError, OptionError, PlanError, UnsupportedError
 from autopipe.passes.devices import DEVICES
+from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED, KINDS, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -127,7 +128,8 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
     add("model", metavar="MODULE:CALLABLE", help="what returns the model and its example inputs")
     add("--devices", required=True, metavar="N", help="how many stages; or a list: cpu,cpu,cuda:0")
     add("--chunks", type=int, metavar="M", help="micro-batches of a batch (default: the fastest)")
-    add("--schedule", default="gpipe", help="gpipe (default) or auto")
+    add("--schedule", default=DEFAULT_KIND, metavar="KIND",
+        help=f"{', '.join(EXECUTED)} or auto (default: {DEFAULT_KIND})")  # fmt: skip
     add("--remat", default="full", metavar="POLICY", help="what stages keep: full (default), none, "
         "min-cut, a fraction of what that keeps, or auto: what is fastest and fits")  # fmt: skip
     add("--batch-norm", default="deferred", help="deferred (default) or micro: when running "
@@ -187,7 +189,8 @@ def _listed(text: str | None) -> str | list[str] | None:
 
 def _simulate_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("kind", metavar="KIND", help="gpipe, 1f1b, interleaved, zb-h1, zb-h2 or zb-v")
+    kinds = "; ".join(f"{kind.name}: {kind.summary}" for kind in KINDS.values())
+    add("kind", metavar="KIND", help=kinds)
     add("--stages", required=True, type=int, metavar="K")
     add("--chunks", required=True, type=int, metavar="M", help="micro-batches")
     for name, default, what in (
@@ -199,7 +202,8 @@ def _simulate_options(command: argparse.ArgumentParser) -> None:
         add(f"--{name}", required=default is None, default=default, type=_times, metavar="TIME",
             help=f"time of {what}; one, or one a stage: 18.5,18.5,19")  # fmt: skip
     add("--early-recompute", action="store_true", help="R is an action of its own, before its B")
-    add("--virtual-stages", type=int, metavar="V", help="stages per device, for interleaved")
+    free = ", ".join(kind.name for kind in KINDS.values() if kind.any_virtual_stages)
+    add("--virtual-stages", type=int, metavar="V", help=f"stages per device, for {free}")
     add("--transfer", type=float, default=0.0, metavar="TIME", help="between devices (default: 0)")
 
 
@@ -212,8 +216,6 @@ _times.__name__ = "time"  # what argparse calls a wrong value
 
 
 def _simulate(options: argparse.Namespace) -> None:
-    from autopipe.passes.schedule import simulate
-
     line = simulate(
         options.kind,
         stages=options.stages,

@@ -163,7 +163,7 @@ WRONG = {
     "a folder": (["report", "."], "cannot be"),
     "not a plan": (["report", "models.py"], "not a plan"),
     "trace of no plan": (["trace", "models.py"], "not a plan"),
-    "kind": (simulated("other --stages 2 --chunks 2"), "there is no such schedule"),
+    "kind": (simulated("other --stages 2 --chunks 2"), "unknown schedule"),
     "stages": (simulated("gpipe --stages 0 --chunks 2"), "stages >= 1"),
     "times": (simulated("gpipe --stages 2 --chunks 2 --weight 1,2,3"), "`weight`"),
     "negative": (simulated("gpipe --stages 2 --chunks 2 --transfer -1"), "`transfer`"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from autopipe.errors import PlanError, VerifyError, require
 from autopipe.passes.remat_policies import policy_of
-from autopipe.passes.schedule import KNOWN, Timeline, play_out, schedule, stages_per_device
+from autopipe.passes.schedule import KINDS, Timeline, schedule, simulate_actions
 from autopipe.planning.plan_parts import Begin, Crossing, Repeated, StagePlan, Times
 from autopipe.report.table import table
 from autopipe.typed_json import MisfitError, convert, parse, short, to_json
@@ -96,7 +96,7 @@ class Plan:
         def delay(letter: str, source: int, to: int, m: int) -> float:
             return times(to, m).receive if letter == "F" else times(source, m).give_back
 
-        return play_out(scheduled, takes, delay)
+        return simulate_actions(scheduled, takes, delay)
 
     @property
     def step_seconds(self) -> float:
@@ -141,9 +141,9 @@ class Plan:
         require(0 < len(self.sizes) <= self.chunks, "micro-batches and sizes disagree")
         require(not self.whole or len(self.sizes) == 1, "a whole batch in several micro-batches")
         require(min(self.sizes) > 0, "a micro-batch without samples")
-        require(self.schedule in KNOWN, "an unknown schedule", found=self.schedule)
+        require(self.schedule in KINDS, "an unknown schedule", found=self.schedule)
         require(
-            stages_per_device(self.schedule) == 1,
+            KINDS[self.schedule].virtual_stages == 1,
             "a schedule with several stages on a device",
             found=self.schedule,
         )

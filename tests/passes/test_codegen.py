@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from autopipe.errors import StageError, VerifyError
 from autopipe.passes.codegen import Generated, codegen
-from autopipe.passes.schedule.kinds import schedule
+from autopipe.passes.schedule.build import schedule
 from autopipe.runtime.executor import Run
 from autopipe.runtime.load import load
 from autopipe.runtime.random import Kit
