@@ -11,6 +11,7 @@ import torch
 from autopipe import option_parsing
 from autopipe.errors import OptionError, UnsupportedError
 from autopipe.passes.capture import CaptureRequest
+from autopipe.passes.ir import REDUCTIONS
 from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED, KINDS
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from autopipe.passes.remat_policies import Policy
     from autopipe.planning.plans import Plan
 
-OUT_REDUCE = (None, "mean", "sum")
 BATCH_NORM = ("deferred", "micro")
 
 
@@ -166,18 +166,17 @@ def check(
         )
     if backend != "eager":
         raise OptionError("unknown backend", expected="eager", found=repr(backend))
-    if out_reduce not in OUT_REDUCE:
-        raise OptionError(
-            "unknown out_reduce", expected='None, "mean" or "sum"', found=repr(out_reduce)
-        )
+    if out_reduce not in (None, *REDUCTIONS):
+        names = " or ".join(f'"{name}"' for name in REDUCTIONS)
+        raise OptionError("unknown out_reduce", expected=f"None, {names}", found=repr(out_reduce))
     if batch_norm not in BATCH_NORM:
         raise OptionError(
             "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
         )
-    places = option_parsing.places(devices, elsewhere=elsewhere)
-    K = len(places)
+    parsed = option_parsing.parse_devices(devices, elsewhere=elsewhere)
+    K = len(parsed)
     options = Options(
-        devices=places,
+        devices=parsed,
         chunks=chunks,
         schedule=None if schedule == "auto" else schedule or DEFAULT_KIND,
         remat=option_parsing.policies(remat, K),

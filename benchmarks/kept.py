@@ -20,13 +20,13 @@ from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.phase_memory import stage_bytes
 from autopipe.passes.cost.phase_time import phase_seconds
 from autopipe.passes.devices import CPU_CORE
-from autopipe.passes.driver import costed, cut_in_space
+from autopipe.passes.driver import costed, cut_in_space, phases_by_size
 from autopipe.passes.ir.values import at_batch
-from autopipe.passes.phases.cut import TraceCache
+from autopipe.passes.phases.request import TraceCache
 from autopipe.passes.remat_policies import Policy
 from autopipe.passes.split.call_costs import CallCosts
 from autopipe.passes.split.objective import Objective
-from autopipe.planning.planner import phases_of
+from autopipe.tensor_meta import training_request
 from benchmarks.models import gpt2, swin, t5, unet
 
 POLICIES: tuple[Policy, ...] = ("none", "min-cut", 0.75, 0.5, 0.25, "full")
@@ -52,7 +52,8 @@ def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
     split = cut_in_space(annotated, aim)
     facts, traced = CallCosts(split.annotated, aim), TraceCache()
     for policy in POLICIES:
-        phased = phases_of(model, split, leaves, [SIZE], options, (policy,) * 2, traced)[SIZE]
+        request = training_request(model, split, leaves, [SIZE], options.devices, (policy,) * 2)
+        phased = phases_by_size(request, traced)[SIZE]
         kept, again = [], []
         for stage, calls in zip(split.stages, split.calls, strict=True):
             used = {s.name for node in calls for s in node.all_input_nodes if s in facts.saved}

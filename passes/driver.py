@@ -2,7 +2,7 @@
 
     nn.Module ─capture─▶ Captured ─annotate─▶ Annotated                               `costed`
     Annotated ─split─▶ Split                                                         `cut_in_space`
-    Split ─phases─▶ Phased                                                           `phases_at`
+    Split ─cut_phases─▶ Phased                                                  `phases_by_size`
     Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated                             `cut_in_time`
 
 Every program is verified where it is made. With ``AUTOPIPE_DUMP=dir`` in the environment each is
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
-from autopipe.passes.phases import TraceCache, phases
+from autopipe.passes.phases import TraceCache, cut_phases
 from autopipe.passes.schedule import Scheduled, schedule
 from autopipe.passes.split import PlannedCut, split
 
@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 
     from autopipe.passes.capture import CaptureRequest
     from autopipe.passes.ir import Annotated, Phased, Split
-    from autopipe.passes.phases import TensorMeta
+    from autopipe.passes.phases import PhaseRequest
     from autopipe.passes.split import Objective
-
-    from .remat_policies import Policy
 
 _dumped = itertools.count(1)
 
@@ -89,33 +87,23 @@ class Lowered:
 
 
 @lazy_graph_code()
-def phases_at(
-    split: Split,
-    sizes: Sequence[int],
-    looks: Mapping[int, Mapping[str, TensorMeta]],
-    devices: Sequence[torch.device],
-    *,
-    remat: Sequence[Policy],
-    grad: bool,
-    differentiated: frozenset[str],
-    traced: TraceCache,
+def phases_by_size(
+    request: PhaseRequest,
+    cache: TraceCache | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[int, Phased]:
-    """A split program's phases at each micro-batch size; `looks` by size, the rest as `phases`."""
-    return {
-        size: phases(
-            split,
-            size,
-            looks[size],
-            devices,
-            remat=remat,
-            grad=grad,
-            differentiated=differentiated,
-            traced=traced,
-            progress=progress,
-        )
-        for size in dict.fromkeys(sizes)
-    }
+    """Trace and cut a split program's stages at each micro-batch size of a request.
+
+    Args:
+        request: the stages and what they are traced for.
+        cache: what was traced so far; grows. None: nothing.
+        progress: is called with each stage that is traced.
+
+    Raises:
+        InputError: a batch norm would see a single value per channel.
+    """
+    cache = TraceCache() if cache is None else cache
+    return {size: cut_phases(request, size, cache, progress) for size in request.metadata}
 
 
 @lazy_graph_code()

@@ -20,6 +20,7 @@ from autopipe.planning.planner import clocks_of, plan
 from autopipe.planning.profile_calls import Timing, device_name, profile
 from autopipe.planning.profile_stages import measured_clocks
 from autopipe.planning.search import Search, numbers_of_chunks
+from autopipe.runtime.backends import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ def choose(
 def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:
     """Return the device model of each torch device: GPUs are recognized by their names."""
     return tuple(
-        device_named_in_torch(torch.cuda.get_device_name(d)) if d.type == "cuda" else CPU_CORE
+        CPU_CORE if d.type == "cpu" else device_named_in_torch(backend_of(d).name(d))
         for d in devices
     )
 

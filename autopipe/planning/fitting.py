@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from autopipe.errors import MemoryLimitError
+from autopipe.formatting import format_bytes
 from autopipe.passes.remat_policies import policy_of, repeats
-from autopipe.report.table import nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -157,10 +157,11 @@ def does_not_fit(made: Plan) -> MemoryLimitError:
     assert stage.limit_bytes is not None
     count = len(made.sizes)
     return MemoryLimitError(
-        f"stage {k} does not fit its device: {nbytes(missing_bytes(stage))} are missing",
-        expected=f"at most {nbytes(stage.limit_bytes)}",
-        found=f"{nbytes(stage.memory_bytes)}: parameters, optimizer and buffers"
-        f" {nbytes(stage.static_bytes)}; gradients and {count} micro-batch{'es' * (count > 1)} of"
-        f" {max(made.sizes)} with remat {stage.remat} {nbytes(stage.peak_bytes)}",
+        f"stage {k} does not fit its device: {format_bytes(missing_bytes(stage))} are missing",
+        expected=f"at most {format_bytes(stage.limit_bytes)}",
+        found=f"{format_bytes(stage.memory_bytes)}: parameters, optimizer and buffers"
+        f" {format_bytes(stage.static_bytes)}; gradients and {count}"
+        f" micro-batch{'es' * (count > 1)} of {max(made.sizes)} with remat {stage.remat}"
+        f" {format_bytes(stage.peak_bytes)}",
         missing_bytes=missing_bytes(stage),
     )

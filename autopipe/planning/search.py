@@ -24,14 +24,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import InputError, MemoryLimitError, PartitionError
-from autopipe.passes.driver import cut_in_space
+from autopipe.passes.driver import cut_in_space, phases_by_size
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of, taken_by
 from autopipe.planning.estimate_errors import missed_bytes, spread
 from autopipe.planning.fitting import LADDER, Candidate, Fitted, does_not_fit, fitted, refined
-from autopipe.planning.planner import phases_of, plan
+from autopipe.planning.planner import plan
 from autopipe.runtime import microbatch
+from autopipe.tensor_meta import training_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -278,7 +279,8 @@ class Search:
         """The plan of a cut with a policy for each stage."""
         self.progress(f"trying {len(sizes)} micro-batches")
         options = self.options
-        phased = phases_of(self.model, split, self.leaves, sizes, options, remat, self.traced)
+        request = training_request(self.model, split, self.leaves, sizes, options.devices, remat)
+        phased = phases_by_size(request, self.traced)
         return Candidate(
             plan(self.model, split, phased, sizes, options, self.clocks), split, phased
         )

@@ -28,7 +28,7 @@ def keep(
     """The values that a policy would keep, more than the backward reads perhaps.
 
     Args:
-        graph: joint graph; the runtime's kit is its first placeholder.
+        graph: joint graph; the runtime's context (`ctx`) is its first placeholder.
         policy: see `policies`.
         forward: what the forward makes.
         late: what depends on a gradient, and so cannot be kept.
@@ -47,20 +47,20 @@ def keep(
 
 
 def _min_cut(graph: fx.Graph, results: int, budget: float) -> set[fx.Node]:
-    """What functorch's partitioner keeps. It is shown the calls behind the kit's methods."""
-    kit = next(iter(graph.nodes))
+    """What functorch's partitioner keeps. It is shown the calls behind the methods of `ctx`."""
+    ctx = next(iter(graph.nodes))
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node is kit:
+        if node is ctx:
             continue
         if node.op != "call_method":
             env[node] = copy.node_copy(node, env.__getitem__)
             continue
         _, *arguments = node.args
         target: Any = aten.clone.default
-        if node.target != "settled":  # the operator stands before its arguments
-            start = {"draw": 1, "recording": 0}[node.target]
+        if node.target != "in_suggested_format":  # the operator stands before its arguments
+            start = {"draw": 1, "with_grad": 0}[node.target]
             target, arguments = arguments[start], arguments[start + 1 :]
         arguments, kwargs = fx.map_arg((arguments, node.kwargs), env.__getitem__)
         env[node] = copy.create_node(
@@ -69,4 +69,4 @@ def _min_cut(graph: fx.Graph, results: int, budget: float) -> set[fx.Node]:
         env[node].meta = dict(node.meta)
     fakes = [n.meta["val"] for n in copy.nodes if n.op == "placeholder"]
     kept = min_cut_saved(fx.GraphModule({}, copy), fakes, results, budget)
-    return {node for node in graph.nodes if node is not kit and env[node].name in kept}
+    return {node for node in graph.nodes if node is not ctx and env[node].name in kept}

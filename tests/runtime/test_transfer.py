@@ -25,7 +25,7 @@ UNCHANGED = {
 @pytest.mark.parametrize("name", UNCHANGED)
 def test_a_tensor_that_fits_is_handed_on_as_it_is(name: str) -> None:
     tensor, strides = UNCHANGED[name]
-    assert transfer.laid_out(tensor, strides) is tensor
+    assert transfer.with_strides(tensor, strides) is tensor
 
 
 CHANGED = {
@@ -43,7 +43,7 @@ CHANGED = {
 def test_a_tensor_that_does_not_fit_is_copied(name: str) -> None:
     tensor, strides = CHANGED[name]
     before = tensor.clone()
-    found = transfer.laid_out(tensor, strides)
+    found = transfer.with_strides(tensor, strides)
     assert found.stride() == strides
     assert found.dtype == tensor.dtype
     assert torch.equal(found, tensor)
@@ -52,20 +52,22 @@ def test_a_tensor_that_does_not_fit_is_copied(name: str) -> None:
 
 
 def test_between_workers_on_the_cpu_nothing_is_copied() -> None:
-    place = transfer.WorkerDevice(CPU)
-    assert place.compute is None
-    assert place.copy is None
+    worker = transfer.WorkerDevice(CPU)
+    assert worker.compute is None
+    assert worker.copy is None
     tensor = torch.randn(4, 6)
-    parcel = transfer.send(tensor, place, CPU)
-    assert parcel.ready is None
-    assert transfer.receive(parcel, place) is tensor
+    sent = transfer.send(tensor, worker, worker)
+    assert sent.ready is None
+    assert transfer.receive(sent, worker) is tensor
 
 
 def test_to_another_device_a_copy_is_sent() -> None:
     tensor = torch.randn(4, 6)
-    parcel = transfer.send(tensor, transfer.WorkerDevice(CPU), torch.device("meta"))
-    assert parcel.tensor.is_meta
-    assert parcel.tensor.shape == tensor.shape
+    sent = transfer.send(
+        tensor, transfer.WorkerDevice(CPU), transfer.WorkerDevice(torch.device("meta"))
+    )
+    assert sent.tensor.is_meta
+    assert sent.tensor.shape == tensor.shape
 
 
 class Odd(torch.nn.Module):
@@ -99,12 +101,12 @@ def test_streams_between_stages_on_one_gpu() -> None:
     with torch.cuda.stream(source.compute):
         tensor = torch.randn(1000, 1000, device=gpu)
         product = tensor @ tensor
-        parcel = transfer.send(product, source, gpu)
-    assert parcel.tensor is product
-    assert parcel.ready is not None
+        sent = transfer.send(product, source, target)
+    assert sent.tensor is product
+    assert sent.ready is not None
     assert target.compute is not None
     with torch.cuda.stream(target.compute):
-        total = transfer.receive(parcel, target).sum()
+        total = transfer.receive(sent, target).sum()
     torch.cuda.synchronize()
     torch.testing.assert_close(total, (tensor @ tensor).sum())
 
@@ -115,10 +117,10 @@ def test_from_a_gpu_to_the_cpu_and_back() -> None:
     assert gpu.compute is not None
     with torch.cuda.stream(gpu.compute):
         tensor = torch.randn(1000, 1000, device=gpu.device)
-        parcel = transfer.send(tensor * 2, gpu, CPU)
-    arrived = transfer.receive(parcel, cpu)
+        sent = transfer.send(tensor * 2, gpu, cpu)
+    arrived = transfer.receive(sent, cpu)
     assert torch.equal(arrived, (tensor * 2).cpu())
-    back = transfer.send(arrived, cpu, gpu.device)
+    back = transfer.send(arrived, cpu, gpu)
     with torch.cuda.stream(gpu.compute):
         again = transfer.receive(back, gpu) / 2
     torch.cuda.synchronize()

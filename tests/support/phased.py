@@ -39,8 +39,8 @@ each_policy = pytest.mark.parametrize("remat", POLICIES)
 
 def parts(stage: StagePhases) -> dict[str, list[fx.Node]]:
     """The graph's placeholders by group; results stand in `stage.results()`."""
-    kit, *rest = [n for n in stage.graph.nodes if n.op == "placeholder"]
-    groups: dict[str, list[fx.Node]] = {"kit": [kit]}
+    ctx, *rest = [n for n in stage.graph.nodes if n.op == "placeholder"]
+    groups: dict[str, list[fx.Node]] = {"ctx": [ctx]}
     for group in ("held", "receives", "tangents"):
         count = len(getattr(stage, group))
         groups[group], rest = rest[:count], rest[count:]

@@ -20,8 +20,9 @@ from autopipe.passes.ir.captured import Annotated, Captured
 from autopipe.passes.ir.phased import Phased
 from autopipe.passes.ir.split import Split, StageGraph
 from autopipe.passes.ir.values import Input, InputKind
-from autopipe.passes.phases import cut as phases
+from autopipe.passes.phases.cut import cut_phases
 from autopipe.passes.phases.joint_trace import TensorMeta
+from autopipe.passes.phases.request import PhaseRequest, TraceCache
 from autopipe.passes.split.cut import split
 from autopipe.passes.split.objective import Objective, objective_of
 from tests.support.models import MODELS
@@ -64,24 +65,23 @@ def phased_of(
     remat: str | float = "full",
     grad: bool = True,
     differentiated: Sequence[str] | None = None,
-    traced: phases.TraceCache | None = None,
+    traced: TraceCache | None = None,
 ) -> Phased:
     """Cut a split program in time, for the CPU, from the first `size` samples of a call."""
-    looks = {
+    metadata = {
         i.name: TensorMeta.of(t)._replace(requires_grad=t.requires_grad)
         for i, t in zip(cut.captured.inputs, tensors(cut.captured, model, call, size), strict=True)
     }
     wanted = (o.name for o in cut.captured.outputs) if differentiated is None else differentiated
-    return phases.phases(
+    request = PhaseRequest(
         cut,
-        size,
-        looks,
-        [CPU] * len(cut.stages),
-        remat=(remat,) * len(cut.stages),
-        grad=grad,
-        differentiated=frozenset(wanted),
-        traced=traced or phases.TraceCache(),
+        {size: metadata},
+        (CPU,) * len(cut.stages),
+        (remat,) * len(cut.stages),
+        grad,
+        frozenset(wanted),
     )
+    return cut_phases(request, size, traced or TraceCache())
 
 
 def tensors(captured: Captured, model: nn.Module, call: Call, size: int | None = None) -> list[Any]:
