@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from autopipe.commands import Command
 from autopipe.passes.devices import DEVICES
 from autopipe.passes.remat_policies import DEFAULT, policy_options
+from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED
 
 from ._files import check_writable, say, writing
 
@@ -27,7 +28,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("model", metavar="MODULE:CALLABLE", help="what returns the model and its example inputs")
     add("--devices", required=True, metavar="N", help="how many stages; or a list: cpu,cpu,cuda:0")
     add("--chunks", type=int, metavar="M", help="micro-batches of a batch (default: the fastest)")
-    add("--schedule", default="gpipe", help="gpipe (default) or auto")
+    add("--schedule", default=DEFAULT_KIND, metavar="KIND",
+        help=f"{', '.join(EXECUTED)} or auto (default: {DEFAULT_KIND})")  # fmt: skip
     add("--remat", default=DEFAULT.name, metavar="POLICY", help=f"what stages save: {policies}; or "
         f"auto: what is fastest and fits (default: {DEFAULT.name})")  # fmt: skip
     add("--batch-norm", default="deferred", help="deferred (default) or micro: when running "
