@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from autopipe.compiled import Compiled, CompiledProgram
     from autopipe.passes.ir import Input
-    from autopipe.runtime.memory import SavedBytes
+    from autopipe.runtime.memory import SavedBytesCounter
 
 
 class PipelineCall:
@@ -42,7 +42,7 @@ class PipelineCall:
         ready: CompiledProgram,
         replan: Callable[[frozenset[str]], CompiledProgram],
         leaves: Sequence[Any],
-        memory: SavedBytes,
+        memory: SavedBytesCounter,
     ) -> None:
         self.compiled, self.ready, self.replan = compiled, ready, replan
         self.leaves, self.memory = leaves, memory
@@ -73,7 +73,7 @@ class PipelineCall:
             self.compiled.split.captured.outputs,
             run.results,
             self.sizes,
-            results.output_device(self.compiled.places[-1].device, devices),
+            results.output_device(self.compiled.workers[-1].device, devices),
         )
         self._saved = gathered.saved
         return gathered.values
@@ -112,7 +112,7 @@ class PipelineCall:
         for name, parts in shared.items():
             holder = self.compiled.split.routes[name].holders[-1]
             for m, part in enumerate(parts):
-                run.give(f"grad {name}", holder, m, part)
+                run.feed(f"grad {name}", holder, m, part)
         run.execute("backward")
         found = [
             results.input_gradient(i, run.results, self.sizes, self.leaves[i.index].device)
@@ -161,7 +161,7 @@ class PipelineCall:
             parts = self._scattered(item)
             for k in route.consumers:
                 for m, part in enumerate(parts):
-                    run.give(item.name, k, m, part)
+                    run.feed(item.name, k, m, part)
         return run
 
     def _scattered(self, item: Input) -> Sequence[Tensor]:
@@ -178,13 +178,13 @@ class PipelineCall:
         held = []
         targets = {i.name: i.target for i in compiled.parameters}
         changing = {target for target, _ in split.captured.updates}
-        for stage, place in zip(split.stages, compiled.places, strict=True):
+        for stage, worker in zip(split.stages, compiled.workers, strict=True):
             tensors = []
             for item in stage.held:
                 tensor = before.get(item.name)
                 if tensor is None:
                     written = item.name in ready.updates
-                    tensor = compiled.on(place, item.kind, item.target, written=written)
+                    tensor = compiled.on(worker, item.kind, item.target, written=written)
                     if item.target in changing and ready.program.backward:
                         # Written at the end of the forward, and read again by its recomputation.
                         tensor = self._buffers[item.name] = tensor.clone()
@@ -193,7 +193,7 @@ class PipelineCall:
                 tensors.append(tensor)
             for name in stage.lent:
                 tensors.append(
-                    compiled.on(place, InputKind.PARAMETER, targets[name], written=False)
+                    compiled.on(worker, InputKind.PARAMETER, targets[name], written=False)
                 )
             held.append(tensors)
         return held

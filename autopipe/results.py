@@ -113,18 +113,16 @@ def input_gradient(
 
 
 def output_device(last: torch.device, inputs: Sequence[torch.device]) -> torch.device:
-    """Choose the device of results: the inputs' GPU, where the model itself would put them.
+    """Choose the device of results: the inputs' accelerator, as the model itself would.
 
     Args:
         last: the last stage's device.
         inputs: the devices of the call's tensors.
 
     Returns:
-        `last` if it is no GPU, or if no input lies on one.
+        The first input's device of the type of `last`; `last` if no input is on such a device.
     """
-    if last.type != "cuda":
-        return last
-    return next((d for d in inputs if d.type == "cuda"), last)
+    return next((d for d in inputs if d.type == last.type), last)
 
 
 def run_epilogue(

@@ -57,7 +57,9 @@ class Bundle:
         return f"{fit(self.crossings[0].name, room, 10.5)}  {size}"
 
     def __str__(self) -> str:
-        names = [f"{c.name}  {c.looks}  {format_bytes(c.nbytes)}" for c in self.crossings[:12]]
+        names = [
+            f"{c.name}  {c.tensor_type}  {format_bytes(c.nbytes)}" for c in self.crossings[:12]
+        ]
         if len(self.crossings) > 12:
             names.append(f"… {len(self.crossings) - 12} more: see the table")
         where = "caller" if self.source < 0 else f"stage {self.source}"

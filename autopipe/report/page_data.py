@@ -106,7 +106,9 @@ def memory(stage: StagePlan) -> tuple[Part, ...]:
     """Bytes on a stage's device; together all that it needs."""
     saved = min(stage.peak_saved_bytes, stage.peak_bytes)
     return (
-        Part("parameters", "P", stage.parameter_bytes + stage.buffer_bytes + stage.lent_bytes),
+        Part(
+            "parameters", "P", stage.parameter_bytes + stage.buffer_bytes + stage.shared_copy_bytes
+        ),
         Part("optimizer", "O", stage.optimizer_bytes),
         Part("saved for backward, all in flight", "K", saved),
         Part("gradients, and what a phase makes", "A", stage.peak_bytes - saved),

@@ -47,7 +47,7 @@ def memory_table(facts: PageData) -> str:
 CROSSING_COLUMNS: tuple[Column[Crossing], ...] = (
     Column("tensor", lambda c: c.name, words=True, code=True),
     Column("kind", lambda c: c.kind, words=True),
-    Column("type and shape", lambda c: c.looks, words=True, code=True),
+    Column("type and shape", lambda c: c.tensor_type, words=True, code=True),
     Column("from", lambda c: crossing_ends(c)[0], words=True),
     Column("to", lambda c: crossing_ends(c)[1], words=True),
     Column("bytes", lambda c: format_bytes(c.nbytes)),

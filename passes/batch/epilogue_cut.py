@@ -87,7 +87,7 @@ class EpilogueCut:
         output = self.graph.output_node()
         output.args = (tuple(self.outputs),)
         output.meta.pop("val", None)
-        self._writes.drop(self._replayed)
+        self._writes.remove_unread(self._replayed)
         if not self._needs_epilogue:
             return None
         program = [self._final[n] for n in self._program if n in self._final]
@@ -197,7 +197,7 @@ class EpilogueCut:
         item = self._inputs.get(node.name)
         if node.op == "placeholder" and item is not None and item.kind is InputKind.BUFFER:
             return self._epilogue.placeholder_for(node)
-        later = self._writes.to(node)[-1:]
+        later = self._writes.writers_of(node)[-1:]
         if self.state(node) == STATIC and later and self._order[later[0]] > self._order[reader]:
             with self.graph.inserting_before(reader):  # as it is now
                 node = add_call(self.graph, aten.clone.default, node)
@@ -207,7 +207,7 @@ class EpilogueCut:
 
     def _is_replayed(self, node: fx.Node) -> bool:
         """Whether a reduced value in its memory is written to: writes happen in the epilogue."""
-        if not self.states or not self._writes.to(node):
+        if not self.states or not self._writes.writers_of(node):
             return False
         return isinstance(self.state(self._writes.owner[node]), Reduced)
 
@@ -218,7 +218,7 @@ class EpilogueCut:
             self._replayed.add(owner)
             self._needs_epilogue = True
             self._final[owner] = self._before_writes(owner)
-            for write in self._writes.to(owner):
+            for write in self._writes.writers_of(owner):
                 self.final_value(write)
         if node not in self._final:
             how = self._how(node)

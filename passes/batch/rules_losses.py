@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autopipe.passes.ir import MEAN, SUM
-from autopipe.passes.ops import ctc_loss as ctc
+from autopipe.passes.ops import CTC_LOSS_OP
 
 from .lattice import STATIC, Reduced, Samples, State
 from .op_call import broadcast_state, join_states
@@ -83,4 +83,4 @@ RULES = rule_table(
         " multilabel_margin_loss",
         class_loss: "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d",
     }
-) | {ctc.PACKET: ctc_loss}
+) | {CTC_LOSS_OP: ctc_loss}
