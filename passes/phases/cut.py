@@ -98,7 +98,7 @@ def received_strides(phased: Phased) -> dict[tuple[str, int], tuple[int, ...]]:
     strides = {}
     for stage in phased.stages:
         _, *placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
-        arriving = placeholders[len(stage.held) :]
+        arriving = placeholders[len(stage.state) :]
         messages = [*stage.receives, *(f"grad {n}" for n in stage.tangents)]
         for message, node in zip(messages, arriving, strict=True):
             strides[message, stage.index] = node.meta["val"].stride()
@@ -205,11 +205,11 @@ def _with_names_of(
     stage: StageGraph, core: StagePhases, captured: Captured, tangents: Sequence[str]
 ) -> StagePhases:
     """Give a cut stage the names of `stage`, which is identical to the one that was traced."""
-    rename = dict(zip(core.held + core.receives, stage.signature, strict=True))
+    rename = dict(zip(core.state + core.receives, stage.signature, strict=True))
     return dataclasses.replace(
         core,
         index=stage.index,
-        held=tuple(stage.signature[: len(core.held)]),
+        state=tuple(stage.signature[: len(core.state)]),
         receives=stage.receives,
         tangents=tuple(tangents),
         returns=stage.returns,
@@ -240,7 +240,7 @@ def cut_joint(
     ctx, *placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     names = stage.signature
     count = len(names) - len(stage.receives)
-    held, rest = placeholders[:count], placeholders[count:]
+    state, rest = placeholders[:count], placeholders[count:]
     received, tangents = rest[: len(stage.receives)], rest[len(stage.receives) :]
     results = results_of(joint.graph)
     forward_results = len(stage.returns) + len(joint.updates)
@@ -248,13 +248,13 @@ def cut_joint(
     forward |= {n for n in joint.graph.nodes if n.target is getitem and n.args[0] in forward}
     backward = _descendants(tangents)
     policy = policy if tangents else "full"
-    saved = keep(joint.graph, policy, forward, backward, held, received, forward_results)
+    saved = keep(joint.graph, policy, forward, backward, state, received, forward_results)
     forward |= _ancestors(list(saved))
-    written = [held[i] for i in joint.updates]
+    written = [state[i] for i in joint.updates]
     written_storages = {storage_id_of(n) for n in written}
     saved = {n for n in saved if n in received or storage_id_of(n) not in written_storages}
     rewriter = JointRewriter(forward, backward, saved)
-    rewriter.write_placeholders([ctx, *held], received, tangents, written)
+    rewriter.write_placeholders([ctx, *state], received, tangents, written)
     graph = rewriter.write_calls(joint.graph, results[:forward_results], results[forward_results:])
     own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
     awaited = _ancestors(results_of(graph)[forward_results + len(own_grads) :])
@@ -264,7 +264,7 @@ def cut_joint(
         phase_of=rewriter.phase_of
         | {n.name: "B" for n in awaited if rewriter.phase_of.get(n.name) == "W"},
         saved=tuple(rewriter.saved_names),
-        held=tuple(names[:count]),
+        state=tuple(names[:count]),
         receives=stage.receives,
         tangents=(),
         returns=stage.returns,

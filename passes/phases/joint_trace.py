@@ -84,7 +84,7 @@ class TensorMeta(NamedTuple):
 class JointGraph:
     """A traced stage: its forward and backward as one pure graph.
 
-    Placeholders: the runtime's `ctx`, the stage's state (`held`: parameters, buffers, constants),
+    Placeholders: the runtime's `ctx`, the stage's state (parameters, buffers, constants),
     received values, tangents. Results: returned values, new values of buffers, gradients.
 
     Attributes:
