@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from autopipe.errors import StageError, VerifyError
 from autopipe.passes.codegen import Generated, codegen
 from autopipe.passes.ir.phased import StagePhases
-from autopipe.passes.schedule.kinds import schedule
+from autopipe.passes.schedule.build import schedule
 from autopipe.runtime.executor import Run
 from autopipe.runtime.load import load_source
 from autopipe.runtime.random import MicroBatchContext
