@@ -1,6 +1,8 @@
 """The cut in time: who runs what, what is kept, and that the four phases give eager's bits.
 
 Reachability is worked out here once more, from the graphs' edges alone.
+
+Covers phases/assign_phases.py and phases/select_saved.py.
 """
 
 from __future__ import annotations
