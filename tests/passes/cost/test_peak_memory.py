@@ -11,8 +11,8 @@ from autopipe.passes.cost.peak_memory import stage_peak_bytes
 from autopipe.passes.cost.phase_memory import StageBytes
 from autopipe.passes.ir.split import CALLER, Route
 from autopipe.passes.ir.values import TensorSpec
-from autopipe.passes.schedule.kinds import schedule
-from autopipe.passes.schedule.simulator import play
+from autopipe.passes.schedule.build import schedule
+from autopipe.passes.schedule.simulator import simulate_schedule
 from autopipe.runtime.mailbox import queue_capacity
 
 
@@ -82,7 +82,7 @@ def test_peaks_by_definition(kind: str, seed: int) -> None:
             sources[True, k, n] = None if routes[n].source == CALLER else routes[n].source
         saved, forward, backward = (draw.randint(1, 30) for _ in range(3))
         nbytes[k] = StageBytes(saved, saved + forward, backward, backward + 3, received, tangents)
-    line = play(
+    line = simulate_schedule(
         schedule(kind, K, M),
         forward=[draw.randint(1, 5) for _ in range(K)],
         backward=[draw.randint(1, 9) for _ in range(K)],
@@ -99,7 +99,7 @@ def test_gpipe_keeps_all_and_1f1b_few() -> None:
     nbytes = {(k, 1): StageBytes(saved, saved, saved, saved, {}, {}) for k in range(K)}
     peaks = {
         kind: stage_peak_bytes(
-            play(schedule(kind, K, M), forward=1, backward=2),
+            simulate_schedule(schedule(kind, K, M), forward=1, backward=2),
             K,
             [1] * M,
             nbytes,
@@ -121,6 +121,6 @@ def test_a_gradient_may_come_during_the_forward_of_a_stage_that_its_maker_does_n
         (1, 1): StageBytes(0, 500, 0, 0, {"h": size}, {"h": size}),
         (2, 1): StageBytes(0, 0, 0, 0, {"h": size}, {}),
     }
-    line = play(schedule("gpipe", K, M), forward=[1, 9, 1], backward=1)
+    line = simulate_schedule(schedule("gpipe", K, M), forward=[1, 9, 1], backward=1)
     waiting = size * min(queue_capacity(0, 1), M - 1) + size * queue_capacity(2, 1)
     assert stage_peak_bytes(line, K, [1] * M, nbytes, routes, queue_capacity)[1] == 500 + waiting
