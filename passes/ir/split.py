@@ -192,7 +192,7 @@ class Split:
 
     @property
     def firsts(self) -> tuple[str | None, ...]:
-        """The first op of each stage that no earlier stage computes as well; None if it has none."""
+        """The first op of each stage that no earlier stage computes as well; None: it has none."""
         own = (
             (n.name for n in calls if self.duplicated.get(n.name, (k,))[0] == k)
             for k, calls in enumerate(self.calls)

@@ -182,7 +182,7 @@ def test_no_other_choice_costs_less(device: Device, remat: RematPolicy) -> None:
 # --------------------------------------------------------------------------------- end to end
 
 
-def in_aim(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
+def with_device(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     """Let `compile` cut for other devices than it runs on."""
     monkeypatch.setattr(compiled, "models_of", lambda devices: (device,) * len(devices))
 
@@ -191,7 +191,7 @@ def in_aim(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
 def test_a_pipeline_with_duplicates_is_bit_equal(
     monkeypatch: pytest.MonkeyPatch, remat: str
 ) -> None:
-    in_aim(monkeypatch, SLOW)
+    with_device(monkeypatch, SLOW)
     torch.manual_seed(0)
     model = Rotary()
     pipe = autopipe.compile(model, ["cpu"] * 3, 2, remat=remat, args=(IDS,))
@@ -291,7 +291,7 @@ class Early(nn.Module):
 
 @pytest.mark.parametrize("first", [1, 3, 5])
 def test_a_stage_keeps_an_op_of_its_own(first: int) -> None:
-    """Planned so that the first stage has cheap calls alone, some of which are assignment again."""
+    """Planned so that the first stage has cheap calls alone, some of which are duplicated."""
     found = annotate(captured_of(Early(), torch.randn(4, 256)))
     objective = on(SLOW, 2)
     groups = groups_of(found, objective)

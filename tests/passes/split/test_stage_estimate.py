@@ -81,13 +81,9 @@ def saved_of(cut: Split, wanted: Objective, k: int) -> float:
     """Bytes of the results of a stage that another micro-batch in flight saves."""
     annotated, (policy,) = cut.annotated, wanted.policies(k)
     saved = {n: at_batch(annotated.costs[n.name].saved_bytes, SIZE) for n in cut.calls[k]}
-    saved_by_cut = OpCosts(annotated, wanted).min_cut.saved_bytes
+    by_cut = OpCosts(annotated, wanted).min_cut.saved_bytes
     share = {"none": 0.0, "full": 0.0, "min-cut": 1.0, 0.25: 0.25}[policy.option]
-    return (
-        sum(saved.values())
-        if policy == NONE
-        else share * sum(saved_by_cut.get(n, 0) for n in saved)
-    )
+    return sum(saved.values()) if policy == NONE else share * sum(by_cut.get(n, 0) for n in saved)
 
 
 def expected_seconds(cut: Split, wanted: Objective, k: int) -> float:
