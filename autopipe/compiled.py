@@ -123,10 +123,10 @@ class Compiled:
         sizes = microbatch.sizes(batch, chunks)
         models = options.models or models_of(options.devices)
         in_flight = schedule(options.kind, len(models), len(sizes)).in_flight()
-        aim = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
+        objective = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
         return cut_in_space(
             annotated,
-            aim,
+            objective,
             planned=None if plan is None else cut_of(plan),
             must_fit=plan is not None and plan.training == self.model.training,
             progress=progress,

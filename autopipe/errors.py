@@ -68,7 +68,7 @@ class AutopipeError(Exception):
         return error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle without the constructor, whatever arguments a class has."""
+        """Copy and pickle without the constructor: classes differ in its arguments."""
         return _restore, (type(self), self.args), self.__dict__
 
 

@@ -288,8 +288,8 @@ class Pipeline(ModuleProxy):
     def __repr__(self) -> str:
         options = self._options()
         devices = ", ".join(map(str, options.devices))
-        policies = set(options.remat or ("auto",))
-        remat = next(iter(policies)) if len(policies) == 1 else options.remat
+        policies = tuple(p.option for p in options.remat or ()) or ("auto",)
+        remat = policies[0] if len(set(policies)) == 1 else policies
         return (
             f"Pipeline({type(self.model).__name__}, devices=[{devices}], chunks={options.chunks},"
             f" schedule={options.schedule or 'auto'!r}, remat={remat!r})"

@@ -10,7 +10,7 @@ import torch
 
 from autopipe.errors import DeviceError, OptionError
 from autopipe.passes.devices import Device, device_of
-from autopipe.passes.remat_policies import POLICIES, Policy, policy_of
+from autopipe.passes.remat_policies import DEFAULT, RematPolicy, parse_policy, policy_options
 from autopipe.runtime.backends import accelerators, backend_of
 
 if TYPE_CHECKING:
@@ -21,18 +21,18 @@ T = TypeVar("T")
 
 def policies(
     remat: str | float | Sequence[str | float] | None, count: int
-) -> tuple[Policy, ...] | None:
+) -> tuple[RematPolicy, ...] | None:
     """A policy for each stage; None: the planner chooses."""
     if remat == "auto":
         return None
-    return each("remat", "full" if remat is None else remat, count, policy)
+    return each("remat", DEFAULT.option if remat is None else remat, count, policy)
 
 
-def policy(value: Any) -> Policy:
+def policy(value: Any) -> RematPolicy:
     """What a stage keeps: a name, or a fraction."""
-    found = policy_of(value)
+    found = parse_policy(value)
     if found is None:
-        expected = f"one of {', '.join(POLICIES)}, auto, or a fraction to keep from 0 to 1"
+        expected = f"one of {', '.join(policy_options())}; or auto"
         raise OptionError("unknown remat", expected=expected, found=repr(value))
     return found
 

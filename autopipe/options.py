@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from autopipe.passes.devices import Device
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
     from autopipe.planning.plans import Plan
 
 BATCH_NORM = ("deferred", "micro")
@@ -31,7 +31,7 @@ class Given(NamedTuple):
     """Micro-batches, and one policy for each stage."""
 
     chunks: int
-    remat: tuple[Policy, ...]
+    remat: tuple[RematPolicy, ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Options:
     devices: tuple[torch.device, ...]
     chunks: int | None
     schedule: str | None
-    remat: tuple[Policy, ...] | None
+    remat: tuple[RematPolicy, ...] | None
     in_dims: Any
     out_reduce: str | None
     batch_norm: str

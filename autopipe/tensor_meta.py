@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from autopipe.passes.ir import Captured, Input, Split
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
 
 
 def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict[str, TensorMeta]:
@@ -54,7 +54,7 @@ def training_request(
     leaves: Sequence[Any],
     sizes: Sequence[int],
     devices: Sequence[torch.device],
-    remat: Sequence[Policy],
+    remat: Sequence[RematPolicy],
 ) -> PhaseRequest:
     """Ask for a split program's phases in training, with gradients from the usual outputs.
 

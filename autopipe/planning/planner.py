@@ -114,9 +114,9 @@ def plan(
             BoundaryTensor.of(r).at(distinct[0]) for r in split.routes.values() if r.consumers
         ),
         segments=tuple(Segment(*run) for run in planned.runs),
-        duplicated=tuple(DuplicatedCall(*one) for one in planned.repeated),
-        bound_seconds=split.facts.lower_bound,
-        cut_seconds=split.facts.bottleneck,
+        duplicated=tuple(DuplicatedCall(*one) for one in planned.duplicated),
+        bound_seconds=split.estimates.lower_bound,
+        cut_seconds=split.estimates.bottleneck,
         gather_seconds=_gathering(split, sizes, clocks),
         notes=split.captured.notes,
     )
@@ -153,7 +153,7 @@ def _stage(
         calls=len(calls),
         device=str(options.devices[k]),
         speeds=clock.name,
-        remat=str(phased[0].remat[k]),
+        remat=phased[0].remat[k].name,
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
         flops=at_batch(cost.flops, size),
         times=tuple(_times(split, cut, k, clock, in_flight) for cut in phased),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopipe.errors import PlanError, VerifyError, require
-from autopipe.passes.remat_policies import policy_of
+from autopipe.passes.remat_policies import parse_policy
 from autopipe.passes.schedule import KINDS
 from autopipe.planning.plan_data import PlanData
 from autopipe.report.table import table
@@ -71,7 +71,7 @@ class Plan(PlanData):
             for name, value in facts:
                 if isinstance(value, (int, float)):
                     require(value >= 0, f"{name} is negative", found=str(value))
-            require(policy_of(stage.remat) is not None, f"{where}.remat", found=stage.remat)
+            require(parse_policy(stage.remat) is not None, f"{where}.remat", found=stage.remat)
             empty = stage.first is None
             require(empty == (stage.calls == 0), f"stages[{k}]: `first` and `calls` disagree")
             require(not empty or K == 1, f"stages[{k}] has no call")

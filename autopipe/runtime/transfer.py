@@ -62,6 +62,8 @@ def send(tensor: Tensor, source: WorkerDevice, target: WorkerDevice) -> SentTens
     """
     if source.compute is None:
         moved = tensor.to(target.device, non_blocking=True)
+        if target.compute is None:
+            return SentTensor(moved, None)
         stream = target.backend.current_stream(target.device)
         return SentTensor(moved, None if stream is None else stream.record_event())
     if tensor.device == target.device:

@@ -2,7 +2,7 @@
 
 A model may branch on the number of samples, or make a plain number of it (``1 / len(x)``). Its
 graph then holds the branch for the batch that it was captured with. As in eager torch, the size is
-that of the whole batch, whatever the micro-batches.
+that of the whole batch, not of a micro-batch.
 """
 
 from __future__ import annotations

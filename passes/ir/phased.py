@@ -16,6 +16,8 @@ from .values import results_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from autopipe.passes.remat_policies import RematPolicy
+
 PHASES = ("F", "R", "B", "W")
 """Forward, recompute, gradients of received values, gradients of parameters: in this order."""
 
@@ -147,7 +149,7 @@ class Phased:
 
     split: Split
     size: int
-    remat: tuple[str | float, ...]
+    remat: tuple[RematPolicy, ...]
     differentiable: frozenset[str]
     differentiated: frozenset[str]
     stages: tuple[StagePhases, ...]
@@ -168,7 +170,9 @@ class Phased:
                 )
 
     def __str__(self) -> str:
-        lines = [f"phased: micro-batch of {self.size}, remat {', '.join(map(str, self.remat))}"]
+        lines = [
+            f"phased: micro-batch of {self.size}, remat {', '.join(p.name for p in self.remat)}"
+        ]
         for stage in self.stages:
             counts = {p: sum(q == p for q in stage.phase_of.values()) for p in PHASES}
             lines.append(f"stage {stage.index}: nodes {counts}, saved {list(stage.saved)}")

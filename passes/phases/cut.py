@@ -35,12 +35,12 @@ from autopipe.passes.ir import (
 
 from .joint_trace import JointGraph, TensorMeta, forward_metadata, trace_joint
 from .rematerialize import JointRewriter
-from .select_saved import keep
+from .select_saved import select_saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
 
     from .request import PhaseRequest, TraceCache
 
@@ -223,7 +223,7 @@ def _with_names_of(
 
 
 def cut_joint(
-    stage: StageGraph, joint: JointGraph, policy: Policy, device: torch.device
+    stage: StageGraph, joint: JointGraph, policy: RematPolicy, device: torch.device
 ) -> StagePhases:
     """Cut one joint graph into F, R, B and W by reachability.
 
@@ -247,8 +247,11 @@ def cut_joint(
     forward = _ancestors(results[:forward_results])
     forward |= {n for n in joint.graph.nodes if n.target is getitem and n.args[0] in forward}
     backward = _descendants(tangents)
-    policy = policy if tangents else "full"
-    saved = keep(joint.graph, policy, forward, backward, held, received, forward_results)
+    saved = set(received)
+    if tangents:
+        saved = select_saved(
+            joint.graph, policy, forward, backward, held, received, forward_results
+        )
     forward |= _ancestors(list(saved))
     written = [held[i] for i in joint.updates]
     written_storages = {storage_id_of(n) for n in written}

@@ -164,21 +164,6 @@ def test_an_error_names_stage_micro_batch_node_and_source() -> None:
     assert str(error).startswith("stage 1, micro-batch 2 failed: IndexError: index out of range")
 
 
-def test_linecache_keeps_the_program_when_files_are_checked() -> None:
-    names, filename = load_source("def answer():\n    return 42\n")
-    linecache.checkcache()
-    assert linecache.getline(filename, 2) == "    return 42\n"
-    assert names["answer"]() == 42
-    assert names["answer"].__code__.co_filename == filename
-
-
-def test_loading_the_same_text_twice_keeps_one_file() -> None:
-    _, first = load_source("x = 1\n")
-    _, again = load_source("x = 1\n")
-    _, other = load_source("x = 2\n")
-    assert first == again != other
-
-
 def test_the_same_model_gives_the_same_text() -> None:
     codes = []
     for _ in range(2):
