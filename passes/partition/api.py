@@ -32,7 +32,7 @@ from .order_search import OrderSearchResult, alternative_orders, is_refuted, sea
 from .scaled_integers import to_integers, unit_of
 
 ORDER_STEPS = 1 << 18
-"""Budget for cuts of orders on different devices, in items times stages; one order always is cut."""
+"""Budget for cuts of orders on different devices, in items times stages (at least one is cut)."""
 
 
 @dataclass(frozen=True)
@@ -198,23 +198,27 @@ def partition(
         found = f"{len(devices)}"
         raise OptionError("`devices`", expected=f"{stages}, one for each stage", found=found)
     dag, unit = _dag(costs)
-    found = search_orders(dag, stages)
+    searched = search_orders(dag, stages)
     if devices is not None:
-        return _on_devices(costs, devices, dag, found, slack)
-    limit = min(sum(dag.costs), math.floor(found.bottleneck * (1 + Fraction(slack))))
+        return _on_devices(costs, devices, dag, searched, slack)
+    limit = min(sum(dag.costs), math.floor(searched.bottleneck * (1 + Fraction(slack))))
     nbytes = [0] * N if costs.nbytes is None else [costs.nbytes[node] for node in order]
-    orders = [*found.orders, *(alternative_orders(dag, stages, limit) if any(nbytes) else ())]
+    orders = [*searched.orders, *(alternative_orders(dag, stages, limit) if any(nbytes) else ())]
     best = minimize_crossing(dag, nbytes, orders, stages, limit)
     stage_of = {costs.names[node]: stage for node, stage in zip(order, best, strict=True)}
     members: list[list[float]] = [[] for _ in range(stages)]
     for name, seconds in zip(costs.names, costs.seconds, strict=True):
         members[stage_of[name]].append(seconds)
     sums = tuple(math.fsum(values) for values in members)
-    return Partition(stage_of, sums, max(sums), _seconds(found.lower_bound, unit))
+    return Partition(stage_of, sums, max(sums), _seconds(searched.lower_bound, unit))
 
 
 def _on_devices(
-    costs: CostGraph, devices: Sequence[DeviceSpec], dag: Dag, searched: OrderSearchResult, slack: float
+    costs: CostGraph,
+    devices: Sequence[DeviceSpec],
+    dag: Dag,
+    searched: OrderSearchResult,
+    slack: float,
 ) -> Partition:
     """The best exact cut over the orders that the search found; the first is `costs.order()`."""
     order, K = costs.order(), len(devices)
@@ -241,7 +245,9 @@ def _on_devices(
     return Partition(stage_of, times, max(times), bound, loads.stage_bytes(starts))
 
 
-def _device_loads(costs: CostGraph, devices: Sequence[DeviceSpec], order: Sequence[int]) -> DeviceLoads:
+def _device_loads(
+    costs: CostGraph, devices: Sequence[DeviceSpec], order: Sequence[int]
+) -> DeviceLoads:
     """Times and bytes of the nodes, in an order, on each device."""
     none = (0,) * len(order)
     fields = (costs.seconds, costs.parameter_nbytes or none, costs.nbytes or none)
@@ -261,7 +267,9 @@ def _dag(graph: CostGraph) -> tuple[Dag, Fraction]:
     position = {node: at for at, node in enumerate(order)}
     seconds = [graph.seconds[node] for node in order]
     costs = to_integers("seconds", seconds)
-    return Dag.of(costs, [(position[a], position[b]) for a, b in graph.edges]), unit_of(seconds, costs)
+    return Dag.of(costs, [(position[a], position[b]) for a, b in graph.edges]), unit_of(
+        seconds, costs
+    )
 
 
 def _seconds(units: int, unit: Fraction) -> float:

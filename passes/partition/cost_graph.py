@@ -49,8 +49,8 @@ class CostGraph:
             path: of the file.
 
         Raises:
-            PartitionError: a line that is neither node nor edge, a name listed twice, or an edge of an
-                unknown node.
+            PartitionError: a line that is neither node nor edge, a name listed twice, or an edge of
+                an unknown node.
             OSError: the file cannot be read.
         """
         index: dict[str, int] = {}
@@ -110,14 +110,16 @@ class CostGraph:
                     raise PartitionError(problem, node=name, found=str(value))
         for edge in self.edges:
             if not all(0 <= end < N for end in edge):
-                raise PartitionError(f"an edge names a node outside the graph of {N} nodes", found=str(edge))
+                raise PartitionError(
+                    f"an edge names a node outside the graph of {N} nodes", found=str(edge)
+                )
         ready = set(self._kahn())
         if len(ready) < N:
             cycle = " -> ".join(self.names[node] for node in self._cycle(ready))
             raise PartitionError("the graph has a cycle", found=cycle)
 
     def order(self) -> tuple[int, ...]:
-        """The topological order that is cut first, as node indices: Kahn's, newest ready node first.
+        """The topological order that is cut first, as node indices: Kahn's, newest ready node next.
 
         A stack follows one branch to its end before it starts the next, so few values cross a cut.
         Deterministic: equal graphs have equal orders.

@@ -1,9 +1,9 @@
 """The second criterion: among cuts whose largest stage is within a limit, few bytes that cross.
 
 A value crosses every boundary between the stage that computes it and the last one that uses it. For
-one order `chain_cut.cut_chain` finds the exact minimum. Over orders this is a local search: nodes of
-the cut are moved one by one, then the nodes are brought into an order in which each stage is a
-contiguous run again, and that order is cut anew.
+one order `chain_cut.cut_chain` finds the exact minimum. Over orders this is a local search: nodes
+of the cut are moved one by one, then the nodes are brought into an order in which each stage is a
+contiguous run again, and that order is cut again.
 """
 
 from __future__ import annotations

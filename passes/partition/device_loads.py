@@ -154,9 +154,7 @@ class DeviceLoads:
             nbytes.append(tuple(p * factor + a * units * device.in_flight for p, a in pairs))
             limits.append(None if device.memory_bytes is None else device.memory_bytes * units)
             units_per_byte.append(units)
-        return cls(
-            times, Fraction(1, common), tuple(nbytes), tuple(limits), tuple(units_per_byte)
-        )
+        return cls(times, Fraction(1, common), tuple(nbytes), tuple(limits), tuple(units_per_byte))
 
     @classmethod
     def of_equal_devices(cls, costs: Sequence[int], stages: int) -> DeviceLoads:

@@ -10,8 +10,8 @@ within reach, the one with the least crossing, found in a stack of minima. Only 
 from which both ends of the row could be reached if receiving were free. Near the optimum these are
 few, so a search takes about O(N), not O(N K).
 
-The optimum is the smallest T that has a cut: bisection, in which each failed search returns the next
-T at which some reach grows.
+The optimum is the smallest T that has a cut, found by bisection; each failed search returns the
+next T at which some reach grows.
 """
 
 from __future__ import annotations
@@ -132,9 +132,7 @@ class _CutSearch(NamedTuple):
     next_limit: int
 
 
-def _start_windows(
-    stages: Sequence[StageOptions], limit: int
-) -> tuple[list[int], list[int], int]:
+def _start_windows(stages: Sequence[StageOptions], limit: int) -> tuple[list[int], list[int], int]:
     """The first and last item at which each stage may start (the last entry: the end of the row).
 
     From an item outside its window, one end of the row cannot be reached even if receiving is free.
@@ -214,9 +212,7 @@ def _next_limit(
     return min((time for time in times if time is not None), default=limit + 1)
 
 
-def _does_not_fit(
-    loads: DeviceLoads, stages: Sequence[StageOptions], time: int
-) -> PartitionError:
+def _does_not_fit(loads: DeviceLoads, stages: Sequence[StageOptions], time: int) -> PartitionError:
     """The first stage that does not fit, and its missing bytes, if stages are filled in turn."""
     N, K, at = len(loads.times[0]), len(stages), 0
     for k, stage in enumerate(stages):

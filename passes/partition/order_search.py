@@ -166,7 +166,12 @@ class _BothEnds:
         return cls(bounds.stages, SearchGraph.of(dag, bounds.tails), backward)
 
     def search(
-        self, best: OrderSearchResult, limit: int, backward: bool, width: int | None, steps: int = WORK
+        self,
+        best: OrderSearchResult,
+        limit: int,
+        backward: bool,
+        width: int | None,
+        steps: int = WORK,
     ) -> tuple[OrderSearchResult, bool]:
         """The result after a search for a cut within `limit`, and whether it decided the limit."""
         graph = self.backward if backward else self.forward
@@ -181,7 +186,9 @@ class _BothEnds:
         return best, False
 
 
-def _try_list_schedules(best: OrderSearchResult, dag: Dag, stages: int, tails: Sequence[int]) -> OrderSearchResult:
+def _try_list_schedules(
+    best: OrderSearchResult, dag: Dag, stages: int, tails: Sequence[int]
+) -> OrderSearchResult:
     """Try list schedules for limits between the bound and the best cut."""
     low = best.lower_bound
     for _ in range(LIST_PROBES):
@@ -195,7 +202,9 @@ def _try_list_schedules(best: OrderSearchResult, dag: Dag, stages: int, tails: S
     return best
 
 
-def _try_beams(best: OrderSearchResult, ends: _BothEnds, backward: bool, width: int) -> OrderSearchResult:
+def _try_beams(
+    best: OrderSearchResult, ends: _BothEnds, backward: bool, width: int
+) -> OrderSearchResult:
     """Run beam searches for limits between the bound and the best cut."""
     low = best.lower_bound
     while best.bottleneck - low > best.lower_bound // CLOSE and best.steps < WORK:

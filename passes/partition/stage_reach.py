@@ -149,9 +149,7 @@ class StageOptions:
             receive: count the time to receive values.
         """
         times = [
-            option.time(start, end)
-            if receive
-            else option.time_sums[end] - option.time_sums[start]
+            option.time(start, end) if receive else option.time_sums[end] - option.time_sums[start]
             for option in self.options
         ]
         return min((time for time in times if time > limit), default=None)
@@ -175,7 +173,9 @@ def _option_sums(loads: DeviceLoads) -> list[OptionSums]:
     found = []
     for k, limit in enumerate(loads.byte_limits):
         receive: Sequence[int] = loads.receive_times[k] if loads.receive_times else ()
-        copies: Sequence[int] = loads.copy_bytes[k] if loads.copy_bytes and limit is not None else ()
+        copies: Sequence[int] = (
+            loads.copy_bytes[k] if loads.copy_bytes and limit is not None else ()
+        )
         receive = receive if any(receive) else ()
         parts = (loads.times[k], loads.nbytes[k] if limit is not None else (), receive, copies)
         units = loads.units_per_byte[k]
