@@ -37,7 +37,7 @@ def any_cut(found: Annotated, K: int, seed: int) -> PlannedCut:
         ready = [v for v, before in enumerate(dag.before) if v not in done and done >= {*before}]
         order.append(generator.choice(ready))
     starts = sorted(generator.sample(range(1, len(order)), K - 1))
-    stage_of = groups.stages(order, starts)
+    stage_of = groups.stage_of(order, starts)
     stages = [stage_of[node] for node in costs.ops]
     pairs = zip(costs.ops, [-1, *stages], stages, strict=False)
     return PlannedCut("", (), tuple((node.name, k) for node, before, k in pairs if k != before))
