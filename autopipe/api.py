@@ -10,6 +10,7 @@ from autopipe.module import Pipeline
 from autopipe.options import check
 from autopipe.passes.capture import as_module
 from autopipe.passes.driver import costed
+from autopipe.passes.schedule import DEFAULT_KIND
 from autopipe.planning.choice import choose
 from autopipe.planning.plans import Plan
 
@@ -117,7 +118,7 @@ def plan(
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    schedule: str = "gpipe",
+    schedule: str = DEFAULT_KIND,
     remat: str | float | Sequence[str | float] = "full",
     memory: int | str | Sequence[int | str] | None = None,
     device: str | Device | Sequence[str | Device] | None = None,

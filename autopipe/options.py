@@ -12,7 +12,7 @@ from autopipe import option_parsing
 from autopipe.errors import OptionError, UnsupportedError
 from autopipe.passes.capture import CaptureRequest
 from autopipe.passes.ir import REDUCTIONS
-from autopipe.passes.schedule import KNOWN
+from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED, KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,11 +21,8 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from autopipe.passes.devices import Device
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
     from autopipe.planning.plans import Plan
-
-EXECUTED = ("gpipe",)
-"""The schedules that the runtime runs (the simulator knows more)."""
 
 BATCH_NORM = ("deferred", "micro")
 
@@ -34,7 +31,7 @@ class Given(NamedTuple):
     """Micro-batches, and one policy for each stage."""
 
     chunks: int
-    remat: tuple[Policy, ...]
+    remat: tuple[RematPolicy, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Options:
     devices: tuple[torch.device, ...]
     chunks: int | None
     schedule: str | None
-    remat: tuple[Policy, ...] | None
+    remat: tuple[RematPolicy, ...] | None
     in_dims: Any
     out_reduce: str | None
     batch_norm: str
@@ -67,7 +64,7 @@ class Options:
     @property
     def kind(self) -> str:
         """The schedule; of those that the runtime runs there is one to choose."""
-        return self.schedule or EXECUTED[0]
+        return self.schedule or DEFAULT_KIND
 
     @property
     def whole(self) -> bool:
@@ -154,14 +151,14 @@ def check(
             expected="an integer of at least 1, or None: the planner chooses",
             found=repr(chunks),
         )
-    if schedule not in (None, *KNOWN, "auto"):
+    if schedule not in (None, *KINDS, "auto"):
         known = ", ".join((*EXECUTED, "auto"))
         raise OptionError("unknown schedule", expected=f"one of {known}", found=repr(schedule))
     if schedule not in (None, *EXECUTED, "auto"):
         raise UnsupportedError(
             f"the runtime does not execute schedule={schedule!r} yet",
             expected=f"one of {', '.join(EXECUTED)}",
-            remedy='use schedule="gpipe"',
+            remedy=f'use schedule="{DEFAULT_KIND}"',
         )
     if backend == "inductor":
         raise UnsupportedError(
@@ -176,12 +173,12 @@ def check(
         raise OptionError(
             "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
         )
-    places = option_parsing.places(devices, elsewhere=elsewhere)
-    K = len(places)
+    parsed = option_parsing.parse_devices(devices, elsewhere=elsewhere)
+    K = len(parsed)
     options = Options(
-        devices=places,
+        devices=parsed,
         chunks=chunks,
-        schedule=None if schedule == "auto" else schedule or "gpipe",
+        schedule=None if schedule == "auto" else schedule or DEFAULT_KIND,
         remat=option_parsing.policies(remat, K),
         in_dims=in_dims,
         out_reduce=out_reduce,

@@ -13,13 +13,13 @@ from autopipe.runtime.executor import Run
 from autopipe.runtime.random import step_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
-    from autopipe.compiled import Compiled, CompiledProgram
+    from autopipe.compiled import CompiledModel, CompiledProgram
     from autopipe.passes.ir import Input
-    from autopipe.runtime.memory import SavedBytes
+    from autopipe.runtime.memory import SavedBytesCounter
 
 
 class PipelineCall:
@@ -28,7 +28,6 @@ class PipelineCall:
     Args:
         compiled: the captured model.
         ready: the program to run.
-        replan: returns the program for gradients from another set of outputs.
         leaves: the call's flattened inputs.
         memory: counts the bytes saved between forward and backward.
 
@@ -38,13 +37,12 @@ class PipelineCall:
 
     def __init__(
         self,
-        compiled: Compiled,
+        compiled: CompiledModel,
         ready: CompiledProgram,
-        replan: Callable[[frozenset[str]], CompiledProgram],
         leaves: Sequence[Any],
-        memory: SavedBytes,
+        memory: SavedBytesCounter,
     ) -> None:
-        self.compiled, self.ready, self.replan = compiled, ready, replan
+        self.compiled, self.ready = compiled, ready
         self.leaves, self.memory = leaves, memory
         self.sizes = ready.program.sizes
         self.seed = step_seed() if ready.program.is_random else 0
@@ -73,7 +71,7 @@ class PipelineCall:
             self.compiled.split.captured.outputs,
             run.results,
             self.sizes,
-            results.output_device(self.compiled.places[-1].device, devices),
+            results.output_device(self.compiled.workers[-1].device, devices),
         )
         self._saved = gathered.saved
         return gathered.values
@@ -104,7 +102,7 @@ class PipelineCall:
             # The program was made for gradients from other outputs. Run the forward of the right
             # one, with the same seed and buffers, once; the next step starts with it.
             run.drop()
-            self.ready = self.replan(pattern)
+            self.ready = self.compiled.program_for_outputs(self.ready, pattern)
             run = self._new_run(self.ready, self._buffers)
             run.execute("forward")
             run.results.clear()
@@ -112,7 +110,7 @@ class PipelineCall:
         for name, parts in shared.items():
             holder = self.compiled.split.routes[name].holders[-1]
             for m, part in enumerate(parts):
-                run.give(f"grad {name}", holder, m, part)
+                run.feed(f"grad {name}", holder, m, part)
         run.execute("backward")
         found = [
             results.input_gradient(i, run.results, self.sizes, self.leaves[i.index].device)
@@ -161,7 +159,7 @@ class PipelineCall:
             parts = self._scattered(item)
             for k in route.consumers:
                 for m, part in enumerate(parts):
-                    run.give(item.name, k, m, part)
+                    run.feed(item.name, k, m, part)
         return run
 
     def _scattered(self, item: Input) -> Sequence[Tensor]:
@@ -178,13 +176,13 @@ class PipelineCall:
         held = []
         targets = {i.name: i.target for i in compiled.parameters}
         changing = {target for target, _ in split.captured.updates}
-        for stage, place in zip(split.stages, compiled.places, strict=True):
+        for stage, worker in zip(split.stages, compiled.workers, strict=True):
             tensors = []
             for item in stage.held:
                 tensor = before.get(item.name)
                 if tensor is None:
                     written = item.name in ready.updates
-                    tensor = compiled.on(place, item.kind, item.target, written=written)
+                    tensor = compiled.on(worker, item.kind, item.target, written=written)
                     if item.target in changing and ready.program.backward:
                         # Written at the end of the forward, and read again by its recomputation.
                         tensor = self._buffers[item.name] = tensor.clone()
@@ -193,7 +191,7 @@ class PipelineCall:
                 tensors.append(tensor)
             for name in stage.lent:
                 tensors.append(
-                    compiled.on(place, InputKind.PARAMETER, targets[name], written=False)
+                    compiled.on(worker, InputKind.PARAMETER, targets[name], written=False)
                 )
             held.append(tensors)
         return held

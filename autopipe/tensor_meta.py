@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from autopipe.passes.ir import Captured, Input, Split
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
 
 
 def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict[str, TensorMeta]:
@@ -38,7 +38,7 @@ def state_metadata(captured: Captured, tensor: Callable[[Input], Tensor]) -> dic
     }
 
 
-def differentiated(captured: Captured) -> frozenset[str]:
+def usual_outputs(captured: Captured) -> frozenset[str]:
     """The results for which a gradient will come, if the training loop is the usual one.
 
     A model that returns its own loss gets its gradient there; else any result may get one.
@@ -54,7 +54,7 @@ def training_request(
     leaves: Sequence[Any],
     sizes: Sequence[int],
     devices: Sequence[torch.device],
-    remat: Sequence[Policy],
+    remat: Sequence[RematPolicy],
 ) -> PhaseRequest:
     """Ask for a split program's phases in training, with gradients from the usual outputs.
 
@@ -74,5 +74,5 @@ def training_request(
         tuple(devices),
         tuple(remat),
         grad=True,
-        differentiated=differentiated(captured),
+        differentiated=usual_outputs(captured),
     )

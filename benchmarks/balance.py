@@ -35,7 +35,7 @@ BATCH, CHUNKS = 8, 4
 def busy(pipe: autopipe.Pipeline, call: tuple[Any, Any], rounds: int = 5) -> list[float]:
     """CPU seconds of each stage in a step."""
     args, kwargs = call
-    _, ready = pipe._compiled_or_raise()
+    _, ready = pipe._programs.last
     names = ready.program.forward[0].__globals__
     spent: dict[int, float] = defaultdict(float)
 
@@ -49,7 +49,7 @@ def busy(pipe: autopipe.Pipeline, call: tuple[Any, Any], rounds: int = 5) -> lis
         return run
 
     for way in ("forward", "backward"):
-        for k in range(len(ready.program.places)):
+        for k in range(len(ready.program.workers)):
             names[f"{way}_{k}"] = wrapped(names[f"{way}_{k}"], timed, k)
     steps = []
     for i in range(rounds + 1):

@@ -130,11 +130,11 @@ def _program(
 def _forward(split: Split, stage: StagePhases) -> str:
     """Write the forward of one micro-batch: what to receive and where to send results."""
     k = stage.index
-    arguments = [f"*run.held({k})"]
+    arguments = [f"*run.state({k})"]
     arguments += [f'run.receive("{n}", {k}, m)' for n in stage.receives]
     lines = [
         f"def forward_{k}(run, m, compute):",
-        f"    results = compute(run.kit({k}, m), [{_listed(arguments)}])",
+        f"    results = compute(run.context({k}, m), [{_listed(arguments)}])",
     ]
     position = 0
     for name in stage.returns:
@@ -143,23 +143,23 @@ def _forward(split: Split, stage: StagePhases) -> str:
             lines.append(f'    run.send("{name}", {k}, {to}, m, results[{position}])')
         position += 1
     for name in stage.updates:
-        lines.append(f'    run.update("{name}", {k}, results[{position}])')
+        lines.append(f'    run.update_buffer("{name}", {k}, results[{position}])')
         position += 1
     if stage.saved:
-        lines.append(f"    run.keep({k}, m, results[{position}:])")
+        lines.append(f"    run.save({k}, m, results[{position}:])")
     return "\n".join(lines) + "\n"
 
 
 def _backward(split: Split, stage: StagePhases) -> str:
     """Write the backward of one micro-batch: which tangents to receive, where to send gradients."""
     k = stage.index
-    arguments = [f"*run.held({k})", f"*run.kept({k}, m)"]
+    arguments = [f"*run.state({k})", f"*run.pop_saved({k}, m)"]
     arguments += [f'run.receive("grad {n}", {k}, m)' for n in stage.tangents]
     names = [f'"{n}"' for n in stage.own_grads]
     lines = [
         f"def backward_{k}(run, m, compute):",
-        f"    kit = run.kit({k}, m, [{_listed(names)}])",
-        f"    results = compute(kit, [{_listed(arguments)}])",
+        f"    ctx = run.context({k}, m, [{_listed(names)}])",
+        f"    results = compute(ctx, [{_listed(arguments)}])",
     ]
     for position, name in enumerate(stage.sent_grads):
         to = split.routes[name].gradient_to(k)
@@ -175,7 +175,7 @@ def _listed(arguments: Sequence[str]) -> str:
 
 
 def stage_function(stage: StagePhases, phase: str, device: torch.device, name: str) -> str:
-    """Write the calls of some phases as a function ``name(kit, args)``, which empties `args`.
+    """Write the calls of some phases as a function ``name(ctx, args)``, which empties `args`.
 
     `StagePhases` shows the arguments and results of these functions.
 
@@ -189,26 +189,26 @@ def stage_function(stage: StagePhases, phase: str, device: torch.device, name: s
         Python source of the function.
     """
     by_name = {n.name: n for n in stage.graph.nodes}
-    kit, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
-    count = len(stage.held)
-    held, received = holders[:count], holders[count : count + len(stage.receives)]
-    tangents = holders[count + len(stage.receives) :]
+    ctx, *placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
+    count = len(stage.state)
+    state, received = placeholders[:count], placeholders[count : count + len(stage.receives)]
+    tangents = placeholders[count + len(stage.receives) :]
     saved = [by_name[n] for n in stage.saved]
     results = stage.results()
     own_grads: dict[fx.Node, list[int]] = {}
     if phase == "F":
-        arguments = [*held, *received]
+        arguments = [*state, *received]
         values = [*results["returns"], *results["updates"], *saved]
     else:
-        arguments = [*held, *saved, *tangents]
+        arguments = [*state, *saved, *tangents]
         values = results["sent_grads"]
         for i, node in enumerate(results["own_grads"]):
             own_grads.setdefault(node, []).append(i)
     tangent_names = [f"grad_{n}" for n in stage.tangents]
-    labels = [*stage.held, *stage.receives, *tangent_names]
-    label_of = dict(zip(holders, labels, strict=True))
+    labels = [*stage.state, *stage.receives, *tangent_names]
+    label_of = dict(zip(placeholders, labels, strict=True))
     graph = fx.Graph()
-    env = {kit: graph.placeholder(kit.name)}
+    env = {ctx: graph.placeholder(ctx.name)}
     for node in arguments:
         env[node] = graph.placeholder(label_of.get(node, node.name))
         env[node].target = env[node].name  # fx makes names unique, but not targets
@@ -218,7 +218,7 @@ def stage_function(stage: StagePhases, phase: str, device: torch.device, name: s
             env[node] = graph.node_copy(node, env.__getitem__)
             _replace_device(env[node], stage.device, device)
         for i in own_grads.get(node, ()):  # at once, so that only the sum stays alive
-            done = graph.call_method("accumulate", (env[kit], i, env[node]))
+            done = graph.call_method("accumulate", (env[ctx], i, env[node]))
             done.meta = {"stack_trace": node.meta.get("stack_trace")}
     graph.output([env[v] if isinstance(v, fx.Node) else v for v in values])
     return _text(graph, name)
@@ -236,7 +236,7 @@ def _text(graph: fx.Graph, name: str) -> str:
     parameters = [n.name for n in graph.nodes if n.op == "placeholder"][1:]
     _, _, body = source.partition("\ndef forward(")
     _, _, body = body.partition(":\n")
-    head = f"def {name}(kit, args):\n"
+    head = f"def {name}(ctx, args):\n"
     if parameters:
         head += f"    {_wrapped(parameters)} = args\n    args.clear()\n"
     body = re.sub(r"\n\s*# No stacktrace found for following nodes", "", body)

@@ -64,7 +64,7 @@ def costed(
 @lazy_graph_code()
 def cut_in_space(
     annotated: Annotated,
-    aim: Objective,
+    objective: Objective,
     *,
     planned: PlannedCut | None = None,
     must_fit: bool = False,
@@ -72,7 +72,7 @@ def cut_in_space(
 ) -> Split:
     """Cut a costed graph into stages; arguments as for `split`."""
     progress("splitting")
-    result = split(annotated, aim, planned=planned, must_fit=must_fit)
+    result = split(annotated, objective, planned=planned, must_fit=must_fit)
     _dump("split", result)
     return result
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from autopipe.commands import Command
 from autopipe.passes.devices import DEVICES
-from autopipe.passes.remat_policies import POLICIES
+from autopipe.passes.remat_policies import DEFAULT, policy_options
+from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED
 
 from ._files import check_writable, say, writing
 
@@ -23,13 +24,14 @@ a tuple and kwargs a dict. It is called under torch.device("meta"), so no weight
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    policies = ", ".join(f"{p} (default)" if p == "full" else p for p in POLICIES)
+    policies = ", ".join(policy_options())
     add("model", metavar="MODULE:CALLABLE", help="what returns the model and its example inputs")
     add("--devices", required=True, metavar="N", help="how many stages; or a list: cpu,cpu,cuda:0")
     add("--chunks", type=int, metavar="M", help="micro-batches of a batch (default: the fastest)")
-    add("--schedule", default="gpipe", help="gpipe (default) or auto")
-    add("--remat", default="full", metavar="POLICY", help=f"what stages keep: {policies}, a "
-        "fraction of what that keeps, or auto: what is fastest and fits")  # fmt: skip
+    add("--schedule", default=DEFAULT_KIND, metavar="KIND",
+        help=f"{', '.join(EXECUTED)} or auto (default: {DEFAULT_KIND})")  # fmt: skip
+    add("--remat", default=DEFAULT.name, metavar="POLICY", help=f"what stages save: {policies}; or "
+        f"auto: what is fastest and fits (default: {DEFAULT.name})")  # fmt: skip
     add("--batch-norm", default="deferred", help="deferred (default) or micro: when running "
         "statistics change, once a step or once a micro-batch")  # fmt: skip
     add("--out-reduce", metavar="RULE", help="mean or sum, where a result's rule is not derived")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autopipe.commands import Command
-from autopipe.passes.schedule import KNOWN, simulate
+from autopipe.passes.schedule import KINDS, simulate
 
 from ._files import say
 
@@ -22,7 +22,8 @@ unit of their own."""
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("kind", metavar="KIND", help=f"{', '.join(KNOWN[:-1])} or {KNOWN[-1]}")
+    kinds = "; ".join(f"{kind.name}: {kind.summary}" for kind in KINDS.values())
+    add("kind", metavar="KIND", help=kinds)
     add("--stages", required=True, type=int, metavar="K")
     add("--chunks", required=True, type=int, metavar="M", help="micro-batches")
     for name, default, what in (
@@ -34,7 +35,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         add(f"--{name}", required=default is None, default=default, type=_times, metavar="TIME",
             help=f"time of {what}; one, or one a stage: 18.5,18.5,19")  # fmt: skip
     add("--early-recompute", action="store_true", help="R is an action of its own, before its B")
-    add("--virtual-stages", type=int, metavar="V", help="stages per device, for interleaved")
+    free = ", ".join(kind.name for kind in KINDS.values() if kind.any_virtual_stages)
+    add("--virtual-stages", type=int, metavar="V", help=f"stages per device, for {free}")
     add("--transfer", type=float, default=0.0, metavar="TIME", help="between devices (default: 0)")
 
 

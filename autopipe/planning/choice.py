@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from autopipe.errors import MemoryLimitError, PartitionError, UnsupportedError
 from autopipe.passes.cost import CallSeconds
 from autopipe.passes.devices import CPU_CORE, device_named_in_torch
+from autopipe.passes.remat_policies import LADDER
 from autopipe.planning.fitting import Candidate
 from autopipe.planning.planner import clocks_of, plan
 from autopipe.planning.profile_calls import Timing, device_name, profile
 from autopipe.planning.profile_stages import measured_clocks
 from autopipe.planning.search import Search, numbers_of_chunks
+from autopipe.runtime.backends import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,10 +30,26 @@ if TYPE_CHECKING:
 
     from autopipe.options import Options
     from autopipe.passes.devices import Device
-    from autopipe.passes.ir import Annotated
+    from autopipe.passes.ir import Annotated, Split
+    from autopipe.passes.phases import TraceCache
+    from autopipe.planning.plans import Plan
 
 REFINEMENTS = 3
 """How often a cut is made again with what its stages really took, where stages are timed."""
+
+
+class Choice(NamedTuple):
+    """A chosen plan.
+
+    Attributes:
+        plan: it.
+        split: the stages.
+        traces: what was traced of these stages; graphs of other candidates are not in it.
+    """
+
+    plan: Plan
+    split: Split
+    traces: TraceCache
 
 
 def choose(
@@ -41,7 +59,7 @@ def choose(
     batch: int,
     options: Options,
     progress: Callable[[str], None] = lambda text: None,
-) -> Candidate:
+) -> Choice:
     """The best plan that keeps the options.
 
     Args:
@@ -60,7 +78,8 @@ def choose(
     search = _search(model, annotated, leaves, options, progress)
     try:
         chosen = search.best(batch)
-        return _refined(search, chosen, batch) if options.profile else chosen
+        if options.profile:
+            chosen = _refined(search, chosen, batch)
     except MemoryLimitError as error:
         remedies = list(_remedies(search, batch))
         raise MemoryLimitError(
@@ -70,12 +89,14 @@ def choose(
             remedy="; or ".join(remedies) or "nothing that was tried fits: use larger devices",
             missing_bytes=error.missing_bytes,
         ) from error
+    traces = search.traced.restricted_to(chosen.phased.values())
+    return Choice(chosen.plan, chosen.split, traces)
 
 
 def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:
     """Return the device model of each torch device: GPUs are recognized by their names."""
     return tuple(
-        device_named_in_torch(torch.cuda.get_device_name(d)) if d.type == "cuda" else CPU_CORE
+        CPU_CORE if d.type == "cpu" else device_named_in_torch(backend_of(d).name(d))
         for d in devices
     )
 
@@ -128,7 +149,7 @@ def _refined(search: Search, chosen: Candidate, batch: int) -> Candidate:
         assert search.measured is not None
         times = dict(search.measured(max(known.sizes)))
         for k, calls in enumerate(chosen.split.calls):
-            share = chosen.plan.stages[k].seconds / max(chosen.split.facts.seconds[k], 1e-12)
+            share = chosen.plan.stages[k].seconds / max(chosen.split.estimates.seconds[k], 1e-12)
             times |= {n.name: CallSeconds(*(share * t for t in times[n.name])) for n in calls}
         search = replace(search, measured=_always(times))
         try:
@@ -155,10 +176,11 @@ def _always(times: Mapping[str, CallSeconds]) -> Callable[[int], Mapping[str, Ca
 def _remedies(search: Search, batch: int) -> Iterator[str]:
     """Changes that would fit, each the smallest of its kind, in words."""
     options = search.options
-    if options.remat is not None and set(options.remat) != {"full"}:
-        full = replace(options, remat=("full",) * len(options.devices))
-        if _fits(search, full, batch):
-            yield 'remat="full", or remat="auto"'
+    leanest = LADDER[-1]
+    if options.remat is not None and set(options.remat) != {leanest}:
+        lean = replace(options, remat=(leanest,) * len(options.devices))
+        if _fits(search, lean, batch):
+            yield f'remat="{leanest.name}", or remat="auto"'
     if options.chunks is not None:
         for chunks in numbers_of_chunks(batch, len(options.devices)):
             if chunks > options.chunks and _fits(search, replace(options, chunks=chunks), batch):

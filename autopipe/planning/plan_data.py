@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from autopipe.passes.schedule import Timeline, play_out, schedule
+from autopipe.passes.schedule import Timeline, schedule, simulate_actions
 from autopipe.planning.plan_parts import Crossing, DuplicatedCall, Segment, StagePlan, Times
 from autopipe.typed_json import json_name
 
@@ -82,7 +82,7 @@ class PlanData:
         def delay(letter: str, source: int, to: int, m: int) -> float:
             return times(to, m).receive if letter == "F" else times(source, m).send_gradients
 
-        return play_out(scheduled, duration, delay)
+        return simulate_actions(scheduled, duration, delay)
 
     @property
     def step_seconds(self) -> float:

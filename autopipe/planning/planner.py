@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from autopipe.passes.cost import (
     PhaseSeconds,
     StageBytes,
+    cost_of_stage,
     phase_seconds,
     stage_bytes,
-    stage_cost,
     stage_peak_bytes,
 )
 from autopipe.passes.ir import InputKind, at_batch
@@ -19,7 +19,7 @@ from autopipe.passes.split import PlannedCut, planned_cut_of
 from autopipe.planning.plan_parts import DuplicatedCall, Segment, StagePlan, Times
 from autopipe.planning.plans import Plan
 from autopipe.report.stages import BoundaryTensor
-from autopipe.runtime.mailbox import room
+from autopipe.runtime.mailbox import queue_capacity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -114,13 +114,13 @@ def plan(
             BoundaryTensor.of(r).at(distinct[0]) for r in split.routes.values() if r.consumers
         ),
         segments=tuple(Segment(*run) for run in planned.runs),
-        duplicated=tuple(DuplicatedCall(*one) for one in planned.repeated),
-        bound_seconds=split.facts.lower_bound,
-        cut_seconds=split.facts.bottleneck,
+        duplicated=tuple(DuplicatedCall(*one) for one in planned.duplicated),
+        bound_seconds=split.estimates.lower_bound,
+        cut_seconds=split.estimates.bottleneck,
         gather_seconds=_gathering(split, sizes, clocks),
         notes=split.captured.notes,
     )
-    peaks = stage_peak_bytes(made.timeline, K, sizes, nbytes, split.routes, room)
+    peaks = stage_peak_bytes(made.timeline, K, sizes, nbytes, split.routes, queue_capacity)
     stages = zip(made.stages, peaks, strict=True)
     made = replace(made, stages=tuple(replace(s, peak_bytes=peak) for s, peak in stages))
     made.verify()
@@ -146,14 +146,14 @@ def _stage(
     """One stage; `phased` by size, the largest first, `nbytes` by micro-batch."""
     k, size = stage.index, phased[0].size
     calls = split.calls[k]
-    cost = stage_cost(split, stage, size)
+    cost = cost_of_stage(split, stage, size)
     saved = [n.saved for n in nbytes]
     return StagePlan(
         first=split.firsts[stage.index],
         calls=len(calls),
         device=str(options.devices[k]),
         speeds=clock.name,
-        remat=str(phased[0].remat[k]),
+        remat=phased[0].remat[k].name,
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
         flops=at_batch(cost.flops, size),
         times=tuple(_times(split, cut, k, clock, in_flight) for cut in phased),

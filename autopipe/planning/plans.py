@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopipe.errors import PlanError, VerifyError, require
-from autopipe.passes.remat_policies import policy_of
-from autopipe.passes.schedule import KNOWN, stages_per_device
+from autopipe.passes.remat_policies import parse_policy
+from autopipe.passes.schedule import KINDS
 from autopipe.planning.plan_data import PlanData
 from autopipe.report.table import table
 from autopipe.typed_json import MisfitError, convert, parse, short, to_json
@@ -54,9 +54,9 @@ class Plan(PlanData):
         require(0 < len(self.sizes) <= self.chunks, "micro-batches and sizes disagree")
         require(not self.whole or len(self.sizes) == 1, "a whole batch in several micro-batches")
         require(min(self.sizes) > 0, "a micro-batch without samples")
-        require(self.schedule in KNOWN, "an unknown schedule", found=self.schedule)
+        require(self.schedule in KINDS, "an unknown schedule", found=self.schedule)
         require(
-            stages_per_device(self.schedule) == 1,
+            KINDS[self.schedule].virtual_stages == 1,
             "a schedule with several stages on a device",
             found=self.schedule,
         )
@@ -71,7 +71,7 @@ class Plan(PlanData):
             for name, value in facts:
                 if isinstance(value, (int, float)):
                     require(value >= 0, f"{name} is negative", found=str(value))
-            require(policy_of(stage.remat) is not None, f"{where}.remat", found=stage.remat)
+            require(parse_policy(stage.remat) is not None, f"{where}.remat", found=stage.remat)
             empty = stage.first is None
             require(empty == (stage.calls == 0), f"stages[{k}]: `first` and `calls` disagree")
             require(not empty or K == 1, f"stages[{k}] has no call")

@@ -12,6 +12,7 @@ Files, in reading order:
 - `flat_module`: the model as a function from flat tensors to flat tensors
 - `exporting`: torch.export, quiet, and refusing what it would lose
 - `normalize`: the exported graph → plain ops, one placeholder for each tensor
+- `inlining`: copies the ops of the exported graph and of the regions in it
 - `canonicalize`: rewrites of single ops: dropouts that drop nothing, squeezes
 - `scalar_reads`: Python numbers read off tensors become tensors of one entry
 - `patches`: replacements of parts of a model while it is traced

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from autopipe.errors import OptionError
 
-from .exporting import Sizes, export
+from .exporting import SizeUses, export
 from .normalize import Normalized, normalize
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def export_and_normalize(
     examples: Sequence[Tensor],
     batch_dims: Sequence[int | None],
     names: Sequence[str],
-) -> tuple[Normalized, Sizes]:
+) -> tuple[Normalized, SizeUses]:
     """Trace a module by torch.export.
 
     Args:
@@ -69,7 +69,7 @@ class Frontend:
     name: str
     accepts: Callable[[Any], bool]
     module: Callable[[Any], nn.Module] = lambda model: model
-    trace: Callable[..., tuple[Normalized, Sizes]] = export_and_normalize
+    trace: Callable[..., tuple[Normalized, SizeUses]] = export_and_normalize
 
 
 FRONTENDS = (

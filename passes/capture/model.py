@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from autopipe.errors import CaptureError, UnsupportedError
 from autopipe.passes._torch import free_unbacked_symbols
-from autopipe.passes.batch import STATIC, Reduced, combine, follow, settle
+from autopipe.passes.batch import STATIC, Reduced, combine, decide_by_trial, propagate_states
 from autopipe.passes.graph import in_batch_symbol
 from autopipe.passes.ir import (
     SINGLE_SAMPLE,
@@ -30,9 +30,9 @@ from autopipe.passes.ir import (
 )
 
 from .buffer_assignment import read_buffer_copies
-from .buffer_mutation import check_rows, defer
+from .buffer_mutation import defer_buffer_writes, refuse_batched_writes
 from .flat_module import TensorSlot
-from .size_guards import branches
+from .size_guards import collect_guards
 from .tracing import Trace, trace_model
 
 if TYPE_CHECKING:
@@ -107,11 +107,11 @@ def _supported_sizes(trace: Trace, inputs: Sequence[Input]) -> SizeGuards:
     """The batch sizes for which the graph computes what the model does."""
     if trace.batch is None:
         return SINGLE_SAMPLE
-    _check_batch_is_symbolic(inputs, next(iter(trace.sizes.fixed), None))
-    return branches(trace.normalized.graph, trace.sizes.decisions, trace.batch)
+    _check_batch_is_symbolic(inputs, next(iter(trace.sizes.concretized), None))
+    return collect_guards(trace.normalized.graph, trace.sizes.conditions, trace.batch)
 
 
-def _check_batch_is_symbolic(inputs: Sequence[Input], fixed_at: str | None) -> None:
+def _check_batch_is_symbolic(inputs: Sequence[Input], concretized_at: str | None) -> None:
     for item in inputs:
         if item.kind is not InputKind.INPUT or item.batch_dim is None:
             continue
@@ -120,7 +120,7 @@ def _check_batch_is_symbolic(inputs: Sequence[Input], fixed_at: str | None) -> N
             raise CaptureError(
                 "the model fixes the size of its batch dimension",
                 node=item.name,
-                source=fixed_at,
+                source=concretized_at,
                 expected=f"any size in dimension {item.batch_dim}",
                 found=f"always {size}",
                 remedy="take sizes from x.shape, not from len(x), and do not loop over the batch"
@@ -164,7 +164,7 @@ def _assigned_buffers(trace: Trace, inputs: Sequence[Input]) -> list[fx.Node]:
 def _combine_one(trace: Trace, inputs: Sequence[Input]) -> CombinedGraph:
     """Results of a single micro-batch: each is the whole batch's already."""
     graph = trace.normalized.graph
-    updates = defer(graph, inputs)[0] if trace.cumulative else {}
+    updates = defer_buffer_writes(graph, inputs)[0] if trace.cumulative else {}
     return combine(graph, inputs, {}, updates=updates)
 
 
@@ -173,11 +173,13 @@ def _combine_many(
 ) -> tuple[CombinedGraph, list[str]]:
     """Results of several micro-batches, and notes on the values whose rule was tried out."""
     graph = trace.normalized.graph
-    check_rows(graph, inputs)
-    updates, reductions = defer(graph, inputs) if request.batch_norm == "deferred" else ({}, {})
+    refuse_batched_writes(graph, inputs)
+    updates, reductions = (
+        defer_buffer_writes(graph, inputs) if request.batch_norm == "deferred" else ({}, {})
+    )
     wanted = [*results_of(graph), *updates.values()]
     value = _values(trace, request.leaves)
-    states, notes = settle(graph, inputs, follow(graph, inputs), wanted, value)
+    states, notes = decide_by_trial(graph, inputs, propagate_states(graph, inputs), wanted, value)
     states |= {n: Reduced(how) for n, how in reductions.items()}
     _mark_static(states)
     out_reduce = request.out_reduce

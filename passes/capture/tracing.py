@@ -13,17 +13,22 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import InputError
 from autopipe.passes.graph import warn_at_user_line
-from autopipe.passes.ops import ctc_losses
+from autopipe.passes.ops import exportable_ctc_loss
 
 from .flat_module import FlatModel, ForwardResult
 from .frontends import argument_names, as_module, frontend_of
 from .hidden_state import check_hidden_state
-from .patches import DataDetached, cumulative_norms, noted_hooks, off_meta
+from .patches import (
+    DetachInsteadOfData,
+    find_observer_hooks,
+    replace_meta_tensors,
+    trace_cumulative_norms,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .exporting import Sizes
+    from .exporting import SizeUses
     from .normalize import Normalized
     from .request import CaptureRequest
 
@@ -43,7 +48,7 @@ class Trace(NamedTuple):
 
     module: nn.Module
     normalized: Normalized
-    sizes: Sizes
+    sizes: SizeUses
     result: ForwardResult
     cumulative: Sequence[str]
     positions: Sequence[int]
@@ -72,11 +77,11 @@ def trace_model(request: CaptureRequest) -> Trace:
     dims = [request.symbolic_dims[i] for i in flat.tensor_positions]
     names = input_names(module, request.leaves, request.spec)
     with ExitStack() as stack:
-        stack.enter_context(off_meta(module, examples))
-        stack.enter_context(ctc_losses())
-        cumulative = stack.enter_context(cumulative_norms(module))
-        hooks = stack.enter_context(noted_hooks(module))
-        stack.enter_context(DataDetached())
+        stack.enter_context(replace_meta_tensors(module, examples))
+        stack.enter_context(exportable_ctc_loss())
+        cumulative = stack.enter_context(trace_cumulative_norms(module))
+        hooks = stack.enter_context(find_observer_hooks(module))
+        stack.enter_context(DetachInsteadOfData())
         normalized, sizes = trace(flat, examples, dims, names)
         result = replace(flat.result)  # later calls of `flat` give it other values
         attributes = check_hidden_state(

@@ -84,9 +84,7 @@ def _work(node: fx.Node) -> CallWork | None:
     """The work of one call; None if it does nothing (it unpacks results)."""
     target: Any = node.target
     args = node.args
-    if (
-        node.op == "call_method"
-    ):  # a method of the runtime's kit, with the operator before its arguments
+    if node.op == "call_method":  # of the runtime's `ctx`: the operator precedes its arguments
         target = next((a for a in args if callable(a) and not isinstance(a, fx.Node)), None)
         args = args[args.index(target) + 1 :] if target is not None else args[1:]
     elif not hasattr(target, "_schema"):

@@ -14,6 +14,7 @@ Out: the types above and their parts (`Input`, `Output`, `Route`, `StageGraph`, 
 
 Read the files in this order:
 
+    `combine`   how the micro-batches' values of an output are combined
     `values`    tensors by shape in `B` and dtype; inputs, outputs, result leaves, size guards
     `captured`  Captured, Annotated, NodeCost, GradFlow
     `split`     Split, StageGraph, Route

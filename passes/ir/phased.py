@@ -16,6 +16,8 @@ from .values import results_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from autopipe.passes.remat_policies import RematPolicy
+
 PHASES = ("F", "R", "B", "W")
 """Forward, recompute, gradients of received values, gradients of parameters: in this order."""
 
@@ -39,28 +41,28 @@ class RandomDraw(NamedTuple):
 class StagePhases:
     """One stage at one micro-batch size: a pure joint graph, and the phase of each node.
 
-    The graph's placeholders are, in order: the runtime's kit, `held`, `receives`, and one tangent
-    per name in `tangents`. Its results are, in order: `returns`, one new value per name in
+    The graph's placeholders are, in order: the runtime's `ctx`, `state`, `receives`, and one
+    tangent per name in `tangents`. Its results are, in order: `returns`, one new value per name in
     `updates`, one gradient per name in `own_grads`, one per name in `sent_grads`.
 
     `codegen` writes a function per phase group (R, B and W are one where the schedule runs them
-    together). It takes the kit and a list of tensors, which it empties, and returns a list::
+    together). It takes `ctx` and a list of tensors, which it empties, and returns a list::
 
-        F_{index}_b{size}(kit, [*held, *receives]) -> [*returns, *updates, *saved]
-        RBW_{index}_b{size}(kit, [*held, *saved, *tangents]) -> [*sent_grads]
+        F_{index}_b{size}(ctx, [*state, *receives]) -> [*returns, *updates, *saved]
+        RBW_{index}_b{size}(ctx, [*state, *saved, *tangents]) -> [*sent_grads]
 
-    A backward passes the gradients in `own_grads` to ``kit.accumulate(position, gradient)``. For
+    A backward passes the gradients in `own_grads` to ``ctx.accumulate(position, gradient)``. For
     ``mse_loss(c(relu(b(tanh(a(x))))), y)`` with linear layers a, b, c, a layer per stage,
     micro-batches of 4 and ``remat="full"`` (a stage saves what it received)::
 
-        F_0_b4(kit, [p_a_weight, p_a_bias, x]) -> [tanh, x]
-        RBW_0_b4(kit, [p_a_weight, p_a_bias, x, grad_tanh]) -> []
+        F_0_b4(ctx, [p_a_weight, p_a_bias, x]) -> [tanh, x]
+        RBW_0_b4(ctx, [p_a_weight, p_a_bias, x, grad_tanh]) -> []
 
-        F_1_b4(kit, [p_b_weight, p_b_bias, tanh]) -> [relu, tanh]
-        RBW_1_b4(kit, [p_b_weight, p_b_bias, tanh, grad_relu]) -> [mm]
+        F_1_b4(ctx, [p_b_weight, p_b_bias, tanh]) -> [relu, tanh]
+        RBW_1_b4(ctx, [p_b_weight, p_b_bias, tanh, grad_relu]) -> [mm]
 
-        F_2_b4(kit, [p_c_weight, p_c_bias, y, relu]) -> [mse_loss, relu, y]
-        RBW_2_b4(kit, [p_c_weight, p_c_bias, relu, y, grad_mse_loss]) -> [mm]
+        F_2_b4(ctx, [p_c_weight, p_c_bias, y, relu]) -> [mse_loss, relu, y]
+        RBW_2_b4(ctx, [p_c_weight, p_c_bias, relu, y, grad_mse_loss]) -> [mm]
 
     The first stage sends no gradient, since `x` requires none. Each `mm` is the gradient of what
     the stage received. The last stage's `mse_loss` goes to the caller, who sends `grad_mse_loss`.
@@ -71,7 +73,7 @@ class StagePhases:
         graph: joint forward and backward; pure except for random draws and caches of kernels.
         phase_of: node name → "F", "R", "B" or "W"; placeholders and the output have none.
         saved: values that F saves for the other phases (received values among them).
-        held: the stage's parameters, buffers and constants, then its copies of shared parameters.
+        state: the stage's parameters, buffers and constants, then its copies of shared parameters.
         receives: values that arrive with every micro-batch.
         tangents: values whose gradients arrive with every micro-batch.
         returns: values that the stage sends to other stages or to the caller.
@@ -86,7 +88,7 @@ class StagePhases:
     graph: fx.Graph
     phase_of: Mapping[str, str]
     saved: tuple[str, ...]
-    held: tuple[str, ...]
+    state: tuple[str, ...]
     receives: tuple[str, ...]
     tangents: tuple[str, ...]
     returns: tuple[str, ...]
@@ -147,7 +149,7 @@ class Phased:
 
     split: Split
     size: int
-    remat: tuple[str | float, ...]
+    remat: tuple[RematPolicy, ...]
     differentiable: frozenset[str]
     differentiated: frozenset[str]
     stages: tuple[StagePhases, ...]
@@ -168,7 +170,9 @@ class Phased:
                 )
 
     def __str__(self) -> str:
-        lines = [f"phased: micro-batch of {self.size}, remat {', '.join(map(str, self.remat))}"]
+        lines = [
+            f"phased: micro-batch of {self.size}, remat {', '.join(p.name for p in self.remat)}"
+        ]
         for stage in self.stages:
             counts = {p: sum(q == p for q in stage.phase_of.values()) for p in PHASES}
             lines.append(f"stage {stage.index}: nodes {counts}, saved {list(stage.saved)}")

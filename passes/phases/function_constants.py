@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import CaptureError
 from autopipe.passes._torch import is_traced, mark_recorded, traced_call
 from autopipe.passes.graph import source_line
-from autopipe.passes.ops import under
+from autopipe.passes.ops import run_methods_under
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,7 +95,7 @@ def watch_constants(stage: StageGraph) -> AbstractContextManager[None]:
     Raises:
         CaptureError: the code reads the values of a tensor that is not an argument.
     """
-    return under(_ConstantWatch(stage))
+    return run_methods_under(_ConstantWatch(stage))
 
 
 def inline_constants(stage: StageGraph, traced: fx.GraphModule) -> None:

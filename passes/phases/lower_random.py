@@ -1,4 +1,4 @@
-"""Clean a traced joint graph and lower random calls to keyed draws of the runtime's kit."""
+"""Clean a traced joint graph and lower random calls to keyed draws of the runtime's `ctx`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-KIT = "kit"
+CONTEXT = "ctx"
 """First placeholder of every joint graph: the object through which a stage's code uses the runtime.
 
-Its methods are `draw` (a keyed random call), `settled` (a tensor, dense in the memory format that
-its strides suggest), `recording` (a call with gradients enabled) and `accumulate`."""
+Its methods are `draw` (a keyed random call), `in_suggested_format` (a tensor, dense in the memory
+format that its strides suggest), `with_grad` (a call with gradients enabled) and `accumulate`."""
 
 RNN_WORKSPACE = 22
 """Position of oneDNN's workspace among the arguments of its LSTM backward."""
@@ -30,16 +30,16 @@ LAYOUT_SENSITIVE = (aten.native_group_norm.default, aten.native_group_norm_backw
 
 
 def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDraw, ...]:
-    """Drop calls that do nothing below autograd, and lower some calls to methods of the kit.
+    """Drop calls that do nothing below autograd, and lower some calls to methods of `ctx`.
 
     A random call (`autopipe.passes.graph.is_random`) becomes a keyed draw. What it draws depends on
     its key alone, so recomputation draws the same numbers and the order of execution does not
     matter.
 
-    A group norm's argument goes through `kit.settled`. Where a fake tensor's stride of a dimension
-    of size one differs from the kernel's (see `graph/fake_strides.py`), the norm was traced as if
-    its argument were dense in a memory format that the real argument does not suggest. The format
-    is chosen again at run time, as eager execution would.
+    A group norm's argument goes through `ctx.in_suggested_format`. Where a fake tensor's stride of
+    a dimension of size one differs from the kernel's (see `graph/fake_strides.py`), the norm was
+    traced as if its argument were dense in a memory format that the real argument does not
+    suggest. The format is chosen again at run time, as eager execution would.
 
     An LSTM's backward gets the workspace of its forward.
 
@@ -51,7 +51,7 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
         The key of each draw; `call` is the position of its call in the stage graph.
     """
     with graph.inserting_before(next(iter(graph.nodes))):
-        kit = graph.placeholder(KIT)
+        ctx = graph.placeholder(CONTEXT)
     draws: list[RandomDraw] = []
     for node in list(graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
@@ -60,19 +60,19 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
             call = node.meta["custom"]["call"]
             with graph.inserting_before(node):
                 drawn = graph.call_method(
-                    "draw", (kit, len(draws), node.target, *node.args), node.kwargs
+                    "draw", (ctx, len(draws), node.target, *node.args), node.kwargs
                 )
             draws.append(RandomDraw(call, sum(d.call == call for d in draws), call in static))
             drawn.meta = dict(node.meta)
             node.replace_all_uses_with(drawn)
         elif node.target is aten.mkldnn_rnn_layer_backward.default:
-            _give_workspace(graph, kit, node)
+            _give_workspace(graph, ctx, node)
         elif node.target in LAYOUT_SENSITIVE:
             for source in node.all_input_nodes:
                 value = source.meta["val"]
                 if value.ndim == 4 and 1 in value.shape:
                     with graph.inserting_before(node):
-                        settled = graph.call_method("settled", (kit, source))
+                        settled = graph.call_method("in_suggested_format", (ctx, source))
                     settled.meta = dict(source.meta)
                     node.replace_input_with(source, settled)
     remove_dead_calls(graph)
@@ -81,7 +81,7 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
     return tuple(draws)
 
 
-def _give_workspace(graph: fx.Graph, kit: fx.Node, backward: fx.Node) -> None:
+def _give_workspace(graph: fx.Graph, ctx: fx.Node, backward: fx.Node) -> None:
     """Pass oneDNN's LSTM backward its workspace, the fourth result of the forward.
 
     The fake forward has no workspace to save, and the real one returns it only while gradients are
@@ -91,7 +91,7 @@ def _give_workspace(graph: fx.Graph, kit: fx.Node, backward: fx.Node) -> None:
     forward = output.args[0]
     if forward.op == "call_function":
         with graph.inserting_before(forward):
-            recording = graph.call_method("recording", (kit, forward.target, *forward.args))
+            recording = graph.call_method("with_grad", (ctx, forward.target, *forward.args))
         recording.meta = dict(forward.meta)
         forward.replace_all_uses_with(recording)
         forward = recording

@@ -45,12 +45,12 @@ class JointRewriter:
         owned: Sequence[fx.Node],
         received: Sequence[fx.Node],
         tangents: Sequence[fx.Node],
-        written: set[fx.Node],
+        written: Sequence[fx.Node],
     ) -> None:
         """Write the placeholders, and copy the buffers that F writes to.
 
         Args:
-            owned: the runtime's kit, then parameters, buffers and constants: present in every
+            owned: the runtime's `ctx`, then parameters, buffers and constants: present in every
                 phase.
             received: values from other stages and the caller, which F uses.
             tangents: gradients that the stage receives.

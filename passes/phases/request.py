@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from autopipe.passes.ir import Phased, Split, StagePhases
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
 
     from .joint_trace import JointGraph, TensorMeta
 
@@ -24,7 +24,7 @@ class PhaseRequest:
         split: the stages.
         metadata: by micro-batch size, the metadata of every placeholder of the captured graph.
         devices: one per stage; kernels are chosen for them.
-        remat: one policy per stage, see `keep`.
+        remat: one policy per stage.
         grad: False for inference: only the forward, traced under no_grad.
         differentiated: names of the outputs that will receive a gradient. Those that are not
             differentiable are ignored; if none remains, all differentiable outputs count.
@@ -33,7 +33,7 @@ class PhaseRequest:
     split: Split
     metadata: Mapping[int, Mapping[str, TensorMeta]]
     devices: tuple[torch.device, ...]
-    remat: tuple[Policy, ...]
+    remat: tuple[RematPolicy, ...]
     grad: bool
     differentiated: frozenset[str]
 

@@ -73,7 +73,7 @@ def test_what_is_no_number_is_argparses_error(capsys: pytest.CaptureFixture[str]
 
 
 WRONG = {
-    "kind": (simulated("other --stages 2 --chunks 2"), "there is no such schedule"),
+    "kind": (simulated("other --stages 2 --chunks 2"), "unknown schedule"),
     "stages": (simulated("gpipe --stages 0 --chunks 2"), "stages >= 1"),
     "times": (simulated("gpipe --stages 2 --chunks 2 --weight 1,2,3"), "`weight`"),
     "negative": (simulated("gpipe --stages 2 --chunks 2 --transfer -1"), "`transfer`"),

@@ -22,10 +22,12 @@ from torch.nn import functional as F
 from autopipe.errors import StageError, VerifyError
 from autopipe.passes.codegen import Generated, codegen
 from autopipe.passes.ir.phased import StagePhases
-from autopipe.passes.schedule.kinds import schedule
+from autopipe.passes.ir.split import CALLER
+from autopipe.passes.schedule.build import schedule
+from autopipe.runtime import executor
 from autopipe.runtime.executor import Run
-from autopipe.runtime.load import load
-from autopipe.runtime.random import Kit
+from autopipe.runtime.load import load_source
+from autopipe.runtime.random import MicroBatchContext
 from tests.golden.mlp import Mlp
 from tests.support.agreement import pipelined
 from tests.support.programs import CPU, phased_of, split_of, user_line
@@ -124,7 +126,7 @@ def test_stage_types_show_the_functions_that_are_written() -> None:
     pipe = pipelined(Three(), devices=3, chunks=2)
     pipe(torch.randn(8, 4), torch.randn(8, 4))
     written = [
-        f"{name}(kit, [{', '.join(e.id for e in f.body[0].targets[0].elts)}])"
+        f"{name}(ctx, [{', '.join(e.id for e in f.body[0].targets[0].elts)}])"
         f" -> {ast.unparse(f.body[-1].value)}"
         for name, f in functions(pipe.code).items()
         if name.startswith(("F_", "RBW_"))
@@ -164,21 +166,6 @@ def test_an_error_names_stage_micro_batch_node_and_source() -> None:
     assert str(error).startswith("stage 1, micro-batch 2 failed: IndexError: index out of range")
 
 
-def test_linecache_keeps_the_program_when_files_are_checked() -> None:
-    names, filename = load("def answer():\n    return 42\n")
-    linecache.checkcache()
-    assert linecache.getline(filename, 2) == "    return 42\n"
-    assert names["answer"]() == 42
-    assert names["answer"].__code__.co_filename == filename
-
-
-def test_loading_the_same_text_twice_keeps_one_file() -> None:
-    _, first = load("x = 1\n")
-    _, again = load("x = 1\n")
-    _, other = load("x = 2\n")
-    assert first == again != other
-
-
 def test_the_same_model_gives_the_same_text() -> None:
     codes = []
     for _ in range(2):
@@ -202,6 +189,12 @@ def functions(source: str) -> dict[str, ast.FunctionDef]:
     return {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
 
 
+def test_the_caller_has_the_same_number_in_the_text_and_in_the_runtime() -> None:
+    """The runtime imports no pass, so both define it."""
+    assert executor.CALLER == CALLER
+    assert f", {CALLER}, m, results[" in program()
+
+
 def test_the_text_needs_torch_and_a_run_only() -> None:
     tree = ast.parse(program())
     imported = {
@@ -212,23 +205,23 @@ def test_the_text_needs_torch_and_a_run_only() -> None:
     assert imported == {"math", "torch"}
 
 
-def test_its_words_are_methods_of_a_run_and_a_kit() -> None:
-    words: dict[str, set[str]] = {"run": set(), "kit": set()}
+def test_it_calls_methods_of_run_and_of_ctx() -> None:
+    words: dict[str, set[str]] = {"run": set(), "ctx": set()}
     for n in ast.walk(ast.parse(program())):
         if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in words:
             words[n.value.id].add(n.attr)
     assert words["run"] == {
-        "held",
-        "kit",
+        "state",
+        "context",
         "receive",
         "send",
-        "update",
-        "keep",
-        "kept",
+        "update_buffer",
+        "save",
+        "pop_saved",
     }
     assert all(callable(getattr(Run, w)) for w in words["run"])
-    assert words["kit"] == {"draw", "accumulate"}
-    assert all(callable(getattr(Kit, w)) for w in words["kit"])
+    assert words["ctx"] == {"draw", "accumulate"}
+    assert all(callable(getattr(MicroBatchContext, w)) for w in words["ctx"])
 
 
 def test_devices_run_their_list_of_actions() -> None:
@@ -268,12 +261,12 @@ def test_functions_take_their_arguments_out_of_the_list() -> None:
     cut = split_of(model, 2, x)
     phased = phased_of(cut, model, 4, ((x,), {}))
     source = codegen(schedule("gpipe", 2, 1), {4: phased}, [4], [CPU, CPU]).source
-    names, _ = load(source)
+    names, _ = load_source(source)
     held = [p.detach() for p in model.layers[0].parameters()]
     arguments = [*held, x]
     with torch.no_grad():
         (expected,) = cut.stages[0].graph_module(*arguments)
-        result, kept = names["F_0_b4"](Kit(0, (), 0), arguments)
+        result, kept = names["F_0_b4"](MicroBatchContext(0, (), 0), arguments)
     assert arguments == []
     assert torch.equal(result, expected)
     assert kept is x

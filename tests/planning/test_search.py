@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import autopipe
 from autopipe import Plan
 from autopipe.errors import MemoryLimitError
-from autopipe.passes.remat_policies import policy_of
+from autopipe.passes.remat_policies import parse_policy
 from autopipe.runtime.executor import Run
 from benchmarks.ledger import watching
 from tests.support.models import gpt2
@@ -150,14 +150,14 @@ def test_no_plan_with_given_policies_and_micro_batches_is_faster(
 
 def slow(monkeypatch: pytest.MonkeyPatch, stage: int | None) -> None:
     """Have a stage begin everything late, so that the other is ahead of it as far as it may be."""
-    kit = Run.kit
+    context = Run.context
 
     def late(self: Run, k: int, *args: Any) -> Any:
         if k == stage:
             hashlib.pbkdf2_hmac("sha256", b"some work", b"without the GIL", 10_000)
-        return kit(self, k, *args)
+        return context(self, k, *args)
 
-    monkeypatch.setattr(Run, "kit", late)
+    monkeypatch.setattr(Run, "context", late)
 
 
 @pytest.mark.parametrize("late", [None, 0, 1])
@@ -231,7 +231,7 @@ def test_stages_of_a_plan_have_policies_that_can_be_written() -> None:
     for fraction in FRACTIONS["skip"]:
         plan = under("skip", fraction)
         for stage in plan.stages if plan is not None else ():
-            assert policy_of(stage.remat) is not None
+            assert parse_policy(stage.remat) is not None
 
 
 def test_a_plan_that_chose_one_micro_batch_can_be_run() -> None:

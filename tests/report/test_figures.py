@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopipe.passes.schedule.actions import Action, Scheduled
-from autopipe.passes.schedule.simulator import play, simulate
+from autopipe.passes.schedule.simulator import simulate, simulate_schedule
 from autopipe.planning.plans import Plan
 from autopipe.report.bars_figure import memory_bars
 from autopipe.report.graph_figure import MOST, Bundle, bundles, lanes, stage_graph
@@ -172,7 +172,9 @@ def test_phases_that_run_apart_have_colours_of_their_own() -> None:
         )
         for row in rows
     )
-    line = play(Scheduled("own", 2, 2, actions), forward=2, recompute=2, backward=4, weight=1)
+    line = simulate_schedule(
+        Scheduled("own", 2, 2, actions), forward=2, recompute=2, backward=4, weight=1
+    )
     facts = PageData(made_plan(2, (1, 1)))
     vars(facts)["timeline"] = line
     assert phases(facts) == ("F", "R", "B", "W")

@@ -23,6 +23,7 @@ from autopipe.passes.ir.values import Input, InputKind
 from autopipe.passes.phases.cut import cut_phases
 from autopipe.passes.phases.joint_trace import TensorMeta
 from autopipe.passes.phases.request import PhaseRequest, TraceCache
+from autopipe.passes.remat_policies import RematPolicy, parse_policy
 from autopipe.passes.split.cut import split
 from autopipe.passes.split.objective import Objective, objective_of
 from tests.support.models import MODELS
@@ -46,14 +47,21 @@ def captured_of(
     return capture(request)
 
 
-def aim_at(stages: int, batch: int) -> Objective:
-    """Equal devices of the kind that tests run on, and everything run again."""
+def policy(option: str | float) -> RematPolicy:
+    """The rematerialization policy that an option denotes."""
+    found = parse_policy(option)
+    assert found is not None
+    return found
+
+
+def objective_for(stages: int, batch: int) -> Objective:
+    """Equal devices of the kind that tests run on, and everything recomputed."""
     return objective_of([DEFAULT] * stages, batch)
 
 
 def split_of(model: nn.Module, stages: int, *args: Any, batch: int = 2, **kwargs: Any) -> Split:
     """Capture, cost and cut."""
-    return split(annotate(captured_of(model, *args, **kwargs)), aim_at(stages, batch))
+    return split(annotate(captured_of(model, *args, **kwargs)), objective_for(stages, batch))
 
 
 def phased_of(
@@ -77,7 +85,7 @@ def phased_of(
         cut,
         {size: metadata},
         (CPU,) * len(cut.stages),
-        (remat,) * len(cut.stages),
+        (policy(remat),) * len(cut.stages),
         grad,
         frozenset(wanted),
     )

@@ -18,7 +18,7 @@ import autopipe
 from autopipe.passes import driver
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.graph.fx_utils import fingerprint
-from autopipe.runtime.random import key, step_seed
+from autopipe.runtime.random import derive_seed, step_seed
 from tests.support.programs import calls, sole_stage
 
 REMATS = ("none", "full", "min-cut")
@@ -227,7 +227,7 @@ def test_keys(devices: int) -> None:
 
     def generator(name: str, m: int) -> torch.Generator:
         call = positions[f"aten.{name}.default"]
-        return torch.Generator().manual_seed(key(seed, call, 0, m))
+        return torch.Generator().manual_seed(derive_seed(seed, call, 0, m))
 
     for m, part in enumerate(own.chunk(3)):
         assert torch.equal(part, torch.rand(2, 6, generator=generator("rand_like", m)))

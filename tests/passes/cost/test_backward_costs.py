@@ -1,4 +1,7 @@
-"""Backwards against torch: its counter on the model itself, and what its autograd saves."""
+"""Backwards against torch: its counter on the model itself, and what its autograd saves.
+
+Covers cost/grad_flow.py, cost/call_cache.py, cost/meta_run.py and cost/op_counter.py.
+"""
 
 from __future__ import annotations
 

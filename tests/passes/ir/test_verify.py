@@ -1,4 +1,7 @@
-"""Every rule of every program level, broken on purpose, and what each level prints."""
+"""Every rule of every program level, broken on purpose, and what each level prints.
+
+Covers ir/values.py, ir/captured.py, ir/split.py and ir/phased.py.
+"""
 
 from __future__ import annotations
 

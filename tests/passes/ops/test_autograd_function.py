@@ -152,7 +152,7 @@ def counts(s: Model, x: Tensor) -> Tensor:
     ("f", "line", "problem"),
     [
         (changes, "# the line " + "that changes", "changes an argument in place"),
-        (counts, "# the line " + "that counts", "something else than tensors"),
+        (counts, "# the line " + "that counts", "something other than tensors"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(f: Callable[..., Any], line: str, problem: str) -> None:
