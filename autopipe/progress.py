@@ -1,4 +1,4 @@
-"""A progress bar for compiling, on a terminal, once it takes longer than a second."""
+"""A progress bar for compiling, on a terminal, once compiling takes longer than a second."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from typing import Any
 
 from tqdm import tqdm
 
+DELAY_SECONDS = 1
+"""How long compiling goes on before the bar appears."""
+
 
 def silent(text: str) -> None:
-    """Progress that nobody watches."""
+    """Show nothing: the progress function for callers without a bar."""
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """tqdm without its monitor, which is a thread that stays for good."""
+    """tqdm without its monitor, a thread that would never end."""
 
     monitor_interval = 0
 
 
 class Progress:
-    """A bar on the terminal once compiling takes longer than a second; nothing elsewhere."""
+    """A bar that appears on a terminal after `DELAY_SECONDS`, and nowhere else.
+
+    A context manager; calling it advances the bar.
+    """
 
     def __init__(self, stages: int) -> None:
         self._stages = stages
@@ -33,7 +39,7 @@ class Progress:
             self._bar = _Bar(
                 total=4 + self._stages,
                 desc="autopipe",
-                delay=1,
+                delay=DELAY_SECONDS,
                 disable=None,
                 leave=False,
                 file=sys.stderr,

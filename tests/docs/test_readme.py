@@ -172,8 +172,8 @@ def test_the_commands_run(
     monkeypatch.delitem(sys.modules, "__autopipe_model__", raising=False)
     small = XL.read_text(encoding="utf-8")
     for large, less in (
-        ("n_embd=1600, n_layer=48, n_head=25", "n_embd=16, n_layer=2, n_head=2, vocab_size=64"),
-        ("batch: int = 32, length: int = 1024", "batch: int = 4, length: int = 8"),
+        ("n_embd=1600, n_layer=48, n_head=25", "n_embd=1024, n_layer=8, n_head=16, vocab_size=64"),
+        ("batch: int = 32, length: int = 1024", "batch: int = 2, length: int = 256"),
     ):
         assert small.count(large) == 1
         small = small.replace(large, less)
