@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
-from autopipe.errors import OptionError
 from autopipe.module import Pipeline
 from autopipe.options import check
+from autopipe.passes.capture import as_module
 from autopipe.passes.driver import costed
+from autopipe.passes.schedule import DEFAULT_KIND
 from autopipe.planning.choice import choose
 from autopipe.planning.plans import Plan
 
@@ -20,11 +18,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
 
+    import torch
+    from torch import Tensor
+
+    from autopipe.passes.capture import UserModel
     from autopipe.passes.devices import Device
 
 
 def compile(
-    model: nn.Module | torch.export.ExportedProgram,
+    model: UserModel,
     devices: int | Sequence[str | torch.device] | None = None,
     chunks: int | None = None,
     *,
@@ -103,28 +105,20 @@ def compile(
         backend=backend,
         plan=plan,
     )
-    if isinstance(model, torch.export.ExportedProgram):
-        model = model.module()
-    if not isinstance(model, nn.Module):
-        raise OptionError(
-            "model is not a module",
-            expected="torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram",
-            found=type(model).__name__,
-        )
-    pipeline = Pipeline(model, options)
+    pipeline = Pipeline(as_module(model), options)
     if args or kwargs:
         pipeline.capture(*args, **(kwargs or {}))
     return pipeline
 
 
 def plan(
-    model: nn.Module | torch.export.ExportedProgram,
+    model: UserModel,
     devices: int | Sequence[str | torch.device],
     chunks: int | None = None,
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    schedule: str = "gpipe",
+    schedule: str = DEFAULT_KIND,
     remat: str | float | Sequence[str | float] = "full",
     memory: int | str | Sequence[int | str] | None = None,
     device: str | Device | Sequence[str | Device] | None = None,
@@ -142,7 +136,7 @@ def plan(
         devices: how many stages, or one device for each; a count may be more than are here.
         chunks: M; None: the one with which the predicted step is shortest.
         args, kwargs: example inputs; their batch is the one that is planned for.
-        device: whose speeds and links: "h100", "h200", "a100-80gb", "l4", "rtx4090", "cpu-core", a
+        device: whose speeds and links: a name in `passes.devices.DEVICES` ("h100", "cpu-core"), a
             `passes.devices.Device`, or a list of one for each stage. None: those of `devices`.
 
     Returns:
@@ -164,17 +158,9 @@ def plan(
         batch_norm=batch_norm,
         elsewhere=not profile,
     )
-    module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+    module = as_module(model)
     kwargs = kwargs or {}
     leaves, spec = flatten(args, kwargs)
     dims, batch = batch_of(in_dims, module, args, kwargs)
-    annotated = costed(
-        module,
-        leaves,
-        spec,
-        dims,
-        whole=options.whole,
-        batch_norm=batch_norm,
-        out_reduce=out_reduce,
-    )
+    annotated = costed(options.capture_request(module, leaves, spec, dims))
     return choose(module, annotated, leaves, batch, options).plan

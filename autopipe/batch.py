@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import InputError, OptionError
+from autopipe.passes.capture import argument_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def batch_of(
     in_dims: Any, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[int | None, ...], int]:
-    """Where the samples of a call lie.
+    """Find the batch dimension of each input, and the batch size.
 
     Args:
         in_dims: an integer or None for all inputs; a tuple for the positional ones (keyword inputs
@@ -35,10 +35,10 @@ def batch_of(
         OptionError: `in_dims` does not fit the inputs.
         InputError: there is no sample, or batched inputs differ in how many they hold.
     """
-    kwargs = dict(sorted(kwargs.items()))  # as `structure.flatten` does
+    kwargs = dict(sorted(kwargs.items()))  # as `call_signature.flatten` does
     leaves = pytree.tree_leaves((args, kwargs))
-    asked = chain(*_asked(in_dims, model, args, kwargs))
-    dims = tuple(_dim(leaf, dim) for leaf, dim in zip(leaves, asked, strict=True))
+    requested = chain(*_requested_dims(in_dims, model, args, kwargs))
+    dims = tuple(_dim(leaf, dim) for leaf, dim in zip(leaves, requested, strict=True))
     sizes = [x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None]
     if not sizes:
         raise InputError(
@@ -46,7 +46,7 @@ def batch_of(
             remedy="pass at least one batched tensor; in_dims says which dimension it is",
         )
     if len(set(sizes)) > 1:
-        named = [*zip(_names(model, len(args)), args, strict=True), *kwargs.items()]
+        named = [*zip(_positional_names(model, len(args)), args, strict=True), *kwargs.items()]
         names = [name for name, value in named for _ in pytree.tree_leaves(value)]
         found = [
             f"{name}: {x.shape[d]} in dimension {d} of {tuple(x.shape)}"
@@ -63,12 +63,12 @@ def batch_of(
     return dims, int(sizes[0])
 
 
-def _asked(
+def _requested_dims(
     in_dims: Any, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[list[int | None], list[int | None]]:
-    """What `in_dims` says of the leaves of `args` and of those of `kwargs`."""
+    """The entries of `in_dims` for the leaves of `args`, and for those of `kwargs`."""
     if isinstance(in_dims, dict):
-        names = _names(model, len(args))
+        names = _positional_names(model, len(args))
         unknown = set(in_dims) - set(names) - set(kwargs)
         if unknown:
             raise OptionError(
@@ -82,20 +82,17 @@ def _asked(
         of_args, of_kwargs = tuple(in_dims), 0
     else:
         of_args = of_kwargs = in_dims
-    return _spread(of_args, args, "args"), _spread(of_kwargs, kwargs, "kwargs")
+    return _broadcast_dims(of_args, args, "args"), _broadcast_dims(of_kwargs, kwargs, "kwargs")
 
 
-def _names(model: Any, count: int) -> list[str]:
-    """What the model calls its first `count` arguments."""
-    forward = model.forward if isinstance(model, nn.Module) else model.module().forward
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(forward).parameters.values()
-    names = [p.name for p in parameters if p.kind in kinds][:count]
+def _positional_names(model: Any, count: int) -> list[str]:
+    """Names of the model's first `count` positional arguments."""
+    names = argument_names(model)[:count]
     return names + [f"args[{i}]" for i in range(len(names), count)]
 
 
 def _dim(leaf: Any, dim: int | None) -> int | None:
-    """The dimension in which a leaf is batched, counted from the first."""
+    """The batch dimension of a leaf, not negative; None if it has none."""
     if dim is None or not isinstance(leaf, Tensor) or leaf.ndim == 0:
         return None
     if not -leaf.ndim <= dim < leaf.ndim:
@@ -107,16 +104,18 @@ def _dim(leaf: Any, dim: int | None) -> int | None:
     return dim % leaf.ndim
 
 
-def _spread(dims: Any, value: Any, where: str) -> list[int | None]:
-    """`dims` for every leaf of `value`, of whose structure it may be a prefix."""
+def _broadcast_dims(dims: Any, value: Any, where: str) -> list[int | None]:
+    """One entry for every leaf of `value`; `dims` may stop at a container of several."""
     if dims is None or isinstance(dims, int):
         return [dims] * len(pytree.tree_leaves(value))
     if isinstance(dims, (tuple, list)) and isinstance(value, (tuple, list)):
         if len(dims) == len(value):
             pairs = zip(dims, value, strict=True)
-            return [d for n, (a, b) in enumerate(pairs) for d in _spread(a, b, f"{where}[{n}]")]
+            return [
+                d for n, (a, b) in enumerate(pairs) for d in _broadcast_dims(a, b, f"{where}[{n}]")
+            ]
     elif isinstance(dims, dict) and isinstance(value, dict) and dims.keys() == value.keys():
-        return [d for k, v in value.items() for d in _spread(dims[k], v, f"{where}[{k!r}]")]
+        return [d for k, v in value.items() for d in _broadcast_dims(dims[k], v, f"{where}[{k!r}]")]
     raise OptionError(
         "in_dims does not fit the inputs",
         expected=f"an integer, None or the structure of {where}",

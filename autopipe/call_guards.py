@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from autopipe.errors import UnsupportedError
-from autopipe.passes._torch import has_saved_tensor_hooks, in_functorch_transform
+from autopipe.passes._torch import has_saved_tensor_hooks, has_tangent, in_functorch_transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,16 +27,10 @@ def refuse_transforms(leaves: Sequence[Any]) -> None:
             "a function transform around a pipeline (torch.func, vmap, gradients in batches)",
             remedy="transform the model itself (pipe.model), or call the pipeline outside",
         )
-    if any(map(_has_tangent, tensors)):
+    if any(map(has_tangent, tensors)):
         raise UnsupportedError(
             "forward-mode differentiation through a pipeline", remedy="use backward()"
         )
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    if forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 @contextmanager

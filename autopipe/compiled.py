@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.parameters import move, parameter, replaced
-from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_at
+from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_by_size
 from autopipe.passes.ir import InputKind
-from autopipe.passes.phases import TraceCache, received_strides
+from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
 from autopipe.planning.choice import choose, models_of
 from autopipe.planning.fitting import missing_bytes
 from autopipe.planning.planner import clocks_of, cut_of, plan
 from autopipe.runtime import microbatch
+from autopipe.runtime.backends import autocast_types
 from autopipe.runtime.executor import Program
-from autopipe.runtime.load import load
+from autopipe.runtime.load import load_source
 from autopipe.tensor_meta import differentiated, input_metadata, state_metadata
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Compiled:
     Args:
         model: the user's module.
         options: checked.
-        places: one worker per stage.
+        workers: the worker of each stage.
         leaves: flattened example inputs.
         spec: their structure.
         dims: their batch dimensions.
@@ -79,7 +80,7 @@ class Compiled:
         self,
         model: nn.Module,
         options: Options,
-        places: tuple[WorkerDevice, ...],
+        workers: tuple[WorkerDevice, ...],
         leaves: Sequence[Any],
         spec: TreeSpec,
         dims: Sequence[int | None],
@@ -92,18 +93,9 @@ class Compiled:
             if not isinstance(tensor, nn.Parameter):
                 raise replaced(name)
         self.model = model
-        self.places = places
-        annotated = costed(
-            model,
-            leaves,
-            spec,
-            dims,
-            whole=options.whole,
-            single=single,
-            batch_norm=options.batch_norm,
-            out_reduce=options.out_reduce,
-            progress=progress,
-        )
+        self.workers = workers
+        request = options.capture_request(model, leaves, spec, dims, single=single)
+        annotated = costed(request, progress)
         if options.is_open:
             chosen = choose(model, annotated, leaves, batch, options, progress)
             self.options = options.planned(chosen.plan)
@@ -131,10 +123,10 @@ class Compiled:
         sizes = microbatch.sizes(batch, chunks)
         models = options.models or models_of(options.devices)
         in_flight = schedule(options.kind, len(models), len(sizes)).in_flight()
-        aim = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
+        objective = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
         return cut_in_space(
             annotated,
-            aim,
+            objective,
             planned=None if plan is None else cut_of(plan),
             must_fit=plan is not None and plan.training == self.model.training,
             progress=progress,
@@ -160,7 +152,7 @@ class Compiled:
         Raises:
             DeviceError: a parameter or buffer is on the meta device.
         """
-        for stage, place in zip(self.split.stages, self.places, strict=True):
+        for stage, worker in zip(self.split.stages, self.workers, strict=True):
             for item in stage.held:
                 if item.kind is InputKind.CONSTANT:
                     continue
@@ -173,25 +165,25 @@ class Compiled:
                         " initialise, or model.load_state_dict(..., assign=True) (which leaves out"
                         " buffers that are not persistent)",
                     )
-                if item.kind is InputKind.BUFFER or parameter.device == place.device:
+                if item.kind is InputKind.BUFFER or parameter.device == worker.device:
                     continue
-                move(parameter, place.device)
+                move(parameter, worker.device)
 
-    def on(self, place: WorkerDevice, kind: InputKind, target: str, *, written: bool) -> Tensor:
-        """A tensor as a stage on `place` uses it; copies are kept while the original is the same.
+    def on(self, worker: WorkerDevice, kind: InputKind, target: str, *, written: bool) -> Tensor:
+        """A tensor as a stage on `worker` uses it; copies are kept while the original is the same.
 
         A buffer that a stage writes to moves there for good.
         """
         tensor = self.tensor(kind, target)
-        if tensor.device == place.device:
+        if tensor.device == worker.device:
             return tensor.detach()
         if written:
-            move(tensor, place.device)
+            move(tensor, worker.device)
             return tensor.detach()
-        key = (target, place.device)
+        key = (target, worker.device)
         known = self._copies.get(key)
         if known is None or known[0] != tensor._version or known[1] is not tensor:
-            copy = tensor.detach().to(place.device)
+            copy = tensor.detach().to(worker.device)
             known = self._copies[key] = (tensor._version, tensor, copy)
         return known[2]
 
@@ -218,22 +210,23 @@ class Compiled:
         chunks = {size: input_metadata(captured, leaves, size) for size in dict.fromkeys(sizes)}
         key = (
             *(sizes, grad, expected, frozen, tuple(tuple(c.items()) for c in chunks.values())),
-            *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+            *(
+                (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+                for d in autocast_types()
+            ),
         )
         if key not in self._programs:
             constant = state_metadata(captured, lambda i: self.tensor(i.kind, i.target))
-            devices = [p.device for p in self.places]
-            phased = phases_at(
+            devices = [w.device for w in self.workers]
+            request = PhaseRequest(
                 self.split,
-                sizes,
                 {size: constant | chunk for size, chunk in chunks.items()},
-                devices,
-                remat=self.options.given.remat,
-                grad=grad,
-                differentiated=expected,
-                traced=self._traced,
-                progress=progress,
+                tuple(devices),
+                self.options.given.remat,
+                grad,
+                expected,
             )
+            phased = phases_by_size(request, self._traced, progress)
             kind = self.options.kind
             lowered = cut_in_time(phased, sizes, devices, kind=kind, progress=progress)
             ready = CompiledProgram(self._load(lowered, sizes), lowered)
@@ -273,11 +266,11 @@ class Compiled:
 
     def _load(self, lowered: Lowered, sizes: tuple[int, ...]) -> Program:
         generated = lowered.generated
-        names, filename = load(generated.source)
+        names, filename = load_source(generated.source)
         return Program(
             forward=tuple(names[n] for n in generated.forward),
             backward=tuple(names[n] for n in generated.backward),
-            places=self.places,
+            workers=self.workers,
             sizes=sizes,
             draws={s: [k.draws for k in cut.stages] for s, cut in lowered.phased.items()},
             strides={

@@ -1,13 +1,16 @@
-"""Every error autopipe raises on purpose, one class per kind.
+"""All errors that autopipe raises on purpose, one class for each kind.
 
-Each carries the same five facts, so that a message answers the reader's questions in the same
-order every time: what happened, at which node, on which line of the model, what was expected and
-found, and what to do about it.
+Every error has the same facts, and every message lists them in the same order: the problem, the
+graph node, the line of the model, what was expected and found, what the reader can do about it.
+
+A new class only needs a docstring. If it has arguments of its own, its constructor passes the
+facts to `AutopipeError` and stores the others as attributes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -17,8 +20,8 @@ class AutopipeError(Exception):
     """Base of all errors below.
 
     Args:
-        problem: what happened, one sentence.
-        node: name of the graph node concerned, if one is.
+        problem: what happened, in one sentence.
+        node: name of the graph node concerned, if any.
         source: ``file:line`` in the user's model, if known.
         expected: what would have been right.
         found: what was there instead.
@@ -35,23 +38,42 @@ class AutopipeError(Exception):
         found: str | None = None,
         remedy: str | None = None,
     ) -> None:
+        """Store the facts, and make the message of them."""
         self.problem = problem
         self.node = node
         self.source = source
         self.expected = expected
         self.found = found
         self.remedy = remedy
-        lines = [problem]
-        facts = {"node": node, "source": source, "expected": expected, "found": found}
-        lines += [f"  {name}: {fact}" for name, fact in facts.items() if fact is not None]
-        if remedy is not None:
-            lines.append(f"  what to do: {remedy}")
-        super().__init__("\n".join(lines))
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        lines = [self.problem]
+        for name in ("node", "source", "expected", "found"):
+            fact = getattr(self, name)
+            lines += [] if fact is None else [f"  {name}: {fact}"]
+        if self.remedy is not None:
+            lines.append(f"  what to do: {self.remedy}")
+        return "\n".join(lines)
 
     def at(self, source: str | None) -> Self:
-        """The same error, with the line of the model that it is about."""
-        facts = {n: getattr(self, n) for n in ("node", "expected", "found", "remedy")}
-        return type(self)(self.problem, source=source, **facts)
+        """Return a copy of this error with the line of the model that it is about.
+
+        Args:
+            source: ``file:line``; None if it is not known.
+        """
+        error = copy.copy(self)
+        error.source = source
+        error.args = (error._message(),)
+        return error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle without the constructor: classes differ in its arguments."""
+        return _restore, (type(self), self.args), self.__dict__
+
+
+def _restore(kind: type[AutopipeError], args: tuple[Any, ...]) -> AutopipeError:
+    return kind.__new__(kind, *args)
 
 
 class OptionError(AutopipeError, ValueError):
@@ -59,7 +81,7 @@ class OptionError(AutopipeError, ValueError):
 
 
 class DeviceError(AutopipeError, ValueError):
-    """The devices asked for do not exist here, or do not fit one another."""
+    """The requested devices do not exist here, or cannot be used together."""
 
 
 class CaptureError(AutopipeError, RuntimeError):
@@ -67,15 +89,15 @@ class CaptureError(AutopipeError, RuntimeError):
 
 
 class CouplingError(AutopipeError, RuntimeError):
-    """The model mixes samples of a batch in a way that micro-batches would change."""
+    """The model mixes the samples of a batch in a way that micro-batches would change."""
 
 
 class InputError(AutopipeError, ValueError):
-    """A call's inputs do not have the structure, types or batch size that they need."""
+    """The inputs of a call have the wrong structure, dtypes or batch size."""
 
 
 class PartitionError(AutopipeError, ValueError):
-    """The graph cannot be cut into the stages asked for."""
+    """The graph cannot be cut into the requested number of stages."""
 
 
 class MemoryLimitError(AutopipeError, ValueError):
@@ -94,12 +116,13 @@ class MemoryLimitError(AutopipeError, ValueError):
         remedy: str | None = None,
         missing_bytes: int | None = None,
     ) -> None:
+        """Store the facts, see `AutopipeError`, and the attributes."""
         super().__init__(problem, expected=expected, found=found, remedy=remedy)
         self.missing_bytes = missing_bytes
 
 
 class PlanError(AutopipeError, ValueError):
-    """A file is no plan, or a plan is not one for this model."""
+    """A file is not a plan, or a plan does not fit this model."""
 
 
 class VerifyError(AutopipeError, AssertionError):
@@ -107,17 +130,22 @@ class VerifyError(AutopipeError, AssertionError):
 
 
 def require(condition: bool, problem: str, **facts: str | None) -> None:
-    """One rule that a program or a plan keeps.
+    """Check one rule that a program or a plan must keep.
+
+    Args:
+        condition: whether it is kept.
+        problem: what is wrong if it is not.
+        facts: node, source, expected, found or remedy of the error.
 
     Raises:
-        VerifyError: it does not.
+        VerifyError: the condition is false.
     """
     if not condition:
         raise VerifyError(problem, **facts)
 
 
 class UnsupportedError(AutopipeError, NotImplementedError):
-    """Something that autopipe knows of but does not implement."""
+    """A feature that autopipe knows about but does not implement."""
 
 
 class StageError(AutopipeError, RuntimeError):
@@ -125,8 +153,8 @@ class StageError(AutopipeError, RuntimeError):
 
     Attributes:
         stage: index of the stage.
-        microbatch: index of the micro-batch it was working on.
-        phase: "F" forward, or the letters of the backward phases.
+        microbatch: index of the micro-batch that it was working on.
+        phase: "F" for forward, or the letters of the backward phases.
     """
 
     def __init__(
@@ -140,6 +168,7 @@ class StageError(AutopipeError, RuntimeError):
         source: str | None = None,
         remedy: str | None = None,
     ) -> None:
+        """Store the facts, see `AutopipeError`, and the attributes."""
         super().__init__(problem, node=node, source=source, remedy=remedy)
         self.stage = stage
         self.microbatch = microbatch

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from autopipe.errors import CaptureError
-from autopipe.passes.capture import OWN
+from autopipe.passes.capture import MODULE_INTERNALS
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -46,7 +46,7 @@ def model_state_key(model: nn.Module) -> Hashable:
         for name, value in facts.items():
             if type(value) in PLAIN:
                 rows.append((name, value))
-            elif name not in OWN:
+            elif name not in MODULE_INTERNALS:
                 rows.extend(_facts(name, value, known))
         rows += [id(hook) for name in HOOKS for hook in facts[name].values()]
         rows.append(id(facts.get("forward")))

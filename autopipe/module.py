@@ -23,15 +23,16 @@ from autopipe.pipeline_call import PipelineCall
 from autopipe.planning.plans import Plan
 from autopipe.progress import Progress, silent
 from autopipe.report.stages import StageView, views
+from autopipe.results import finish
 from autopipe.runtime import microbatch
 from autopipe.runtime.autograd import PipelineFunction
-from autopipe.runtime.memory import SavedBytes
-from autopipe.runtime.random import step_seed
+from autopipe.runtime.backends import autocast_types
+from autopipe.runtime.memory import SavedBytesCounter
 from autopipe.runtime.transfer import WorkerDevice
 from autopipe.verification.compare import Verification, compare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping
 
     from autopipe.passes.ir import Captured
 
@@ -58,16 +59,16 @@ class Pipeline(ModuleProxy):
 
     def _reset(self) -> None:
         """Forget everything that was compiled."""
-        self._places = tuple(WorkerDevice(d) for d in self.options.devices)
+        self._workers = tuple(WorkerDevice(d) for d in self.options.devices)
         self._compiled: dict[Hashable, list[Compiled]] = {}
         self._structures: dict[Hashable, set[CallSignature]] = {}
         self._last: tuple[Compiled, CompiledProgram] | None = None
         self._chosen: dict[bool, Plan] = {}
-        self.memory = SavedBytes(len(self._places))
+        self.memory = SavedBytesCounter(len(self._workers))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_places", "_compiled", "_structures", "_last", "_chosen", "memory"):
+        for name in ("_workers", "_compiled", "_structures", "_last", "_chosen", "memory"):
             del state[name]
         return state
 
@@ -94,13 +95,12 @@ class Pipeline(ModuleProxy):
         refuse_transforms(leaves)
         compiled, ready, replan = self._prepare(args, kwargs, leaves, spec, strict=True)
         compiled.place_parameters()
-        seed = step_seed() if ready.program.is_random else 0
-        call = PipelineCall(compiled, ready, leaves, replan, seed, self.memory)
+        call = PipelineCall(compiled, ready, replan, leaves, self.memory)
         if ready.program.backward:
             values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
         else:
             values = call.forward()
-        return self._result(compiled, values, leaves, call.sizes)
+        return finish(compiled.split.captured, self.model, values, leaves, sum(call.sizes))
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """Forward, loss and backward of one batch; gradients are added to ``.grad``.
@@ -174,14 +174,14 @@ class Pipeline(ModuleProxy):
             _without(x.shape, d) for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)
         )
         key = (mode, structure, shapes)
-        with Progress(len(self._places)) as progress, plain_autograd():
+        with Progress(len(self._workers)) as progress, plain_autograd():
             fitting = [c for c in self._compiled.setdefault(key, []) if c.fits(batch)]
             if not fitting:
                 make = partial(
                     Compiled,
                     self.model,
                     self._options(),
-                    self._places,
+                    self._workers,
                     leaves,
                     spec,
                     dims,
@@ -207,7 +207,7 @@ class Pipeline(ModuleProxy):
 
             casting = [
                 (kind, torch.get_autocast_dtype(kind))
-                for kind in ("cpu", "cuda")
+                for kind in autocast_types()
                 if torch.is_autocast_enabled(kind)
             ]
 
@@ -249,25 +249,6 @@ class Pipeline(ModuleProxy):
                 stacklevel=4,
             )
 
-    @staticmethod
-    def _result(
-        compiled: Compiled, values: Sequence[Tensor], leaves: Sequence[Any], sizes: Sequence[int]
-    ) -> Any:
-        captured = compiled.split.captured
-        values = captured.finish(values, sum(sizes), compiled.model.get_buffer)
-        with torch.no_grad():
-            for target, index in captured.updates:
-                compiled.model.get_buffer(target).copy_(values[index])
-        kinds: dict[str, Callable[[Any], Any]] = {
-            "value": lambda i: values[i],
-            "input": lambda i: leaves[i],
-            "parameter": compiled.model.get_parameter,
-            "size": lambda number: number(sum(sizes)),
-            "constant": lambda x: x,
-        }
-        filled = [kinds[leaf.kind](leaf.value) for leaf in captured.leaves]
-        return pytree.tree_unflatten(filled, captured.out_spec)
-
     # Looking inside
 
     def _compiled_or_raise(self) -> tuple[Compiled, CompiledProgram]:
@@ -307,8 +288,8 @@ class Pipeline(ModuleProxy):
     def __repr__(self) -> str:
         options = self._options()
         devices = ", ".join(map(str, options.devices))
-        policies = set(options.remat or ("auto",))
-        remat = next(iter(policies)) if len(policies) == 1 else options.remat
+        policies = tuple(p.option for p in options.remat or ()) or ("auto",)
+        remat = policies[0] if len(set(policies)) == 1 else policies
         return (
             f"Pipeline({type(self.model).__name__}, devices=[{devices}], chunks={options.chunks},"
             f" schedule={options.schedule or 'auto'!r}, remat={remat!r})"

@@ -10,7 +10,8 @@ import torch
 
 from autopipe.errors import DeviceError, OptionError
 from autopipe.passes.devices import Device, device_of
-from autopipe.passes.remat_policies import POLICIES, Policy, policy_of
+from autopipe.passes.remat_policies import DEFAULT, RematPolicy, parse_policy, policy_options
+from autopipe.runtime.backends import accelerators, backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,18 +21,18 @@ T = TypeVar("T")
 
 def policies(
     remat: str | float | Sequence[str | float] | None, count: int
-) -> tuple[Policy, ...] | None:
+) -> tuple[RematPolicy, ...] | None:
     """A policy for each stage; None: the planner chooses."""
     if remat == "auto":
         return None
-    return each("remat", "full" if remat is None else remat, count, policy)
+    return each("remat", DEFAULT.option if remat is None else remat, count, policy)
 
 
-def policy(value: Any) -> Policy:
+def policy(value: Any) -> RematPolicy:
     """What a stage keeps: a name, or a fraction."""
-    found = policy_of(value)
+    found = parse_policy(value)
     if found is None:
-        expected = f"one of {', '.join(POLICIES)}, auto, or a fraction to keep from 0 to 1"
+        expected = f"one of {', '.join(policy_options())}; or auto"
         raise OptionError("unknown remat", expected=expected, found=repr(value))
     return found
 
@@ -69,54 +70,60 @@ def size(value: Any) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def places(
+def parse_devices(
     devices: int | Sequence[str | torch.device], *, elsewhere: bool
 ) -> tuple[torch.device, ...]:
-    """The device of each stage; a count is of GPUs, of CPU workers where there is none.
+    """The device of each stage.
 
-    `elsewhere`: the pipeline will run on another machine; a count may be above what is here.
+    Args:
+        devices: a number of accelerators (of CPU workers where there are none), or a list.
+        elsewhere: the pipeline will run on another machine: a number may be above what is here.
+
+    Returns:
+        One device for each stage, with its index.
+
+    Raises:
+        OptionError: it is neither a number above 0 nor a list with an entry.
+        DeviceError: a device is not here.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    present = accelerators()
     if isinstance(devices, int) and not isinstance(devices, bool):
         if devices < 1:
             raise OptionError(
                 "a pipeline needs a device", expected="at least 1", found=str(devices)
             )
-        if gpus == 0 or (elsewhere and devices > gpus):
+        if not present or (elsewhere and devices > len(present)):
             return (torch.device("cpu"),) * devices
-        if devices > gpus:
+        if devices > len(present):
             raise DeviceError(
                 f"{devices} devices were asked for",
-                found=f"{gpus} GPU{'s' if gpus > 1 else ''}",
-                remedy='a list may name a GPU several times (devices=["cuda:0", "cuda:0"] puts two'
-                ' stages on one), or name CPU workers (["cpu", "cpu"])',
+                found=f"{len(present)} GPU{'s' if len(present) > 1 else ''}",
+                remedy=f'a list may name a GPU several times (devices=["{present[0]}",'
+                f' "{present[0]}"] puts two stages on one), or name CPU workers (["cpu", "cpu"])',
             )
-        return tuple(torch.device("cuda", i) for i in range(devices))
+        return present[:devices]
     if isinstance(devices, (str, int)) or not isinstance(devices, Sequence):
         raise OptionError(
             "devices is a count or a list",
             expected='2 or ["cuda:0", "cuda:1"]',
             found=repr(devices),
         )
-    listed = tuple(_place(d, gpus) for d in devices)
-    if not listed:
+    if not devices:
         raise OptionError("a pipeline needs a device", expected="at least 1", found="an empty list")
-    return listed
+    return tuple(map(_parse_device, devices))
 
 
-def _place(value: str | torch.device, gpus: int) -> torch.device:
+def _parse_device(value: str | torch.device) -> torch.device:
+    """A device that is here, with its index."""
     try:
         device = torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(
             "no such device", expected='"cpu" or "cuda:0"', found=repr(value)
         ) from error
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type == "cuda" and (device.index or 0) < gpus:
-        return torch.device("cuda", device.index or 0)
-    raise DeviceError(
-        "no such device here",
-        expected='"cpu"' + (f' or "cuda:0" … "cuda:{gpus - 1}"' if gpus else " (there is no GPU)"),
-        found=repr(str(value)),
-    )
+    found = backend_of(device).find(device)
+    if found is not None:
+        return found
+    present = accelerators()
+    here = f' or "{present[0]}" … "{present[-1]}"' if present else " (there is no GPU)"
+    raise DeviceError("no such device here", expected=f'"cpu"{here}', found=repr(str(value)))

@@ -10,21 +10,20 @@ import torch
 
 from autopipe import option_parsing
 from autopipe.errors import OptionError, UnsupportedError
-from autopipe.passes.schedule import KNOWN
+from autopipe.passes.capture import CaptureRequest
+from autopipe.passes.ir import REDUCTIONS
+from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED, KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.utils._pytree import TreeSpec
 
     from autopipe.passes.devices import Device
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
     from autopipe.planning.plans import Plan
 
-EXECUTED = ("gpipe",)
-"""The schedules that the runtime runs (the simulator knows more)."""
-
-OUT_REDUCE = (None, "mean", "sum")
 BATCH_NORM = ("deferred", "micro")
 
 
@@ -32,7 +31,7 @@ class Given(NamedTuple):
     """Micro-batches, and one policy for each stage."""
 
     chunks: int
-    remat: tuple[Policy, ...]
+    remat: tuple[RematPolicy, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Options:
     devices: tuple[torch.device, ...]
     chunks: int | None
     schedule: str | None
-    remat: tuple[Policy, ...] | None
+    remat: tuple[RematPolicy, ...] | None
     in_dims: Any
     out_reduce: str | None
     batch_norm: str
@@ -65,7 +64,7 @@ class Options:
     @property
     def kind(self) -> str:
         """The schedule; of those that the runtime runs there is one to choose."""
-        return self.schedule or EXECUTED[0]
+        return self.schedule or DEFAULT_KIND
 
     @property
     def whole(self) -> bool:
@@ -78,6 +77,31 @@ class Options:
         assert self.chunks is not None
         assert self.remat is not None
         return Given(self.chunks, self.remat)
+
+    def capture_request(
+        self,
+        model: nn.Module,
+        leaves: Sequence[Any],
+        spec: TreeSpec,
+        batch_dims: Sequence[int | None],
+        *,
+        single: bool = False,
+    ) -> CaptureRequest:
+        """What to capture of a model under these options.
+
+        Args:
+            model, leaves, spec, batch_dims, single: see `CaptureRequest`.
+        """
+        return CaptureRequest(
+            model,
+            leaves,
+            spec,
+            batch_dims,
+            whole=self.whole,
+            single=single,
+            batch_norm=self.batch_norm,
+            out_reduce=self.out_reduce,
+        )
 
     def planned(self, plan: Plan) -> Options:
         """The same with what a plan says."""
@@ -127,14 +151,14 @@ def check(
             expected="an integer of at least 1, or None: the planner chooses",
             found=repr(chunks),
         )
-    if schedule not in (None, *KNOWN, "auto"):
+    if schedule not in (None, *KINDS, "auto"):
         known = ", ".join((*EXECUTED, "auto"))
         raise OptionError("unknown schedule", expected=f"one of {known}", found=repr(schedule))
     if schedule not in (None, *EXECUTED, "auto"):
         raise UnsupportedError(
             f"the runtime does not execute schedule={schedule!r} yet",
             expected=f"one of {', '.join(EXECUTED)}",
-            remedy='use schedule="gpipe"',
+            remedy=f'use schedule="{DEFAULT_KIND}"',
         )
     if backend == "inductor":
         raise UnsupportedError(
@@ -142,20 +166,19 @@ def check(
         )
     if backend != "eager":
         raise OptionError("unknown backend", expected="eager", found=repr(backend))
-    if out_reduce not in OUT_REDUCE:
-        raise OptionError(
-            "unknown out_reduce", expected='None, "mean" or "sum"', found=repr(out_reduce)
-        )
+    if out_reduce not in (None, *REDUCTIONS):
+        names = " or ".join(f'"{name}"' for name in REDUCTIONS)
+        raise OptionError("unknown out_reduce", expected=f"None, {names}", found=repr(out_reduce))
     if batch_norm not in BATCH_NORM:
         raise OptionError(
             "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
         )
-    places = option_parsing.places(devices, elsewhere=elsewhere)
-    K = len(places)
+    parsed = option_parsing.parse_devices(devices, elsewhere=elsewhere)
+    K = len(parsed)
     options = Options(
-        devices=places,
+        devices=parsed,
         chunks=chunks,
-        schedule=None if schedule == "auto" else schedule or "gpipe",
+        schedule=None if schedule == "auto" else schedule or DEFAULT_KIND,
         remat=option_parsing.policies(remat, K),
         in_dims=in_dims,
         out_reduce=out_reduce,

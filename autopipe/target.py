@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from autopipe.errors import OptionError
+from autopipe.passes.capture import UserModel, is_model
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-Target = tuple[nn.Module | torch.export.ExportedProgram, tuple[Any, ...], dict[str, Any]]
+Target = tuple[UserModel, tuple[Any, ...], dict[str, Any]]
 
 FILE = "__autopipe_model__"
 """The name under which a file is imported: its own might be taken, as torch.py is."""
@@ -64,7 +64,7 @@ def load(name: str, *, real: bool = False) -> Target:
 
 def _checked(found: Any, name: str) -> Target:
     model, *inputs = found if isinstance(found, tuple) and found else (None,)
-    if isinstance(model, (nn.Module, torch.export.ExportedProgram)):
+    if is_model(model):
         match inputs:
             case [tuple(args)]:
                 return model, args, {}

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from autopipe.passes.ir import InputKind
-from autopipe.passes.phases import TensorMeta
+from autopipe.passes.phases import PhaseRequest, TensorMeta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
-    from autopipe.passes.ir import Captured, Input
+    from autopipe.passes.ir import Captured, Input, Split
+    from autopipe.passes.remat_policies import RematPolicy
 
 
 def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict[str, TensorMeta]:
@@ -25,7 +27,7 @@ def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict
         if item.batch_dim is not None:
             tensor = tensor.narrow(item.batch_dim, 0, size)
         look = TensorMeta.of(tensor)._replace(requires_grad=leaves[item.index].requires_grad)
-        looks[item.name] = look.settled()
+        looks[item.name] = look.after_copy()
     return looks
 
 
@@ -42,5 +44,35 @@ def differentiated(captured: Captured) -> frozenset[str]:
     A model that returns its own loss gets its gradient there; else any result may get one.
     """
     results = [o for o in captured.outputs if not o.internal]
-    reduced = {o.name for o in results if o.combine in ("sum", "mean")}
+    reduced = {o.name for o in results if o.combine.is_reduction}
     return frozenset(reduced or {o.name for o in results})
+
+
+def training_request(
+    model: nn.Module,
+    split: Split,
+    leaves: Sequence[Any],
+    sizes: Sequence[int],
+    devices: Sequence[torch.device],
+    remat: Sequence[RematPolicy],
+) -> PhaseRequest:
+    """Ask for a split program's phases in training, with gradients from the usual outputs.
+
+    Args:
+        model: what was captured; its weights are not needed.
+        split: the stages.
+        leaves: a call's flattened inputs.
+        sizes: samples in each micro-batch.
+        devices: one per stage.
+        remat: one policy per stage.
+    """
+    captured = split.captured
+    state = state_metadata(captured, lambda item: captured.tensor_of(model, item))
+    return PhaseRequest(
+        split,
+        {size: state | input_metadata(captured, leaves, size) for size in dict.fromkeys(sizes)},
+        tuple(devices),
+        tuple(remat),
+        grad=True,
+        differentiated=differentiated(captured),
+    )

@@ -1,7 +1,7 @@
-"""Frozen dataclasses as JSON text and back. What does not fit their types exactly is refused.
+"""Write frozen dataclasses as JSON and read them back, refusing what does not fit their types.
 
-Nothing in a file is executed or looked up: it is parsed by `json`, and each value is compared with
-the annotation of the field that it is for.
+Nothing in a file is executed or looked up: `json` parses it, and each value is checked against the
+type annotation of its field.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ PLAIN = {int: "an integer", float: "a finite number", str: "a text", bool: "true
 
 
 class MisfitError(ValueError):
-    """A value that is not what its place asks for.
+    """A value does not have the type of its field.
 
     Attributes:
-        where: the place, such as ``stages[2].seconds``; "" for the whole text.
-        expected, found: in words.
+        where: path of the field, such as ``stages[2].seconds``; "" for the whole text.
+        expected, found: descriptions.
     """
 
     def __init__(self, where: str, expected: str, found: str) -> None:
@@ -28,16 +28,37 @@ class MisfitError(ValueError):
         self.where, self.expected, self.found = where, expected, found
 
 
+def json_name(name: str) -> dict[str, str]:
+    """Metadata for `dataclasses.field`: the field's name in JSON, where that differs.
+
+    Args:
+        name: its key in the file.
+    """
+    return {"json": name}
+
+
 def to_json(value: Any) -> str:
-    """A dataclass as indented JSON, its fields in their order."""
-    return json.dumps(dataclasses.asdict(value), indent=1, allow_nan=False, ensure_ascii=False)
+    """Write a dataclass as indented JSON, its fields in their order."""
+    return json.dumps(_plain_data(value), indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def _plain_data(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        keys = _keys(type(value))
+        return {key: _plain_data(getattr(value, name)) for key, name in keys.items()}
+    return [_plain_data(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _keys(kind: type) -> dict[str, str]:
+    """JSON key → name of the field, in the order of the fields."""
+    return {f.metadata.get("json", f.name): f.name for f in dataclasses.fields(kind)}
 
 
 def parse(text: str) -> Any:
-    """JSON without what the standard does not know (NaN, the same key twice).
+    """Parse JSON strictly: NaN and repeated keys are refused.
 
     Raises:
-        MisfitError: it is no JSON.
+        MisfitError: the text is not JSON.
     """
     try:
         return json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
@@ -50,15 +71,18 @@ def parse(text: str) -> Any:
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:
-    """A parsed value as `kind` says.
+    """Convert a parsed value to a type.
 
     Args:
         kind: str, int, float, bool, one of them or None, a tuple, or a dataclass of such fields.
-        value: as `parse` gave it.
-        where: the place that it stands at, for messages.
+        value: a result of `parse`, or a part of one.
+        where: its path in the file, for messages.
+
+    Returns:
+        An instance of `kind`.
 
     Raises:
-        MisfitError: naming the place.
+        MisfitError: the value does not fit; names the path.
     """
     if kind in PLAIN:
         return _plain(kind, value, where)
@@ -70,14 +94,18 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             _misfit(where, "a list", value)
         return tuple(convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    hints = get_type_hints(kind)
+    return _dataclass(kind, value, where)
+
+
+def _dataclass(kind: Any, value: Any, where: str) -> Any:
+    hints, keys = get_type_hints(kind), _keys(kind)
     if not isinstance(value, dict):
-        _misfit(where, f"an object with {', '.join(hints)}", value)
-    for name in value.keys() - hints.keys():
-        raise MisfitError(_field(where, name[:80]), f"one of {', '.join(hints)}", "another name")
-    for name in hints.keys() - value.keys():
-        raise MisfitError(_field(where, name), "a value", "nothing")
-    return kind(**{n: convert(hints[n], v, _field(where, n)) for n, v in value.items()})
+        _misfit(where, f"an object with {', '.join(keys)}", value)
+    for key in value.keys() - keys.keys():
+        raise MisfitError(_field(where, key[:80]), f"one of {', '.join(keys)}", "another name")
+    for key in keys.keys() - value.keys():
+        raise MisfitError(_field(where, key), "a value", "nothing")
+    return kind(**{keys[k]: convert(hints[keys[k]], v, _field(where, k)) for k, v in value.items()})
 
 
 def _plain(kind: type, value: Any, where: str) -> Any:
@@ -107,7 +135,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def short(value: object) -> str:
-    """A value in a message, which it must not flood."""
+    """A value as text for a message, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 

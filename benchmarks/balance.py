@@ -49,7 +49,7 @@ def busy(pipe: autopipe.Pipeline, call: tuple[Any, Any], rounds: int = 5) -> lis
         return run
 
     for way in ("forward", "backward"):
-        for k in range(len(ready.program.places)):
+        for k in range(len(ready.program.workers)):
             names[f"{way}_{k}"] = wrapped(names[f"{way}_{k}"], timed, k)
     steps = []
     for i in range(rounds + 1):
@@ -86,7 +86,7 @@ def moved(
             stages = [plan.stages[0]]
             for stage, first in zip(plan.stages[1:], [*starts, name, *rest], strict=True):
                 stages.append(dataclasses.replace(stage, first=first))
-            changed = dataclasses.replace(plan, stages=tuple(stages), begins=(), repeated=())
+            changed = dataclasses.replace(plan, stages=tuple(stages), segments=(), duplicated=())
             try:
                 pipe = autopipe.compile(model, plan=changed, args=call[0], kwargs=call[1])
             except PlanError as error:

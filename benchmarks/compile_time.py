@@ -36,17 +36,17 @@ def compile(model: torch.nn.Module, batch: dict[str, torch.Tensor], remat: str) 
 def traces(layers: int, stages: int) -> int:
     """How many joint graphs are traced for so many stages."""
     model, inputs = gpt2(layers, 256, 4, 128)
-    counted, trace = [], phases.trace
+    counted, trace = [], phases.trace_joint
 
     def counting(*args: object, **kwargs: object) -> object:
         counted.append(1)
         return trace(*args, **kwargs)  # type: ignore[arg-type]
 
-    phases.trace = counting  # type: ignore[assignment]
+    phases.trace_joint = counting  # type: ignore[assignment]
     try:
         pipe = autopipe.compile(model, ["cpu"] * stages, 4, kwargs=inputs(8))
     finally:
-        phases.trace = trace
+        phases.trace_joint = trace
     same = len({s.fingerprint for s in pipe._compiled_or_raise()[0].split.stages})
     print(f"{layers} layers in {stages} stages: {same} different, {len(counted)} traced")
     return len(counted)

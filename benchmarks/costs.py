@@ -30,12 +30,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import CallSeconds, annotate, call_seconds
 from autopipe.passes.cost.stage_cost import sum_costs
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.graph.fx_utils import is_size
 from autopipe.passes.ir.captured import Annotated
 from autopipe.passes.ir.values import at_batch
+from autopipe.passes.remat_policies import NONE
 from autopipe.passes.split.cut import split
 from autopipe.passes.split.objective import objective_of
 from autopipe.planning.profile_calls import profile
@@ -67,7 +69,7 @@ def annotated(
     """The model's costs; micro-batches are not combined, so that any model will do."""
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(in_dims, model, args, kwargs)
-    return annotate(capture(model, leaves, spec, dims, whole=True))
+    return annotate(capture(CaptureRequest(model, leaves, spec, dims, whole=True)))
 
 
 def narrowed(value: Any, samples: int) -> Any:
@@ -194,8 +196,8 @@ def splits(batch: int = 4) -> None:
         }
         for rule, weights in rules.items():
             known = {n.name: CallSeconds(w, 0.0, 0.0) for n, w in zip(calls, weights, strict=True)}
-            aim = objective_of([DEFAULT] * 2, batch, remat="none")
-            late = {n.name for n in split(found, replace(aim, times=known)).calls[1]}
+            objective = objective_of([DEFAULT] * 2, batch, remat=NONE)
+            late = {n.name for n in split(found, replace(objective, times=known)).calls[1]}
             second = [n.name in late for n in calls]
             print(
                 f"{name:8} cut by {rule:8} balance in FLOPs {balance(work, second):.3f},"

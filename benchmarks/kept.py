@@ -1,10 +1,10 @@
-"""What stages are estimated to keep and run again, against what they do when they are traced.
+"""What stages are estimated to save and recompute, against what they do when they are traced.
 
     python -m benchmarks.kept
 
 For each model, cut into two stages, and each policy: of the bytes that a further micro-batch in
-flight keeps, and of the seconds that are run again, estimated over traced, stage by stage. The
-estimate steers the search for a cut (`passes.loads`); plans go by the trace.
+flight saves, and of the seconds of recomputation, estimated over traced, stage by stage. The
+estimate steers the search for a cut (`passes/split`); plans go by the trace.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import torch
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.options import check
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.phase_memory import stage_bytes
 from autopipe.passes.cost.phase_time import phase_seconds
 from autopipe.passes.devices import CPU_CORE
-from autopipe.passes.driver import costed, cut_in_space
+from autopipe.passes.driver import costed, cut_in_space, phases_by_size
 from autopipe.passes.ir.values import at_batch
-from autopipe.passes.phases.cut import TraceCache
-from autopipe.passes.remat_policies import Policy
-from autopipe.passes.split.call_costs import CallCosts
+from autopipe.passes.phases.request import TraceCache
+from autopipe.passes.remat_policies import FULL, MIN_CUT, NONE, fraction_policy
 from autopipe.passes.split.objective import Objective
-from autopipe.planning.planner import phases_of
+from autopipe.passes.split.op_costs import OpCosts
+from autopipe.tensor_meta import training_request
 from benchmarks.models import gpt2, swin, t5, unet
 
-POLICIES: tuple[Policy, ...] = ("none", "min-cut", 0.75, 0.5, 0.25, "full")
+POLICIES = (NONE, MIN_CUT, *map(fraction_policy, (0.75, 0.5, 0.25)), FULL)
 SIZE = 4
 
 
@@ -36,9 +37,7 @@ def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
     """Print a line for each policy."""
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(0, model, args, kwargs)
-    annotated = costed(
-        model, leaves, spec, dims, whole=False, batch_norm="deferred", out_reduce=None
-    )
+    annotated = costed(CaptureRequest(model, leaves, spec, dims))
     options = check(
         devices=["cpu"] * 2,
         chunks=1,
@@ -49,24 +48,28 @@ def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
         out_reduce=None,
         batch_norm="deferred",
     )
-    aim = Objective(SIZE, (CPU_CORE,) * 2, ("none",) * 2, (1, 1), (None, None))
-    split = cut_in_space(annotated, aim)
-    facts, traced = CallCosts(split.annotated, aim), TraceCache()
+    objective = Objective(SIZE, (CPU_CORE,) * 2, (NONE,) * 2, (1, 1), (None, None))
+    split = cut_in_space(annotated, objective)
+    costs, traced = OpCosts(split.annotated, objective), TraceCache()
     for policy in POLICIES:
-        phased = phases_of(model, split, leaves, [SIZE], options, (policy,) * 2, traced)[SIZE]
+        request = training_request(model, split, leaves, [SIZE], options.devices, (policy,) * 2)
+        phased = phases_by_size(request, traced)[SIZE]
         kept, again = [], []
         for stage, calls in zip(split.stages, split.calls, strict=True):
-            used = {s.name for node in calls for s in node.all_input_nodes if s in facts.saved}
-            received = [n for n in stage.receives if policy != "none" or n in used]
-            estimate = sum(facts.kept_bytes(policy)[node] for node in calls)
+            read = costs.read_by_backward
+            used = {s.name for node in calls for s in node.all_input_nodes if s in read}
+            received = [n for n in stage.receives if policy.saves_received or n in used]
+            estimate = sum(costs.saved_bytes_in_flight(policy)[node] for node in calls)
             estimate += sum(at_batch(split.routes[n].spec.nbytes, SIZE) for n in received)
             kept.append(_ratio(estimate, stage_bytes(phased.stages[stage.index]).saved))
-            plain, more = (facts.seconds(CPU_CORE, p) for p in ("none", policy))
+            plain, more = (costs.seconds(CPU_CORE, p) for p in (NONE, policy))
             seconds = sum(more[node] - plain[node] for node in calls)
             again.append(
                 _ratio(seconds, phase_seconds(phased.stages[stage.index], CPU_CORE).recompute)
             )
-        print(f"{name:6} {policy:8} kept {', '.join(kept)}; again {', '.join(again)}", flush=True)
+        print(
+            f"{name:6} {policy.name:8} kept {', '.join(kept)}; again {', '.join(again)}", flush=True
+        )
 
 
 def _ratio(estimate: float, traced: float) -> str:

@@ -69,7 +69,7 @@ class _Watch(TorchDispatchMode):
 def watching(model: nn.Module) -> Iterator[Ledger]:
     """Keep a ledger of the pipelines of CPU workers that run meanwhile."""
     ledger = Ledger(model)
-    run = workers.run
+    run = workers.run_workers
 
     def watched(tasks: Sequence[Callable[[], None]], abort: Callable[[], None], cores: Any) -> None:
         def task(stage: int) -> None:
@@ -84,21 +84,21 @@ def watching(model: nn.Module) -> Iterator[Ledger]:
         ledger.hold(copy, stage)
         return copy
 
-    def moved(self: executor.Run, tensor: Tensor, source: int, to: int) -> transfer.Parcel:
+    def moved(self: executor.Run, tensor: Tensor, source: int, to: int) -> transfer.SentTensor:
         return move(self, copied(tensor, to), source, to)
 
     def received(self: executor.Run, what: str, stage: int, m: int) -> Tensor:
-        if (given := self.given.get((what, stage, m))) is not None:
-            self.given[what, stage, m] = copied(given, stage)
+        if (fed := self.inputs.get((what, stage, m))) is not None:
+            self.inputs[what, stage, m] = copied(fed, stage)
         return take(self, what, stage, m)
 
     move, take = executor.Run._moved, executor.Run.receive
-    workers.run = watched
+    workers.run_workers = watched
     executor.Run.receive = received  # type: ignore[method-assign]
     executor.Run._moved = moved  # type: ignore[method-assign]
     try:
         yield ledger
     finally:
-        workers.run = run
+        workers.run_workers = run
         executor.Run._moved = move  # type: ignore[method-assign]
         executor.Run.receive = take  # type: ignore[method-assign]

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
+from autopipe.passes.remat_policies import POLICIES
 from benchmarks.models import Calls, gpt2, t5, unet
 
 BATCH = 16
 CHUNKS = (2, 4, 8)
-POLICIES = ("full", "none", "min-cut")
+NAMES = tuple(policy.name for policy in POLICIES)
 
 
 def models() -> dict[str, Callable[[], tuple[nn.Module, Calls]]]:
@@ -88,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     asked = sys.argv[1:]
     names = [n for n in models() if n in asked] or list(models())
-    policies = [p for p in POLICIES if p in asked] or list(POLICIES)
+    policies = [p for p in NAMES if p in asked] or list(NAMES)
     rows = [compared(n, p, m) for n in names for p in policies for m in CHUNKS]
     times, saved = ([abs(row[i]) for row in rows] for i in (0, 1))
     print(

@@ -26,13 +26,15 @@ from autopipe.call_signature import flatten
 from autopipe.options import check
 from autopipe.passes._torch import lazy_graph_code
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.cost.stage_cost import stage_cost
-from autopipe.passes.driver import cut_in_space
+from autopipe.passes.driver import cut_in_space, phases_by_size
 from autopipe.passes.split.objective import objective_of
 from autopipe.planning.choice import models_of
-from autopipe.planning.planner import clocks_of, phases_of
+from autopipe.planning.planner import clocks_of
 from autopipe.planning.planner import plan as make_plan
+from autopipe.tensor_meta import training_request
 from benchmarks.models import gpt2
 from benchmarks.transformer_l import on_meta
 
@@ -64,14 +66,14 @@ def planned(
     models = models_of(options.devices)
     marks = [time.process_time()]
     with lazy_graph_code():
-        captured = capture(model, leaves, spec, dims)
+        captured = capture(CaptureRequest(model, leaves, spec, dims))
         marks.append(time.process_time())
         annotated = annotate(captured)
         marks.append(time.process_time())
-    aim = objective_of(models, 1, remat=remat, in_flight=(SAMPLES,) * stages)
-    cut = cut_in_space(annotated, aim)
+    objective = objective_of(models, 1, remat=remat, in_flight=(SAMPLES,) * stages)
+    cut = cut_in_space(annotated, objective)
     marks.append(time.process_time())
-    phased = phases_of(model, cut, leaves, [1] * SAMPLES, options, remat)
+    phased = phases_by_size(training_request(model, cut, leaves, [1], options.devices, remat))
     marks.append(time.process_time())
     plan = make_plan(model, cut, phased, [1] * SAMPLES, options, clocks_of(models))
     marks.append(time.process_time())

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import autopipe
-from autopipe.passes.schedule.kinds import KNOWN
+from autopipe.passes.schedule import KINDS
 
 Row = tuple[int, int, tuple[float, ...], tuple[float, ...], int]
 
@@ -113,9 +113,9 @@ def rates() -> Iterator[str]:
                 backward=backward,
                 weight=weight,
                 transfer=transfer,
-                virtual_stages=v if kind == "interleaved" else None,
+                virtual_stages=v if KINDS[kind].any_virtual_stages else None,
             )
-            name = f"{kind} v={v}" if kind == "interleaved" else kind
+            name = f"{kind} v={v}" if KINDS[kind].any_virtual_stages else kind
             head = f"{K:>3}, {M:>3}  {name:15}"
             if paper is None:
                 yield f"{head}       {timeline.bubble:7.4f}"
@@ -157,7 +157,7 @@ def forms(stages: int = 8, chunks: int = 20) -> Iterator[str]:
 def memory(stages: int = 8, chunks: int = 24) -> Iterator[str]:
     """All kept from F to W; and, as an example, with B freeing half of it."""
     yield f"{'kind':12} kept until W   half freed by B"
-    for kind in KNOWN:
+    for kind in KINDS:
         peaks = []
         for left in (None, 0.5):
             timeline = autopipe.simulate(
@@ -177,7 +177,7 @@ def memory(stages: int = 8, chunks: int = 24) -> Iterator[str]:
 def speed(stages: int = 32, chunks: int = 96) -> Iterator[str]:
     """The slowest of five, and what the processor spent on it."""
     yield f"{'kind':12}   wall   processor"
-    for kind in KNOWN:
+    for kind in KINDS:
         wall, processor = [], []
         for _ in range(5):
             start, spent = time.perf_counter(), time.process_time()
@@ -192,7 +192,7 @@ def speed(stages: int = 32, chunks: int = 96) -> Iterator[str]:
 def traces(folder: Path) -> Iterator[str]:
     """A trace per schedule: K = 4, M = 8, in ms."""
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in KNOWN:
+    for kind in KINDS:
         timeline = autopipe.simulate(kind, stages=4, chunks=8, forward=2, backward=2, weight=2)
         path = folder / f"{kind}.json"
         path.write_text(timeline.to_chrome_trace(microseconds=1e3))

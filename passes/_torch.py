@@ -1,7 +1,7 @@
-"""Every name that torch does not promise to keep, in one room.
+"""All private names of torch, in one module.
 
-Tried on torch 2.11 (CUDA 13.0) and torch 2.13 (CPU). When a new torch breaks autopipe, it breaks
-here: nothing else in the project imports from a module whose name starts with an underscore.
+Tested with torch 2.11 (CUDA 13.0) and torch 2.13 (CPU). If a new torch version breaks autopipe, fix
+it here: no other file uses a name of torch that starts with an underscore.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.amp.autocast_mode import _enter_autocast
+from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
@@ -38,6 +39,7 @@ from torch.fx.traceback import (
     set_stack_trace,
 )
 from torch.nn.modules._functions import BackwardHookFunction
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackwardHookFunction",
+    "BatchNormBase",
     "CheckpointFunction",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -66,6 +69,7 @@ __all__ = [
     "free_unbacked_symbols",
     "from_functional",
     "has_saved_tensor_hooks",
+    "has_tangent",
     "in_functorch_transform",
     "is_functorch_call",
     "is_traced",
@@ -90,26 +94,26 @@ __all__ = [
 
 @contextmanager
 def lazy_graph_code() -> Iterator[None]:
-    """Graph modules that torch makes in here write their Python code when they are run.
+    """Within this, torch's graph modules generate their Python code only when they run.
 
-    The passes read them, and run none: a tenth of the time that compiling takes.
+    The passes read graph modules and run none of them; this saves a tenth of the compile time.
     """
     with _use_lazy_graph_module(True):
         yield
 
 
 def symbolic_fake_mode() -> FakeTensorMode:
-    """A fake tensor mode in which torch.export can make sizes symbolic."""
+    """Create a fake tensor mode in which torch.export can make sizes symbolic."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
 def is_functorch_call(target: Any) -> bool:
-    """Whether an exported call is a part of a function transform: vmap's levels and the like."""
+    """Whether an exported call belongs to a function transform, such as vmap's levels."""
     return str(getattr(target, "__module__", "")).startswith("torch._functorch.")
 
 
 def in_functorch_transform(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a function transform is under way, or has wrapped one of the tensors."""
+    """Whether a function transform is active, or has wrapped one of the tensors."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -122,13 +126,20 @@ def has_saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a tensor has a tangent of forward-mode differentiation."""
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def keep_no_grad_regions() -> Iterator[None]:
-    """Keep export from forgetting that gradients are off where an autocast region is around it.
+    """Let export respect `no_grad` inside an autocast region.
 
-    Export cuts its graph where gradients are switched and looks at the first call of each part to
-    see what they are switched to. But a part of an autocast region begins with a call that enters
-    it again.
+    Export cuts its graph where gradients are enabled or disabled, and reads from the first call of
+    each part which of the two it is. But a part inside an autocast region begins with a call that
+    enters the region again; this patch skips it.
     """
 
     def switches(node: fx.Node, omit_if_same_with_ambient: bool = False) -> bool:
@@ -147,7 +158,7 @@ def keep_no_grad_regions() -> Iterator[None]:
 
 @contextmanager
 def fix_lstm_state_shapes() -> Iterator[None]:
-    """Let the states of a fake LSTM have the shape of real ones (torch 2.11: a dimension more)."""
+    """Give the states of a fake LSTM their real shape (torch 2.11 adds a dimension)."""
 
     def corrected(layer: Callable[..., Any]) -> Callable[..., Any]:
         def run(x: Tensor, hidden: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -167,9 +178,9 @@ def fix_lstm_state_shapes() -> Iterator[None]:
 
 @contextmanager
 def record_checks_unordered() -> Iterator[None]:
-    """Record checks of results (a matrix was singular) like any other call.
+    """Record error checks of linear algebra (a singular matrix) like any other call.
 
-    Newer torches keep them in order by tokens, which only AOTAutograd's own tracing hands out.
+    Newer torch versions order them by tokens, which exist only in AOTAutograd's own tracing.
     """
     ordered: Callable[[Any], bool] = effects.has_effects
 
@@ -181,21 +192,26 @@ def record_checks_unordered() -> Iterator[None]:
 
 
 def set_traced_call(call: int, stack_trace: str | None) -> None:
-    """While tracing: what is recorded from now on belongs to this call of the traced graph."""
+    """While tracing: attribute what is recorded from now on to a call of the traced graph.
+
+    Args:
+        call: position of the call in that graph.
+        stack_trace: of the call.
+    """
     if has_preserved_node_meta():
         get_current_meta()["custom"] = {"call": call}
         set_stack_trace([stack_trace] if stack_trace else [])
 
 
 def traced_call() -> int | None:
-    """While tracing: the call that what is recorded now belongs to."""
+    """While tracing: return the position set by `set_traced_call`."""
     position: int | None = get_current_meta().get("custom", {}).get("call")
     return position
 
 
 @contextmanager
 def mark_recorded(fact: str) -> Iterator[None]:
-    """While tracing: what is recorded meanwhile is marked."""
+    """While tracing: set ``meta["custom"][fact]`` of every node recorded within this."""
     meta = get_current_meta()
     before = meta.get("custom", {})
     meta["custom"] = {**before, fact: True}
@@ -206,17 +222,17 @@ def mark_recorded(fact: str) -> Iterator[None]:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a trace: it has no values yet."""
+    """Whether a tensor belongs to a trace, and so has no values."""
     return isinstance(tensor, (FunctionalTensor, FakeTensor))
 
 
 def to_functional(tensor: Tensor) -> Tensor:
-    """Wrap for `FunctionalTensorMode`: in-place operators and views become pure ones."""
+    """Wrap a tensor for `FunctionalTensorMode`: in-place operators and views become pure."""
     return FunctionalTensor.to_functional(tensor)
 
 
 def from_functional(tensor: Tensor) -> Tensor:
-    """The plain tensor inside, every pending in-place update applied."""
+    """Return the tensor inside, with every pending in-place update applied."""
     if not isinstance(tensor, FunctionalTensor):
         return tensor
     torch._sync(tensor)  # type: ignore[no-untyped-call, attr-defined]
@@ -224,12 +240,12 @@ def from_functional(tensor: Tensor) -> Tensor:
 
 
 def storage_id(tensor: Tensor) -> int:
-    """Identity of the memory behind a (fake or real) tensor: equal for aliases."""
+    """Return the identity of the memory of a (fake or real) tensor; equal for aliases."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def storage_id_of(node: fx.Node) -> int | None:
-    """`storage_id` of the tensor that `node` made when it was captured; None for non-tensors."""
+    """Return the `storage_id` of the (fake) tensor that `node` computes; None for a non-tensor."""
     value = node.meta.get("val")
     return storage_id(value) if isinstance(value, Tensor) else None
 
@@ -237,25 +253,28 @@ def storage_id_of(node: fx.Node) -> int | None:
 def min_cut_saved(
     joint: fx.GraphModule, inputs: Sequence[Any], forward_outputs: int, budget: float = 1.0
 ) -> set[str]:
-    """Names of the values functorch's min-cut partitioner keeps from forward to backward.
+    """Ask functorch's min-cut partitioner which values to save from forward to backward.
 
     Args:
         joint: joint graph; its placeholders are named ``primals_*`` and ``tangents_*``.
-        inputs: the fake tensors it was traced with.
+        inputs: the fake tensors that it was traced with.
         forward_outputs: how many of its outputs, from the left, belong to the forward.
-        budget: fraction, from 0 to 1, of the bytes that it would keep beyond the inputs.
+        budget: fraction, from 0 to 1, of the bytes that it would save beyond the inputs.
+
+    Returns:
+        Names of the saved values.
     """
     partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
     partition = min_cut_rematerialization_partition
     with functorch_config.patch(activation_memory_budget=budget):
         forward, _ = partition(joint, list(inputs), num_fwd_outputs=forward_outputs)
     output = next(node for node in forward.graph.nodes if node.op == "output")
-    kept = output.args[0][forward_outputs:]
-    return {node.name for node in kept if isinstance(node, fx.Node)}
+    saved = output.args[0][forward_outputs:]
+    return {node.name for node in saved if isinstance(node, fx.Node)}
 
 
 class _OnProxies(PythonReferenceAnalysis):
-    """torch's own rule for 1 / n looks at the numbers, which proxies do not have."""
+    """Evaluates size expressions on proxies; torch's rule for 1 / n would read numbers."""
 
     @staticmethod
     def int_truediv(a: Any, b: Any) -> Any:
@@ -263,9 +282,23 @@ class _OnProxies(PythonReferenceAnalysis):
 
 
 def emit_expression(expr: sympy.Expr, batch: fx.Node) -> fx.Node:
-    """Append the arithmetic of a size expression in one symbol to `batch`'s graph."""
+    """Append the arithmetic of a size expression to the graph of `batch`.
+
+    Args:
+        expr: depends on one symbol, the batch size.
+        batch: the node whose value is the batch size.
+
+    Returns:
+        The node whose value is `expr`.
+    """
     if expr.is_Symbol:
         return batch
     (symbol,) = expr.free_symbols
     result: fx.Proxy = sympy_interp(_OnProxies, {symbol: fx.Proxy(batch)}, expr)
     return result.node
+
+
+def autocast_device_types() -> tuple[str, ...]:
+    """The device types for which autocast can be on: the CPU and this torch build's accelerator."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)

@@ -1,15 +1,14 @@
-"""Scheduled + Phased → Generated: the pipeline as Python source text.
+"""Scheduled + Phased -> Generated: write the pipeline as Python source text.
 
-Three layers, each in terms of the one before:
+The text has three layers; each calls the one before:
 
     F_1_b4, RBW_1_b4      what stage 1 computes on a micro-batch of 4: calls of ATen operators
-    forward_1             one micro-batch at stage 1: receive, compute, send, keep
-    device_1_forward      what the worker of device 1 does in a step: its list of actions
+    forward_1             one micro-batch at stage 1: receive, compute, send, save
+    device_1_forward      what the worker of device 1 does in one step: its list of actions
 
-The text needs nothing but torch and the `run` object that the runtime passes in, whose methods are
-the words it is written in (`autopipe.runtime.executor.Run`). It is what `pipe.code` prints and it
-is what runs. Functions take their arguments in a list and empty it, so that a value lives no
-longer than its last use.
+The text needs only torch and the `run` object that the runtime passes in; it calls the methods of
+`autopipe.runtime.executor.Run`. `pipe.code` prints this text, and this text runs. Functions take
+their arguments in a list and empty it, so that a value is freed after its last use.
 """
 
 from __future__ import annotations
@@ -45,8 +44,9 @@ class Generated:
 
     Attributes:
         source: a Python module.
-        forward: names of its functions, one per device: the forward of a step.
-        backward: likewise, the backward; empty for inference.
+        forward: names of its functions that run a step's forward, one per device; each is called
+            as ``device_1_forward(run)``.
+        backward: likewise for the backward; empty for inference.
     """
 
     source: str
@@ -58,7 +58,7 @@ class Generated:
         defined = {c.co_name for c in code.co_consts if hasattr(c, "co_name")}
         for name in (*self.forward, *self.backward):
             if name not in defined:
-                raise VerifyError("a device without a program", expected=name)
+                raise VerifyError("a device without a function", expected=name)
 
     def __str__(self) -> str:
         return self.source
@@ -70,13 +70,16 @@ def codegen(
     sizes: Sequence[int],
     devices: Sequence[torch.device],
 ) -> Generated:
-    """Write the program of one step.
+    """Write the program of one training step (or of inference).
 
     Args:
         scheduled: the order of actions.
-        phased: the cut stages, by micro-batch size.
+        phased: the stages cut in time, by micro-batch size.
         sizes: samples in each micro-batch.
         devices: one per stage.
+
+    Raises:
+        VerifyError: a device has no function (a bug in autopipe).
     """
     split = next(iter(phased.values())).split
     names = sorted({a.phase for row in scheduled.devices for a in row})
@@ -100,11 +103,11 @@ def codegen(
     forward = [[a for a in row if a.phase == "F"] for row in scheduled.devices]
     backward = [[a for a in row if a.phase != "F"] for row in scheduled.devices]
     programs: dict[str, list[str]] = {"forward": [], "backward": []}
-    for way, rows in (("forward", forward), ("backward", backward)):
+    for direction, rows in (("forward", forward), ("backward", backward)):
         for i, row in enumerate(rows):
             if row:
-                programs[way].append(f"device_{i}_{way}")
-                parts.append(_program(programs[way][-1], way, row, sizes, computes))
+                programs[direction].append(f"device_{i}_{direction}")
+                parts.append(_program(programs[direction][-1], direction, row, sizes, computes))
     result = Generated("\n\n".join(parts), tuple(programs["forward"]), tuple(programs["backward"]))
     result.verify()
     return result
@@ -112,7 +115,7 @@ def codegen(
 
 def _program(
     name: str,
-    way: str,
+    direction: str,
     actions: Sequence[Action],
     sizes: Sequence[int],
     computes: Mapping[tuple[str, int, int], str],
@@ -120,18 +123,18 @@ def _program(
     lines = [f"def {name}(run):"]
     for a in actions:
         compute = computes[a.phase, a.stage, sizes[a.microbatch]]
-        lines.append(f"    {way}_{a.stage}(run, {a.microbatch}, {compute})")
+        lines.append(f"    {direction}_{a.stage}(run, {a.microbatch}, {compute})")
     return "\n".join(lines) + "\n"
 
 
 def _forward(split: Split, stage: StagePhases) -> str:
-    """One micro-batch forward: what to receive and where results go."""
+    """Write the forward of one micro-batch: what to receive and where to send results."""
     k = stage.index
-    arguments = [f"*run.held({k})"]
+    arguments = [f"*run.state({k})"]
     arguments += [f'run.receive("{n}", {k}, m)' for n in stage.receives]
     lines = [
         f"def forward_{k}(run, m, compute):",
-        f"    results = compute(run.kit({k}, m), [{_listed(arguments)}])",
+        f"    results = compute(run.context({k}, m), [{_listed(arguments)}])",
     ]
     position = 0
     for name in stage.returns:
@@ -140,23 +143,23 @@ def _forward(split: Split, stage: StagePhases) -> str:
             lines.append(f'    run.send("{name}", {k}, {to}, m, results[{position}])')
         position += 1
     for name in stage.updates:
-        lines.append(f'    run.update("{name}", {k}, results[{position}])')
+        lines.append(f'    run.update_buffer("{name}", {k}, results[{position}])')
         position += 1
     if stage.saved:
-        lines.append(f"    run.keep({k}, m, results[{position}:])")
+        lines.append(f"    run.save({k}, m, results[{position}:])")
     return "\n".join(lines) + "\n"
 
 
 def _backward(split: Split, stage: StagePhases) -> str:
-    """One micro-batch backward: the tangents to receive and where gradients go."""
+    """Write the backward of one micro-batch: which tangents to receive, where to send gradients."""
     k = stage.index
-    arguments = [f"*run.held({k})", f"*run.kept({k}, m)"]
+    arguments = [f"*run.state({k})", f"*run.pop_saved({k}, m)"]
     arguments += [f'run.receive("grad {n}", {k}, m)' for n in stage.tangents]
     names = [f'"{n}"' for n in stage.own_grads]
     lines = [
         f"def backward_{k}(run, m, compute):",
-        f"    kit = run.kit({k}, m, [{_listed(names)}])",
-        f"    results = compute(kit, [{_listed(arguments)}])",
+        f"    ctx = run.context({k}, m, [{_listed(names)}])",
+        f"    results = compute(ctx, [{_listed(arguments)}])",
     ]
     for position, name in enumerate(stage.sent_grads):
         to = split.routes[name].gradient_to(k)
@@ -172,13 +175,21 @@ def _listed(arguments: Sequence[str]) -> str:
 
 
 def stage_function(stage: StagePhases, phase: str, device: torch.device, name: str) -> str:
-    """The calls of some phases as a function ``name(kit, args)``; `args` is emptied.
+    """Write the calls of some phases as a function ``name(ctx, args)``, which empties `args`.
 
-    F returns what the stage returns, buffers' new values, and what is saved; a backward hands the
-    gradients of the stage's parameters to the kit and returns those that are sent.
+    `StagePhases` shows the arguments and results of these functions.
+
+    Args:
+        stage: its joint graph has the calls.
+        phase: letters of the phases whose calls are written: "F", or some of "RBW".
+        device: where the function runs.
+        name: of the function.
+
+    Returns:
+        Python source of the function.
     """
     by_name = {n.name: n for n in stage.graph.nodes}
-    kit, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
+    ctx, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
     count = len(stage.held)
     held, received = holders[:count], holders[count : count + len(stage.receives)]
     tangents = holders[count + len(stage.receives) :]
@@ -197,35 +208,35 @@ def stage_function(stage: StagePhases, phase: str, device: torch.device, name: s
     labels = [*stage.held, *stage.receives, *tangent_names]
     label_of = dict(zip(holders, labels, strict=True))
     graph = fx.Graph()
-    env = {kit: graph.placeholder(kit.name)}
+    env = {ctx: graph.placeholder(ctx.name)}
     for node in arguments:
         env[node] = graph.placeholder(label_of.get(node, node.name))
-        env[node].target = env[node].name  # fx has made the name unique, not the target
+        env[node].target = env[node].name  # fx makes names unique, but not targets
         env[node].meta = {"val": node.meta["val"]}
     for node in stage.graph.nodes:
         if stage.phase_of.get(node.name, "-") in phase:
             env[node] = graph.node_copy(node, env.__getitem__)
-            _place(env[node], stage.device, device)
-        for i in own_grads.get(node, ()):  # at once: the sum takes its place
-            done = graph.call_method("accumulate", (env[kit], i, env[node]))
+            _replace_device(env[node], stage.device, device)
+        for i in own_grads.get(node, ()):  # at once, so that only the sum stays alive
+            done = graph.call_method("accumulate", (env[ctx], i, env[node]))
             done.meta = {"stack_trace": node.meta.get("stack_trace")}
     graph.output([env[v] if isinstance(v, fx.Node) else v for v in values])
     return _text(graph, name)
 
 
-def _place(node: fx.Node, traced: torch.device, device: torch.device) -> None:
-    """A stage traced for one device of a kind may run on another one."""
+def _replace_device(node: fx.Node, traced: torch.device, device: torch.device) -> None:
+    """Write the device that a stage runs on; it may be traced for another one of the same type."""
     if traced != device:
         node.kwargs = {k: device if v == traced else v for k, v in node.kwargs.items()}
 
 
 def _text(graph: fx.Graph, name: str) -> str:
-    """fx writes the body (with shapes, and the model's own lines as comments); the head is ours."""
+    """Write a function: fx writes the body, with shapes and the model's own lines as comments."""
     source = graph.python_code("self", verbose=True).src
     parameters = [n.name for n in graph.nodes if n.op == "placeholder"][1:]
     _, _, body = source.partition("\ndef forward(")
     _, _, body = body.partition(":\n")
-    head = f"def {name}(kit, args):\n"
+    head = f"def {name}(ctx, args):\n"
     if parameters:
         head += f"    {_wrapped(parameters)} = args\n    args.clear()\n"
     body = re.sub(r"\n\s*# No stacktrace found for following nodes", "", body)

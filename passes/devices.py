@@ -1,12 +1,16 @@
-"""What a device can do, as figures: a table of devices, and the time of some work on one.
+"""Device models: a table of devices, and the roofline time of work on one. No torch.
 
-    seconds = max(flops / (peak · fraction), bytes / (bandwidth · fraction)) + launch   (roofline)
+    seconds = max(flops / (peak * fraction), bytes / (bandwidth * fraction)) + launch overhead
 
-after Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009. Peaks, bandwidths and memory
-are the vendors' figures, dense (vendors print the tensor cores' figures for sparse matrices, which
-are twice those here), GB and GFLOP in powers of ten. What of the peak is reached is nobody's data
-sheet: `Fractions` are this project's assumptions, fields of their own so that a measurement
-(`autopipe.planning.profile_calls`) can replace them. No torch.
+The roofline model: Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009. Peak FLOP/s,
+bandwidth and memory size are the vendors' figures for dense matrices (vendors print tensor-core
+figures for sparse matrices, which are twice as high), with GB and GFLOP as powers of ten. No data
+sheet says which fraction of the peak is reached: `Fractions` are assumptions of this project, in
+fields of their own so that measurements (`autopipe.planning.profile_calls`) can replace them.
+
+To add a device: define it below and list it in `DEVICES`. Its name is then accepted wherever a
+device is named, help texts and messages list it, and a GPU whose CUDA name contains one of its
+`names_in_torch` uses it.
 
 Sources:
 
@@ -17,40 +21,45 @@ Sources:
     rtx4090   NVIDIA Ada GPU Architecture white paper, appendix A, GeForce RTX 4090 (tensor cores
               with fp32 accumulation); PCIe Gen4 x16
     cpu-core  no data sheet: one core of an AMD EPYC (family 26), `python -m benchmarks.costs cpu`;
-              memory is what a core's share of a server may be
+              its memory is one core's share of a typical server
 
-Latencies and launch overheads stand in no data sheet either: a copy between devices and a kernel's
-launch take a few microseconds from Python; they too are assumptions.
+Link latencies and launch overheads are assumptions too (no data sheet gives them): a copy between
+devices and a kernel launch from Python take a few microseconds each.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 from autopipe.errors import OptionError
 
 KINDS = ("matmul", "convolution", "attention", "memory")
-"""Kinds of work: products of matrices, convolutions, attention, and all that is bound by memory."""
+"""Kinds of work: matrix products, convolutions, attention, and memory-bound work."""
 
 PRECISIONS = ("fp32", "half")
-"""What products are computed in: elements of four (or eight) bytes, or of two (fp16, bf16)."""
+"""Precisions of matrix products: elements of four or eight bytes, or of two (fp16, bf16)."""
 
 
 ADAM_BYTES = 8
-"""Bytes of optimizer state per element of a parameter: Adam's two moments in fp32."""
+"""Optimizer state in bytes per trained parameter element: the default of every memory estimate.
+
+Adam and AdamW keep two moments of 4 bytes (fp32) each: Kingma and Ba, "Adam", ICLR 2015,
+algorithm 1.
+"""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A connection between two devices, one direction.
+    """A connection between two devices, in one direction.
 
     Attributes:
-        gbytes_per_second: bandwidth in 10⁹ bytes a second; infinite where nothing is copied.
-        latency_seconds: of a transfer of nothing.
+        gbytes_per_second: bandwidth in 10⁹ bytes per second; infinite where nothing is copied.
+        latency_seconds: time of an empty transfer.
 
     Raises:
-        OptionError: a bandwidth that is not above 0, a latency below it.
+        OptionError: the bandwidth is not positive, or the latency is negative.
     """
 
     gbytes_per_second: float
@@ -65,13 +74,23 @@ class Link:
             )
 
     def seconds(self, nbytes: float) -> float:
-        """Time of a transfer of `nbytes` bytes."""
+        """Return the time of a transfer of `nbytes` bytes."""
         return self.latency_seconds + nbytes / (self.gbytes_per_second * 1e9)
 
 
 @dataclass(frozen=True)
 class Fractions:
-    """What is reached of a device's peak by kind of work, and of its memory bandwidth: 0 to 1."""
+    """The fractions (0 to 1) of a device's peak FLOP/s and bandwidth that its kernels reach.
+
+    Attributes:
+        matmul: of peak FLOP/s, by matrix products.
+        convolution: likewise, by convolutions.
+        attention: likewise, by attention.
+        bandwidth: of the memory bandwidth, by any kernel.
+
+    Raises:
+        OptionError: a fraction is not above 0 and at most 1.
+    """
 
     matmul: float
     convolution: float
@@ -86,25 +105,30 @@ class Fractions:
                 )
 
     def of(self, kind: str) -> float:
-        """Fraction of the peak for a kind of work (what is bound by memory has few FLOPs)."""
+        """Return the fraction of the peak for a kind of work.
+
+        (For memory-bound work it hardly matters: it has few FLOPs.)
+        """
         return self.matmul if kind == "memory" else float(getattr(self, kind))
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device.
+    """The figures of one device.
 
     Attributes:
         name: key in `DEVICES`.
-        fp32_flops: peak of fp32 in FLOP/s, outside tensor cores.
-        tf32_flops: peak of fp32 products in TF32 in FLOP/s; that of fp32 where there is none.
-        half_flops: peak of fp16 and bf16 products with fp32 accumulation in FLOP/s.
-        gbytes_per_second: memory bandwidth in 10⁹ bytes a second.
-        memory_bytes: size of its memory.
-        link: to another device of its kind.
-        fractions: what is reached of these.
-        launch_seconds: overhead of a call, whatever it does.
+        fp32_flops: peak fp32 FLOP/s, outside tensor cores.
+        tf32_flops: peak FLOP/s of fp32 products in TF32; equal to fp32 where there is no TF32.
+        half_flops: peak FLOP/s of fp16 and bf16 products with fp32 accumulation.
+        gbytes_per_second: memory bandwidth in 10⁹ bytes per second.
+        memory_bytes: memory size.
+        link: connection to another device of the same kind.
+        fractions: the fractions of these peaks that are reached.
+        launch_seconds: overhead of each call.
         tf32: whether fp32 products may use TF32 (torch's default: they may not).
+        names_in_torch: parts of `torch.cuda.get_device_name` by which such a GPU is recognized, in
+            lower case; empty for a device that is no GPU. Whole words count: "l4" is not in "L40S".
     """
 
     name: str
@@ -117,27 +141,29 @@ class Device:
     fractions: Fractions
     launch_seconds: float
     tf32: bool = False
+    names_in_torch: tuple[str, ...] = ()
 
     def peak_flops(self, precision: str) -> float:
-        """Peak in FLOP/s of products in a precision of `PRECISIONS`."""
+        """Return the peak FLOP/s of products in a precision of `PRECISIONS`."""
         if precision == "half":
             return self.half_flops
         return self.tf32_flops if self.tf32 else self.fp32_flops
 
     def seconds(self, flops: float, nbytes: float, kind: str, precision: str) -> float:
-        """Time of one call.
+        """Return the roofline time of one call.
 
         Args:
             flops: floating-point operations.
             nbytes: bytes read and written.
-            kind: of `KINDS`.
-            precision: of `PRECISIONS`.
+            kind: one of `KINDS`.
+            precision: one of `PRECISIONS`.
 
         Returns:
-            Seconds; 0 for what neither computes nor moves anything (a view is no launch).
+            Seconds; 0 for a call that neither computes nor moves anything (a view launches no
+            kernel).
 
         Raises:
-            OptionError: another kind or precision.
+            OptionError: unknown kind or precision.
         """
         if kind not in KINDS or precision not in PRECISIONS:
             raise OptionError(
@@ -164,8 +190,15 @@ H100 = Device(
     link=Link(450, 10e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    names_in_torch=("h100",),
 )
-H200 = replace(H100, name="h200", gbytes_per_second=4800, memory_bytes=141 * 10**9)
+H200 = replace(
+    H100,
+    name="h200",
+    gbytes_per_second=4800,
+    memory_bytes=141 * 10**9,
+    names_in_torch=("h200",),
+)
 A100 = Device(
     name="a100-80gb",
     fp32_flops=19.5e12,
@@ -176,6 +209,7 @@ A100 = Device(
     link=Link(300, 10e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    names_in_torch=("a100",),
 )
 L4 = Device(
     name="l4",
@@ -187,6 +221,7 @@ L4 = Device(
     link=Link(32, 20e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    names_in_torch=("l4",),
 )
 RTX4090 = Device(
     name="rtx4090",
@@ -198,6 +233,7 @@ RTX4090 = Device(
     link=Link(32, 20e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    names_in_torch=("rtx 4090", "rtx4090"),
 )
 CPU_CORE = Device(
     name="cpu-core",
@@ -212,17 +248,36 @@ CPU_CORE = Device(
 )
 
 DEVICES = {d.name: d for d in (H100, H200, A100, L4, RTX4090, CPU_CORE)}
+"""Every device model, by its name."""
 
 DEFAULT = CPU_CORE
-"""Whose times are told where no device is named."""
+"""The device whose times are shown where the user names none."""
+
+UNKNOWN_GPU = H100
+"""The device model of a GPU that none of the table recognizes."""
 
 
 def device_of(name: str) -> Device:
-    """A device of the table.
+    """Look a device model up by its name in `DEVICES`.
 
     Raises:
-        OptionError: there is none of that name.
+        OptionError: no device has that name.
     """
     if name not in DEVICES:
         raise OptionError("no such device", expected=f"one of {', '.join(DEVICES)}", found=name)
     return DEVICES[name]
+
+
+def device_named_in_torch(torch_name: str) -> Device:
+    """Find the device model of a GPU.
+
+    Args:
+        torch_name: what `torch.cuda.get_device_name` returns, such as "NVIDIA A100-SXM4-80GB".
+
+    Returns:
+        The first device in `DEVICES` one of whose `names_in_torch` occurs in it as whole words;
+        `UNKNOWN_GPU` if there is none.
+    """
+    words = f" {' '.join(re.split(r'[^a-z0-9]+', torch_name.lower()))} "
+    known = (d for d in DEVICES.values() if any(f" {n} " in words for n in d.names_in_torch))
+    return next(known, UNKNOWN_GPU)

@@ -2,7 +2,7 @@
 
     nn.Module ─capture─▶ Captured ─annotate─▶ Annotated                               `costed`
     Annotated ─split─▶ Split                                                         `cut_in_space`
-    Split ─phases─▶ Phased                                                           `phases_at`
+    Split ─cut_phases─▶ Phased                                                  `phases_by_size`
     Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated                             `cut_in_time`
 
 Every program is verified where it is made. With ``AUTOPIPE_DUMP=dir`` in the environment each is
@@ -15,11 +15,11 @@ import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
-from autopipe.passes.phases import TraceCache, phases
+from autopipe.passes.phases import TraceCache, cut_phases
 from autopipe.passes.schedule import Scheduled, schedule
 from autopipe.passes.split import PlannedCut, split
 
@@ -30,43 +30,30 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
-    from torch import nn
-    from torch.utils._pytree import TreeSpec
 
+    from autopipe.passes.capture import CaptureRequest
     from autopipe.passes.ir import Annotated, Phased, Split
-    from autopipe.passes.phases import TensorMeta
+    from autopipe.passes.phases import PhaseRequest
     from autopipe.passes.split import Objective
-
-    from .remat_policies import Policy
 
 _dumped = itertools.count(1)
 
 
 @lazy_graph_code()
 def costed(
-    model: nn.Module | torch.export.ExportedProgram,
-    leaves: Sequence[Any],
-    spec: TreeSpec,
-    batch_dims: Sequence[int | None],
-    *,
-    whole: bool,
-    single: bool = False,
-    batch_norm: str,
-    out_reduce: str | None,
-    progress: Callable[[str], None] = lambda text: None,
+    request: CaptureRequest, progress: Callable[[str], None] = lambda text: None
 ) -> Annotated:
-    """Capture a model and cost its calls; arguments as for `capture`."""
+    """Capture a model and cost its ops.
+
+    Args:
+        request: the model, its example inputs, and how micro-batches will be used.
+        progress: is called with the name of each step.
+
+    Raises:
+        AutopipeError: as `capture` does.
+    """
     progress("capturing")
-    captured = capture(
-        model,
-        leaves,
-        spec,
-        batch_dims,
-        whole=whole,
-        single=single,
-        batch_norm=batch_norm,
-        out_reduce=out_reduce,
-    )
+    captured = capture(request)
     _dump("captured", captured)
     progress("costing")
     annotated = annotate(captured)
@@ -77,7 +64,7 @@ def costed(
 @lazy_graph_code()
 def cut_in_space(
     annotated: Annotated,
-    aim: Objective,
+    objective: Objective,
     *,
     planned: PlannedCut | None = None,
     must_fit: bool = False,
@@ -85,7 +72,7 @@ def cut_in_space(
 ) -> Split:
     """Cut a costed graph into stages; arguments as for `split`."""
     progress("splitting")
-    result = split(annotated, aim, planned=planned, must_fit=must_fit)
+    result = split(annotated, objective, planned=planned, must_fit=must_fit)
     _dump("split", result)
     return result
 
@@ -100,33 +87,23 @@ class Lowered:
 
 
 @lazy_graph_code()
-def phases_at(
-    split: Split,
-    sizes: Sequence[int],
-    looks: Mapping[int, Mapping[str, TensorMeta]],
-    devices: Sequence[torch.device],
-    *,
-    remat: Sequence[Policy],
-    grad: bool,
-    differentiated: frozenset[str],
-    traced: TraceCache,
+def phases_by_size(
+    request: PhaseRequest,
+    cache: TraceCache | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[int, Phased]:
-    """A split program's phases at each micro-batch size; `looks` by size, the rest as `phases`."""
-    return {
-        size: phases(
-            split,
-            size,
-            looks[size],
-            devices,
-            remat=remat,
-            grad=grad,
-            differentiated=differentiated,
-            traced=traced,
-            progress=progress,
-        )
-        for size in dict.fromkeys(sizes)
-    }
+    """Trace and cut a split program's stages at each micro-batch size of a request.
+
+    Args:
+        request: the stages and what they are traced for.
+        cache: what was traced so far; grows. None: nothing.
+        progress: is called with each stage that is traced.
+
+    Raises:
+        InputError: a batch norm would see a single value per channel.
+    """
+    cache = TraceCache() if cache is None else cache
+    return {size: cut_phases(request, size, cache, progress) for size in request.metadata}
 
 
 @lazy_graph_code()

@@ -1,40 +1,239 @@
-"""Rematerialization policies: what F keeps for the backward, by name or by number.
+"""Rematerialization policies: which values F saves for the backward, and what that is estimated to
+cost.
 
-    none      whatever the backward uses, as autograd does
-    full      only what the stage received; the backward runs the forward again (GPipe, section 2.3)
-    min-cut   what functorch's min-cut partitioner keeps: cheap calls run again, products are kept
-    0.0..1.0  a fraction of what min-cut keeps beyond what the stage received: functorch's budget,
-              whose knapsack repeats the calls that give the most bytes back for their FLOPs
+    none      save everything that the backward reads, as autograd does
+    full      save only what the stage received; the backward recomputes the rest (GPipe, sec. 2.3)
+    min-cut   save what functorch's min-cut partitioner selects: results of matrix products, mostly;
+              the backward recomputes cheap ops
+    0.0..1.0  save a fraction of what min-cut saves beyond the received values: functorch's memory
+              budget, whose knapsack recomputes first what frees most bytes per FLOP
 
-A value that is not kept is made again (R), from what is. No torch.
+Each policy is one class below and one entry in `POLICIES` (or, if it has a parameter, in
+`PARAMETERIZED`). Option parsing, error messages, help texts, the planner's ladder of policies, the
+estimates for the cut and the choice of saved values all ask these objects. No torch.
 """
 
 from __future__ import annotations
 
-Policy = str | float
-"""One of `POLICIES`, or a fraction from 0 (as "full") to 1 (as "min-cut")."""
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
-POLICIES = ("full", "none", "min-cut")
-
-
-def repeats(policy: Policy) -> float:
-    """A number that grows with what a policy runs again: 0 "none", 1 "min-cut", 2 "full"."""
-    numbers = {"none": 0.0, "min-cut": 1.0, "full": 2.0}
-    return numbers[policy] if isinstance(policy, str) else 2.0 - policy
+NodeT = TypeVar("NodeT")
 
 
-def policy_of(value: object) -> Policy | None:
-    """What someone wrote as a policy: a name, a number from 0 to 1, or such a number as text.
+@dataclass(frozen=True)
+class JointValues(Generic[NodeT]):
+    """The values of a stage's joint graph that a policy selects from.
 
-    Returns:
-        One of `POLICIES` or a number; None if it is neither.
+    Attributes:
+        forward: values that the forward computes or reads.
+        received: the stage's received values; they are always saved.
+        min_cut: the values that functorch's partitioner saves under a memory budget from 0 to 1.
     """
-    if value in POLICIES:
-        return str(value)
+
+    forward: AbstractSet[NodeT]
+    received: AbstractSet[NodeT]
+    min_cut: Callable[[float], AbstractSet[NodeT]]
+
+
+class OpEstimate(NamedTuple):
+    """What is estimated for one op before any stage is traced.
+
+    Attributes:
+        autograd_bytes: bytes of its results that autograd saves.
+        min_cut_bytes: bytes of its results that a min-cut would save.
+        is_cheap: whether a min-cut would recompute it.
+    """
+
+    autograd_bytes: int
+    min_cut_bytes: int
+    is_cheap: bool
+
+
+@dataclass(frozen=True)
+class RematPolicy(ABC):
+    """What a stage saves between the forward and the backward of a micro-batch.
+
+    Policies are equal if their options are; they serve as cache keys.
+
+    Attributes:
+        option: what a user writes for it: a name, or a number.
+        rank: orders policies by how much they recompute: 0 "none", 1 "min-cut", 2 "full".
+    """
+
+    option: str | float
+    rank: float
+
+    @property
+    def name(self) -> str:
+        """The option as text, as in plans and tables."""
+        return str(self.option)
+
+    @property
+    def saves_received(self) -> bool:
+        """Whether received values are saved even if no backward reads them (recomputing does)."""
+        return True
+
+    @property
+    def min_cut_share(self) -> float | None:
+        """The fraction of min-cut's saved values that this policy saves.
+
+        None if it saves other values. Between policies that have one the planner tries fractions.
+        """
+        return None
+
+    @abstractmethod
+    def select(self, values: JointValues[NodeT]) -> AbstractSet[NodeT]:
+        """Choose the values that F saves, besides the received ones.
+
+        Args:
+            values: of the stage's joint graph.
+
+        Returns:
+            Nodes; those that the backward does not read are not saved in the end.
+        """
+
+    @abstractmethod
+    def saved_bytes(self, op: OpEstimate) -> float:
+        """Bytes of an op's results that each further micro-batch in flight saves."""
+
+    @abstractmethod
+    def recomputed_share(self, op: OpEstimate) -> float:
+        """How much of an op's forward is recomputed, from 0 to 1, if the backward can need it."""
+
+
+class SaveAll(RematPolicy):
+    """Nothing is recomputed."""
+
+    @property
+    def saves_received(self) -> bool:
+        return False
+
+    def select(self, values: JointValues[NodeT]) -> AbstractSet[NodeT]:
+        return values.forward
+
+    def saved_bytes(self, op: OpEstimate) -> float:
+        return float(op.autograd_bytes)
+
+    def recomputed_share(self, op: OpEstimate) -> float:
+        return 0.0
+
+
+class SaveReceived(RematPolicy):
+    """The whole forward is recomputed."""
+
+    @property
+    def min_cut_share(self) -> float:
+        return 0.0
+
+    def select(self, values: JointValues[NodeT]) -> AbstractSet[NodeT]:
+        return values.received
+
+    def saved_bytes(self, op: OpEstimate) -> float:
+        return 0.0
+
+    def recomputed_share(self, op: OpEstimate) -> float:
+        return 1.0
+
+
+class SaveMinCut(RematPolicy):
+    """Cheap ops are recomputed where that saves memory."""
+
+    @property
+    def min_cut_share(self) -> float:
+        return 1.0
+
+    def select(self, values: JointValues[NodeT]) -> AbstractSet[NodeT]:
+        return values.min_cut(1.0)
+
+    def saved_bytes(self, op: OpEstimate) -> float:
+        return float(op.min_cut_bytes)
+
+    def recomputed_share(self, op: OpEstimate) -> float:
+        return float(op.is_cheap)
+
+
+class SaveFraction(RematPolicy):
+    """Cheap ops are recomputed, and of the others what frees most bytes per FLOP."""
+
+    @property
+    def min_cut_share(self) -> float:
+        return float(self.option)
+
+    def select(self, values: JointValues[NodeT]) -> AbstractSet[NodeT]:
+        return values.min_cut(self.min_cut_share) if self.min_cut_share else values.received
+
+    def saved_bytes(self, op: OpEstimate) -> float:
+        return self.min_cut_share * op.min_cut_bytes
+
+    def recomputed_share(self, op: OpEstimate) -> float:
+        # The knapsack gives up first what is recomputed with least work: half of the bytes for a
+        # quarter of it, say.
+        return 1.0 if op.is_cheap else (1.0 - self.min_cut_share) ** 2
+
+
+FULL = SaveReceived("full", 2.0)
+NONE = SaveAll("none", 0.0)
+MIN_CUT = SaveMinCut("min-cut", 1.0)
+
+POLICIES: tuple[RematPolicy, ...] = (FULL, NONE, MIN_CUT)
+"""The policies that have a name."""
+
+DEFAULT = FULL
+"""The policy of stages for which none is given."""
+
+
+def fraction_policy(share: float) -> RematPolicy:
+    """The policy that saves a fraction of what min-cut saves.
+
+    Args:
+        share: from 0 (as "full") to 1 (as "min-cut").
+    """
+    return SaveFraction(share, 2.0 - share)
+
+
+def _parse_fraction(value: object) -> RematPolicy | None:
+    """The policy of a number from 0 to 1, or of its text."""
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
             return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and 0 <= value <= 1 else None  # type: ignore[arg-type,operator]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        return None
+    return fraction_policy(float(value))
+
+
+PARAMETERIZED: Mapping[str, Callable[[object], RematPolicy | None]] = {
+    "a fraction from 0 to 1 of what min-cut saves": _parse_fraction
+}
+"""Parsers of policies that have a parameter, by a description of what they accept."""
+
+LADDER: tuple[RematPolicy, ...] = tuple(
+    sorted((*POLICIES, fraction_policy(0.5)), key=lambda policy: policy.rank)
+)
+"""The policies that the planner tries, from least recomputation to least memory."""
+
+
+def parse_policy(value: object) -> RematPolicy | None:
+    """The policy that someone wrote.
+
+    Args:
+        value: a name, a number, or a number as text.
+
+    Returns:
+        The policy; None if the value denotes none.
+    """
+    for policy in POLICIES:
+        if value == policy.option:
+            return policy
+    found = (parse(value) for parse in PARAMETERIZED.values())
+    return next((policy for policy in found if policy is not None), None)
+
+
+def policy_options() -> tuple[str, ...]:
+    """What a user may write for a policy, in words, for messages and help texts."""
+    return (*(policy.name for policy in POLICIES), *PARAMETERIZED)

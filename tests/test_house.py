@@ -30,7 +30,8 @@ FLOORS = (
 LAYERS = (
     {"errors"},
     {"passes", "runtime", "progress", "typed_json", "target", "formatting"},
-    {"report", "planning", "options", "option_parsing", "batch", "tensor_meta", "parameters"},
+    {"report", "planning", "profile", "options", "option_parsing", "batch", "tensor_meta"}
+    | {"parameters", "results"},
     {"call_guards", "call_signature", "model_state_key", "module_proxy", "compiled"},
     {"pipeline_call", "program_cache", "verification"},
     {"module"},

@@ -6,7 +6,6 @@ one candidate; it is the same path.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,14 @@ import torch
 
 from autopipe.errors import MemoryLimitError, PartitionError, UnsupportedError
 from autopipe.passes.cost import CallSeconds
-from autopipe.passes.devices import CPU_CORE, DEVICES, H100
+from autopipe.passes.devices import CPU_CORE, device_named_in_torch
+from autopipe.passes.remat_policies import LADDER
 from autopipe.planning.fitting import Candidate
 from autopipe.planning.planner import clocks_of, plan
 from autopipe.planning.profile_calls import Timing, device_name, profile
 from autopipe.planning.profile_stages import measured_clocks
 from autopipe.planning.search import Search, numbers_of_chunks
+from autopipe.runtime.backends import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,16 +75,11 @@ def choose(
 
 
 def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:
-    """The device models of torch devices: GPUs by their names, an H100 if that says nothing."""
-    return tuple(_model(device) for device in devices)
-
-
-def _model(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return CPU_CORE
-    name = torch.cuda.get_device_name(device).lower().replace("rtx ", "rtx")
-    words = re.split(r"[^a-z0-9]+", name)
-    return next((m for key, m in DEVICES.items() if key.removesuffix("-80gb") in words), H100)
+    """Return the device model of each torch device: GPUs are recognized by their names."""
+    return tuple(
+        CPU_CORE if d.type == "cpu" else device_named_in_torch(backend_of(d).name(d))
+        for d in devices
+    )
 
 
 def _search(
@@ -134,7 +130,7 @@ def _refined(search: Search, chosen: Candidate, batch: int) -> Candidate:
         assert search.measured is not None
         times = dict(search.measured(max(known.sizes)))
         for k, calls in enumerate(chosen.split.calls):
-            share = chosen.plan.stages[k].seconds / max(chosen.split.facts.seconds[k], 1e-12)
+            share = chosen.plan.stages[k].seconds / max(chosen.split.estimates.seconds[k], 1e-12)
             times |= {n.name: CallSeconds(*(share * t for t in times[n.name])) for n in calls}
         search = replace(search, measured=_always(times))
         try:
@@ -161,10 +157,11 @@ def _always(times: Mapping[str, CallSeconds]) -> Callable[[int], Mapping[str, Ca
 def _remedies(search: Search, batch: int) -> Iterator[str]:
     """Changes that would fit, each the smallest of its kind, in words."""
     options = search.options
-    if options.remat is not None and set(options.remat) != {"full"}:
-        full = replace(options, remat=("full",) * len(options.devices))
-        if _fits(search, full, batch):
-            yield 'remat="full", or remat="auto"'
+    leanest = LADDER[-1]
+    if options.remat is not None and set(options.remat) != {leanest}:
+        lean = replace(options, remat=(leanest,) * len(options.devices))
+        if _fits(search, lean, batch):
+            yield f'remat="{leanest.name}", or remat="auto"'
     if options.chunks is not None:
         for chunks in numbers_of_chunks(batch, len(options.devices)):
             if chunks > options.chunks and _fits(search, replace(options, chunks=chunks), batch):

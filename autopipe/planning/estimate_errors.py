@@ -5,38 +5,39 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autopipe.passes.remat_policies import repeats
-from autopipe.passes.split import taken_by
+from autopipe.passes.split import estimate_stages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from autopipe.passes.ir import Split
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
     from autopipe.passes.split import Objective
     from autopipe.planning.fitting import Fitted
 
 
-def missed_bytes(split: Split, aim: Objective, found: Fitted) -> dict[tuple[int, Policy], int]:
+def missed_bytes(
+    split: Split, objective: Objective, found: Fitted
+) -> dict[tuple[int, RematPolicy], int]:
     """By how much the estimate of a cut's stages was too low, with the policies that were tried."""
     most = max(map(len, found.tried))
     rows = [[*tried, *[[*tried][-1]] * (most - len(tried))] for tried in found.tried]
     missed = {}
     for policies in zip(*rows, strict=True):  # (the last again where a stage tried fewer)
-        estimate = taken_by(split, replace(aim, remat=policies)).nbytes
+        estimate = estimate_stages(split, replace(objective, remat=policies)).nbytes
         for k, policy in enumerate(policies):
             missed[k, policy] = found.tried[k][policy].memory_bytes - estimate[k]
     return missed
 
 
 def spread(
-    aim: Objective, missed: Mapping[tuple[int, Policy], int]
-) -> dict[tuple[int, Policy], int]:
+    objective: Objective, missed: Mapping[tuple[int, RematPolicy], int]
+) -> dict[tuple[int, RematPolicy], int]:
     """What the estimate missed, for a policy that was not tried that of the nearest one."""
     found = {}
-    for k in range(aim.stages):
+    for k in range(objective.stages):
         known = [policy for stage, policy in missed if stage == k]
-        for policy in aim.policies(k) if known else ():
-            nearest = min(known, key=lambda one: abs(repeats(one) - repeats(policy)))
+        for policy in objective.policies(k) if known else ():
+            nearest = min(known, key=lambda one: abs(one.rank - policy.rank))
             found[k, policy] = missed[k, nearest]
     return found

@@ -10,21 +10,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from autopipe.errors import MemoryLimitError
-from autopipe.passes.remat_policies import policy_of, repeats
-from autopipe.report.table import nbytes
+from autopipe.formatting import format_bytes
+from autopipe.passes.remat_policies import fraction_policy, parse_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from autopipe.passes.ir import Phased, Split
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
     from autopipe.planning.plan_parts import StagePlan
     from autopipe.planning.plans import Plan
 
-    Make = Callable[[Sequence[Policy]], "Candidate"]  # the plan of a cut, a policy for each stage
-
-LADDER: tuple[Policy, ...] = ("none", "min-cut", 0.5, "full")
-"""Policies from the one that makes least work to the one that keeps least."""
+    Make = Callable[
+        [Sequence[RematPolicy]], "Candidate"
+    ]  # the plan of a cut, a policy for each stage
 
 HALVINGS = 3
 """How often the way between two rungs is halved, to find the fraction that just fits."""
@@ -57,13 +56,13 @@ class Fitted:
     """
 
     chosen: Candidate
-    tried: tuple[dict[Policy, StagePlan], ...]
+    tried: tuple[dict[RematPolicy, StagePlan], ...]
 
 
 def fitted(
     make: Make,
-    ladders: Sequence[Sequence[Policy]],
-    start: Sequence[Policy],
+    ladders: Sequence[Sequence[RematPolicy]],
+    start: Sequence[RematPolicy],
     *,
     climb: bool = True,
 ) -> Fitted:
@@ -79,7 +78,7 @@ def fitted(
         climb: whether to try what makes less work than a policy that fits.
     """
     steps = [ladder.index(policy) for ladder, policy in zip(ladders, start, strict=True)]
-    tried: tuple[dict[Policy, StagePlan], ...] = tuple({} for _ in steps)
+    tried: tuple[dict[RematPolicy, StagePlan], ...] = tuple({} for _ in steps)
     while True:
         chosen = make([ladder[i] for ladder, i in zip(ladders, steps, strict=True)])
         before = list(steps)
@@ -109,7 +108,7 @@ def refined(make: Make, found: Fitted) -> Candidate:
     for i in range(HALVINGS + 1):
         # Half way between what fits and what does not; at last what fits.
         tried = {k: (a + b) / 2 if i < HALVINGS else a for k, (a, b) in ranges.items()}
-        chosen = make([tried.get(k) or policy for k, policy in enumerate(own)])
+        chosen = make([_at_share(policy, tried.get(k)) for k, policy in enumerate(own)])
         plans += [chosen] if chosen.fits else []
         for k, fraction in tried.items():
             a, b = ranges[k]
@@ -121,12 +120,12 @@ def refined(make: Make, found: Fitted) -> Candidate:
 def _ranges(found: Fitted) -> dict[int, tuple[float, float]]:
     """For stages that delay the step: a fraction that fits, and a larger one that does not."""
     plan = found.chosen.plan
-    above: dict[int, Policy] = {}
+    above: dict[int, RematPolicy] = {}
     for k, (stage, tried) in enumerate(zip(plan.stages, found.tried, strict=True)):
-        own = repeats(_policy(stage))
-        large = [p for p in tried if repeats(p) < own and missing_bytes(tried[p])]
-        if large and own > 1:  # ("none" and "min-cut" have nothing between them)
-            above[k] = max(large, key=repeats)
+        own = _policy(stage)
+        large = [p for p in tried if p.rank < own.rank and missing_bytes(tried[p])]
+        if large and own.min_cut_share is not None and own.min_cut_share < 1:
+            above[k] = max(large, key=lambda policy: policy.rank)
 
     def step(light: Iterable[int]) -> float:
         stages = [found.tried[k][above[k]] if k in light else s for k, s in enumerate(plan.stages)]
@@ -134,16 +133,28 @@ def _ranges(found: Fitted) -> dict[int, tuple[float, float]]:
 
     least = step(above)
     return {
-        k: (2.0 - repeats(_policy(plan.stages[k])), min(1.0, 2.0 - repeats(policy)))
+        k: (_policy(plan.stages[k]).min_cut_share or 0.0, _share_above(policy))
         for k, policy in above.items()
         if step(above.keys() - {k}) > least * (1 + WORTH)
     }
 
 
-def _policy(stage: StagePlan) -> Policy:
-    policy = policy_of(stage.remat)
+def _policy(stage: StagePlan) -> RematPolicy:
+    policy = parse_policy(stage.remat)
     assert policy is not None
     return policy
+
+
+def _share_above(policy: RematPolicy) -> float:
+    """The share of min-cut's values that a policy which does not fit saves, at most all."""
+    return 1.0 if policy.min_cut_share is None else policy.min_cut_share
+
+
+def _at_share(policy: RematPolicy, share: float | None) -> RematPolicy:
+    """The policy of a share of min-cut's values; `policy` if `share` is None or its own."""
+    if share is None or share == policy.min_cut_share:
+        return policy
+    return fraction_policy(share)
 
 
 def missing_bytes(stage: StagePlan) -> int:
@@ -157,10 +168,11 @@ def does_not_fit(made: Plan) -> MemoryLimitError:
     assert stage.limit_bytes is not None
     count = len(made.sizes)
     return MemoryLimitError(
-        f"stage {k} does not fit its device: {nbytes(missing_bytes(stage))} are missing",
-        expected=f"at most {nbytes(stage.limit_bytes)}",
-        found=f"{nbytes(stage.memory_bytes)}: parameters, optimizer and buffers"
-        f" {nbytes(stage.static_bytes)}; gradients and {count} micro-batch{'es' * (count > 1)} of"
-        f" {max(made.sizes)} with remat {stage.remat} {nbytes(stage.peak_bytes)}",
+        f"stage {k} does not fit its device: {format_bytes(missing_bytes(stage))} are missing",
+        expected=f"at most {format_bytes(stage.limit_bytes)}",
+        found=f"{format_bytes(stage.memory_bytes)}: parameters, optimizer and buffers"
+        f" {format_bytes(stage.static_bytes)}; gradients and {count}"
+        f" micro-batch{'es' * (count > 1)} of {max(made.sizes)} with remat {stage.remat}"
+        f" {format_bytes(stage.peak_bytes)}",
         missing_bytes=missing_bytes(stage),
     )

@@ -1,45 +1,56 @@
-"""What a plan says of each stage and of each tensor between stages: plain data."""
+"""The parts of a plan: what it says of each stage and of each tensor between stages. Plain data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from autopipe.typed_json import json_name
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """A tensor that stages receive.
+class Boundary:
+    """A tensor that stages receive from one another or from the caller, or return to the caller.
 
     Attributes:
-        name: of the value in the captured graph.
+        name: of the value in the captured graph, the same at both ends.
         kind: "input" of the call, "activation", or a shared "parameter" (sent once a step).
-        looks: dtype and shape, in words: ``float32[B, 16]``.
-        source: the stage that makes or holds it; None: the caller.
+        tensor_type: dtype and shape as text: ``float32[B, 16]``, B being the batch size.
+        source: the stage that computes or owns it; None: the caller.
         targets: the stages that receive it.
-        returned: it is (a part of) a result of the model.
-        nbytes: its size, in the largest micro-batch.
+        returned: whether it is (a part of) a result of the model.
     """
 
     name: str
     kind: str
-    looks: str
+    tensor_type: str = field(metadata=json_name("looks"))
     source: int | None
     targets: tuple[int, ...]
     returned: bool
-    nbytes: int
 
     def __str__(self) -> str:
         source = "caller" if self.source is None else f"stage {self.source}"
         targets = [f"stage {k}" for k in self.targets] + ["caller"] * self.returned
-        return f"{self.name}: {self.looks} {source} -> {', '.join(targets)}"
+        return f"{self.name}: {self.tensor_type} {source} -> {', '.join(targets)}"
 
 
 @dataclass(frozen=True)
-class Begin:
-    """Where a stage that is no run of the captured order goes on in it.
+class Crossing(Boundary):
+    """A boundary tensor with its size in a plan.
 
     Attributes:
-        call: from this call on, in the captured order,
-        stage: calls are this stage's, until the next `Begin`.
+        nbytes: bytes, in the largest micro-batch.
+    """
+
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of calls of one stage, in the captured order; it ends where the next one begins.
+
+    Attributes:
+        call: its first call.
+        stage: the stage that its calls belong to.
     """
 
     call: str
@@ -47,12 +58,12 @@ class Begin:
 
 
 @dataclass(frozen=True)
-class Repeated:
-    """A call that costs less to make in each stage that needs it than to send.
+class DuplicatedCall:
+    """A call that several stages make, because that costs less than to send its result.
 
     Attributes:
         call: its name.
-        stages: those that make it, ascending.
+        stages: the stages that make it, ascending.
     """
 
     call: str
@@ -61,13 +72,13 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Times:
-    """Predicted seconds of one micro-batch at one stage.
+    """Predicted seconds of one micro-batch in one stage.
 
     Attributes:
-        forward, recompute, backward, weight: of the phases F, R, B and W; where B and W are not
-            told apart, all of both is `backward`.
-        receive: until what the stage before has made is there.
-        give_back: until the gradients of that are with the stage before.
+        forward, recompute, backward, weight: of the phases F, R, B and W; where B and W are one
+            phase, `backward` is the time of both.
+        receive: from the end of the previous stage's forward until its results have arrived.
+        send_gradients: until the gradients of those have arrived at the previous stage.
     """
 
     forward: float
@@ -75,40 +86,41 @@ class Times:
     backward: float
     weight: float
     receive: float
-    give_back: float
+    send_gradients: float = field(metadata=json_name("give_back"))
 
     @property
     def work(self) -> float:
-        """All that the device computes."""
+        """Time of all phases, transfers left out."""
         return self.forward + self.recompute + self.backward + self.weight
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage does; sizes are those of the largest micro-batch, or of the step.
+    """One stage in numbers. FLOPs and bytes are for the largest micro-batch, unless they say more.
 
     Attributes:
         first: name of its first call in the captured graph; None if it has no call.
-        calls: how many calls of the captured graph it makes.
-        device: where it was planned to run, in words.
-        speeds: whose times these are: a device of `autopipe.passes.devices`, or "measured on ...".
-        remat: what it keeps from forward to backward: a policy, or a fraction as text.
-        parameters: qualified names of the parameters that live here.
+        calls: number of calls of the captured graph that it makes.
+        device: the device that it was planned for, as text.
+        speeds: where the times come from: a device of `autopipe.passes.devices`, or
+            "measured on ...".
+        remat: rematerialization policy, or a fraction as text.
+        parameters: qualified names of the parameters that it owns.
         flops: of its forward.
-        times: for each size of micro-batch, the largest first.
-        parameter_bytes: of the parameters that live here.
+        times: one for each size of micro-batch, the largest first.
+        parameter_bytes: of the parameters that it owns.
         gradient_bytes: of their gradients.
-        optimizer_bytes: of what the optimizer keeps for them.
+        optimizer_bytes: of the optimizer state for them.
         buffer_bytes: of its buffers and constants.
-        lent_bytes: of its copies of parameters that live elsewhere.
-        activation_bytes: new memory that its forward's calls make.
-        saved_bytes: what a micro-batch keeps from forward to backward.
-        in_flight: how many micro-batches are kept at once, at most.
-        peak_saved_bytes: what they keep together.
-        peak_bytes: the most that micro-batches occupy at once, with what arrives and waits, what is
-            made and goes while a phase runs, and the sums of gradients. (These are taken to be gone
-            before the next forward, as `zero_grad` leaves it.)
-        limit_bytes: what all of it may take; None: no limit was set.
+        shared_copy_bytes: of its copies of parameters that other stages own.
+        activation_bytes: new memory that its forward allocates.
+        saved_bytes: saved by one micro-batch from forward to backward.
+        in_flight: number of micro-batches whose tensors are saved at once, at most.
+        peak_saved_bytes: saved by all of them.
+        peak_bytes: peak of the memory that a step uses beyond `static_bytes`: saved tensors,
+            messages that wait, temporaries of a phase, and accumulated gradients (which are
+            assumed to be freed before the next forward, as `zero_grad` does).
+        limit_bytes: memory limit of the device; None: no limit was set.
     """
 
     first: str | None
@@ -123,7 +135,7 @@ class StagePlan:
     gradient_bytes: int
     optimizer_bytes: int
     buffer_bytes: int
-    lent_bytes: int
+    shared_copy_bytes: int = field(metadata=json_name("lent_bytes"))
     activation_bytes: int
     saved_bytes: int
     in_flight: int
@@ -133,31 +145,31 @@ class StagePlan:
 
     @property
     def forward_seconds(self) -> float:
-        """Of the largest micro-batch; so too the following."""
+        """Forward of the largest micro-batch."""
         return self.times[0].forward
 
     @property
     def backward_seconds(self) -> float:
-        """Gradients of what was received and of the stage's parameters."""
+        """Backward of the largest micro-batch: gradients of inputs and of parameters."""
         return self.times[0].backward + self.times[0].weight
 
     @property
     def recompute_seconds(self) -> float:
-        """What is made again before the backward."""
+        """Recomputation before the backward, for the largest micro-batch."""
         return self.times[0].recompute
 
     @property
     def seconds(self) -> float:
-        """One micro-batch, forward and backward."""
+        """Forward, recomputation and backward of the largest micro-batch."""
         return self.times[0].work
 
     @property
     def static_bytes(self) -> int:
-        """What is there whether a step runs or not."""
+        """Memory in use whether a step runs or not."""
         own = self.parameter_bytes + self.optimizer_bytes
-        return own + self.buffer_bytes + self.lent_bytes
+        return own + self.buffer_bytes + self.shared_copy_bytes
 
     @property
     def memory_bytes(self) -> int:
-        """All that the stage needs on its device."""
+        """All memory that the stage needs on its device."""
         return self.static_bytes + self.peak_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from autopipe.passes.cost import (
     PhaseSeconds,
@@ -13,15 +13,13 @@ from autopipe.passes.cost import (
     stage_cost,
     stage_peak_bytes,
 )
-from autopipe.passes.driver import phases_at
-from autopipe.passes.ir import CALLER, InputKind, at_batch
-from autopipe.passes.phases import TraceCache
+from autopipe.passes.ir import InputKind, at_batch
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import PlannedCut, planned_cut_of
-from autopipe.planning.plan_parts import Begin, Crossing, Repeated, StagePlan, Times
+from autopipe.planning.plan_parts import DuplicatedCall, Segment, StagePlan, Times
 from autopipe.planning.plans import Plan
-from autopipe.runtime.mailbox import room
-from autopipe.tensor_meta import differentiated, input_metadata, state_metadata
+from autopipe.report.stages import BoundaryTensor
+from autopipe.runtime.mailbox import queue_capacity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from autopipe.options import Options
     from autopipe.passes.devices import Device, Link
     from autopipe.passes.ir import Phased, Route, Split, StageGraph, StagePhases
-    from autopipe.passes.remat_policies import Policy
 
 
 class Clock(NamedTuple):
@@ -63,40 +60,6 @@ def clocks_of(models: Sequence[Device]) -> tuple[Clock, ...]:
 
     known = {id(model): clock(model) for model in models}
     return tuple(known[id(model)] for model in models)
-
-
-def phases_of(
-    model: nn.Module,
-    split: Split,
-    leaves: Sequence[Any],
-    sizes: Sequence[int],
-    options: Options,
-    remat: Sequence[Policy],
-    traced: TraceCache | None = None,
-) -> dict[int, Phased]:
-    """The phases of a split program in training, by micro-batch size; weights are not needed.
-
-    Args:
-        model: what was captured.
-        split: the stages.
-        leaves: a call's flattened inputs.
-        sizes: samples in each micro-batch.
-        options: devices.
-        remat: one policy for each stage.
-        traced: what is known of stages like these, and grows.
-    """
-    captured = split.captured
-    state = state_metadata(captured, lambda item: captured.tensor_of(model, item))
-    return phases_at(
-        split,
-        sizes,
-        {size: state | input_metadata(captured, leaves, size) for size in dict.fromkeys(sizes)},
-        options.devices,
-        remat=remat,
-        grad=True,
-        differentiated=differentiated(captured),
-        traced=TraceCache() if traced is None else traced,
-    )
 
 
 def plan(
@@ -147,15 +110,17 @@ def plan(
             )
             for stage in split.stages
         ),
-        crossings=tuple(_crossing(r, distinct[0]) for r in split.routes.values() if r.consumers),
-        begins=tuple(Begin(*run) for run in planned.runs),
-        repeated=tuple(Repeated(*one) for one in planned.repeated),
-        bound_seconds=split.facts.lower_bound,
-        cut_seconds=split.facts.bottleneck,
+        crossings=tuple(
+            BoundaryTensor.of(r).at(distinct[0]) for r in split.routes.values() if r.consumers
+        ),
+        segments=tuple(Segment(*run) for run in planned.runs),
+        duplicated=tuple(DuplicatedCall(*one) for one in planned.duplicated),
+        bound_seconds=split.estimates.lower_bound,
+        cut_seconds=split.estimates.bottleneck,
         gather_seconds=_gathering(split, sizes, clocks),
         notes=split.captured.notes,
     )
-    peaks = stage_peak_bytes(made.timeline, K, sizes, nbytes, split.routes, room)
+    peaks = stage_peak_bytes(made.timeline, K, sizes, nbytes, split.routes, queue_capacity)
     stages = zip(made.stages, peaks, strict=True)
     made = replace(made, stages=tuple(replace(s, peak_bytes=peak) for s, peak in stages))
     made.verify()
@@ -164,8 +129,8 @@ def plan(
 
 def cut_of(plan: Plan) -> PlannedCut:
     """What has a plan's cut made again."""
-    runs = tuple((begin.call, begin.stage) for begin in plan.begins)
-    repeated = tuple((one.call, one.stages) for one in plan.repeated)
+    runs = tuple((segment.call, segment.stage) for segment in plan.segments)
+    repeated = tuple((one.call, one.stages) for one in plan.duplicated)
     return PlannedCut(plan.graph, plan.starts, runs, repeated)
 
 
@@ -188,7 +153,7 @@ def _stage(
         calls=len(calls),
         device=str(options.devices[k]),
         speeds=clock.name,
-        remat=str(phased[0].remat[k]),
+        remat=phased[0].remat[k].name,
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
         flops=at_batch(cost.flops, size),
         times=tuple(_times(split, cut, k, clock, in_flight) for cut in phased),
@@ -198,7 +163,7 @@ def _stage(
         buffer_bytes=sum(
             int(i.spec.nbytes) for i in stage.held if i.kind is not InputKind.PARAMETER
         ),
-        lent_bytes=cost.lent_bytes,
+        shared_copy_bytes=cost.lent_bytes,
         activation_bytes=at_batch(cost.activation_bytes, size),
         saved_bytes=max(saved),
         in_flight=in_flight,
@@ -221,7 +186,7 @@ def _times(split: Split, cut: Phased, k: int, clock: Clock, in_flight: int) -> T
         nbytes = [at_batch(r.spec.nbytes, cut.size) for r in routes]
         return clock.link.seconds(sum(nbytes)) if nbytes else 0.0
 
-    return Times(*seconds, receive=over(came), give_back=over(back))
+    return Times(*seconds, receive=over(came), send_gradients=over(back))
 
 
 def _gathering(split: Split, sizes: Sequence[int], clocks: Sequence[Clock]) -> float:
@@ -231,21 +196,8 @@ def _gathering(split: Split, sizes: Sequence[int], clocks: Sequence[Clock]) -> f
     parts = {
         o.name: at_batch(o.spec.nbytes, sum(sizes))
         for o in split.captured.outputs
-        if o.combine == "cat"
+        if o.combine.copies
     }
     return sum(
         clocks[max(split.routes[n].source, 0)].copying(nbytes) for n, nbytes in parts.items()
-    )
-
-
-def _crossing(route: Route, size: int) -> Crossing:
-    dtype = str(route.spec.dtype).removeprefix("torch.")
-    return Crossing(
-        name=route.name,
-        kind=route.kind,
-        looks=f"{dtype}[{', '.join(map(str, route.spec.shape))}]",
-        source=None if route.source == CALLER else route.source,
-        targets=route.consumers,
-        returned=route.output is not None,
-        nbytes=at_batch(route.spec.nbytes, size),
     )

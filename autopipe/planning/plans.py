@@ -6,16 +6,14 @@ the plan of one machine can be used on another: ``autopipe.compile(model, plan="
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopipe.errors import PlanError, VerifyError, require
-from autopipe.passes.remat_policies import policy_of
-from autopipe.passes.schedule import KNOWN, Timeline, play_out, schedule, stages_per_device
-from autopipe.planning.plan_parts import Begin, Crossing, Repeated, StagePlan, Times
+from autopipe.passes.remat_policies import parse_policy
+from autopipe.passes.schedule import KINDS
+from autopipe.planning.plan_data import PlanData
 from autopipe.report.table import table
 from autopipe.typed_json import MisfitError, convert, parse, short, to_json
 
@@ -28,93 +26,8 @@ LARGEST_FILE = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Who runs what.
-
-    Attributes:
-        model: class of the model.
-        training: the mode that it was captured in.
-        whole: captured for one micro-batch alone: its samples may depend on one another.
-        graph: fingerprint of the captured graph.
-        schedule: name of the schedule.
-        chunks: M, the number of micro-batches of a batch that is large enough.
-        sizes: samples in each micro-batch of the batch that was planned for.
-        stages: K stages.
-        crossings: the tensors that stages receive from the caller and from one another.
-        begins: where stages begin in the captured order, if their calls are not runs of it.
-        repeated: the calls that several stages make.
-        bound_seconds: time that the largest stage of no cut of this model is below, by the costs
-            that the cut goes by; None: not worked out.
-        cut_seconds: time of the largest stage by the same costs; None likewise.
-        gather_seconds: what it takes to put the micro-batches' results together for the caller.
-        notes: what capture did that a reader should know.
-    """
-
-    model: str
-    training: bool
-    whole: bool
-    graph: str
-    schedule: str
-    chunks: int
-    sizes: tuple[int, ...]
-    stages: tuple[StagePlan, ...]
-    crossings: tuple[Crossing, ...]
-    begins: tuple[Begin, ...]
-    repeated: tuple[Repeated, ...]
-    bound_seconds: float | None
-    cut_seconds: float | None
-    gather_seconds: float
-    notes: tuple[str, ...]
-
-    @property
-    def starts(self) -> tuple[str, ...]:
-        """The first call of each stage but the first."""
-        return tuple(s.first for s in self.stages[1:] if s.first is not None)
-
-    @property
-    def remat(self) -> str:
-        """The stages' policies in words: one if all have the same."""
-        count = Counter(s.remat for s in self.stages)
-        if len(count) == 1:
-            return self.stages[0].remat
-        return ", ".join(f"{policy} in {n}" for policy, n in count.items())
-
-    @cached_property
-    def timeline(self) -> Timeline:
-        """One training step as the simulator plays it, in seconds."""
-        order = {size: i for i, size in enumerate(sorted(set(self.sizes), reverse=True))}
-        scheduled = schedule(self.schedule, len(self.stages), len(self.sizes))
-
-        def times(stage: int, m: int) -> Times:
-            return self.stages[stage].times[order[self.sizes[m]]]
-
-        def takes(phase: str, stage: int, m: int) -> float:
-            t = times(stage, m)
-            seconds = {"F": t.forward, "R": t.recompute, "B": t.backward, "W": t.weight}
-            return sum(seconds[letter] for letter in phase)
-
-        def delay(letter: str, source: int, to: int, m: int) -> float:
-            return times(to, m).receive if letter == "F" else times(source, m).give_back
-
-        return play_out(scheduled, takes, delay)
-
-    @property
-    def step_seconds(self) -> float:
-        """Predicted time of one training step (the optimizer's own not included)."""
-        return self.timeline.makespan + self.gather_seconds
-
-    @property
-    def balance(self) -> float:
-        """Mean stage over largest stage, by predicted time."""
-        seconds = [s.seconds for s in self.stages]
-        return sum(seconds) / len(seconds) / max(seconds) if max(seconds) else 1.0
-
-    @property
-    def gap(self) -> float | None:
-        """How far the largest stage may be above the least possible, as a fraction of that."""
-        if self.bound_seconds is None or self.cut_seconds is None:
-            return None
-        return self.cut_seconds / self.bound_seconds - 1 if self.bound_seconds else 0.0
+class Plan(PlanData):
+    """Which stage runs what: the data of `PlanData`, which print, are checked, saved and loaded."""
 
     def is_of(self, other: Plan) -> bool:
         """Whether another plan is of the same program, whatever its times are."""
@@ -141,9 +54,9 @@ class Plan:
         require(0 < len(self.sizes) <= self.chunks, "micro-batches and sizes disagree")
         require(not self.whole or len(self.sizes) == 1, "a whole batch in several micro-batches")
         require(min(self.sizes) > 0, "a micro-batch without samples")
-        require(self.schedule in KNOWN, "an unknown schedule", found=self.schedule)
+        require(self.schedule in KINDS, "an unknown schedule", found=self.schedule)
         require(
-            stages_per_device(self.schedule) == 1,
+            KINDS[self.schedule].virtual_stages == 1,
             "a schedule with several stages on a device",
             found=self.schedule,
         )
@@ -158,11 +71,11 @@ class Plan:
             for name, value in facts:
                 if isinstance(value, (int, float)):
                     require(value >= 0, f"{name} is negative", found=str(value))
-            require(policy_of(stage.remat) is not None, f"{where}.remat", found=stage.remat)
+            require(parse_policy(stage.remat) is not None, f"{where}.remat", found=stage.remat)
             empty = stage.first is None
             require(empty == (stage.calls == 0), f"stages[{k}]: `first` and `calls` disagree")
             require(not empty or K == 1, f"stages[{k}] has no call")
-        for stages in ([b.stage for b in self.begins], *[r.stages for r in self.repeated]):
+        for stages in ([s.stage for s in self.segments], *[r.stages for r in self.duplicated]):
             require(all(0 <= k < K for k in stages), "a call in no stage", found=str(stages))
         names = [s.first for s in self.stages]
         require(len(set(names)) == K, "two stages start at one call", found=str(names))

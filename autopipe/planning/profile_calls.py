@@ -14,12 +14,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import statistics
-import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from torch import Tensor
 from autopipe.errors import DeviceError, InputError, UnsupportedError
 from autopipe.passes.cost import BoundCall, operand_values, tensor_leaves, work_key
 from autopipe.passes.graph import source_line
+from autopipe.runtime.backends import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -100,20 +100,19 @@ def profile(
     """
     if batch < 1:
         raise InputError("a batch without samples", expected="at least 1", found=str(batch))
-    place = torch.device(device)
-    if place.type not in ("cpu", "cuda") or (
-        place.type == "cuda" and not torch.cuda.is_available()
-    ):
+    torch_device = torch.device(device)
+    backend = backend_of(torch_device)
+    if backend.find(torch_device) is None:
         raise DeviceError("no such device here", expected='"cpu" or a GPU', found=repr(str(device)))
-    name = device_name(place)
+    name = device_name(torch_device)
     path = cache_file(name, folder)
     known = load(path, name)
     cached = dict(known or {})
-    clock = _events if place.type == "cuda" else _clock
+    clock = partial(backend.timed, torch_device)
     engine: list[float] = []
     timings: dict[str, Timing] = {}
     measured = 0
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    with backend.fork_rng(torch_device):
         for node in annotated.captured.graph_module.graph.nodes:
             flow = annotated.flows.get(node.name)
             if flow is None:
@@ -121,8 +120,8 @@ def profile(
             key = work_key(node, batch, flow)
             if key not in cached:
                 if not engine:
-                    engine.append(_engine(place, clock))
-                cached[key] = _measure(node, batch, flow, place, clock, engine[0])
+                    engine.append(_engine(torch_device, clock))
+                cached[key] = _measure(node, batch, flow, torch_device, clock, engine[0])
                 measured += 1
             timings[node.name] = cached[key]
     if measured and known is not None:
@@ -135,12 +134,7 @@ def profile(
 
 def device_name(device: torch.device) -> str:
     """What measurements hold for: the device's model and, for a CPU, the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    model = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
+    return backend_of(device).name(device)
 
 
 def cache_file(device: str, folder: str | Path | None = None) -> Path:
@@ -191,25 +185,7 @@ def _head(device: str) -> dict[str, Any]:
     return {"format": FORMAT, "torch": str(torch.__version__), "device": device}
 
 
-# ------------------------------------------------------------------------------- the stopwatch
-
-
-def _clock(run: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - start
-
-
-def _events(run: Callable[[], Any]) -> tuple[Any, float]:
-    """On the GPU's own clock: what the host needs besides is not counted while the GPU is busy."""
-    torch.cuda.synchronize()
-    make: Any = torch.cuda.Event
-    start, end = make(enable_timing=True), make(enable_timing=True)
-    start.record()
-    result = run()
-    end.record()
-    end.synchronize()
-    return result, float(start.elapsed_time(end)) / 1000
+# ------------------------------------------------------------------------------- timing
 
 
 def _measure(

@@ -26,8 +26,9 @@ from autopipe.passes.cost import PhaseSeconds, phase_seconds
 from autopipe.planning.planner import Clock
 from autopipe.planning.profile_calls import device_name, filled
 from autopipe.runtime import workers
-from autopipe.runtime.load import load
-from autopipe.runtime.random import Kit
+from autopipe.runtime.backends import backend_of
+from autopipe.runtime.load import load_source
+from autopipe.runtime.random import MicroBatchContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ def measured_clocks(devices: Sequence[torch.device], models: Sequence[Device]) -
         if device not in clocks:
             same = [d for d in devices if d == device]
             stopwatch = _Stopwatch(
-                device, workers.cores_for(same) if len(same) > 1 else None, model
+                device, workers.cores_per_worker(same) if len(same) > 1 else None, model
             )
             clocks[device] = Clock(
                 f"measured on {device_name(device)}",
@@ -115,7 +116,7 @@ class _Stopwatch:
         parts = [
             stage_function(stage, letters, self.device, name) for letters, name in names.items()
         ]
-        functions, _ = load("\n\n".join([HEADER.format(title="a stage by itself"), *parts]))
+        functions, _ = load_source("\n\n".join([HEADER.format(title="a stage by itself"), *parts]))
         count = len(self.cores or [None])
         barrier = threading.Barrier(count)
         rounds: list[list[tuple[float, float]]] = [[] for _ in range(count)]
@@ -143,7 +144,7 @@ class _Stopwatch:
 
         done = [False]
         with torch.random.fork_rng(devices=[]):
-            workers.run([partial(task, i) for i in range(count)], barrier.abort, self.cores)
+            workers.run_workers([partial(task, i) for i in range(count)], barrier.abort, self.cores)
         pairs = [pair for own in rounds for pair in own]
         forward, backward = (statistics.mean(column) for column in zip(*pairs, strict=True))
         shares = phase_seconds(stage, self.model)
@@ -186,24 +187,23 @@ class _Rounds:
             else:
                 totals[i] = gradient.clone()
 
-        kits = [Kit(0, stage.draws, m, accumulate) for m in range(self.ahead)]
+        contexts = [MicroBatchContext(0, stage.draws, m, accumulate) for m in range(self.ahead)]
         saved = []
         start = now(self.device)
-        for kit, values in zip(kits, arrived, strict=True):
-            found = self.functions["forward"](kit, [*self.held, *values])
+        for ctx, values in zip(contexts, arrived, strict=True):
+            found = self.functions["forward"](ctx, [*self.held, *values])
             saved.append(list(found[results:]))
             values.clear()
             del found
         forward = now(self.device) - start
         tangents = [[self._fill(t) for t in self.tangents] for _ in range(self.ahead)]
         start = now(self.device)
-        for kit in kits:
-            self.functions["backward"](kit, [*self.held, *saved.pop(0), *tangents.pop(0)])
+        for ctx in contexts:
+            self.functions["backward"](ctx, [*self.held, *saved.pop(0), *tangents.pop(0)])
         return forward / self.ahead, (now(self.device) - start) / self.ahead
 
 
 def now(device: torch.device) -> float:
     """Seconds on a clock, when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    backend_of(device).synchronize(device)
     return time.perf_counter()

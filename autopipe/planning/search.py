@@ -24,14 +24,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import InputError, MemoryLimitError, PartitionError
-from autopipe.passes.driver import cut_in_space
+from autopipe.passes.driver import cut_in_space, phases_by_size
 from autopipe.passes.phases import TraceCache
+from autopipe.passes.remat_policies import LADDER
 from autopipe.passes.schedule import schedule
-from autopipe.passes.split import objective_of, taken_by
+from autopipe.passes.split import estimate_stages, objective_of
 from autopipe.planning.estimate_errors import missed_bytes, spread
-from autopipe.planning.fitting import LADDER, Candidate, Fitted, does_not_fit, fitted, refined
-from autopipe.planning.planner import phases_of, plan
+from autopipe.planning.fitting import Candidate, Fitted, does_not_fit, fitted, refined
+from autopipe.planning.planner import plan
 from autopipe.runtime import microbatch
+from autopipe.tensor_meta import training_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from autopipe.passes.cost import CallSeconds
     from autopipe.passes.devices import Device
     from autopipe.passes.ir import Annotated, Split
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
     from autopipe.passes.split import Objective
     from autopipe.planning.planner import Clock
 
@@ -75,7 +77,7 @@ class _Tried:
     cuts: dict[Any, Fitted] = field(default_factory=dict)
     found: list[Fitted] = field(default_factory=list)
     failures: list[MemoryLimitError] = field(default_factory=list)
-    missed: dict[tuple[int, Policy], int] = field(default_factory=dict)
+    missed: dict[tuple[int, RematPolicy], int] = field(default_factory=dict)
 
     @property
     def enough(self) -> bool:
@@ -193,7 +195,7 @@ class Search:
         """
         K, given, limits = len(self.models), self.options.remat, self.options.limits
         tried = _Tried(sizes, lean, beat)
-        free = self.aim(sizes, given or ("none",) * K)
+        free = self.objective(sizes, given or LADDER[:1] * K)
 
         def within(remat: Sequence[Any], share: float, times: int) -> Fitted | None:
             if limits is None or tried.enough:
@@ -202,7 +204,7 @@ class Search:
             return self._within(replace(free, remat=tuple(remat), limits=room), tried, times)
 
         if lean:
-            within(given or ("full",) * K, 1.0, RECUTS)
+            within(given or LADDER[-1:] * K, 1.0, RECUTS)
         if not tried.enough:
             balanced = cut_in_space(self.annotated, free)
             first = self._try(balanced, free, tried)
@@ -214,12 +216,12 @@ class Search:
             share = min(share * LESS, _used(found))  # what is cut for limits between is this cut
             found = within(given or (LADDER,) * K, share, 2)
         if not tried.found and not lean:
-            within(given or ("full",) * K, 1.0, RECUTS)
+            within(given or LADDER[-1:] * K, 1.0, RECUTS)
         if tried.best is None and beat == math.inf:
             raise min(tried.failures, key=_missing)
         return tried.best
 
-    def _within(self, aim: Objective, tried: _Tried, times: int) -> Fitted | None:
+    def _within(self, objective: Objective, tried: _Tried, times: int) -> Fitted | None:
         """Cut under limits, and again with what the last cut's stages really took.
 
         Returns:
@@ -229,41 +231,47 @@ class Search:
         found: Fitted | None = None
         for i in range(times):
             try:
-                split = self._cut(replace(aim, missed=spread(aim, missed)), () if i else WIDER)
+                split = self._cut(
+                    replace(objective, corrections=spread(objective, missed)), () if i else WIDER
+                )
             except PartitionError as error:
                 tried.failures.append(MemoryLimitError(error.problem, found=error.found))
                 return None
             if _bound(split, tried.sizes) * LIKELY >= tried.fastest:
                 return None
-            found = self._try(split, replace(aim, missed=spread(aim, missed)), tried)
+            found = self._try(
+                split, replace(objective, corrections=spread(objective, missed)), tried
+            )
             if tried.enough:
                 break
-            more = missed_bytes(split, aim, found)
+            more = missed_bytes(split, objective, found)
             if all(missed.get(at, -math.inf) >= nbytes for at, nbytes in more.items()):
                 break
             missed |= {at: max(nbytes, missed.get(at, nbytes)) for at, nbytes in more.items()}
         return found
 
-    def _cut(self, aim: Objective, wider: Sequence[float]) -> Split:
-        """The cut for an aim; if there is none, the one for the first wider limits."""
+    def _cut(self, objective: Objective, wider: Sequence[float]) -> Split:
+        """The cut for an objective; if there is none, the one for the first wider limits."""
         try:
-            return cut_in_space(self.annotated, aim)
+            return cut_in_space(self.annotated, objective)
         except PartitionError:
             for share in wider:
-                room = tuple(None if n is None else int(n * share) for n in aim.limits)
+                room = tuple(None if n is None else int(n * share) for n in objective.limits)
                 with suppress(PartitionError):
-                    return cut_in_space(self.annotated, replace(aim, limits=room))
+                    return cut_in_space(self.annotated, replace(objective, limits=room))
             raise
 
-    def _try(self, split: Split, aim: Objective, tried: _Tried) -> Fitted:
+    def _try(self, split: Split, objective: Objective, tried: _Tried) -> Fitted:
         """Fit a cut, unless that was done, and note the outcome."""
         cut = tuple(stage.origins for stage in split.stages)
         if cut in tried.cuts:
             return tried.cuts[cut]
         K, given, limits = len(self.models), self.options.remat, self.options.limits
-        ladders: list[tuple[Policy, ...]] = [LADDER] * K if given is None else [(p,) for p in given]
-        wanted = replace(aim, remat=tuple(ladders), limits=limits or aim.limits)
-        start = taken_by(split, wanted).remat
+        ladders: list[tuple[RematPolicy, ...]] = (
+            [LADDER] * K if given is None else [(p,) for p in given]
+        )
+        wanted = replace(objective, remat=tuple(ladders), limits=limits or objective.limits)
+        start = estimate_stages(split, wanted).remat
         if tried.lean:
             start = tuple(ladder[-1] for ladder in ladders)
         make = partial(self._made, split, tried.sizes)
@@ -274,16 +282,17 @@ class Search:
             tried.failures.append(does_not_fit(found.chosen.plan))
         return found
 
-    def _made(self, split: Split, sizes: Sequence[int], remat: Sequence[Policy]) -> Candidate:
+    def _made(self, split: Split, sizes: Sequence[int], remat: Sequence[RematPolicy]) -> Candidate:
         """The plan of a cut with a policy for each stage."""
         self.progress(f"trying {len(sizes)} micro-batches")
         options = self.options
-        phased = phases_of(self.model, split, self.leaves, sizes, options, remat, self.traced)
+        request = training_request(self.model, split, self.leaves, sizes, options.devices, remat)
+        phased = phases_by_size(request, self.traced)
         return Candidate(
             plan(self.model, split, phased, sizes, options, self.clocks), split, phased
         )
 
-    def aim(self, sizes: Sequence[int], remat: Sequence[Policy]) -> Objective:
+    def objective(self, sizes: Sequence[int], remat: Sequence[RematPolicy]) -> Objective:
         """What a cut for these micro-batches is made for; without limits."""
         return objective_of(
             self.models,
@@ -301,8 +310,8 @@ class Search:
         bounds = []
         for chunks in numbers_of_chunks(batch, len(self.models)):
             sizes = microbatch.sizes(batch, chunks)
-            remat = self.options.remat or ("none",) * len(self.models)
-            split = cut_in_space(self.annotated, self.aim(sizes, remat))
+            remat = self.options.remat or LADDER[:1] * len(self.models)
+            split = cut_in_space(self.annotated, self.objective(sizes, remat))
             bounds.append((_bound(split, sizes), chunks))
         for bound, chunks in sorted(bounds):
             yield chunks, bound
@@ -324,7 +333,7 @@ def _bound(split: Split, sizes: Sequence[int]) -> float:
 
     (Every stage takes its turn with some micro-batch, the slowest one with each.)
     """
-    seconds = split.facts.seconds
+    seconds = split.estimates.seconds
     return sum(seconds) + (sum(sizes) / max(sizes) - 1) * max(seconds)
 
 

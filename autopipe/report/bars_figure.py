@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .svg import byte_ticks, figure, label, number, rect, seconds, tag, ticks, title
-from .table import nbytes
+from autopipe.formatting import format_bytes, format_seconds
+
+from .svg import byte_ticks, figure, label, number, rect, tag, ticks, title
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ def time_bars(rows: Sequence[Sequence[Part]]) -> str:
     """Seconds of each stage's parts."""
     largest = max(sum(p.size for p in row) for row in rows)
     words = "Predicted time of one micro-batch in each stage: forward, recompute, backward."
-    return _bars("times", "Time per stage", words, rows, ticks(largest), seconds)
+    return _bars("times", "Time per stage", words, rows, ticks(largest), format_seconds)
 
 
 def memory_bars(rows: Sequence[Sequence[Part]], limit: int | None) -> str:
@@ -61,9 +62,9 @@ def _bars(
     if limit is not None:
         x = LEFT + limit * scale
         parts.append(tag("path", d=f"M{number(x)} {TOP - 4}V{number(bottom)}", class_="limit"))
-        parts.append(label(x - 5, bottom + 13, f"limit {nbytes(limit)}", "tiny over", "end"))
+        parts.append(label(x - 5, bottom + 13, f"limit {format_bytes(limit)}", "tiny over", "end"))
     return figure(name, heading, words, WIDTH, bottom + (20 if limit is not None else 4), *parts)
 
 
 def _bytes(value: float) -> str:
-    return nbytes(round(value))
+    return format_bytes(round(value))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from autopipe.formatting import format_seconds
+
 from .page_data import least_seconds
-from .svg import figure, label, number, seconds, tag, ticks, title
+from .svg import figure, label, number, tag, ticks, title
 
 if TYPE_CHECKING:
     from .page_data import PageData
@@ -32,20 +34,23 @@ def chunks_chart(facts: PageData) -> str:
     for mark in marks:
         line = f"M{LEFT} {number(y(mark))}H{WIDTH - RIGHT}"
         parts.append(tag("path", d=line, class_="grid"))
-        parts.append(label(LEFT - 8, y(mark) + 4, seconds(mark), "tiny faint", "end"))
+        parts.append(label(LEFT - 8, y(mark) + 4, format_seconds(mark), "tiny faint", "end"))
     parts.append(tag("path", d=f"M{LEFT} {number(y(least))}H{WIDTH - RIGHT}", class_="bound"))
-    words = f"largest stage, never waiting: {seconds(least)}"
+    words = f"largest stage, never waiting: {format_seconds(least)}"
     parts.append(label(WIDTH - RIGHT, y(least) + 14, words, "tiny faint", "end"))
     path = "M" + "L".join(f"{number(x(m))} {number(y(t))}" for m, t in points)
     parts.append(tag("path", d=path, class_="curve"))
     room = -math.inf
     for m, t in points:
         here = m == own
-        words = title(f"M = {m}: {seconds(t)}")
+        words = title(f"M = {m}: {format_seconds(t)}")
         size, class_ = (5.5, "dot own") if here else (3.5, "dot")
         parts.append(tag("circle", words, cx=x(m), cy=y(t), r=size, class_=class_, data_chunks=m))
         if here:
-            words, at = f"this plan: {seconds(t)}", min(max(x(m), LEFT + 52), WIDTH - RIGHT - 52)
+            words, at = (
+                f"this plan: {format_seconds(t)}",
+                min(max(x(m), LEFT + 52), WIDTH - RIGHT - 52),
+            )
             parts.append(label(at, y(t) - 15, words, "small strong halo", "middle"))
         if x(m) - room >= 24 or here:
             parts.append(
@@ -56,5 +61,5 @@ def chunks_chart(facts: PageData) -> str:
     parts.append(
         label(middle, HEIGHT - 8, "micro-batches M (each step doubles)", "tiny faint", "middle")
     )
-    text = "Predicted step time: " + ", ".join(f"M = {m}: {seconds(t)}" for m, t in points)
+    text = "Predicted step time: " + ", ".join(f"M = {m}: {format_seconds(t)}" for m, t in points)
     return figure("chunks", "Step time against micro-batches", text, WIDTH, HEIGHT, *parts)

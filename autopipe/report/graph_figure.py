@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .page_data import load
-from .svg import CHARACTER, count, escape, figure, fit, label, number, rect, tag, title
-from .table import nbytes
+from autopipe.formatting import format_bytes, format_bytes_short, format_count
+
+from .svg import CHARACTER, escape, figure, fit, label, number, rect, tag, title
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,19 +50,21 @@ class Bundle:
 
     def words(self, width: float) -> str:
         """What it is, about `width` wide in a small font."""
-        size = _short(self.nbytes)
+        size = format_bytes_short(self.nbytes)
         if len(self.crossings) > 1:
             return f"{len(self.crossings)} tensors  {size}"
         room = width - (len(size) + 2) * 10.5 * CHARACTER
         return f"{fit(self.crossings[0].name, room, 10.5)}  {size}"
 
     def __str__(self) -> str:
-        names = [f"{c.name}  {c.looks}  {nbytes(c.nbytes)}" for c in self.crossings[:12]]
+        names = [
+            f"{c.name}  {c.tensor_type}  {format_bytes(c.nbytes)}" for c in self.crossings[:12]
+        ]
         if len(self.crossings) > 12:
             names.append(f"… {len(self.crossings) - 12} more: see the table")
         where = "caller" if self.source < 0 else f"stage {self.source}"
         ends = ", ".join(str(k) for k in self.targets)
-        return "\n".join([f"{where} → stage {ends}: {nbytes(self.nbytes)}", *names])
+        return "\n".join([f"{where} → stage {ends}: {format_bytes(self.nbytes)}", *names])
 
 
 def bundles(crossings: Sequence[Crossing]) -> tuple[Bundle, ...]:
@@ -158,13 +160,13 @@ def _caller(place: _Place) -> str:
 
 def _box(plan: Plan, k: int, place: _Place) -> str:
     stage, x, y, w = plan.stages[k], place.x(k), place.top, place.box
-    share = load(plan, k)
+    share = plan.share_of_work(k)
     largest = max(s.seconds for s in plan.stages)
     names = len(stage.parameters)
     lines = [
         f"{stage.calls} call{'s' * (stage.calls != 1)}",
-        nbytes(stage.parameter_bytes) if names else "no parameters",
-        f"{count(stage.flops)}FLOP" if stage.flops >= 1000 else f"{stage.flops} FLOP",
+        format_bytes(stage.parameter_bytes) if names else "no parameters",
+        f"{format_count(stage.flops)}FLOP" if stage.flops >= 1000 else f"{stage.flops} FLOP",
     ]
     text = [label(x + 9, y + 56 + 15 * i, fit(t, w - 14, 11), "small") for i, t in enumerate(lines)]
     full = stage.seconds / largest * (w - 18) if largest else 0.0
@@ -195,7 +197,7 @@ def _edge(place: _Place, bundle: Bundle, most: int) -> str:
         tag("path", d=f"M{number(start)} {number(y)}H{number(end - 6)}", class_="line",
             stroke_width=_thick(bundle, most)),
         _head(end, y, 1, 0),
-        label(middle, y - 8, _short(bundle.nbytes), "tiny", "middle"),
+        label(middle, y - 8, format_bytes_short(bundle.nbytes), "tiny", "middle"),
         label(middle, y + 17, f"{n} tensors" if n > 1 else "", "tiny faint", "middle"),
         class_="edge",
         data_from=bundle.source,
@@ -244,12 +246,6 @@ def _ports(place: _Place, lane: dict[Bundle, int]) -> dict[tuple[Bundle, int], f
         for i, arc in enumerate(ends):
             found[arc, k] = place.x(k) + place.wide(k) * (i + 1) / (len(ends) + 1)
     return found
-
-
-def _short(size: int) -> str:
-    """Bytes with three digits at most, where there is little room."""
-    number, unit = nbytes(size).split()
-    return f"{float(number):.0f} {unit}" if len(number) > 4 else f"{number} {unit}"
 
 
 def _thick(bundle: Bundle, most: int) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autopipe.formatting import format_bytes, format_seconds
+
 from .bars_figure import memory_bars, time_bars
 from .chunks_figure import chunks_chart
 from .graph_figure import MOST, stage_graph
 from .page_data import CAVEAT, PageData, check, memory, times
 from .style import STYLE
-from .svg import escape, seconds, tag
-from .table import nbytes
+from .svg import escape, tag
 from .tables import (
     chunks_table,
     crossing_table,
@@ -89,11 +90,11 @@ def _figures(facts: PageData) -> str:
             str(len(plan.sizes)),
             f"of {_many_samples(sizes)}, {facts.batch} a batch",
         ),
-        ("step time", seconds(plan.step_seconds), f"predicted{_gathering(plan)}"),
-        ("per sample", seconds(plan.step_seconds / facts.batch), "predicted"),
+        ("step time", format_seconds(plan.step_seconds), f"predicted{_gathering(plan)}"),
+        ("per sample", format_seconds(plan.step_seconds / facts.batch), "predicted"),
         ("bubble", f"{line.bubble:.1%}", "of the pipeline's time idle"),
         ("balance", f"{plan.balance:.3f}", f"mean stage over largest{_gap(plan)}"),
-        ("parameters", nbytes(parameters), f"largest stage {nbytes(largest)}"),
+        ("parameters", format_bytes(parameters), f"largest stage {format_bytes(largest)}"),
     ]
     return tag(
         "dl",
@@ -106,7 +107,9 @@ def _figures(facts: PageData) -> str:
 
 def _gathering(plan: Plan) -> str:
     """How much of a step is not on the timeline."""
-    return f", {seconds(plan.gather_seconds)} to gather results" if plan.gather_seconds else ""
+    return (
+        f", {format_seconds(plan.gather_seconds)} to gather results" if plan.gather_seconds else ""
+    )
 
 
 def _gap(plan: Plan) -> str:

@@ -106,29 +106,13 @@ def memory(stage: StagePlan) -> tuple[Part, ...]:
     """Bytes on a stage's device; together all that it needs."""
     saved = min(stage.peak_saved_bytes, stage.peak_bytes)
     return (
-        Part("parameters", "P", stage.parameter_bytes + stage.buffer_bytes + stage.lent_bytes),
+        Part(
+            "parameters", "P", stage.parameter_bytes + stage.buffer_bytes + stage.shared_copy_bytes
+        ),
         Part("optimizer", "O", stage.optimizer_bytes),
         Part("saved for backward, all in flight", "K", saved),
         Part("gradients, and what a phase makes", "A", stage.peak_bytes - saved),
     )
-
-
-def received(plan: Plan, k: int) -> int:
-    """Bytes of the tensors that stage k receives with each micro-batch."""
-    return sum(c.nbytes for c in plan.crossings if k in c.targets and c.kind != "parameter")
-
-
-def sent(plan: Plan, k: int) -> int:
-    """Bytes that stage k sends with each micro-batch, once for each receiver."""
-    return sum(
-        c.nbytes * len(c.targets) for c in plan.crossings if c.source == k and c.kind != "parameter"
-    )
-
-
-def load(plan: Plan, k: int) -> float | None:
-    """Stage k's share of the pipeline's work; None if there is no work."""
-    total = sum(s.seconds for s in plan.stages)
-    return plan.stages[k].seconds / total if total else None
 
 
 def pieces(plan: Plan, phase: str, stage: int) -> tuple[tuple[str, float], ...]:

@@ -1,12 +1,13 @@
-"""`pipe.stages[k]`: one stage, as something to look at and to run by hand."""
+"""`pipe.stages[k]`: one stage, to inspect and to run by hand."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from autopipe.passes.cost import StageCost, stage_cost
-from autopipe.passes.ir import CALLER, InputKind
+from autopipe.passes.ir import CALLER, InputKind, at_batch
+from autopipe.planning.plan_parts import Boundary, Crossing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,48 +20,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """A tensor that crosses into or out of a stage.
+class BoundaryTensor(Boundary):
+    """A boundary tensor with its symbolic metadata.
 
     Attributes:
-        name: of the value, the same at both ends.
-        kind: "input" of the call, "activation", or a shared "parameter".
         shape: sizes, as sympy expressions in the batch size B.
         dtype: element type.
         nbytes: bytes, as an expression in B.
-        source: the stage that makes or holds it; None for the caller.
-        targets: the stages that receive it.
-        returned: whether it is (part of) a result of the model.
     """
 
-    name: str
-    kind: str
     shape: tuple[sympy.Expr, ...]
     dtype: torch.dtype
     nbytes: sympy.Expr
-    source: int | None
-    targets: tuple[int, ...]
-    returned: bool
 
     @classmethod
-    def of(cls, route: Route) -> Boundary:
+    def of(cls, route: Route) -> BoundaryTensor:
+        """Describe the value of a route."""
+        spec = route.spec
+        dtype = str(spec.dtype).removeprefix("torch.")
         return cls(
             name=route.name,
             kind=route.kind,
-            shape=route.spec.shape,
-            dtype=route.spec.dtype,
-            nbytes=route.spec.nbytes,
+            tensor_type=f"{dtype}[{', '.join(map(str, spec.shape))}]",
             source=None if route.source == CALLER else route.source,
             targets=route.consumers,
             returned=route.output is not None,
+            shape=spec.shape,
+            dtype=spec.dtype,
+            nbytes=spec.nbytes,
         )
 
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        source = "caller" if self.source is None else f"stage {self.source}"
-        targets = [f"stage {k}" for k in self.targets] + ["caller"] * self.returned
-        shape = ", ".join(map(str, self.shape))
-        return f"{self.name}: {dtype}[{shape}] {source} -> {', '.join(targets)}"
+    def at(self, batch: int) -> Crossing:
+        """The entry of a plan for it: its size at a batch size instead of its metadata."""
+        parts = {f.name: getattr(self, f.name) for f in fields(Boundary)}
+        return Crossing(**parts, nbytes=at_batch(self.nbytes, batch))
 
 
 @dataclass(frozen=True)
@@ -69,12 +62,12 @@ class StageView:
 
     Attributes:
         index: position in the pipeline.
-        device: where it runs.
-        graph_module: its forward as fx; takes the held tensors, then `inputs`, returns `outputs`.
+        device: the device that it runs on.
+        graph_module: its forward as an fx graph: ``graph_module(*held, *inputs) -> outputs``.
         held: names of the graph's first placeholders: its parameters, buffers and constants.
-        parameters: qualified names of the parameters that live here.
-        inputs: what it receives.
-        outputs: what it returns.
+        parameters: qualified names of the parameters that it owns.
+        inputs: the tensors that it receives, shared parameters first.
+        outputs: the tensors that it returns.
         cost: see `autopipe.passes.cost.stage_cost.StageCost`.
     """
 
@@ -83,8 +76,8 @@ class StageView:
     graph_module: fx.GraphModule = field(repr=False)
     held: tuple[str, ...] = field(repr=False)
     parameters: tuple[str, ...] = field(repr=False)
-    inputs: tuple[Boundary, ...]
-    outputs: tuple[Boundary, ...]
+    inputs: tuple[BoundaryTensor, ...]
+    outputs: tuple[BoundaryTensor, ...]
     cost: StageCost
 
     @property
@@ -96,7 +89,13 @@ class StageView:
 def views(
     split: Split, sizes: Sequence[int], devices: Sequence[torch.device]
 ) -> tuple[StageView, ...]:
-    """All stages of a split program; times are those of its largest micro-batch."""
+    """Describe all stages of a split program.
+
+    Args:
+        split: the program.
+        sizes: samples in each micro-batch; costs are those of the largest.
+        devices: one for each stage.
+    """
     placed = zip(split.stages, devices, strict=True)
     return tuple(_view(split, stage, device, max(sizes)) for stage, device in placed)
 
@@ -108,7 +107,7 @@ def _view(split: Split, stage: StageGraph, device: torch.device, batch: int) -> 
         graph_module=stage.graph_module,
         held=tuple(i.name for i in stage.held),
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
-        inputs=tuple(Boundary.of(split.routes[n]) for n in (*stage.lent, *stage.receives)),
-        outputs=tuple(Boundary.of(split.routes[n]) for n in stage.returns),
+        inputs=tuple(BoundaryTensor.of(split.routes[n]) for n in (*stage.lent, *stage.receives)),
+        outputs=tuple(BoundaryTensor.of(split.routes[n]) for n in stage.returns),
         cost=stage_cost(split, stage, batch),
     )

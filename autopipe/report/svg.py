@@ -116,23 +116,5 @@ def byte_ticks(largest: float, about: int = 5) -> tuple[float, ...]:
     return tuple(t * unit for t in ticks(largest / unit, about))
 
 
-def seconds(value: float) -> str:
-    """A time for people, three digits."""
-    if value == 0:
-        return "0 s"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= size * 0.9995:
-            return f"{value / size:.3g} {unit}" if value < 999.5 else f"{value:.0f} s"
-    return f"{value / 1e-9:.3g} ns"
-
-
-def count(value: float) -> str:
-    """A large number for people: 1.23 G."""
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
-
-
 def _value(value: object) -> object:
     return number(value) if isinstance(value, float) else value

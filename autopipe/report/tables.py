@@ -2,145 +2,161 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
-from .page_data import crossing_ends, load, memory, received, sent
-from .svg import count, escape, seconds, tag
-from .table import nbytes
+from autopipe.formatting import format_bytes, format_seconds
+
+from .columns import STAGE_COLUMNS, Column, columns_of, stage_rows
+from .page_data import Part, crossing_ends, memory
+from .svg import escape, tag
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
+
+    from autopipe.passes.schedule import Span, Timeline
+    from autopipe.planning.plan_parts import Crossing
 
     from .page_data import PageData
 
+Row = TypeVar("Row")
+
 
 def stage_table(facts: PageData) -> str:
-    """A row a stage."""
-    plan = facts.plan
-    head = ["stage", "device", "first call", "calls", "parameters", "FLOP", "forward", "recompute"]
-    head += ["backward", "load", "receives", "sends", "saves"]
-    rows = []
-    for k, s in enumerate(plan.stages):
-        share = load(plan, k)
-        rows.append(
-            [
-                str(k),
-                escape(s.device),
-                _name(s.first or "none"),
-                f"{s.calls:,}",
-                f"{len(s.parameters):,}, {nbytes(s.parameter_bytes)}",
-                count(s.flops),
-                seconds(s.forward_seconds),
-                seconds(s.recompute_seconds),
-                seconds(s.backward_seconds),
-                "none" if share is None else f"{share:.1%}",
-                nbytes(received(plan, k)),
-                nbytes(sent(plan, k)),
-                f"{s.in_flight} × {nbytes(s.saved_bytes)}",
-            ]
-        )
-    size = max(plan.sizes)
+    """The table of stages."""
     caption = (
-        f"Stages. Counts, times and bytes are those of a micro-batch of {size}; saves: how many "
-        "micro-batches are kept at once, and what one keeps from forward to backward."
+        f"Stages. Counts, times and bytes are those of a micro-batch of {max(facts.plan.sizes)}; "
+        "saves: how many micro-batches are kept at once, and what one keeps from forward to "
+        "backward."
     )
-    return html_table(caption, head, rows, words={1, 2})
+    return html_table(caption, STAGE_COLUMNS, stage_rows(facts.plan))
 
 
 def memory_table(facts: PageData) -> str:
-    """A row a stage, a column for each part of its memory."""
-    parts = [memory(stage) for stage in facts.plan.stages]
-    head = ["stage", *(part.name for part in parts[0])]
-    rows = [[str(k), *(nbytes(round(p.size)) for p in row)] for k, row in enumerate(parts)]
-    return html_table("Memory on each stage's device.", head, rows)
+    """The memory of each stage: a column for each part."""
+    rows = [(k, memory(stage)) for k, stage in enumerate(facts.plan.stages)]
+
+    def part_column(index: int, part: Part) -> Column[tuple[int, tuple[Part, ...]]]:
+        return Column(part.name, lambda row: format_bytes(round(row[1][index].size)))
+
+    parts = [part_column(i, part) for i, part in enumerate(rows[0][1])]
+    columns = [Column[tuple[int, tuple[Part, ...]]]("stage", lambda row: str(row[0])), *parts]
+    return html_table("Memory on each stage's device.", columns, rows)
+
+
+CROSSING_COLUMNS: tuple[Column[Crossing], ...] = (
+    Column("tensor", lambda c: c.name, words=True, code=True),
+    Column("kind", lambda c: c.kind, words=True),
+    Column("type and shape", lambda c: c.tensor_type, words=True, code=True),
+    Column("from", lambda c: crossing_ends(c)[0], words=True),
+    Column("to", lambda c: crossing_ends(c)[1], words=True),
+    Column("bytes", lambda c: format_bytes(c.nbytes)),
+    Column(
+        "sent",
+        lambda c: "once a step" if c.kind == "parameter" else "each micro-batch",
+        words=True,
+    ),
+)
 
 
 def crossing_table(facts: PageData) -> str:
-    """A row a tensor that stages receive."""
-    rows = []
-    for c in facts.plan.crossings:
-        source, target = crossing_ends(c)
-        often = "once a step" if c.kind == "parameter" else "each micro-batch"
-        rows.append(
-            [_name(c.name), escape(c.kind), _name(c.looks), source, target, nbytes(c.nbytes), often]
-        )
-    head = ["tensor", "kind", "type and shape", "from", "to", "bytes", "sent"]
-    return html_table("Tensors that stages receive.", head, rows, words={0, 1, 2, 3, 4, 6})
+    """The tensors that stages receive."""
+    return html_table("Tensors that stages receive.", CROSSING_COLUMNS, facts.plan.crossings)
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """A row of the table of devices: what one device does in the simulated step."""
+
+    device: int
+    spans: tuple[Span, ...]
+    timeline: Timeline
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages on the device."""
+        return sorted({span.action.stage for span in self.spans})
+
+    @property
+    def busy(self) -> float:
+        """Seconds during which it computes."""
+        return sum(span.end - span.start for span in self.spans)
+
+
+DEVICE_COLUMNS: tuple[Column[DeviceRow], ...] = (
+    Column("device", lambda r: str(r.device)),
+    Column("stages", lambda r: ", ".join(map(str, r.stages))),
+    Column("actions", lambda r: str(len(r.spans))),
+    Column("first start", lambda r: format_seconds(r.spans[0].start if r.spans else 0.0)),
+    Column("last end", lambda r: format_seconds(r.spans[-1].end if r.spans else 0.0)),
+    Column("busy", lambda r: format_seconds(r.busy)),
+    Column("idle", lambda r: format_seconds(max(0.0, r.timeline.makespan - r.busy))),
+    Column("in flight", lambda r: ", ".join(str(r.timeline.in_flight[k]) for k in r.stages)),
+)
 
 
 def device_table(facts: PageData) -> str:
-    """A row a device of the timeline."""
-    rows = []
-    for device, row in enumerate(facts.timeline.spans):
-        busy = sum(s.end - s.start for s in row)
-        stages = sorted({s.action.stage for s in row})
-        idle = facts.timeline.makespan - busy
-        rows.append(
-            [
-                str(device),
-                ", ".join(map(str, stages)),
-                str(len(row)),
-                seconds(row[0].start if row else 0.0),
-                seconds(row[-1].end if row else 0.0),
-                seconds(busy),
-                seconds(max(0.0, idle)),
-                ", ".join(str(facts.timeline.in_flight[k]) for k in stages),
-            ]
-        )
-    head = ["device", "stages", "actions", "first start", "last end", "busy", "idle", "in flight"]
-    return html_table("Devices in the simulated step.", head, rows)
+    """The devices of the timeline."""
+    line = facts.timeline
+    rows = [DeviceRow(device, spans, line) for device, spans in enumerate(line.spans)]
+    return html_table("Devices in the simulated step.", DEVICE_COLUMNS, rows)
 
 
 def chunks_table(facts: PageData) -> str:
-    """The points of the line chart."""
-    rows = [
-        [str(m), seconds(t), seconds(t / facts.batch), " this plan" if m == own else ""]
-        for own in [len(facts.plan.sizes)]
-        for m, t in facts.step_seconds
-    ]
-    head = ["micro-batches", "step", "per sample", ""]
-    return html_table("Predicted times.", head, rows, words={3})
+    """The points of the chart of step times."""
+    own = len(facts.plan.sizes)
+    columns: tuple[Column[tuple[int, float]], ...] = (
+        Column("micro-batches", lambda point: str(point[0])),
+        Column("step", lambda point: format_seconds(point[1])),
+        Column("per sample", lambda point: format_seconds(point[1] / facts.batch)),
+        Column("", lambda point: " this plan" if point[0] == own else "", words=True),
+    )
+    return html_table("Predicted times.", columns, facts.step_seconds)
 
 
 def parameter_lists(facts: PageData) -> str:
     """Names of the parameters of each stage, folded."""
     lists = [
         tag("h3", f"stage {k}")
-        + tag("p", ", ".join(map(_name, s.parameters)) or "none", class_="names")
+        + tag("p", ", ".join(map(_code, s.parameters)) or "none", class_="names")
         for k, s in enumerate(facts.plan.stages)
     ]
     return tag("details", tag("summary", "parameters of each stage, by name"), *lists)
 
 
-def html_table(
-    caption: str,
-    head: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    words: frozenset[int] | set[int] = frozenset(),
-) -> str:
-    """A table whose rows have a header each.
+def html_table(caption: str, columns: Sequence[Column[Row]], rows: Sequence[Row]) -> str:
+    """A table as HTML; the first cell of each row is its header.
 
     Args:
-        caption, head: text.
-        rows: of HTML.
-        words: the columns that hold words; the others hold numbers, flush right.
+        caption: its title.
+        columns: those that are shown on the page are used.
+        rows: what the columns make cells of.
     """
-    align = ["w" if i in words else None for i in range(len(head))]
+    columns = columns_of(columns, rows, "page")
+    align = ["w" if c.words else None for c in columns]
     top = "".join(
-        tag("th", escape(h), scope="col", class_=a) for h, a in zip(head, align, strict=True)
+        tag("th", escape(c.heading), scope="col", class_=a)
+        for c, a in zip(columns, align, strict=True)
     )
-    body = "".join(
-        tag(
-            "tr",
-            tag("th", row[0], scope="row", class_=align[0]),
-            *(tag("td", cell, class_=a) for cell, a in zip(row[1:], align[1:], strict=True)),
-        )
-        for row in rows
+    body = []
+    for row in rows:
+        first, *rest = (_code(c.cell(row)) if c.code else escape(c.cell(row)) for c in columns)
+        cells = (tag("td", cell, class_=a) for cell, a in zip(rest, align[1:], strict=True))
+        body.append(tag("tr", tag("th", first, scope="row", class_=align[0]), *cells))
+    parts = (
+        tag("caption", escape(caption)),
+        tag("thead", tag("tr", top)),
+        tag("tbody", "".join(body)),
     )
-    inside = (tag("caption", escape(caption)), tag("thead", tag("tr", top)), tag("tbody", body))
-    table = tag("table", *inside)
-    return tag("div", table, class_="scroll", tabindex="0", role="group", aria_label=caption)
+    return tag(
+        "div",
+        tag("table", *parts),
+        class_="scroll",
+        tabindex="0",
+        role="group",
+        aria_label=caption,
+    )
 
 
-def _name(text: str) -> str:
+def _code(text: str) -> str:
     return tag("code", escape(text))

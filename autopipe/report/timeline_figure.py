@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from autopipe.formatting import format_seconds
+
 from .page_data import pieces
-from .svg import figure, label, number, rect, seconds, tag, ticks, title
+from .svg import figure, label, number, rect, tag, ticks, title
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +41,7 @@ def timeline(facts: PageData) -> str:
         if mark <= line.makespan:
             x = LEFT + mark * scale
             parts.append(tag("path", d=f"M{number(x)} {TOP}V{number(bottom + 4)}", class_="grid"))
-            parts.append(label(x, bottom + 17, seconds(mark), "tiny faint", "middle"))
+            parts.append(label(x, bottom + 17, format_seconds(mark), "tiny faint", "middle"))
     each = sum(map(len, rows)) <= EACH
     for device, row in enumerate(rows):
         y = TOP + pitch * device
@@ -51,7 +53,7 @@ def timeline(facts: PageData) -> str:
         inside = [*draw(plan, row, y + 1, pitch - 2, scale), *numbers]
         parts.append(tag("g", *inside, class_="device", data_device=device))
     words = (
-        f"{K} devices over {seconds(line.makespan)}: {sum(map(len, rows))} actions, "
+        f"{K} devices over {format_seconds(line.makespan)}: {sum(map(len, rows))} actions, "
         f"coloured by phase; a number is a micro-batch."
     )
     return figure("timeline", "One training step", words, WIDTH, bottom + 22, *parts)
@@ -85,7 +87,7 @@ def _boxes(plan: Plan, row: tuple[Span, ...], y: float, height: float, scale: fl
     for span in row:
         a = span.action
         words = f"{a}: stage {a.stage}, micro-batch {a.microbatch}, {_words(a.phase)}\n"
-        words += f"{seconds(span.start)} to {seconds(span.end)}"
+        words += f"{format_seconds(span.start)} to {format_seconds(span.end)}"
         drawn.append(
             tag(
                 "g",

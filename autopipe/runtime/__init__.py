@@ -1,4 +1,19 @@
-"""What generated programs call: micro-batches, workers, transfers, randomness, autograd.
+"""Execute generated programs: workers, transfers, random numbers, autograd.
 
-Knows nothing of models, graphs or passes; `autopipe.module` hands it plain data.
+Knows nothing of models, graphs or passes. Read in this order:
+
+    `executor`    `Program` and `Run`: the methods that generated code calls
+    `random`      `MicroBatchContext`: `ctx` in generated code; seeded random ops
+    `workers`     one thread per worker
+    `mailbox`     bounded queues between workers
+    `transfer`    `WorkerDevice`; copies between devices, ordered by events
+    `backends`    everything that depends on the device type: streams, events, timing
+    `microbatch`  sizes of micro-batches; cut a batch, combine results
+    `autograd`    the pipeline as one autograd node
+    `memory`      count the bytes of saved activations
+    `failure`     say at which stage, micro-batch and node an exception was raised
+    `load`        generated source code as Python functions
+
+In: a `Program` (functions of generated code, with sizes, devices and strides), tensors.
+Out: results, gradients, updated buffers; or a `StageError`.
 """

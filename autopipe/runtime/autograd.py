@@ -1,7 +1,7 @@
 """The pipeline as one node of the caller's autograd graph.
 
-Parameters are inputs of that node, so autograd itself accumulates into `.grad`, runs hooks and
-leaves frozen ones alone.
+Parameters are inputs of that node, so that autograd itself accumulates into `.grad`, runs hooks and
+skips frozen parameters.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 
 class AutogradStep(Protocol):
-    """A call of the pipeline, as this room needs it."""
+    """What the autograd node needs of a pipeline call."""
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Run the micro-batches forward; the combined outputs."""
+        """Run all micro-batches forward and return the outputs of the whole batch."""
 
     def differentiable(self) -> Sequence[bool]:
         """For each output, whether a gradient can flow back from it."""
 
     def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensors that `apply` was given, from those of the outputs."""
+        """Gradients of the tensors passed to `apply`, from those of the outputs."""
 
 
 class PipelineFunction(torch.autograd.Function):
-    """`PipelineFunction.apply(step, *tensors)`: `tensors` are what gradients are wanted for."""
+    """`PipelineFunction.apply(step, *tensors)`; `tensors` are those that need gradients."""
 
     @staticmethod
     def forward(ctx: Any, step: AutogradStep, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.step = step
         ctx.set_materialize_grads(False)
-        # Results may be one tensor, as x and x.detach() are; what is marked is a tensor object.
+        # Two outputs may be one tensor object, as x and x.detach() are, and be marked differently.
         outputs = tuple(o.detach() for o in step.forward())
         fixed = [o for o, d in zip(outputs, step.differentiable(), strict=True) if not d]
         ctx.mark_non_differentiable(*fixed)

@@ -1,4 +1,4 @@
-"""One step of a generated program: the words it is written in, and what lies behind them."""
+"""Run a generated program for one training step: `Run` has the methods that its code calls."""
 
 from __future__ import annotations
 
@@ -6,40 +6,43 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 from . import transfer, workers
-from .failure import explain
-from .mailbox import Mailbox, room
-from .random import Kit
+from .backends import backend_of
+from .failure import stage_error
+from .mailbox import Mailbox, queue_capacity
+from .random import MicroBatchContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import torch
     from torch import Tensor
 
-    from .memory import SavedBytes
+    from .backends import Event, Stream
+    from .memory import SavedBytesCounter
 
 CALLER = -1
+"""The stage number that stands for the pipeline's caller."""
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A generated program, loaded, with the facts that running it needs.
+    """A loaded program and what running it needs.
 
     Attributes:
-        forward: one function of a `Run` per device.
+        forward: one function of a `Run` per worker.
         backward: likewise; empty for inference.
-        places: one worker per stage (stage k runs on worker k).
+        workers: the worker of each stage (stage k runs on worker k).
         sizes: samples per micro-batch.
-        draws: per micro-batch size, per stage, the identities of its random calls.
-        strides: what a stage was traced to receive: (what, stage, size) → strides.
-        filename: under which `linecache` knows the source.
+        draws: per micro-batch size, per stage, its random ops (see `MicroBatchContext`).
+        strides: (value, stage, micro-batch size) → the strides that the stage was traced with, in
+            elements, for values that the caller passes in.
+        filename: under which `linecache` has the source.
     """
 
     forward: tuple[Callable[[Run], None], ...]
     backward: tuple[Callable[[Run], None], ...]
-    places: tuple[transfer.WorkerDevice, ...]
+    workers: tuple[transfer.WorkerDevice, ...]
     sizes: tuple[int, ...]
     draws: Mapping[int, Sequence[Sequence[tuple[int, int, bool]]]]
     strides: Mapping[tuple[str, int, int], tuple[int, ...]]
@@ -47,166 +50,215 @@ class Program:
 
     @property
     def is_random(self) -> bool:
-        """Whether some call draws random numbers."""
+        """Whether some op draws random numbers."""
         return any(draws for stages in self.draws.values() for draws in stages)
 
 
 @dataclass(eq=False)
 class Run:
-    """One step: what its workers share. Generated code calls the methods without underscore.
+    """One run of a program's forward and backward: the state that its workers share.
+
+    The caller uses `feed`, `execute` and `drop`; generated code calls the other methods.
 
     Args:
         program: what to run.
-        held_tensors: per stage, its parameters, buffers and constants, and the parameters that
-            other stages lend it, on its device.
-        buffers: name → the buffer that `update` writes to.
-        seed: of the step's random calls.
-        memory: counters to keep.
+        state_tensors: per stage, its parameters, buffers and constants, then the parameters shared
+            with it by other stages, all on its device.
+        buffers: name → the buffer that `update_buffer` writes to.
+        seed: for the step's random ops.
+        memory: counters of saved bytes to update.
+
+    Attributes:
+        inputs: (value, stage, micro-batch) → a tensor from the caller that was not yet received.
+        results: (value, micro-batch) → a tensor for the caller.
+        gradients: by parameter, summed over the micro-batches so far.
     """
 
     program: Program
-    held_tensors: Sequence[Sequence[Tensor]]
+    state_tensors: Sequence[Sequence[Tensor]]
     buffers: Mapping[str, Tensor]
     seed: int
-    memory: SavedBytes
-    given: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    memory: SavedBytesCounter
+    inputs: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     results: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._saved: dict[tuple[int, int], tuple[list[Tensor], int]] = {}
-        self._places = self.program.places
+        self._workers = self.program.workers
         self._mailbox = Mailbox()
-        self._summed: set[str] = set()
-        self._borrowed: set[int] = set()
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._start: list[torch.cuda.Event] = []
+        self._own_sums: set[str] = set()
+        self._caller_storages: set[int] = set()
+        self._caller_streams: dict[torch.device, Stream] = {}
+        self._caller_events: list[Event] = []
 
-    # What the caller does
+    # Called by the pipeline
 
-    def give(self, what: str, stage: int, microbatch: int, tensor: Tensor) -> None:
-        """Hand a stage a tensor from outside, to be taken by its `receive`."""
-        self.given[what, stage, microbatch] = tensor
-        self._borrowed.add(tensor.untyped_storage().data_ptr())
+    def feed(self, value: str, stage: int, m: int, tensor: Tensor) -> None:
+        """Pass a tensor of the caller's to a stage, which gets it from `receive`.
 
-    def execute(self, way: str) -> None:
-        """Run the forward or the backward of the step to its end.
+        Args:
+            value: its name in generated code.
+            stage: the stage that receives it.
+            m: the micro-batch.
+            tensor: on any device.
+        """
+        self.inputs[value, stage, m] = tensor
+        self._caller_storages.add(tensor.untyped_storage().data_ptr())
+
+    def execute(self, direction: str) -> None:
+        """Run all micro-batches forward, or all of them backward.
+
+        Args:
+            direction: "forward" or "backward".
 
         Raises:
-            StageError: a stage failed; everything kept has been dropped.
+            StageError: a stage failed; everything saved has been dropped.
         """
-        functions = self.program.forward if way == "forward" else self.program.backward
-        devices = [p.device for p in self._places]
+        functions = self.program.forward if direction == "forward" else self.program.backward
         self._mailbox = Mailbox()
-        # What the caller's streams hold so far, workers wait for; what workers made, the caller's.
-        self._streams = {d: torch.cuda.current_stream(d) for d in devices if d.type == "cuda"}
-        self._start = [stream.record_event() for stream in self._streams.values()]
-        tasks = [partial(self._work, f, p) for f, p in zip(functions, self._places, strict=True)]
+        # Workers wait for what the caller has queued so far, and the caller for the workers' work.
+        self._caller_streams = {
+            w.device: stream
+            for w in self._workers
+            if (stream := w.backend.current_stream(w.device)) is not None
+        }
+        self._caller_events = [s.record_event() for s in self._caller_streams.values()]
+        tasks = [partial(self._work, f, w) for f, w in zip(functions, self._workers, strict=True)]
+        cores = workers.cores_per_worker([w.device for w in self._workers])
         try:
-            workers.run(tasks, self._mailbox.abort, workers.cores_for(devices))
+            workers.run_workers(tasks, self._mailbox.abort, cores)
         except Exception as error:
             self.drop()
-            raise explain(error, self.program.filename, way) from error
+            raise stage_error(error, self.program.filename, direction) from error
         except BaseException:
             self.drop()
             raise
-        for place in self._places:
-            if place.compute is not None:
-                self._streams[place.device].wait_stream(place.compute)
-        for tensor in (*self.results.values(), *self.gradients.values()):
-            if tensor.device in self._streams:
-                tensor.record_stream(self._streams[tensor.device])
+        if self._caller_streams:
+            self._join_caller_streams()
 
-    def _work(self, function: Callable[[Run], None], place: transfer.WorkerDevice) -> None:
-        if place.compute is None:
+    def _work(self, function: Callable[[Run], None], worker: transfer.WorkerDevice) -> None:
+        """One worker's part of `execute`, in the worker's thread."""
+        if worker.compute is None:
             function(self)
             return
-        with torch.cuda.device(place.device), torch.cuda.stream(place.compute):
-            for event in self._start:
-                place.compute.wait_event(event)
+        backend = worker.backend
+        with backend.use_device(worker.device), backend.use_stream(worker.compute):
+            for event in self._caller_events:
+                worker.compute.wait_event(event)
             function(self)
 
+    def _join_caller_streams(self) -> None:
+        """Let the caller's streams wait for the workers', and keep what the caller will read."""
+        for worker in self._workers:
+            if worker.compute is not None:
+                self._caller_streams[worker.device].wait_stream(worker.compute)
+        for tensor in (*self.results.values(), *self.gradients.values()):
+            stream = self._caller_streams.get(tensor.device)
+            if stream is not None:
+                backend_of(tensor.device).record_use(tensor, stream)
+
     def drop(self) -> None:
-        """Let go of everything kept."""
+        """Free saved activations, results and gradients."""
         for (stage, _), (_, nbytes) in self._saved.items():
-            self.memory.released(stage, nbytes)
+            self.memory.remove(stage, nbytes)
         self._saved.clear()
-        self.given.clear()
+        self.inputs.clear()
         self.results.clear()
         self.gradients.clear()
 
     def __del__(self) -> None:
-        # A forward whose backward never came: its bytes are free now.
+        # A forward that got no backward: its saved bytes are free now.
         self.drop()
 
-    # What generated code says
+    # Called by generated code
 
-    def held(self, stage: int) -> Sequence[Tensor]:
-        """Parameters, buffers and constants of a stage."""
-        return self.held_tensors[stage]
+    def state(self, stage: int) -> Sequence[Tensor]:
+        """Parameters, buffers and constants that a stage computes with."""
+        return self.state_tensors[stage]
 
-    def kit(self, stage: int, m: int, parameters: Sequence[str] = ()) -> Kit:
-        """Randomness and the like for one micro-batch at one stage.
+    def context(self, stage: int, m: int, parameters: Sequence[str] = ()) -> MicroBatchContext:
+        """What the code of one stage needs besides tensors, for one micro-batch.
 
-        `parameters` are those whose gradients it will make, in its own order.
+        Args:
+            stage: the stage.
+            m: the micro-batch.
+            parameters: those whose gradients the code computes, in its own order.
         """
         draws = self.program.draws[self.program.sizes[m]][stage]
-        return Kit(
-            self.seed, draws, m, lambda i, gradient: self.accumulate(parameters[i], m, gradient)
+        return MicroBatchContext(
+            self.seed, draws, m, lambda i, gradient: self.accumulate(parameters[i], gradient)
         )
 
-    def receive(self, what: str, stage: int, m: int) -> Tensor:
+    def receive(self, value: str, stage: int, m: int) -> Tensor:
         """Wait for a value, from the caller or from another stage.
 
-        What the caller gives is laid out as it was traced. What a stage sends is used as it is:
-        its strides are those that eager would see here, and kernels may choose by them.
-        """
-        place = self._places[stage]
-        key = (what, stage, m)
-        tensor = self.given.pop(key, None)
-        if tensor is None:
-            return transfer.receive(self._mailbox.take(key), place)
-        tensor = transfer.fetch(tensor, place, self._streams)
-        strides = self.program.strides.get((what, stage, self.program.sizes[m]))
-        return tensor if strides is None else transfer.laid_out(tensor, strides)
+        The caller's tensors get the strides that the stage was traced with. What another stage
+        sends is used as it is: it has the strides that eager execution would see here, and kernels
+        may choose by them.
 
-    def send(self, what: str, source: int, to: int, m: int, tensor: Tensor) -> None:
-        """Send a value to another stage, as soon as there is room, or hand it to the caller."""
+        Args:
+            value: its name in generated code.
+            stage: the stage that receives it.
+            m: the micro-batch.
+
+        Returns:
+            The tensor, on the stage's device.
+        """
+        worker = self._workers[stage]
+        key = (value, stage, m)
+        tensor = self.inputs.pop(key, None)
+        if tensor is None:
+            return transfer.receive(self._mailbox.take(key), worker)
+        tensor = transfer.fetch_from_caller(tensor, worker, self._caller_streams)
+        strides = self.program.strides.get((value, stage, self.program.sizes[m]))
+        return tensor if strides is None else transfer.with_strides(tensor, strides)
+
+    def send(self, value: str, source: int, to: int, m: int, tensor: Tensor) -> None:
+        """Send a value to another stage, as soon as its queue has space, or to the caller.
+
+        Args:
+            value: its name in generated code.
+            source: the stage that sends.
+            to: the stage that receives, or `CALLER`.
+            m: the micro-batch.
+            tensor: on the device of `source`.
+        """
         if to == CALLER:
-            self.results[what, m] = tensor
+            self.results[value, m] = tensor
             return
-        key = (what, to, m)
-        self._mailbox.reserve(key, room(source, to))
+        key = (value, to, m)
+        self._mailbox.reserve(key, queue_capacity(source, to))
         self._mailbox.put(key, self._moved(tensor, source, to))
 
-    def _moved(self, tensor: Tensor, source: int, to: int) -> transfer.Parcel:
-        return transfer.send(tensor, self._places[source], self._places[to].device)
+    def _moved(self, tensor: Tensor, source: int, to: int) -> transfer.SentTensor:
+        return transfer.send(tensor, self._workers[source], self._workers[to])
 
-    def update(self, name: str, stage: int, value: Tensor) -> None:
+    def update_buffer(self, name: str, stage: int, value: Tensor) -> None:
         """Write a buffer's new value."""
         self.buffers[name].copy_(value)
 
-    def keep(self, stage: int, m: int, saved: list[Tensor]) -> None:
-        """Keep values for the backward."""
+    def save(self, stage: int, m: int, tensors: list[Tensor]) -> None:
+        """Save activations of a micro-batch for its backward."""
         size = self.program.sizes[m]
-        nbytes = self.memory.kept(
-            self.program, stage, size, saved, self.held_tensors[stage], self._borrowed
+        nbytes = self.memory.add(
+            self.program, stage, size, tensors, self.state_tensors[stage], self._caller_storages
         )
-        self._saved[stage, m] = (saved, nbytes)
+        self._saved[stage, m] = (tensors, nbytes)
 
-    def kept(self, stage: int, m: int) -> list[Tensor]:
-        """Hand out what was kept, once."""
-        saved, nbytes = self._saved.pop((stage, m), ([], 0))
-        self.memory.released(stage, nbytes)
-        return saved
+    def pop_saved(self, stage: int, m: int) -> list[Tensor]:
+        """The saved activations of a micro-batch, which are no longer kept here."""
+        tensors, nbytes = self._saved.pop((stage, m), ([], 0))
+        self.memory.remove(stage, nbytes)
+        return tensors
 
-    def accumulate(self, name: str, m: int, gradient: Tensor) -> None:
-        """Add a micro-batch's gradient of a parameter, in the order of micro-batches."""
-        total = self.gradients.get(name)
+    def accumulate(self, parameter: str, gradient: Tensor) -> None:
+        """Add a micro-batch's gradient; called in the order of micro-batches."""
+        total = self.gradients.get(parameter)
         if total is None:
-            self.gradients[name] = gradient
-        elif name in self._summed:
+            self.gradients[parameter] = gradient
+        elif parameter in self._own_sums:
             total.add_(gradient)
-        else:  # the first gradient may also be somebody else's: only the sum is ours to change
-            self.gradients[name] = total + gradient
-            self._summed.add(name)
+        else:  # others may hold the first gradient, too: add out of place, once
+            self.gradients[parameter] = total + gradient
+            self._own_sums.add(parameter)

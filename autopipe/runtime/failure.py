@@ -1,4 +1,4 @@
-"""From an exception inside generated code to an error that says where it happened."""
+"""Turn an exception inside generated code into an error that says where it happened."""
 
 from __future__ import annotations
 
@@ -13,29 +13,44 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 NODE = re.compile(r"^\s+(\w+)(?::\s*\".*?\")? = ")
-GLUE = re.compile(r"^(forward|backward)_(\d+)$")
+"""A line of generated code that computes a node; group 1: its name."""
+
+STAGE_FUNCTION = re.compile(r"^(forward|backward)_(\d+)$")
+"""Name of the generated function that runs one micro-batch at one stage; group 2: the stage."""
+
 SOURCE = re.compile(r"# File: (.+?:\d+) in")
+"""The comment above generated lines that names the line of the model that they come from."""
 
 
-def explain(error: Exception, filename: str, way: str) -> Exception:
-    """A `StageError` that names stage, micro-batch and node; the frames' tensors are let go."""
+def stage_error(error: Exception, filename: str, direction: str) -> Exception:
+    """Describe where in a generated program an exception was raised.
+
+    Args:
+        error: the exception. Its frames are cleared, so that they do not keep tensors alive.
+        filename: of the generated program.
+        direction: "forward" or "backward".
+
+    Returns:
+        A `StageError` with stage, micro-batch, phase, node and source line as far as the traceback
+        shows them; an `AutopipeError` is returned as it is.
+    """
     stage = microbatch = node = source = phase = None
     frame: TracebackType | None = error.__traceback__
     while frame is not None:
         code = frame.tb_frame.f_code
         if code.co_filename == filename:
-            glue = GLUE.match(code.co_name)
-            if glue:
-                stage = int(glue.group(2))
+            function = STAGE_FUNCTION.match(code.co_name)
+            if function:
+                stage = int(function.group(2))
                 microbatch = frame.tb_frame.f_locals.get("m")
             elif stage is not None:
                 phase = code.co_name.split("_")[0]
-                node, source = _at(filename, frame.tb_lineno)
+                node, source = _node_at(filename, frame.tb_lineno)
         frame = frame.tb_next
     traceback.clear_frames(error.__traceback__)
     if isinstance(error, AutopipeError):
         return error
-    where = f"stage {stage}, micro-batch {microbatch}" if stage is not None else f"the {way}"
+    where = f"stage {stage}, micro-batch {microbatch}" if stage is not None else f"the {direction}"
     first = next(iter(str(error).splitlines()), "")
     return StageError(
         f"{where} failed: {type(error).__name__}: {first}",
@@ -48,8 +63,8 @@ def explain(error: Exception, filename: str, way: str) -> Exception:
     )
 
 
-def _at(filename: str, line: int) -> tuple[str | None, str | None]:
-    """The node that a line of generated source computes, and the model's line behind it."""
+def _node_at(filename: str, line: int) -> tuple[str | None, str | None]:
+    """The node that a line of generated code computes, and the line of the model it comes from."""
     match = NODE.match(linecache.getline(filename, line))
     source = None
     for above in range(line - 1, 0, -1):

@@ -1,4 +1,4 @@
-"""Generated source → functions, with tracebacks that show it."""
+"""Load generated source code so that tracebacks and debuggers show it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import linecache
 from typing import Any
 
 
-def load(source: str) -> tuple[dict[str, Any], str]:
-    """Compile and run a generated module.
+def load_source(source: str) -> tuple[dict[str, Any], str]:
+    """Compile and execute a generated module.
+
+    Args:
+        source: its text.
 
     Returns:
-        Its names, and the file name under which `linecache` (hence every traceback and debugger)
-        shows exactly the text that runs.
+        The module's names, and the file name under which `linecache` (and so every traceback and
+        debugger) finds the text.
     """
     filename = f"<autopipe {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)

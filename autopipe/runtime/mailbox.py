@@ -1,4 +1,4 @@
-"""Where workers leave tensors for one another: bounded, in order, and never a reason to hang."""
+"""Bounded queues between the workers of one step; a failure wakes everyone who waits."""
 
 from __future__ import annotations
 
@@ -7,48 +7,67 @@ from collections import Counter
 from typing import Any
 
 Key = tuple[str, int, int]
-"""(what, for which stage, of which micro-batch)."""
+"""(value, receiving stage, micro-batch)."""
 
 
-def room(source: int, to: int) -> int:
-    """How many messages of one kind may be on their way from one stage to another.
+def queue_capacity(source: int, to: int) -> int:
+    """How many micro-batches of one value may be on their way from one stage to another.
 
-    A value for a stage that is n further waits n steps there even where all are punctual; one more
-    lets a stage be early. That is all that a step's memory has to be laid out for.
+    A value for a stage n stages away waits there for n micro-batches even if no stage is late; one
+    more lets its sender be early. Memory estimates count on this bound.
+
+    Args:
+        source: the stage that sends.
+        to: the stage that receives, before it or after it.
+
+    Returns:
+        The number of messages, at least 1.
     """
     return abs(to - source) + 1
 
 
 class AbortError(Exception):
-    """Another worker has failed; whoever waits gives up."""
+    """Another worker has failed: stop waiting."""
 
 
 class Mailbox:
-    """Messages between the workers of one step.
+    """Messages between the workers of one step, one queue for each (value, receiving stage).
 
-    A sender asks for room before it makes the message: what cannot be let in is not on the
-    receiver's device either. A stage consumes a kind in the order in which it is sent, so any room
-    from one on is free of deadlock.
+    A sender reserves a slot before it copies the tensor, so no more tensors than the capacity are
+    on the receiver's device. A stage takes the messages of a queue in the order in which they are
+    sent, so no capacity from 1 up can deadlock.
     """
 
     def __init__(self) -> None:
         self._messages: dict[Key, Any] = {}
-        self._coming: Counter[tuple[str, int]] = Counter()
+        self._reserved: Counter[tuple[str, int]] = Counter()  # slots in use, by queue
         self._changed = threading.Condition()
         self._aborted = False
 
-    def reserve(self, key: Key, room: int) -> None:
-        """Announce a message; waits while `room` of its kind are announced and not yet taken."""
-        kind = key[:2]
+    def reserve(self, key: Key, capacity: int) -> None:
+        """Reserve a slot for a message; waits while the queue has no free one.
+
+        Args:
+            key: of the message.
+            capacity: slots of its queue.
+
+        Raises:
+            AbortError: `abort` was called, before or meanwhile.
+        """
+        queue = key[:2]
         with self._changed:
-            while self._coming[kind] >= room and not self._aborted:
+            while self._reserved[queue] >= capacity and not self._aborted:
                 self._changed.wait()
             if self._aborted:
                 raise AbortError
-            self._coming[kind] += 1
+            self._reserved[queue] += 1
 
     def put(self, key: Key, message: Any) -> None:
-        """Leave a message for which room was reserved."""
+        """Store a message for which a slot was reserved.
+
+        Raises:
+            AbortError: `abort` was called.
+        """
         with self._changed:
             if self._aborted:
                 raise AbortError
@@ -56,19 +75,23 @@ class Mailbox:
             self._changed.notify_all()
 
     def take(self, key: Key) -> Any:
-        """Remove a message; waits until it is there."""
+        """Wait for a message, remove it and free its slot.
+
+        Raises:
+            AbortError: `abort` was called, before or meanwhile.
+        """
         with self._changed:
             while key not in self._messages and not self._aborted:
                 self._changed.wait()
             if self._aborted:
                 raise AbortError
-            self._coming[key[:2]] -= 1
+            self._reserved[key[:2]] -= 1
             message = self._messages.pop(key)
             self._changed.notify_all()
             return message
 
     def abort(self) -> None:
-        """Wake everybody; every call from now on raises `AbortError`."""
+        """Drop all messages and wake everyone; every call from now on raises `AbortError`."""
         with self._changed:
             self._aborted = True
             self._messages.clear()

@@ -1,7 +1,7 @@
-"""Bytes that stages keep between forward and backward, counted while they are kept.
+"""Count the bytes of saved activations per stage while a pipeline runs.
 
-Counted are distinct storages, whole even if only a view of one is kept, without those of parameters
-and buffers; of the caller's own batch, the part that a micro-batch is.
+Each storage counts once, and as a whole even if only a view of it is saved. Storages of parameters
+and buffers do not count. Of the caller's batch, the part that is in the micro-batch counts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class StageMemory:
-    """Bytes of saved values at one stage.
+    """Bytes of saved activations at one stage.
 
     Attributes:
-        now: held at this moment.
-        peak: the most held at once since `SavedBytes.reset`.
+        now: saved at this moment.
+        peak: the most at any moment since `SavedBytesCounter.reset`.
         per_microbatch: what one micro-batch saves, by its size in samples.
     """
 
@@ -31,51 +31,64 @@ class StageMemory:
     per_microbatch: dict[int, int] = field(default_factory=dict)
 
 
-class SavedBytes:
-    """The counters of a pipeline: `stages[k]` is a `StageMemory`."""
+class SavedBytesCounter:
+    """``pipe.memory``: the counters of a pipeline.
+
+    Args:
+        stages: their number.
+
+    Attributes:
+        stages: a `StageMemory` for each stage.
+    """
 
     def __init__(self, stages: int) -> None:
         self.stages = [StageMemory() for _ in range(stages)]
         self._lock = threading.Lock()
-        self._known: dict[Any, int] = {}
+        self._nbytes: dict[Any, int] = {}  # of one micro-batch, by program, stage and size
 
     def reset(self) -> None:
-        """Start a new peak."""
+        """Start new peaks, from what is saved now."""
         for stage in self.stages:
             stage.peak = stage.now
 
-    def kept(
+    def add(
         self,
         program: Any,
         stage: int,
         size: int,
         saved: list[Tensor],
-        held: Iterable[Tensor],
-        borrowed: set[int],
+        state: Iterable[Tensor],
+        caller_storages: set[int],
     ) -> int:
-        """Note that a micro-batch's values are kept; returns their bytes.
+        """Count the saved activations of one micro-batch.
 
-        Shapes are static, so the first micro-batch of a size speaks for all of its program.
+        Shapes are static: the first micro-batch of a size is measured, and the others of the same
+        program, stage and size count the same.
 
         Args:
-            program, stage, size: what the count is known by.
-            saved: the values.
-            held: tensors that are there anyway; their memory counts nothing.
-            borrowed: addresses of the caller's memory: of a batch, a micro-batch counts its part.
+            program: any hashable object that stands for the program.
+            stage: the stage that saves.
+            size: samples in the micro-batch.
+            saved: the tensors.
+            state: parameters, buffers and constants, which are there anyway.
+            caller_storages: addresses of the storages of the caller's tensors.
+
+        Returns:
+            The bytes, to be passed to `remove` later.
         """
         key = (program, stage, size)
-        if key not in self._known:
-            theirs = {t.untyped_storage().data_ptr() for t in held}
+        if key not in self._nbytes:
+            not_counted = {t.untyped_storage().data_ptr() for t in state}
             sizes: dict[int, int] = {}
             for tensor in saved:
                 storage = tensor.untyped_storage()
                 address = storage.data_ptr()
-                if address in borrowed:
+                if address in caller_storages:
                     sizes[tensor.data_ptr()] = tensor.nbytes
-                elif address not in theirs:
+                elif address not in not_counted:
                     sizes[address] = storage.nbytes()
-            self._known[key] = sum(sizes.values())
-        nbytes = self._known[key]
+            self._nbytes[key] = sum(sizes.values())
+        nbytes = self._nbytes[key]
         with self._lock:
             counter = self.stages[stage]
             counter.per_microbatch[size] = nbytes
@@ -83,6 +96,7 @@ class SavedBytes:
             counter.peak = max(counter.peak, counter.now)
         return nbytes
 
-    def released(self, stage: int, nbytes: int) -> None:
+    def remove(self, stage: int, nbytes: int) -> None:
+        """Stop counting what `add` counted: the activations are no longer saved."""
         with self._lock:
             self.stages[stage].now -= nbytes

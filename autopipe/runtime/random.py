@@ -1,9 +1,9 @@
-"""Random calls as functions of (seed, call, micro-batch), or of (seed, call) where all samples
-share what is drawn.
+"""Random ops as functions of (step seed, op, micro-batch), or of (step seed, op) where all samples
+share the random numbers.
 
-A draw seeds a generator from its key and uses it once. So a run draws the same numbers whatever
-the number of stages, the schedule or the thread, and rematerialization repeats what the forward
-drew. The step's seed is taken from torch's default generator, which `torch.manual_seed` governs.
+Each random op seeds a generator with its key and uses it once. So a step draws the same numbers
+with any number of stages, any schedule and on any thread, and rematerialization repeats what the
+forward drew. The step's seed comes from torch's default generator, which `torch.manual_seed` sets.
 
 (Seeding costs about a microsecond. `torch.func`'s stateless Philox keys have no CPU kernels.)
 """
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .backends import backend_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -25,12 +27,19 @@ _default_generator_lock = threading.Lock()
 
 
 def step_seed() -> int:
-    """A seed for one step, drawn from torch's default CPU generator."""
+    """Draw the seed of one step from torch's default CPU generator."""
     return int(torch.randint(2**62, ()).item())
 
 
-def key(*parts: int) -> int:
-    """Mix integers into 64 bits (SplitMix64's finalizer, once per part)."""
+def derive_seed(*parts: int) -> int:
+    """Hash integers to 64 bits: SplitMix64's finalizer (Steele, Lea, Flood 2014), once per part.
+
+    Args:
+        parts: such as the step's seed, an op and a micro-batch.
+
+    Returns:
+        A seed, at least 0 and below 2**64.
+    """
     state = 0
     for part in parts:
         state = (state + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -40,15 +49,15 @@ def key(*parts: int) -> int:
     return state
 
 
-class Kit:
-    """What the runtime lends to a stage's code for one micro-batch.
+class MicroBatchContext:
+    """`ctx` in generated code: what a stage needs for one micro-batch besides tensors.
 
     Args:
         seed: of the step.
-        draws: for each of the stage's draws, the call that makes it, which of its draws it is, and
-            whether all micro-batches share it: each then draws what micro-batch 0 does.
+        draws: for each of the stage's random ops (captured op, which of that op's draws it is,
+            whether all micro-batches share it: each then draws what micro-batch 0 does).
         microbatch: index of the micro-batch.
-        add: takes the gradient of the stage's i-th parameter: ``(i, gradient)``.
+        add: called with ``(i, gradient)`` for the stage's i-th parameter.
     """
 
     __slots__ = ("_add", "_draws", "_microbatch", "_seed")
@@ -64,22 +73,31 @@ class Kit:
         self._add = add
 
     def accumulate(self, index: int, gradient: Tensor) -> None:
-        """Add to the gradient of the stage's parameter `index`, as soon as the gradient is made."""
-        assert self._add is not None, "only a backward makes gradients"
+        """Add to the gradient of the stage's parameter `index`, as soon as it is computed."""
+        assert self._add is not None, "only a backward computes gradients"
         self._add(index, gradient)
 
     def draw(self, index: int, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call the random operator `op` under the key of the stage's draw `index`."""
+        """Call a random op with the seed of the stage's draw `index`.
+
+        Args:
+            index: position in `draws`.
+            op: an operator of torch.
+            args, kwargs: its arguments, without a generator.
+
+        Returns:
+            What the op returns. The default generators are left as they were.
+        """
         device = _device(op, args, kwargs)
         call, nth, shared = self._draws[index]
-        seed = key(self._seed, call, nth, 0 if shared else self._microbatch)
+        seed = derive_seed(self._seed, call, nth, 0 if shared else self._microbatch)
         overload = _with_generator(op)
         if overload is not None:
             generator = _generator(device)
             generator.manual_seed(seed)
             return overload(*args, **kwargs, generator=generator)
-        with _default_generator_lock:  # the operator knows only the process's own generator
-            default = _default_generator(device)
+        with _default_generator_lock:  # the op can use the process's default generator only
+            default = backend_of(device).default_generator(device)
             state = default.get_state()
             try:
                 default.manual_seed(seed)
@@ -88,16 +106,16 @@ class Kit:
                 default.set_state(state)
 
     @staticmethod
-    def recording(op: Any, *args: Any) -> Any:
-        """Call an operator that returns what its backward needs only while gradients are on."""
+    def with_grad(op: Any, *args: Any) -> Any:
+        """Call an op that returns what its backward needs only while gradients are enabled."""
         with torch.enable_grad():
             return op(*args)
 
     @staticmethod
-    def settled(tensor: Tensor) -> Tensor:
-        """The tensor, dense in the memory format that its strides suggest.
+    def in_suggested_format(tensor: Tensor) -> Tensor:
+        """Make a tensor dense in the memory format that its strides suggest.
 
-        The rule is ATen's `suggest_memory_format` for four dimensions.
+        The rule is ATen's `suggest_memory_format` for four dimensions (N, C, H, W).
         """
         strides, sizes = tensor.stride(), tensor.shape
         least, channels_last = 0, strides[1] != 0
@@ -111,6 +129,7 @@ class Kit:
 
 
 def _device(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:
+    """The device on which an op draws."""
     device = kwargs.get("device")
     if device is None:
         device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
@@ -119,7 +138,7 @@ def _device(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.devic
 
 @functools.cache
 def _with_generator(op: Any) -> Any:
-    """The overload of `op` that takes a generator: itself, or the one that differs in that only."""
+    """The overload of `op` that takes a generator: itself or one equal but for that; or None."""
     arguments = [a.name for a in op._schema.arguments]
     if "generator" in arguments:
         return op
@@ -133,7 +152,7 @@ def _with_generator(op: Any) -> Any:
 
 
 class _Generators(threading.local):
-    """One generator per device, of this thread's own."""
+    """One generator per device for the current thread."""
 
     def __init__(self) -> None:
         self.by_device: dict[torch.device, torch.Generator] = {}
@@ -143,14 +162,8 @@ _generators = _Generators()
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    known = _generators.by_device
-    if device not in known:
-        known[device] = torch.Generator(device)
-    return known[device]
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
-    return torch.default_generator
+    """The current thread's generator for a device."""
+    cache = _generators.by_device
+    if device not in cache:
+        cache[device] = torch.Generator(device)
+    return cache[device]

@@ -1,9 +1,10 @@
-"""Tensors from one worker's device to another's.
+"""Move tensors between the devices of workers.
 
-On a GPU a worker computes on a stream of its own. What it sends to another GPU is copied on a
-second stream, so that the copy overlaps the next micro-batch's work; the receiver's stream waits
-for an event, the host for nothing. Tensors that cross streams are recorded on both, so that the
-allocator does not give their memory away early. Between CPU workers a tensor is simply handed over.
+On a device with streams a worker computes on a stream of its own. What it sends to another device
+is copied on a second stream, so that the copy overlaps the next micro-batch's work; the receiver's
+stream waits for an event, and the host does not wait. A tensor that crosses streams is recorded on
+both, so that the allocator does not reuse its memory too early. Between CPU workers a tensor is
+simply handed over. What streams and events are on a device type is its `Backend`'s matter.
 """
 
 from __future__ import annotations
@@ -12,84 +13,129 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from .backends import backend_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
+    from .backends import Event, Stream
 
-class Parcel(NamedTuple):
-    """A tensor on its way, and the event after which it may be read (None: at once)."""
+
+class SentTensor(NamedTuple):
+    """A tensor on its receiver's device, and the event after which it may be read (None: now)."""
 
     tensor: Tensor
-    ready: torch.cuda.Event | None
+    ready: Event | None
 
 
 class WorkerDevice:
-    """A worker's device, with its streams if it is a GPU."""
+    """The device of one worker, with the worker's streams on it.
+
+    Args:
+        device: where the worker computes.
+
+    Attributes:
+        backend: of the device's type.
+        compute: the stream that the worker's operators run on; None without streams.
+        copy: the stream for copies to other devices; None without streams.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.compute: torch.cuda.Stream | None = None
-        self.copy: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self.compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self.copy = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.backend = backend_of(device)
+        self.compute = self.backend.new_stream(device)
+        self.copy = self.backend.new_stream(device)
 
 
-def send(tensor: Tensor, source: WorkerDevice, target: torch.device) -> Parcel:
-    """Start moving a tensor made on `source`'s compute stream; the current stream is that one."""
+def send(tensor: Tensor, source: WorkerDevice, target: WorkerDevice) -> SentTensor:
+    """Start to move a tensor from one worker to another.
+
+    Args:
+        tensor: computed on the compute stream of `source`, which is the current stream.
+        source: the worker that sends.
+        target: the worker that receives.
+
+    Returns:
+        The tensor on the target's device, which may still be in the making.
+    """
     if source.compute is None:
-        moved = tensor.to(target, non_blocking=True)
-        event = torch.cuda.current_stream(target).record_event() if moved.is_cuda else None
-        return Parcel(moved, event)
-    if tensor.device == target:
-        return Parcel(tensor, source.compute.record_event())
+        moved = tensor.to(target.device, non_blocking=True)
+        if target.compute is None:
+            return SentTensor(moved, None)
+        stream = target.backend.current_stream(target.device)
+        return SentTensor(moved, None if stream is None else stream.record_event())
+    if tensor.device == target.device:
+        return SentTensor(tensor, source.compute.record_event())
     assert source.copy is not None
     source.copy.wait_stream(source.compute)
-    with torch.cuda.stream(source.copy):
-        moved = tensor.to(target, non_blocking=target.type == "cuda")
-        tensor.record_stream(source.copy)
-        return Parcel(moved, source.copy.record_event())
+    with source.backend.use_stream(source.copy):
+        moved = tensor.to(target.device, non_blocking=target.compute is not None)
+        source.backend.record_use(tensor, source.copy)
+        return SentTensor(moved, source.copy.record_event())
 
 
-def receive(parcel: Parcel, place: WorkerDevice) -> Tensor:
-    """Make a parcel's tensor safe to read on `place`'s compute stream."""
-    tensor, ready = parcel
-    if place.compute is not None:
+def receive(sent: SentTensor, worker: WorkerDevice) -> Tensor:
+    """Make a sent tensor safe to read on a worker's compute stream.
+
+    Args:
+        sent: what `send` returned.
+        worker: the one that receives.
+
+    Returns:
+        The tensor.
+    """
+    tensor, ready = sent
+    if worker.compute is not None:
         if ready is not None:
-            place.compute.wait_event(ready)
-        tensor.record_stream(place.compute)
+            worker.compute.wait_event(ready)
+        worker.backend.record_use(tensor, worker.compute)
     elif ready is not None:
         ready.synchronize()
     return tensor
 
 
-def fetch(
-    tensor: Tensor, place: WorkerDevice, streams: Mapping[torch.device, torch.cuda.Stream]
+def fetch_from_caller(
+    tensor: Tensor, worker: WorkerDevice, streams: Mapping[torch.device, Stream]
 ) -> Tensor:
-    """Bring a tensor of the caller's to `place`; `streams` are those that the caller works on.
+    """Bring a tensor of the pipeline's caller to a worker.
 
-    `place`'s compute stream waits for the caller's work already (`Run.execute`); a copy from one
-    GPU to another is made on the caller's stream, behind that work.
+    The worker's compute stream waits for the caller's work already (`Run.execute`). A copy from one
+    accelerator to another is made on the caller's stream, behind that work.
+
+    Args:
+        tensor: on any device.
+        worker: the one that will read it.
+        streams: by device, the streams that the caller works on.
+
+    Returns:
+        The tensor on the worker's device, safe to read on its compute stream.
     """
-    if place.compute is None:
-        return tensor.to(place.device)
-    if not tensor.is_cuda:
-        return tensor.to(place.device, non_blocking=True)
-    if tensor.device == place.device:
-        tensor.record_stream(place.compute)
+    if worker.compute is None:
+        return tensor.to(worker.device)
+    if tensor.device == worker.device:
+        worker.backend.record_use(tensor, worker.compute)
         return tensor
-    stream = streams.get(tensor.device) or torch.cuda.default_stream(tensor.device)
-    with torch.cuda.stream(stream):
-        moved = tensor.to(place.device, non_blocking=True)
-        return receive(Parcel(moved, stream.record_event()), place)
+    backend = backend_of(tensor.device)
+    stream = streams.get(tensor.device) or backend.default_stream(tensor.device)
+    if stream is None:
+        return tensor.to(worker.device, non_blocking=True)
+    with backend.use_stream(stream):
+        moved = tensor.to(worker.device, non_blocking=True)
+        return receive(SentTensor(moved, stream.record_event()), worker)
 
 
-def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The tensor with the strides that a stage was traced for.
+def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Lay a tensor out as a stage was traced to receive it.
 
-    A copy, unless they are those already, or differ only where the size is one.
+    Args:
+        tensor: with any strides.
+        strides: the wanted ones, in elements.
+
+    Returns:
+        The tensor itself if its strides are equal, or differ only where the size is one; else a
+        copy.
     """
     own = tensor.stride()
     if own == strides or all(

@@ -1,8 +1,8 @@
-"""One thread per device, for the length of one program.
+"""One thread per worker, started for each forward and each backward.
 
-Threads are started for each forward and each backward and are gone when it returns: starting one
-costs less than 0.1 ms, and in exchange nothing outlives a step: there is nothing to shut down, to
-copy or to pickle, and an exception leaves no thread behind. One device needs no thread at all.
+Starting a thread costs less than 0.1 ms. In exchange nothing outlives a step: there is nothing to
+shut down, to copy or to pickle, and an exception leaves no thread behind. A single worker runs in
+the caller's thread.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .backends import autocast_types
 from .mailbox import AbortError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 
-def run(
+def run_workers(
     tasks: Sequence[Callable[[], None]], abort: Callable[[], None], cores: Sequence[set[int]] | None
 ) -> None:
-    """Run `tasks` side by side and wait for all of them.
+    """Run tasks at the same time and wait for all of them.
 
     Args:
         tasks: one per worker.
-        abort: called once when a task fails; must make every other task end soon.
-        cores: CPU cores for each worker, or None to leave that to the system.
+        abort: called when a task fails; must make every other task end soon.
+        cores: CPU cores for each worker; None: the operating system decides.
 
     Raises:
         The exception of the task that failed first.
     """
     if len(tasks) == 1:
-        with _bare():
+        with _plain_execution():
             tasks[0]()
         return
     failures: list[BaseException] = []
@@ -44,9 +45,9 @@ def run(
         try:
             if cores is not None:
                 os.sched_setaffinity(0, cores[index])
-            # OpenMP counts per thread; sums are split by that count, so it is part of the numbers.
+            # OpenMP's setting is per thread. Sums are split by it, so results depend on it.
             torch.set_num_threads(threads_per_call)
-            with _bare():
+            with _plain_execution():
                 tasks[index]()
         except AbortError:
             pass
@@ -76,28 +77,33 @@ def run(
 
 
 @contextmanager
-def _bare() -> Iterator[None]:
-    """No autograd and no autocast: generated programs spell out what these would do."""
+def _plain_execution() -> Iterator[None]:
+    """Disable autograd and autocast: generated programs spell out what these would do."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for kind in ("cpu", "cuda"):
+        for kind in autocast_types():
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
-def cores_for(devices: Sequence[torch.device]) -> list[set[int]] | None:
-    """A share of the CPU for each CPU worker, if there are enough cores for all of them.
+def cores_per_worker(devices: Sequence[torch.device]) -> list[set[int]] | None:
+    """Give each CPU worker cores of its own, so that no two share one while another is idle.
 
-    Workers on cores of their own stand in for devices: they do not take turns on one core while
-    another is idle. With fewer cores than `workers × torch.get_num_threads()` the system decides.
+    Args:
+        devices: one per worker.
+
+    Returns:
+        `torch.get_num_threads()` cores for each worker; None, which leaves it to the operating
+        system, if there are fewer cores than that, if some worker is no CPU worker, or if there is
+        one worker only.
     """
     if len(devices) < 2 or any(d.type != "cpu" for d in devices):
         return None
     if not hasattr(os, "sched_getaffinity"):
         return None
     available = sorted(os.sched_getaffinity(0))
-    share = torch.get_num_threads()
-    if share * len(devices) > len(available):
+    count = torch.get_num_threads()
+    if count * len(devices) > len(available):
         return None
-    return [set(available[i * share : (i + 1) * share]) for i in range(len(devices))]
+    return [set(available[i * count : (i + 1) * count]) for i in range(len(devices))]

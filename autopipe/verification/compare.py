@@ -20,11 +20,11 @@ from torch.utils import _pytree as pytree
 
 from autopipe.call_signature import flatten
 from autopipe.errors import UnsupportedError
+from autopipe.formatting import align_columns
 from autopipe.parameters import move
 from autopipe.passes._torch import CheckpointFunction
-from autopipe.passes.capture import fill, held_buffers
+from autopipe.passes.capture import preserve_buffers, restore_values
 from autopipe.passes.graph import is_random, source_line
-from autopipe.report.table import columns
 from autopipe.runtime.executor import Run
 from autopipe.verification.deterministic import MicroBatchNorm, Still
 from autopipe.verification.locate import holder, locate
@@ -72,7 +72,7 @@ class Verification:
                 found = [d for d in self.differences if d.kind == kind]
                 equal = f"{sum(d.ok for d in found)} of {len(found)}"
                 rows.append([kind, equal, f"{worst.largest:.2e}", f"{worst.scale:.2e}", worst.name])
-        lines = [*columns([["", "equal", "largest difference", "of", "in"], *rows])]
+        lines = align_columns([["", "equal", "largest difference", "of", "in"], *rows], left=[1])
         if not self.ok:
             place = f"stage {self.stage}, node {self.node}" if self.node else "no node found"
             source = f" ({self.source})" if self.source else ""
@@ -176,10 +176,10 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Leave a model's buffers (the objects and their values) and the random state as they were."""
     before = [(b, b.clone()) for b in model.buffers()]
     try:
-        with torch.random.fork_rng(), held_buffers(model):
+        with torch.random.fork_rng(), preserve_buffers(model):
             yield
     finally:
-        fill(before)
+        restore_values(before)
 
 
 @contextmanager

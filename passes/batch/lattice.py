@@ -25,6 +25,10 @@ from autopipe.passes.ir import B
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from autopipe.passes.ir import Combine
+
+    from .partial_reductions import PartialReduction
+
 Shape: TypeAlias = "tuple[sympy.Expr, ...]"
 
 
@@ -64,12 +68,11 @@ class Samples:
 class Reduced:
     """A reduction over all samples, or what was computed from one.
 
-    how: the whole batch's value is the "sum" of the micro-batches', their "mean" weighted by
-    samples; "counted": a mean over what is not ignored; "added": something the batch does not
-    change, to which each sample adds its part. None: unknown.
+    how: the rule that combines the micro-batches' values, or the two steps that compute the batch's
+    value. None: not known, or computed from another reduction.
     """
 
-    how: str | None = None
+    how: Combine | PartialReduction | None = None
 
 
 @dataclass(frozen=True)

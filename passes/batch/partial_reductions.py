@@ -1,51 +1,112 @@
-"""Calls that reduce over the batch → calls on a micro-batch whose results add up to the batch's.
+"""Batch reductions that are computed in two steps: sums per micro-batch, and the rest at the end.
 
-For those reductions that are no sums by themselves (see `lattice.Reduced`).
+    object        per micro-batch m       for the whole batch
+    COUNTED_MEAN  s_m = Σ losses          Σ_m s_m / Σ_m c_m
+                  c_m = Σ weights
+    ACCUMULATION  s_m = op(0, samples)    base + Σ_m s_m
+
+The ops per micro-batch go to the captured graph, those for the whole batch to the epilogue.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from autopipe.passes.graph import add_call, functional_variant
+from autopipe.passes.graph import add_call, functional_variant, written_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 aten = torch.ops.aten
 
-SUM = 2  # ATen's number for `reduction`
+SUM_REDUCTION = 2
+"""ATen's number for ``reduction="sum"``."""
 
 
-def counts(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Cross entropy and its kin, the mean over targets that are not `ignore_index`, by class
-    weight: Σ losses and Σ weights. A chunk with nothing to count adds 0 to both sums.
+@dataclass(frozen=True)
+class PartialReduction(ABC):
+    """A reduction over the batch that is rewritten into sums per micro-batch."""
+
+    @abstractmethod
+    def partial_sums(self, graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Add ops to the captured `graph` that compute a micro-batch's sums for `node`."""
+
+    def base(self, node: fx.Node) -> fx.Node | None:
+        """The value that the batch's sums are added to, if there is one."""
+        return None
+
+    @abstractmethod
+    def finish(
+        self, graph: fx.Graph, node: fx.Node, sums: Sequence[fx.Node], base: fx.Node | None
+    ) -> fx.Node:
+        """Add the ops to the epilogue's `graph` that give the batch's value of `node`.
+
+        Args:
+            graph: of the epilogue.
+            node: the reduction, in the captured graph.
+            sums: the batch's sums, in the epilogue.
+            base: what `base(node)` is in the epilogue.
+        """
+
+
+@dataclass(frozen=True)
+class CountedMean(PartialReduction):
+    """The mean of a cross entropy over the targets that are not ``ignore_index``.
+
+    With class weights w and targets t it is Σ w[t_i] loss_i / Σ w[t_i]. A micro-batch that has
+    nothing to count adds 0 to both sums.
     """
-    target: Any = node.target
-    names = [a.name for a in target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    weight = given.get("weight")
-    with graph.inserting_before(node.next):  # its arguments may be written to later
-        total = add_call(graph, target, **given | {"reduction": SUM})
-        kept = add_call(graph, aten.ne.Scalar, given["target"], given.get("ignore_index", -100))
-        if weight is not None:
-            index = add_call(graph, aten.where.ScalarOther, kept, given["target"], 0)
-            weights = add_call(graph, aten.index.Tensor, weight, [index])
-            kept = add_call(graph, aten.mul.Tensor, weights, kept)
-        return total, add_call(graph, aten.sum.default, kept)
+
+    def partial_sums(self, graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, ...]:
+        target: Any = node.target
+        names = [a.name for a in target._schema.arguments]
+        arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        weight, labels = arguments.get("weight"), arguments["target"]
+        with graph.inserting_before(node.next):  # its arguments may be written to later
+            total = add_call(graph, target, **arguments | {"reduction": SUM_REDUCTION})
+            ignored = arguments.get("ignore_index", -100)
+            counted = add_call(graph, aten.ne.Scalar, labels, ignored)
+            if weight is not None:
+                index = add_call(graph, aten.where.ScalarOther, counted, labels, 0)
+                weights = add_call(graph, aten.index.Tensor, weight, [index])
+                counted = add_call(graph, aten.mul.Tensor, weights, counted)
+            return total, add_call(graph, aten.sum.default, counted)
+
+    def finish(
+        self, graph: fx.Graph, node: fx.Node, sums: Sequence[fx.Node], base: fx.Node | None
+    ) -> fx.Node:
+        return add_call(graph, aten.div.Tensor, *sums)
 
 
-def added_to(node: fx.Node) -> fx.Node:
-    """To what `scatter_add`, `index_add` or an accumulating `index_put` adds, in place or not."""
-    first: Any = node.args[0]
-    assert isinstance(first, fx.Node)
-    return first
+@dataclass(frozen=True)
+class Accumulation(PartialReduction):
+    """`scatter_add`, `index_add` or an accumulating `index_put`, in place or not.
+
+    Each sample adds its part to a base that does not depend on the batch. A micro-batch's sum is
+    the same op on zeros.
+    """
+
+    def base(self, node: fx.Node) -> fx.Node:
+        first: Any = node.args[0]
+        assert isinstance(first, fx.Node)
+        return first
+
+    def partial_sums(self, graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, ...]:
+        with graph.inserting_before(node):
+            zeros = add_call(graph, aten.zeros_like.default, self.base(node))
+            op = functional_variant(node.target)
+            return (add_call(graph, op, zeros, *node.args[1:], **node.kwargs),)
+
+    def finish(
+        self, graph: fx.Graph, node: fx.Node, sums: Sequence[fx.Node], base: fx.Node | None
+    ) -> fx.Node:
+        add = aten.add_.Tensor if written_arguments(node) else aten.add.Tensor
+        return add_call(graph, add, base, *sums)
 
 
-def addend(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """What it adds: the same call on zeros."""
-    with graph.inserting_before(node):
-        zeros = add_call(graph, aten.zeros_like.default, added_to(node))
-        return add_call(
-            graph, functional_variant(node.target), zeros, *node.args[1:], **node.kwargs
-        )
+COUNTED_MEAN, ACCUMULATION = CountedMean(), Accumulation()

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from autopipe.passes.graph import is_integer, is_random, is_size
+from autopipe.passes.ir import SUM
 
 from .lattice import (
     COUNT_AS_VALUE,
@@ -23,6 +24,7 @@ from .lattice import (
     fresh,
     join,
 )
+from .partial_reductions import ACCUMULATION
 from .rules_shape import ALONG, PLACES, table
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ def scatter_add(call: OpCall) -> State:
     parts = join(call, [call.state(call["index"]), call.state(call["src"])])
     if isinstance(parts, Samples):  # along another dimension it would be row by row
         along = call["dim"] % len(call.out) == parts.dim
-        return Reduced("added") if along else call.mixed(PLACES)
+        return Reduced(ACCUMULATION) if along else call.mixed(PLACES)
     return parts
 
 
@@ -215,7 +217,7 @@ def index_put(call: OpCall) -> State:
     if not isinstance(state, Samples):
         joint = join(call, [_picked(call, STATIC), value])
         if isinstance(joint, Samples):
-            return Reduced("added" if call["accumulate"] else None)
+            return Reduced(ACCUMULATION if call["accumulate"] else None)
         return join(call, [state, joint])
     joint = join(call, [_picked(call, state), value])
     return joint if isinstance(joint, Mixed) else state
@@ -234,7 +236,7 @@ def index_add(call: OpCall) -> State:
     if isinstance(index, Samples):
         index = index.at(call["dim"] % max(len(call.out), 1))
     parts = join(call, [index, source])
-    return Reduced("added") if isinstance(parts, Samples) else parts
+    return Reduced(ACCUMULATION) if isinstance(parts, Samples) else parts
 
 
 def rows(call: OpCall) -> State:
@@ -258,7 +260,7 @@ def histc(call: OpCall) -> State:
         return state
     if call["min"] == call["max"]:
         return call.mixed("its bounds are the batch's smallest and largest entry")
-    return Reduced("sum")
+    return Reduced(SUM)
 
 
 RULES = table(

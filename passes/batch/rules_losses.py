@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autopipe.passes.ops import ctc_loss as ctc
+from autopipe.passes.ir import MEAN, SUM
+from autopipe.passes.ops import CTC_LOSS_OP
 
 from .lattice import STATIC, Reduced, Samples, State, aligned, join
+from .partial_reductions import COUNTED_MEAN
 from .rules_shape import ALONG, table
 
 if TYPE_CHECKING:
-    from .lattice import OpCall
+    from autopipe.passes.ir import Combine
 
-MEAN, SUM = 1, 2  # ATen's numbers for `reduction`
+    from .lattice import OpCall
+    from .partial_reductions import PartialReduction
+
+MEAN_REDUCTION, SUM_REDUCTION = 1, 2
+"""ATen's numbers for ``reduction="mean"`` and ``"sum"``."""
 
 
 def element_loss(call: OpCall) -> State:
@@ -46,16 +52,16 @@ def class_loss(call: OpCall) -> State:
     if call["weight"] is not None and call.state(call["weight"]) != STATIC:
         return call.undecided("class weights that depend on the batch")
     probabilities = target.meta["val"].is_floating_point()
-    return _reduced(call, join(call, states), mean="mean" if probabilities else "counted")
+    return _reduced(call, join(call, states), mean=MEAN if probabilities else COUNTED_MEAN)
 
 
-def _reduced(call: OpCall, state: State, mean: str = "mean") -> State:
-    how = {MEAN: mean, SUM: "sum"}.get(call["reduction"])
+def _reduced(call: OpCall, state: State, mean: Combine | PartialReduction = MEAN) -> State:
+    how = {MEAN_REDUCTION: mean, SUM_REDUCTION: SUM}.get(call["reduction"])
     return Reduced(how) if how is not None and isinstance(state, Samples) else state
 
 
 def ctc_loss(call: OpCall) -> State:
-    """See `ctc_loss.losses`: log probabilities (T, N, C), everything else (N, …)."""
+    """See `ctc_loss.sample_losses`: log probabilities (T, N, C), everything else (N, …)."""
     state, *others = [call.state(n) for n in call.tensors]
     if isinstance(state, Samples):
         if state.dim != 1:
@@ -74,4 +80,4 @@ RULES = table(
         " multilabel_margin_loss",
         class_loss: "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d",
     }
-) | {ctc.PACKET: ctc_loss}
+) | {CTC_LOSS_OP: ctc_loss}

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from autopipe.passes.graph import is_integer
+from autopipe.passes.ir import MEAN, SUM
 
 from .lattice import STATIC, Reduced, Samples, State, aligned, alone, batch_dims, join
 from .rules_shape import ALONG, last_dims, table
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
     from .lattice import OpCall
 
 aten = torch.ops.aten
+
+COMBINED_BY = {
+    aten.sum: SUM,
+    aten.nansum: SUM,
+    aten.count_nonzero: SUM,
+    aten.mean: MEAN,
+}
+"""Reductions over the batch whose micro-batch values can be combined."""
 
 
 def pointwise(call: OpCall) -> State:
@@ -59,9 +68,8 @@ def reduction(call: OpCall) -> State:
     listed = dims if isinstance(dims, (list, tuple)) else [] if dims is None else [dims]
     gone = {d % rank for d in listed} or set(range(rank))
     if state.dim in gone:
-        how = dict.fromkeys((aten.sum, aten.nansum, aten.count_nonzero), "sum")
-        how[aten.mean] = "mean"
-        return Reduced(how.get(call.node.target.overloadpacket))  # type: ignore[union-attr]
+        packet = call.node.target.overloadpacket  # type: ignore[union-attr]
+        return Reduced(COMBINED_BY.get(packet))
     if call["keepdim"]:
         return state
     return state.at(state.dim - sum(d < state.dim for d in gone))
@@ -91,7 +99,7 @@ def contract(
         return joint
     if letter in out:
         return joint.at(out.index(letter))
-    return Reduced(None if bias else "sum")
+    return Reduced(None if bias else SUM)
 
 
 def _letters(last: str, leading: int) -> str:
@@ -158,7 +166,7 @@ def pairs(call: OpCall) -> State:
     lead = len(call.out) - 2
     rows = [(a, _letters("nk", call.rank(a) - 2)), (b, _letters("mk", call.rank(b) - 2))]
     state = contract(call, rows, _letters("nm", lead))
-    return call.mixed(ALONG) if state == Reduced("sum") else state
+    return call.mixed(ALONG) if state == Reduced(SUM) else state
 
 
 def distance(call: OpCall) -> State:

@@ -1,15 +1,48 @@
-"""TODO."""
+"""Capture a model: module and example inputs → one flat graph of ATen ops, its batch symbolic.
+
+In: a `CaptureRequest`: the user's model (see `FRONTENDS`), example inputs, their batch dimensions.
+Out: a `Captured`; from `Frontend`s what a user may pass as a model, and the module that it means.
+
+Files, in reading order:
+
+- `request`: `CaptureRequest`, the arguments of `capture`
+- `model`: `capture`, the steps in order
+- `frontends`: the kinds of models; for each the way to its normalized graph
+- `tracing`: calls a front end, with the patches and checks that a faithful graph needs
+- `flat_module`: the model as a function from flat tensors to flat tensors
+- `exporting`: torch.export, quiet, and refusing what it would lose
+- `normalize`: the exported graph → plain ops, one placeholder for each tensor
+- `inlining`: copies the ops of the exported graph and of the regions in it
+- `canonicalize`: rewrites of single ops: dropouts that drop nothing, squeezes
+- `scalar_reads`: Python numbers read off tensors become tensors of one entry
+- `patches`: replacements of parts of a model while it is traced
+- `module_state`: snapshots of attributes and buffers, and how to restore them
+- `hidden_state`: refuses models whose next call depends on attributes that this one set
+- `buffer_assignment`: ``self.n = self.n + 1`` as a write in place
+- `buffer_mutation`: writes to buffers become results, once a step
+- `norm_statistics`: running statistics of the batch from those of micro-batches
+- `size_guards`: the batch sizes that the graph holds for
+"""
 
 from __future__ import annotations
 
 from .flat_module import register_dataclasses
+from .frontends import FRONTENDS, Frontend, UserModel, argument_names, as_module, is_model
 from .model import capture
-from .module_state import OWN, fill, held_buffers
+from .module_state import MODULE_INTERNALS, preserve_buffers, restore_values
+from .request import CaptureRequest
 
 __all__ = [
-    "OWN",
+    "FRONTENDS",
+    "MODULE_INTERNALS",
+    "CaptureRequest",
+    "Frontend",
+    "UserModel",
+    "argument_names",
+    "as_module",
     "capture",
-    "fill",
-    "held_buffers",
+    "is_model",
+    "preserve_buffers",
     "register_dataclasses",
+    "restore_values",
 ]

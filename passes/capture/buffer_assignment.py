@@ -1,10 +1,10 @@
 """Buffers that a forward assigns: ``self.n = self.n + 1``.
 
-To the model it is the same as ``self.n.copy_(self.n + 1)`` at the end of the forward, for that is
-when the next one, or a checkpoint, looks. Only written so does the graph show it.
+For the model this equals ``self.n.copy_(self.n + 1)`` at the end of the forward, because only the
+next forward, or a checkpoint, reads it. The graph shows it only if it is written that way.
 
-There is one difference: what was computed from the old value keeps it for its backward. A buffer
-that is written within each micro-batch is therefore copied first (`kept_apart`).
+There is one difference: what was computed from the old value needs it again in the backward. A
+buffer that is written within each micro-batch is therefore copied first (`read_buffer_copies`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from autopipe.errors import UnsupportedError
 from autopipe.passes._torch import storage_id, storage_id_of
 from autopipe.passes.graph import add_call, symbolic_size, written_arguments
 
+from .module_state import Attribute
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .module_state import Attribute
 
-
-def is_assigned(changed: Attribute) -> bool:
-    """A buffer that is another tensor than before, of the same looks."""
+def is_assigned_buffer(changed: Attribute) -> bool:
+    """Whether the attribute is a buffer, now another tensor of the same shape and dtype."""
     old, new = changed.before, changed.after
     return (
         changed.is_buffer
@@ -36,31 +36,41 @@ def is_assigned(changed: Attribute) -> bool:
     )
 
 
-def in_place(
+def write_in_place(
     model: nn.Module, assigned: Sequence[Attribute], results: Iterable[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Write to the buffers that a forward has assigned; all are again what they were before.
+    """Write the new values of assigned buffers into the tensors that the model had before.
+
+    Args:
+        model: has its old buffers again.
+        assigned: the buffers that the forward assigned.
+        results: the tensors that the forward returned.
 
     Returns:
-        The forward's results; where one is a buffer as it was before, a copy.
+        The forward's results; a copy where one is the old value of a buffer.
 
     Raises:
-        UnsupportedError: buffers share memory that did not, or no longer do.
+        UnsupportedError: the assignments change which buffers share memory.
     """
     if not assigned:
         return tuple(results)
-    _check_memory(model, assigned)
+    _check_shared_memory(model, assigned)
     memory = {storage_id(c.before) for c in assigned}
-    kept = tuple(x.clone() if storage_id(x) in memory else x for x in results)
-    values = [c.after.detach().clone() for c in assigned]  # some may be others' old values
+    unchanged = tuple(x.clone() if storage_id(x) in memory else x for x in results)
+    values = [c.after.detach().clone() for c in assigned]  # some may be old values of others
     with torch.no_grad():
         for changed, value in zip(assigned, values, strict=True):
             changed.before.copy_(value)
-    return kept
+    return unchanged
 
 
-def kept_apart(graph: fx.Graph, buffers: Iterable[fx.Node]) -> None:
-    """Let all but the last write to assigned buffers have copies of them; changes `graph`."""
+def read_buffer_copies(graph: fx.Graph, buffers: Iterable[fx.Node]) -> None:
+    """Let every use of an assigned buffer but the last write use a copy of it.
+
+    Args:
+        graph: is changed.
+        buffers: placeholders of the assigned buffers.
+    """
     first = next(n for n in graph.nodes if n.op != "placeholder")
     for buffer in buffers:
         memory = storage_id_of(buffer)
@@ -72,20 +82,20 @@ def kept_apart(graph: fx.Graph, buffers: Iterable[fx.Node]) -> None:
         last.args = (buffer, *last.args[1:])
 
 
-def _check_memory(model: nn.Module, assigned: Sequence[Attribute]) -> None:
+def _check_shared_memory(model: nn.Module, assigned: Sequence[Attribute]) -> None:
     before = dict(model.named_buffers(remove_duplicate=False))
     after = before | {str(c): c.after for c in assigned}
-    if apart := _shared(before) ^ _shared(after):
+    if changed := _groups_in_memory(before) ^ _groups_in_memory(after):
         raise UnsupportedError(
-            "by assigning buffers the model changes which of them share memory: from then on a"
-            " write to one would change another, or no longer",
-            found=" and ".join(sorted(apart.pop())),
+            "the model's assignments change which buffers share memory: a later write to one would"
+            " change another, or no longer change it",
+            found=" and ".join(sorted(changed.pop())),
             remedy="write to the buffer instead of assigning it: self.a.copy_(self.b)",
         )
 
 
-def _shared(buffers: dict[str, Tensor]) -> set[frozenset[str]]:
-    """Names of buffers that lie in the same memory."""
+def _groups_in_memory(buffers: dict[str, Tensor]) -> set[frozenset[str]]:
+    """Groups of names of buffers that share memory."""
     groups: dict[int, set[str]] = {}
     for name, buffer in buffers.items():
         groups.setdefault(storage_id(buffer), set()).add(name)

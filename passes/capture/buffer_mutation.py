@@ -1,13 +1,13 @@
-"""Buffers as if the whole batch had been seen once.
+"""Turn in-place writes to buffers into results, so that buffers are written once a step.
 
-A call in place on a buffer would run once per micro-batch: BatchNorm's running statistics would
-take M small steps, a counter would count micro-batches. Here such calls are rewritten so that the
-buffers are only read, and their new values are results like others: what is reduced over the batch
-is combined over the micro-batches, and each buffer is written once a step (`combine`).
+An in-place op on a buffer would run once per micro-batch: BatchNorm's running statistics would take
+M small steps, a counter would count micro-batches. Here such ops are rewritten so that buffers are
+only read, and their new values are results: reductions over the batch are combined over the
+micro-batches, and each buffer is written once a step (see `autopipe.passes.batch`).
 
-The graph is walked in its order. A call that writes becomes the same one out of place; if it wrote
-to a view, the view's new value is put into a copy of what it shows. Whoever reads the buffer or a
-view of it afterwards reads the new value, or a new view of it.
+Nodes are visited in program order. An op that writes is replaced by its out-of-place variant. If it
+wrote to a view, the new value of the view is put into a copy of the viewed tensor. Later uses of
+the buffer, or of a view of it, use the new value, or a new view of it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from autopipe.passes.graph import (
     tensors_of,
     written_arguments,
 )
-from autopipe.passes.ir import Input, InputKind
+from autopipe.passes.ir import MEAN, Combine, Input, InputKind
 
-from .norm_statistics import NORMS, momentum_of, own_statistics
+from .norm_statistics import NORMS, momentum_of, separate_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,46 +41,55 @@ SAME_ORDER = {
     *(aten.detach, aten.alias, aten.view, aten.view_as, aten.reshape, aten.reshape_as, aten.ravel),
     *(aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze, aten.contiguous, aten.to),
 }
-"""Views of all entries, in the order in which they are."""
+"""Views of all entries in the same order."""
 
-TURNED = {
+PERMUTED = {
     *(aten.t, aten.transpose, aten.permute, aten.movedim, aten.moveaxis, aten.swapaxes),
     *(aten.swapdims, aten.numpy_T, aten.mT, aten.mH, aten.adjoint, aten.matrix_H),
 }
-"""Views of all entries, the dimensions in another order."""
+"""Views of all entries with the dimensions in another order."""
 
 SCATTERS = {
     aten.select.int: aten.select_scatter.default,
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.diagonal.default: aten.diagonal_scatter.default,
 }
-"""View of some entries → the call that puts new ones in their place."""
+"""View of some entries → the op that replaces them in a copy."""
 
 
-def defer(
+def defer_buffer_writes(
     graph: fx.Graph, inputs: Sequence[Input]
-) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, str]]:
-    """Rewrite the calls that write to buffers; changes `graph`.
+) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, Combine]]:
+    """Rewrite the ops that write to buffers.
+
+    Args:
+        graph: normalized; is changed.
+        inputs: its placeholders.
 
     Returns:
-        For each buffer that is written the node of its new value; for nodes in these values how
-        the micro-batches' are combined.
+        Buffer placeholder → node of its new value; and, for nodes in those values, how they are
+        combined over micro-batches.
 
     Raises:
         UnsupportedError: a buffer is written in a way that cannot be rewritten.
     """
-    walk = _Walk(graph, inputs)
+    rewriter = _BufferRewriter(graph, inputs)
     for node in list(graph.nodes):
-        walk.visit(node)
-    return walk.value, walk.how
+        rewriter.visit(node)
+    return rewriter.value, rewriter.reductions
 
 
-def check_rows(graph: fx.Graph, inputs: Sequence[Input]) -> None:
-    """Refuse writes of the batch's samples to rows of a buffer: which rows, each micro-batch would
-    say for itself.
+def refuse_batched_writes(graph: fx.Graph, inputs: Sequence[Input]) -> None:
+    """Refuse writes of the batch's samples to rows of a buffer.
+
+    Each micro-batch would compute the row indices from its own samples.
+
+    Args:
+        graph: normalized.
+        inputs: its placeholders.
 
     Raises:
-        UnsupportedError: with the call and the buffer.
+        UnsupportedError: with the op and the buffer.
     """
     names = {i.name: i.target for i in inputs if i.kind is InputKind.BUFFER}
     buffers = {storage_id_of(n): names[n.name] for n in graph.nodes if n.name in names}
@@ -100,40 +109,44 @@ def check_rows(graph: fx.Graph, inputs: Sequence[Input]) -> None:
                 )
 
 
-class _Walk:
-    """One walk in program order.
+class _BufferRewriter:
+    """Rewrites one graph, node by node in program order.
 
-    value: for each buffer written so far the node of its value.
-    home: the buffer in whose memory a node lies.
-    made: how a view of a buffer was made: its arguments, before they were replaced.
-    now: nodes in buffers' memory → what shows the same of the present value.
+    Attributes:
+        value: buffer written so far → node of its new value.
+        reductions: node in a new value → how it is combined over micro-batches.
+        buffer_of: node → the written buffer in whose memory it lies.
+        view_args: view of a buffer → its arguments, before they were replaced.
+        current: node in a buffer's memory → node that views the new value in the same way.
     """
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[Input]) -> None:
         self.graph = graph
         self.target = {i.name: i.target for i in inputs if i.kind is InputKind.BUFFER}
         self.value: dict[fx.Node, fx.Node] = {}
-        self.how: dict[fx.Node, str] = {}
-        self.made: dict[fx.Node, tuple[Any, Any]] = {}
-        self.now: dict[fx.Node, fx.Node] = {}
+        self.reductions: dict[fx.Node, Combine] = {}
+        self.view_args: dict[fx.Node, tuple[Any, Any]] = {}
+        self.current: dict[fx.Node, fx.Node] = {}
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         buffers = {storage_id_of(n): n for n in placeholders if n.name in self.target}
-        home = {
+        buffer_of = {
             node: buffers[storage_id(t)]
             for node in graph.nodes
             for t in tensors_of(node)
             if storage_id(t) in buffers
         }
-        written = {home[t]: n for n in graph.nodes for t in written_arguments(n) if t in home}
-        self.home = {n: b for n, b in home.items() if b in written}
+        written = {
+            buffer_of[t]: n for n in graph.nodes for t in written_arguments(n) if t in buffer_of
+        }
+        self.buffer_of = {n: b for n, b in buffer_of.items() if b in written}
         self.counters = self._counters(placeholders)
         for node in placeholders:
-            if self.home.get(node, node) is not node:
-                buffer = self.home[node]
-                self.refuse(written[buffer], [buffer], f"whose memory {node.name} shows, too")
+            if self.buffer_of.get(node, node) is not node:
+                buffer = self.buffer_of[node]
+                self.refuse(written[buffer], [buffer], f"whose memory {node.name} shares")
 
     def _counters(self, placeholders: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
-        """For each running mean the number of batches that its layer has seen."""
+        """Running mean → counter of the batches that its layer has seen."""
         by_target = {self.target[n.name]: n for n in placeholders if n.name in self.target}
         return {
             node: by_target[counter]
@@ -143,16 +156,17 @@ class _Walk:
         }
 
     def visit(self, node: fx.Node) -> None:
-        targets = [n for n in written_arguments(node) if n in self.home]
-        if not targets and node in self.home and node.op != "placeholder":
-            self.made[node] = (node.args, node.kwargs)
+        """Rewrite one node."""
+        targets = [n for n in written_arguments(node) if n in self.buffer_of]
+        if not targets and node in self.buffer_of and node.op != "placeholder":
+            self.view_args[node] = (node.args, node.kwargs)
         with self.graph.inserting_before(node):
             node.args, node.kwargs = self.read((node.args, node.kwargs))
         if not targets:
-            self.now |= {node: node} if node in self.home else {}
+            self.current |= {node: node} if node in self.buffer_of else {}
         elif node.target in HIDDEN_WRITES:
             with self.graph.inserting_before(node.next):
-                self.norm(node, targets)
+                self.visit_norm(node, targets)
         else:
             with self.graph.inserting_before(node):
                 self.write(node, targets[0], self.out_of_place(node, targets))
@@ -160,32 +174,32 @@ class _Walk:
             self.graph.erase_node(node)
 
     def read(self, arguments: Any) -> Any:
-        """Arguments of a call, with the present values of buffers and of their views."""
-        return fx.map_arg(arguments, self._present)
+        """Arguments of a node, with the current values of buffers and of their views."""
+        return fx.map_arg(arguments, self._current_value)
 
-    def _present(self, node: fx.Node) -> fx.Node:
-        if node not in self.home:
+    def _current_value(self, node: fx.Node) -> fx.Node:
+        if node not in self.buffer_of:
             return node
-        if node not in self.now:
-            args, kwargs = self.read(self.made[node])
-            self.now[node] = self.add(node, node.target, *args, **kwargs)
-        return self.now[node]
+        if node not in self.current:
+            args, kwargs = self.read(self.view_args[node])
+            self.current[node] = self.add(node, node.target, *args, **kwargs)
+        return self.current[node]
 
-    def _original(self, node: fx.Node) -> fx.Node:
-        """What a buffer or a view of it shows before the step."""
-        if node not in self.made:
+    def _old_value(self, node: fx.Node) -> fx.Node:
+        """The value of a buffer, or of a view of it, before the step."""
+        if node not in self.view_args:
             return node
-        args, kwargs = fx.map_arg(self.made[node], self._original)
+        args, kwargs = fx.map_arg(self.view_args[node], self._old_value)
         return self.add(node, node.target, *args, **kwargs)
 
     def add(self, like: fx.Node, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
-        """Add a call, of the same place in the model as another."""
+        """Add an op with the source line and module path of `like`."""
         new = add_call(self.graph, target, *args, **kwargs)
         new.meta |= {k: v for k, v in like.meta.items() if k in ("stack_trace", "modules")}
         return new
 
     def out_of_place(self, node: fx.Node, targets: list[fx.Node]) -> fx.Node:
-        """What a call would write, as a value of its own."""
+        """The value that a node would write, from an op that is not in place."""
         old = targets[0].meta["val"]
         if node.target is aten.copy_.default:  # aten.copy has no derivative
             new = self.add(node, aten.expand.default, node.args[1], list(old.shape))
@@ -201,26 +215,28 @@ class _Walk:
         return self.cast(node, new, old.dtype)
 
     def cast(self, node: fx.Node, new: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """What is written takes the type of where it is written to."""
+        """Convert a value to the dtype of the tensor that it is written to."""
         same = new.meta["val"].dtype == dtype
         return new if same else self.add(node, aten.to.dtype, new, dtype)
 
     def write(self, node: fx.Node, view: fx.Node, new: fx.Node) -> None:
-        """From here on, `view` shows `new`."""
-        buffer = self.home[view]
-        now = {view: new}
+        """Let `view` have the value `new` from here on."""
+        buffer = self.buffer_of[view]
+        current = {view: new}
         while view is not buffer:
-            (source, *_), _ = self.made[view]
-            new = self.put_back(node, view, self._present(source), new)
-            now[source] = new
+            (source, *_), _ = self.view_args[view]
+            new = self.replace_view(node, view, self._current_value(source), new)
+            current[source] = new
             view = source
-        self.now = {n: v for n, v in self.now.items() if self.home.get(n) is not buffer} | now
+        self.current = {
+            n: v for n, v in self.current.items() if self.buffer_of.get(n) is not buffer
+        } | current
         self.value[buffer] = new
 
-    def put_back(self, node: fx.Node, view: fx.Node, whole: fx.Node, new: fx.Node) -> fx.Node:
-        """A copy of `whole` of which `view` shows `new`."""
+    def replace_view(self, node: fx.Node, view: fx.Node, whole: fx.Node, new: fx.Node) -> fx.Node:
+        """A copy of `whole`, with the entries that `view` views replaced by `new`."""
         target: Any = view.target
-        args, kwargs = self.made[view]
+        args, kwargs = self.view_args[view]
         packet = getattr(target, "overloadpacket", None)
         old = whole.meta["val"]
         if target in SCATTERS:
@@ -232,14 +248,17 @@ class _Walk:
             return self.add(node, aten.slice_scatter.default, whole, new, *where)
         if packet in SAME_ORDER and new.meta["val"].dtype == old.dtype:
             return self.add(node, aten.reshape.default, new, list(old.shape))
-        if packet in TURNED and not old.is_complex():
-            example = torch.empty(*range(2, old.dim() + 2), device="meta")  # tells dimensions apart
+        if packet in PERMUTED and not old.is_complex():
+            example = torch.empty(
+                *range(2, old.dim() + 2), device="meta"
+            )  # distinct sizes identify dimensions
             order = [n - 2 for n in target(example, *args[1:], **kwargs).shape]
             back = [order.index(d) for d in range(old.dim())]
             return self.add(node, aten.permute.default, new, back)
         self.refuse(node, [view], f"through {target}")
 
-    def norm(self, node: fx.Node, targets: list[fx.Node]) -> None:
+    def visit_norm(self, node: fx.Node, targets: list[fx.Node]) -> None:
+        """Rewrite a norm that writes running statistics."""
         if node.target not in NORMS or len(targets) != 2 or momentum_of(node) is None:
             self.refuse(node, targets)
 
@@ -247,20 +266,21 @@ class _Walk:
             return self.add(node, target, *args)
 
         counter = self.counters.get(targets[0])
-        counter = counter if counter is None else self._present(counter)
-        before = self._original(targets[0])  # of every micro-batch the same
-        mean, variance, packed = own_statistics(self.graph, node, add, counter, before)
-        self.how[packed] = "mean"
+        counter = counter if counter is None else self._current_value(counter)
+        before = self._old_value(targets[0])  # the same for every micro-batch
+        mean, variance, packed = separate_statistics(self.graph, node, add, counter, before)
+        self.reductions[packed] = MEAN
         self.write(node, targets[0], mean)
         self.write(node, targets[1], variance)
 
     def refuse(self, node: fx.Node, targets: Sequence[fx.Node], more: str = "") -> NoReturn:
-        names = ", ".join(self.target[self.home[t].name] for t in targets)
+        """Raise the error for a node that writes to these buffers or views."""
+        names = ", ".join(self.target[self.buffer_of[t].name] for t in targets)
         raise UnsupportedError(
-            "a buffer is written in a way that cannot be done once a step, for the whole batch",
+            "a buffer is written in a way that cannot be deferred to once a step",
             node=node.name,
             source=source_line(node),
             found=f"{node.target} writes to {names} {more}".strip(),
-            remedy='write to it by a plain call in place (copy_, add_); or batch_norm="micro", with'
-            " which buffers are written once per micro-batch",
+            remedy="write to it by a plain in-place op (copy_, add_); or use"
+            ' batch_norm="micro": buffers are then written once per micro-batch',
         )

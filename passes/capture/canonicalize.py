@@ -1,4 +1,4 @@
-"""Calls that are normalized one by one: dropouts that drop nothing, squeezes."""
+"""Rewrites of single ops while a graph is normalized: dropouts that drop nothing, squeezes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SQUEEZES: dict[Any, Any] = {
     for packet in (aten.squeeze, aten.squeeze_, aten.squeeze_copy)
     for overload in ("default", "dim", "dims")
 }
+"""Every squeeze → its overload that takes a list of dimensions."""
 
 DROPOUTS = {
     aten.dropout.default,
@@ -29,15 +30,19 @@ DROPOUTS = {
 }
 
 
-def squeeze_ones(node: fx.Node) -> None:
-    """Let a squeeze name the dimensions of one entry that the batch it was captured with has.
+def name_squeezed_dims(node: fx.Node) -> None:
+    """Let a squeeze list the dimensions of size 1 in the captured batch.
 
-    A micro-batch of one sample keeps its dimension. A batch of one would not have: see `branches`.
+    A micro-batch of one sample then keeps its batch dimension. A whole batch of one sample would
+    not; the node is marked "squeezed" for `size_guards`.
+
+    Args:
+        node: a call of one of the `SQUEEZES`; is changed.
     """
     source: Any = node.args[0]
     shape = source.meta["val"].shape
-    given: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
-    dims = [d % len(shape) for d in ([given] if isinstance(given, int) else given)] if shape else []
+    asked: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
+    dims = [d % len(shape) for d in ([asked] if isinstance(asked, int) else asked)] if shape else []
     sizes = {d: symbolic_size(shape[d]) for d in dims}
     if any(s.free_symbols for s in sizes.values()):
         node.meta["squeezed"] = True
@@ -45,9 +50,9 @@ def squeeze_ones(node: fx.Node) -> None:
     node.args = (source, [d for d, s in sizes.items() if s == 1])
 
 
-def does_nothing(node: fx.Node) -> bool:
-    """A dropout that drops nothing: in eager torch its result is its argument, the same tensor."""
+def is_inactive_dropout(node: fx.Node) -> bool:
+    """Whether a node is a dropout that drops nothing: eager torch returns its argument itself."""
     if node.target not in DROPOUTS:
         return False
-    chance, train = node.args[1:3]
-    return train is False or (isinstance(chance, (int, float)) and chance == 0)
+    probability, train = node.args[1:3]
+    return train is False or (isinstance(probability, (int, float)) and probability == 0)

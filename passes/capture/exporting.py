@@ -1,4 +1,8 @@
-"""torch.export, quiet, lossless, and with errors that a person can read."""
+"""Run torch.export: silence it, refuse what it would lose, and explain its errors.
+
+torch.export drops some constructs from the gradient without a word (tensor hooks, inference mode),
+and makes constants of random numbers that are not torch's. Here they raise a `CaptureError`.
+"""
 
 from __future__ import annotations
 
@@ -28,50 +32,59 @@ from autopipe.passes._torch import (
     keep_no_grad_regions,
 )
 from autopipe.passes.graph import is_user_file, user_source_line
-from autopipe.passes.ops import autograd_function as functions
+from autopipe.passes.ops import apply_function, record_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-OPTIONS = (
+AVOIDING_OPTIONS = (
     "a library's model often has an option that avoids it (in transformers: layerdrop=0.0,"
     " apply_spec_augment=False, a problem_type that is stated)"
 )
 
 
 @dataclass
-class Sizes:
-    """What a model asked of its symbolic sizes while it was traced.
+class SizeUses:
+    """How the model's own code used symbolic sizes while it was traced.
 
-    fixed: lines at which it made a Python number of one; there the size became fixed.
-    decisions: conditions that it evaluated, and what they gave.
+    Attributes:
+        concretized: lines (``file:line``) that turned one into a Python integer, which fixes it.
+        conditions: (condition on sizes, its value) for each that was evaluated.
     """
 
-    fixed: list[str] = field(default_factory=list)
-    decisions: list[tuple[Any, bool]] = field(default_factory=list)
+    concretized: list[str] = field(default_factory=list)
+    conditions: list[tuple[Any, bool]] = field(default_factory=list)
 
 
 def export(
     flat: nn.Module, examples: list[Tensor], dims: list[int | None]
-) -> tuple[torch.export.ExportedProgram, Sizes]:
-    """Export a module of flat tensors, each symbolic in its entry of `dims`.
+) -> tuple[torch.export.ExportedProgram, SizeUses]:
+    """Export a module of flat tensors.
+
+    Args:
+        flat: the module.
+        examples: its arguments.
+        dims: for each argument the dimension that becomes symbolic, or None.
+
+    Returns:
+        The exported program, and how the module's code used symbolic sizes.
 
     Raises:
-        CaptureError: what the exporter cannot do, or would do with a loss.
+        CaptureError: torch.export cannot capture the module, or would change its gradients.
     """
     shapes = tuple({} if d is None else {d: torch.export.Dim.AUTO} for d in dims)
     try:
         with ExitStack() as stack:
             for context in (
-                _lossless(),
-                _drawing(),
+                _refuse_lossy_constructs(),
+                _refuse_foreign_randomness(),
                 keep_no_grad_regions(),
                 fix_lstm_state_shapes(),
-                _quiet(),
+                _silence_export(),
             ):
                 stack.enter_context(context)
             stack.enter_context(torch.enable_grad())
-            sizes = stack.enter_context(_asked())
+            sizes = stack.enter_context(_record_size_uses())
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
             )
@@ -83,8 +96,8 @@ def export(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Export logs and prints whole graphs when it fails; its warnings are of its own future."""
+def _silence_export() -> Iterator[None]:
+    """Hide export's logs (whole graphs when it fails) and its deprecation warnings."""
     level = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -97,62 +110,62 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _asked() -> Iterator[Sizes]:
-    """Note what the model's own code does with symbolic sizes: len(x), range(n), for row in x."""
-    sizes = Sizes()
+def _record_size_uses() -> Iterator[SizeUses]:
+    """Record what the model's own code does with symbolic sizes: len(x), range(n), n == 3."""
+    sizes = SizeUses()
 
-    def watch(original: Any, size_of: Callable[..., Any]) -> Any:
-        def watched(*args: Any, **kwargs: Any) -> Any:
+    def recording(original: Any, size_of: Callable[..., Any]) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
             caller = sys._getframe(1)
             if is_user_file(caller.f_code.co_filename):
                 size = size_of(*args, **kwargs)
                 if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
-                    sizes.fixed.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+                    sizes.concretized.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
             return original(*args, **kwargs)
 
-        return watched
+        return recorded
 
-    def first(x: Tensor) -> Any:
+    def first_size(x: Tensor) -> Any:
         return x.shape[0] if x.ndim else None
 
-    def along(x: Tensor, dim: int = 0) -> Any:
+    def size_along(x: Tensor, dim: int = 0) -> Any:
         return x.shape[dim]
 
-    truth: Any = torch.SymBool.__bool__
+    to_bool: Any = torch.SymBool.__bool__
 
-    def decided(condition: torch.SymBool) -> bool:
+    def recorded_bool(condition: torch.SymBool) -> bool:
         expr, caller = condition.node.expr, sys._getframe(1)
-        taken: bool = truth(condition)
+        value: bool = to_bool(condition)
         if is_user_file(caller.f_code.co_filename):
-            sizes.decisions.append((expr, taken))
-            if taken and isinstance(expr, sympy.Eq):  # n == 3
-                sizes.fixed.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
-        return taken
+            sizes.conditions.append((expr, value))
+            if value and isinstance(expr, sympy.Eq):  # n == 3
+                sizes.concretized.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+        return value
 
     with ExitStack() as stack:
         for owner, name, size_of in (
-            (Tensor, "__len__", first),
-            (Tensor, "__iter__", first),
-            (Tensor, "unbind", along),
-            (torch, "unbind", along),
+            (Tensor, "__len__", first_size),
+            (Tensor, "__iter__", first_size),
+            (Tensor, "unbind", size_along),
+            (torch, "unbind", size_along),
             (torch.SymInt, "__index__", lambda size: size),
         ):
-            replacement = watch(getattr(owner, name), size_of)
+            replacement = recording(getattr(owner, name), size_of)
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        stack.enter_context(mock.patch.object(torch.SymBool, "__bool__", decided))
+        stack.enter_context(mock.patch.object(torch.SymBool, "__bool__", recorded_bool))
         yield sizes
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
-    """Refuse random numbers that torch does not know of: they would become constants."""
+def _refuse_foreign_randomness() -> Iterator[None]:
+    """Refuse random numbers from Python or numpy: they would become constants of the graph."""
 
-    def refused(name: str) -> Any:
+    def error_for(name: str) -> Any:
         return CaptureError(
-            f"{name} draws a number inside the model: in the captured graph it would be a constant",
+            f"{name} is called inside the model: its random number would become a constant",
             source=user_source_line(traceback.extract_stack()),
             found=name,
-            remedy=f"draw with torch (torch.rand) inside the model; {OPTIONS}",
+            remedy=f"draw with torch (torch.rand) inside the model; {AVOIDING_OPTIONS}",
         )
 
     with ExitStack() as stack:
@@ -162,7 +175,7 @@ def _drawing() -> Iterator[None]:
                 if isinstance(owner, (random.Random, numpy.random.RandomState)) and (
                     name not in ("seed", "getstate", "setstate", "get_state", "set_state")
                 ):
-                    refuse = partial(_raise_in_user_code, function, refused, name)
+                    refuse = partial(_raise_in_user_code, function, error_for, name)
                     stack.enter_context(mock.patch.object(module, name, refuse))
         yield
 
@@ -176,36 +189,36 @@ def _raise_in_user_code(
 
 
 @contextmanager
-def _lossless() -> Iterator[None]:
+def _refuse_lossy_constructs() -> Iterator[None]:
     """Keep custom autograd.Functions; refuse what export would drop from the gradient silently."""
 
     def keep_function(cls: type[torch.autograd.Function], *args: Any) -> Any:
         if cls.__module__.startswith("torch._library"):  # an operator's registered derivative
-            return functions.apply.__func__(cls, *args)
+            return apply_function(cls, *args)
         source = user_source_line(traceback.extract_stack())
-        if cls is CheckpointFunction:  # what is kept for backward is the pipeline's business
-            run, _, *given = args
-            return run(*given)
+        if cls is CheckpointFunction:  # the pipeline itself decides what is saved for backward
+            run, _, *inputs = args
+            return run(*inputs)
         if cls is BackwardHookFunction:
-            raise _lost_hook("a backward hook of a module", source)
+            raise _hook_error("a backward hook of a module", source)
         try:
-            return functions.record(cls, *args)
+            return record_function(cls, *args)
         except CaptureError as error:
             raise error.at(source) from None
 
     def refuse_hook(tensor: Tensor, hook: Any) -> Any:
         name = getattr(hook, "__qualname__", hook)
         source = user_source_line(traceback.extract_stack())
-        raise _lost_hook(f"Tensor.register_hook({name!s})", source)
+        raise _hook_error(f"Tensor.register_hook({name!s})", source)
 
     enter: Any = torch.inference_mode.__enter__
 
     def refuse_inference(mode: Any) -> Any:
         caller = sys._getframe(1).f_code.co_filename
-        if not is_user_file(caller):  # fake tensors use it for themselves
+        if not is_user_file(caller):  # fake tensors use it internally
             return enter(mode)
         raise CaptureError(
-            "inference mode inside the model: it would be lost in the captured graph",
+            "inference mode inside the model: the captured graph would not have it",
             source=user_source_line(traceback.extract_stack()),
             remedy="use torch.no_grad() there",
         )
@@ -217,22 +230,24 @@ def _lossless() -> Iterator[None]:
         )
         stack.enter_context(mock.patch.object(Tensor, "register_hook", refuse_hook))
         for name in ("grad", "backward"):
-            stack.enter_context(mock.patch.object(torch.autograd, name, partial(_derived, name)))
+            stack.enter_context(
+                mock.patch.object(torch.autograd, name, partial(_refuse_derivative, name))
+            )
         yield
 
 
-def _derived(name: str, *args: Any, **kwargs: Any) -> None:
+def _refuse_derivative(name: str, *args: Any, **kwargs: Any) -> None:
     raise CaptureError(
         "the model takes gradients inside its forward: an exported graph has none",
         source=user_source_line(traceback.extract_stack()),
         found=f"torch.autograd.{name}",
-        remedy="take them outside of the model, or write the derivative out",
+        remedy="take them outside of the model, or write the derivative as a formula",
     )
 
 
-def _lost_hook(found: str, source: str | None) -> CaptureError:
+def _hook_error(found: str, source: str | None) -> CaptureError:
     return CaptureError(
-        "a hook on a tensor inside the model: it would be lost in the captured graph",
+        "a hook on a tensor inside the model: the captured graph would not have it",
         source=source,
         found=found,
         remedy="remove the hook (module backward hooks count too), or apply the same change to"
@@ -241,7 +256,7 @@ def _lost_hook(found: str, source: str | None) -> CaptureError:
 
 
 def _explain(error: Exception) -> CaptureError:
-    """Say in one sentence what export says in pages."""
+    """Export's error, in short, with the line of the model."""
     source = user_source_line(traceback.extract_tb(error.__traceback__))
     kind, text = type(error).__name__, str(error)
     first = next((line for line in text.splitlines() if line.strip()), kind)
@@ -253,14 +268,14 @@ def _explain(error: Exception) -> CaptureError:
             "control flow that depends on the values of tensors cannot be captured",
             source=source,
             found=first,
-            remedy="compute both branches and choose with torch.where, or take the decision out of"
-            f" the model and pass it in as a Python value; {OPTIONS}",
+            remedy="compute both branches and select with torch.where, or decide outside of the"
+            f" model and pass the decision in as a Python value; {AVOIDING_OPTIONS}",
         )
     return CaptureError(
         "torch.export cannot capture the model",
         source=source,
         found=f"{kind}: {first}",
-        remedy="see whether the model itself runs on these inputs; if so, make"
-        " torch.export.export(model, args, kwargs, strict=False) work first (the error it raised is"
-        " the cause of this one)",
+        remedy="check that the model itself runs on these inputs; if it does, make"
+        " torch.export.export(model, args, kwargs, strict=False) work first (its error is the cause"
+        " of this one)",
     )

@@ -1,4 +1,4 @@
-"""A model as a function from flat tensors to flat tensors, which is all that export must know."""
+"""`FlatModel`: a model as a function from flat tensors to flat tensors, for torch.export."""
 
 from __future__ import annotations
 
@@ -11,48 +11,72 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
 
-from .buffer_assignment import in_place, is_assigned
-from .module_state import PLAIN, Attribute, attributes, changes, held_buffers, put
+from .buffer_assignment import is_assigned_buffer, write_in_place
+from .module_state import (
+    PLAIN_TYPES,
+    Attribute,
+    changed_attributes,
+    preserve_buffers,
+    set_attributes,
+    snapshot_attributes,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
-class Hole:
-    """Stands for a tensor among the leaves of a result."""
+class TensorSlot:
+    """The position of a tensor among the leaves of a result."""
 
 
 @dataclasses.dataclass
-class _Result:
-    """The model's result as its last call gave it (kept apart: export forbids new attributes)."""
+class ForwardResult:
+    """What the last forward returned and changed.
+
+    Attributes:
+        leaves: the flattened result; a `TensorSlot` for each tensor.
+        spec: its structure; None before the first forward.
+        notes: what was left out of it.
+        changed: attributes that the forward set (they are set back).
+        assigned: qualified names of the buffers that it assigned.
+    """
 
     leaves: list[Any] = dataclasses.field(default_factory=list)
     spec: pytree.TreeSpec | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
-    remains: list[Attribute] = dataclasses.field(default_factory=list)
+    changed: list[Attribute] = dataclasses.field(default_factory=list)
     assigned: list[str] = dataclasses.field(default_factory=list)
 
 
-class Flat(nn.Module):
-    """The model as a function from flat tensors to flat tensors, which is all export must know.
+class FlatModel(nn.Module):
+    """A model as a function from flat tensors to flat tensors.
 
-    What the model leaves in its modules' attributes is noted in `result`, and taken back. A buffer
-    that it assigns is given the new value in place, where the graph shows it.
+    After each forward, `result` says which attributes it changed; they are set back. The new value
+    of a buffer that the model assigns is written in place, so that the graph shows it.
     """
 
     prefix = "model."
+    """Prefix of the model's own names in an exported program."""
 
     def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+        """Wrap a model.
+
+        Args:
+            model: is not changed.
+            leaves: flattened ``(args, kwargs)``; what is not a tensor becomes a constant.
+            spec: structure of ``(args, kwargs)``.
+        """
         super().__init__()
         self.model = model
         self.training = model.training
         self.tensor_positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         self._template = _Opaque([None if isinstance(x, Tensor) else x for x in leaves])
         self._spec = _Opaque(spec)
-        self._result = _Result()
+        self._result = ForwardResult()  # an object: export forbids new attributes
 
     @property
-    def result(self) -> _Result:
+    def result(self) -> ForwardResult:
+        """What the last forward returned and changed."""
         return self._result
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -60,25 +84,29 @@ class Flat(nn.Module):
         for position, tensor in zip(self.tensor_positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
-        before = attributes(self.model)
-        with held_buffers(self.model):
+        before = snapshot_attributes(self.model)
+        with preserve_buffers(self.model):
             try:
                 out = self.model(*args, **kwargs)
             finally:
-                changed = changes(self.model, before)
-                put(changed, "before")
-        assigned = [c for c in changed if is_assigned(c)]
+                changed = changed_attributes(self.model, before)
+                set_attributes(changed, "before")
+        assigned = [c for c in changed if is_assigned_buffer(c)]
         self._result.assigned = [str(c) for c in assigned]
-        self._result.remains = [c for c in changed if not is_assigned(c)]
+        self._result.changed = [c for c in changed if not is_assigned_buffer(c)]
+        return write_in_place(self.model, assigned, self._flatten_result(out, kwargs))
+
+    def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of a result; its other leaves go to `result`."""
         register_dataclasses(out)
         found, spec = pytree.tree_flatten(out, is_leaf=_is_cache)
         result = self._result
         result.leaves, result.spec, result.notes = [], spec, []
-        values = []
+        tensors = []
         for leaf in found:
             if isinstance(leaf, Tensor):
-                values.append(leaf)
-                result.leaves.append(Hole())
+                tensors.append(leaf)
+                result.leaves.append(TensorSlot())
             elif _is_cache(leaf):
                 if kwargs.get("use_cache"):
                     raise CaptureError(
@@ -88,7 +116,7 @@ class Flat(nn.Module):
                     )
                 result.notes.append(f"left out of the result: {type(leaf).__name__}")
                 result.leaves.append(None)
-            elif isinstance(leaf, (*PLAIN, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            elif isinstance(leaf, (*PLAIN_TYPES, torch.SymInt, torch.SymFloat, torch.SymBool)):
                 result.leaves.append(leaf)
             else:
                 raise CaptureError(
@@ -97,25 +125,29 @@ class Flat(nn.Module):
                     remedy="return tensors in tuples, lists, dicts, named tuples or dataclasses, or"
                     " register the class with torch.utils._pytree.register_pytree_node",
                 )
-        return in_place(self.model, assigned, values)
+        return tensors
 
 
 @dataclasses.dataclass
 class _Opaque:
-    """Keeps a container out of export's walk over a module's attributes."""
+    """Hides a container from export, which visits a module's attributes."""
 
     value: Any
 
 
 def _is_cache(value: Any) -> bool:
-    """A transformers key/value cache: returned by default, of no use in training."""
+    """Whether this is a transformers key/value cache: returned by default, unused in training."""
     return any(
         c.__name__ == "Cache" and "transformers" in c.__module__ for c in type(value).__mro__
     )
 
 
 def register_dataclasses(value: Any) -> None:
-    """Make plain dataclasses among inputs or results known as containers."""
+    """Register plain dataclasses among inputs or results as pytree containers.
+
+    Args:
+        value: arguments or a result, nested.
+    """
     for leaf in pytree.tree_leaves(value):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and not _is_cache(leaf):
             pytree.register_dataclass(type(leaf))

@@ -1,16 +1,16 @@
-"""Running statistics: what the whole batch's are, given those of its micro-batches.
+"""Running statistics of the whole batch, computed from those of its micro-batches.
 
-A norm still normalises each micro-batch by its own statistics, as in GPipe's paper (section 2.2).
-Its call is made to write them to tensors of its own (momentum 1), and the buffers' new values are
-worked out from these.
+A norm still normalises each micro-batch by its own statistics, as in the GPipe paper (section 2.2).
+Its op is changed to write them to separate tensors (momentum 1), and the new values of its buffers
+are computed from these.
 
-BatchNorm: n samples times positions in all, n_i in one micro-batch; s the old running mean, a shift
-against cancellation:
+BatchNorm: n is the number of samples times positions of the batch, n_i of one micro-batch; s is the
+old running mean, subtracted against cancellation:
 
     mean = Σ n_i mean_i / n,   variance = Σ n_i (var_i + (mean_i - s)²) / n - (mean - s)²
 
-InstanceNorm: what it remembers is the mean over the samples, of their means and of their unbiased
-variances. So the batch's is the mean of the micro-batches', weighted by their samples.
+InstanceNorm: its running statistics are means over the samples, of their means and unbiased
+variances. Those of the batch are the mean of the micro-batches', weighted by their samples.
 """
 
 from __future__ import annotations
@@ -31,34 +31,33 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-CUMULATIVE = -1.0
-"""What stands for momentum None while a model is captured: 1 / (number of batches so far)."""
+CUMULATIVE_MOMENTUM = -1.0
+"""Replaces momentum None while a model is captured. It means 1 / (number of batches so far)."""
 
 NORMS = {aten.batch_norm.default, aten.instance_norm.default}
-"""Operators whose running statistics are known to follow from those of micro-batches."""
+"""Ops whose running statistics can be computed from those of micro-batches."""
 
 
 def momentum_of(node: fx.Node) -> float | None:
-    """The number by which a norm's call blends old and new; None where it is no number."""
+    """The momentum of a norm's node; None if it is not a number."""
     momentum = node.args[6] if len(node.args) > 6 else None
     return float(momentum) if isinstance(momentum, (int, float)) else None
 
 
-def own_statistics(
+def separate_statistics(
     graph: fx.Graph, node: fx.Node, add: Add, counter: fx.Node | None, shift: fx.Node
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Let a norm's call write to tensors of its own.
+    """Let a norm write its statistics to separate tensors; compute the new running ones.
 
     Args:
-        graph: what is added comes after `node`, but for the tensors that it writes to.
-        node: a call of one of the `NORMS` that reads and writes running statistics.
-        add: adds a call to the graph.
-        counter: how many batches a BatchNorm has seen, for cumulative averages.
-        shift: a running mean as it was before the step.
+        graph: nodes are added after `node`; the tensors that it writes to, before it.
+        node: one of the `NORMS` that reads and writes running statistics.
+        add: adds an op to the graph.
+        counter: the number of batches that a BatchNorm has seen, for cumulative averages.
+        shift: the running mean before the step.
 
     Returns:
-        The new running mean and variance; and a node whose micro-batches' values are to be
-        combined by their mean.
+        The new running mean and variance, and a node that combines over micro-batches by "mean".
     """
     x, mean, variance = node.args[0], node.args[3], node.args[4]
     momentum: Any = momentum_of(node)
@@ -71,7 +70,7 @@ def own_statistics(
     else:
         packed, whole, spread = _moments(graph, x, shift, own, add)
     blend: Any = aten.lerp.Scalar
-    if momentum == CUMULATIVE and counter is not None:
+    if momentum == CUMULATIVE_MOMENTUM and counter is not None:
         blend = aten.lerp.Tensor
         batches = add(aten.to.dtype, counter, own[0].meta["val"].dtype)
         momentum = add(aten.reciprocal.default, batches)
@@ -81,7 +80,7 @@ def own_statistics(
 def _moments(
     graph: fx.Graph, x: Any, old: Any, own: list[fx.Node], add: Add
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """What is combined over the micro-batches, and the batch's mean and variance from it."""
+    """The moments that are combined over micro-batches; the batch's mean and variance from them."""
     positions = prod(int(symbolic_size(n)) for n in x.meta["val"].shape[2:])
     samples = add_size(graph, aten.sym_size.int, x, 0)
     count = add_size(graph, operator.mul, samples, positions)

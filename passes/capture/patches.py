@@ -1,4 +1,4 @@
-"""What stands in for parts of a model while it is captured, and is gone afterwards."""
+"""Context managers that replace parts of a model, or of torch, while the model is traced."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autopipe.passes._torch import symbolic_fake_mode
+from autopipe.passes._torch import BatchNormBase, symbolic_fake_mode
 from autopipe.passes.graph import is_user_file
 
-from .norm_statistics import CUMULATIVE
+from .norm_statistics import CUMULATIVE_MOMENTUM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-class DataDetached(TorchFunctionMode):
-    """``tensor.data`` is ``tensor.detach()``: export loses sight of the one, not of the other."""
+class DetachInsteadOfData(TorchFunctionMode):
+    """Read ``tensor.data`` as ``tensor.detach()``: export records only the latter."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -29,25 +29,31 @@ class DataDetached(TorchFunctionMode):
 
 
 @contextmanager
-def noted_hooks(module: nn.Module) -> Iterator[list[str]]:
-    """Name the user's forward hooks that return nothing: where they are written, and of what.
+def find_observer_hooks(module: nn.Module) -> Iterator[list[str]]:
+    """Find the user's forward hooks that return nothing.
 
-    What a hook returns is captured. One that returns nothing may only look on (and keep what it
-    sees): it runs now, and never again.
+    What a hook returns is captured. A hook that returns nothing may only observe (and store what it
+    sees): it runs while the model is traced, and never again.
+
+    Args:
+        module: its hooks are wrapped until exit.
+
+    Yields:
+        A list, filled on exit: for each hook the modules that have it, and where it is written.
     """
     found: dict[str, list[str]] = {}
 
-    def noting(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         code = getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None)
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             result = hook(*args, **kwargs)
             if result is None and code is not None and is_user_file(code.co_filename):
-                where = f"{code.co_filename}:{code.co_firstlineno}"
-                found.setdefault(where, []).append(path or "the model")
+                line = f"{code.co_filename}:{code.co_firstlineno}"
+                found.setdefault(line, []).append(path or "the model")
             return result
 
-        return noted
+        return wrapped
 
     registries: list[tuple[str, dict[int, Any]]] = [
         (path, registry)
@@ -56,32 +62,42 @@ def noted_hooks(module: nn.Module) -> Iterator[list[str]]:
     ]
     originals = [(r, key, hook) for _, r in registries for key, hook in r.items()]
     for path, registry in registries:
-        registry.update({key: noting(path, hook) for key, hook in registry.items()})
+        registry.update({key: wrap(path, hook) for key, hook in registry.items()})
     names: list[str] = []
     try:
         yield names
     finally:
         for registry, key, hook in originals:
             registry[key] = hook
-        for where, paths in found.items():
+        for line, paths in found.items():
             first, *others = dict.fromkeys(paths)
             more = f" and {len(others)} more" if others else ""
-            names.append(f"{first}{more} ({where})")
+            names.append(f"{first}{more} ({line})")
 
 
 @contextmanager
-def cumulative_norms(module: nn.Module) -> Iterator[list[str]]:
-    """Let batch norms with momentum None be traced, which would ask a counter for its value."""
+def trace_cumulative_norms(module: nn.Module) -> Iterator[list[str]]:
+    """Let batch norms with momentum None be traced.
+
+    Their forward reads the value of a counter, which a traced tensor does not have. Until exit
+    their momentum is `CUMULATIVE_MOMENTUM`.
+
+    Args:
+        module: the model.
+
+    Yields:
+        The paths of these norms.
+    """
     found = {
         name: m
         for name, m in module.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        if isinstance(m, BatchNormBase)
         and m.momentum is None
         and m.training
         and m.track_running_stats
     }
     for norm in found.values():
-        norm.momentum = CUMULATIVE
+        norm.momentum = CUMULATIVE_MOMENTUM
     try:
         yield list(found)
     finally:
@@ -90,11 +106,15 @@ def cumulative_norms(module: nn.Module) -> Iterator[list[str]]:
 
 
 @contextmanager
-def off_meta(module: nn.Module, examples: list[Tensor]) -> Iterator[None]:
-    """While a model on meta is traced, fakes on the CPU stand for its tensors (and the examples).
+def replace_meta_tensors(module: nn.Module, examples: list[Tensor]) -> Iterator[None]:
+    """Replace a model's meta tensors, and the examples, by fake CPU tensors until exit.
 
-    What the model makes beside its own tensors, such as ``torch.tensor(3.0, device=x.device)``,
-    would otherwise be captured on meta too: a constant without a value.
+    Tensors that the model creates, such as ``torch.tensor(3.0, device=x.device)``, would otherwise
+    be captured on meta too: constants without values.
+
+    Args:
+        module: the model; nothing happens if it has no meta tensor.
+        examples: is changed.
     """
     holders: list[dict[str, Any]] = [
         h for m in module.modules() for h in (m._parameters, m._buffers)

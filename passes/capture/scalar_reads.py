@@ -1,8 +1,8 @@
-"""Numbers that are read off tensors: ``loss.sum() / mask.sum().item()``.
+"""Python numbers that are read from tensors: ``loss.sum() / mask.sum().item()``.
 
-The exporter knows such a number by a symbol. Here it becomes a tensor of one entry without a
-gradient, and so does what is computed from it: then it is followed, summed over micro-batches and
-run in the epilogue like any other value. What must really be a number, such as a size, is refused.
+torch.export represents such a number by a symbol. Here it becomes a tensor of one entry without a
+gradient, and so does everything computed from it. Then it can be summed over micro-batches, or used
+in the epilogue, like any other value. Where a real number is needed, such as a size, it is refused.
 """
 
 from __future__ import annotations
@@ -22,55 +22,60 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-ITEMS = (aten.item.default, aten._local_scalar_dense.default)
+READS = (aten.item.default, aten._local_scalar_dense.default)
 
 
-def keep_tensors(graph: fx.Graph) -> None:
-    """Rewrite the numbers of a normalized graph; changes it.
+def scalars_to_tensors(graph: fx.Graph) -> None:
+    """Turn the numbers that a graph reads from tensors into tensors.
+
+    Args:
+        graph: normalized; is changed.
 
     Raises:
         CaptureError: a shape, or something else that is a number, depends on values.
     """
-    known: dict[fx.Node, fx.Node] = {}
+    tensors: dict[fx.Node, fx.Node] = {}  # number → tensor
     for node in list(graph.nodes):
-        given = [n for n in node.all_input_nodes if n in known]
-        if node.op != "call_function" or (node.target not in ITEMS and not given):
+        numbers = [n for n in node.all_input_nodes if n in tensors]
+        if node.op != "call_function" or (node.target not in READS and not numbers):
             continue
         with graph.inserting_before(node):
-            if node.target in ITEMS:
-                known[node] = _tensor(graph, node.all_input_nodes[0])
+            if node.target in READS:
+                tensors[node] = _read_tensor(graph, node.all_input_nodes[0])
             elif is_size(node):
-                known[node] = _computed(graph, node, known)
+                tensors[node] = _tensor_arithmetic(graph, node, tensors)
             else:
-                node.target = _with_tensors(node, known)
-                node.args = fx.map_arg(node.args, lambda n: known.get(n, n))
-                node.kwargs = fx.map_arg(node.kwargs, lambda n: known.get(n, n))
-    for node in reversed(list(known)):
+                node.target = _tensor_overload(node, tensors)
+                node.args = fx.map_arg(node.args, lambda n: tensors.get(n, n))
+                node.kwargs = fx.map_arg(node.kwargs, lambda n: tensors.get(n, n))
+    for node in reversed(list(tensors)):
         if not node.users:
             graph.erase_node(node)
     for node in graph.nodes:
         if free_unbacked_symbols(node.meta.get("val")):
-            raise _refused(node)
+            raise _error(node)
 
 
-def _tensor(graph: fx.Graph, source: fx.Node) -> fx.Node:
-    """A Python number has double precision."""
+def _read_tensor(graph: fx.Graph, source: fx.Node) -> fx.Node:
+    """The tensor for ``source.item()``, in double precision like a Python number."""
     value = source.meta["val"]
     dtype = torch.float64 if value.is_floating_point() else torch.int64
     flat = add_call(graph, aten.reshape.default, source, [])
     return add_call(graph, aten.to.dtype, add_call(graph, aten.detach.default, flat), dtype)
 
 
-def _computed(graph: fx.Graph, node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """Arithmetic on numbers, one of them a tensor now."""
-    args = [known.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
+def _tensor_arithmetic(
+    graph: fx.Graph, node: fx.Node, tensors: Mapping[fx.Node, fx.Node]
+) -> fx.Node:
+    """Arithmetic on numbers, at least one of which is a tensor now."""
+    args = [tensors.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
     tensor_first = isinstance(args[0], fx.Node) and not is_size(args[0])
     rule = (ARITHMETIC if tensor_first else REVERSED).get(node.target)
     if rule is None or node.kwargs:
-        raise _refused(node)
+        raise _error(node)
 
-    def call(target: Any, *given: Any) -> fx.Node:
-        return add_call(graph, target, *given)
+    def call(target: Any, *operands: Any) -> fx.Node:
+        return add_call(graph, target, *operands)
 
     result: fx.Node = rule(call, *args)
     return result
@@ -96,7 +101,7 @@ ARITHMETIC: dict[Any, Any] = {
     torch.sym_max: lambda call, x, y: _larger(call, x, y, of=aten.maximum.default, bound="min"),
     torch.sym_min: lambda call, x, y: _larger(call, x, y, of=aten.minimum.default, bound="max"),
 }
-"""Operations on numbers as calls on tensors; the first operand is one."""
+"""Operations on numbers → ops on tensors, where the first operand is a tensor."""
 
 REVERSED: dict[Any, Any] = {
     operator.add: lambda call, y, x: call(aten.add.Tensor, x, y),
@@ -108,28 +113,28 @@ REVERSED: dict[Any, Any] = {
     torch.sym_max: lambda call, y, x: call(aten.clamp_min.default, x, y),
     torch.sym_min: lambda call, y, x: call(aten.clamp_max.default, x, y),
 }
-"""The same where the first operand is a number and the second a tensor."""
+"""The same where the first operand is a number and the second is a tensor."""
 
 
-def _with_tensors(node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> Any:
-    """The overload of an operator that takes tensors for these numbers."""
+def _tensor_overload(node: fx.Node, tensors: Mapping[fx.Node, fx.Node]) -> Any:
+    """The overload of a node's op that takes tensors instead of these numbers."""
     target: Any = node.target
     if not isinstance(target, OpOverload):
-        raise _refused(node)
+        raise _error(node)
     own = [a.name for a in target._schema.arguments]
-    positions = {own[i] for i, a in enumerate(node.args) if a in known}
-    positions |= {n for n, a in node.kwargs.items() if a in known}
-    listed = [n for n in node.all_input_nodes if n in known]
-    if len(listed) <= len(positions):  # none is within a list, such as a size
+    positions = {own[i] for i, a in enumerate(node.args) if a in tensors}
+    positions |= {n for n, a in node.kwargs.items() if a in tensors}
+    listed = [n for n in node.all_input_nodes if n in tensors]
+    if len(listed) <= len(positions):  # none is inside a list, such as a size
         packet = target.overloadpacket
         for overload in [target, *(getattr(packet, n) for n in packet.overloads())]:
             arguments = {a.name: str(a.type) for a in overload._schema.arguments}
             if list(arguments) == own and all("Tensor" in arguments[p] for p in positions):
                 return overload
-    raise _refused(node)
+    raise _error(node)
 
 
-def _refused(node: fx.Node) -> CaptureError:
+def _error(node: fx.Node) -> CaptureError:
     return CaptureError(
         "a number or a shape that depends on the values of tensors cannot be pipelined",
         node=node.name,

@@ -1,8 +1,8 @@
-"""The batch sizes that a captured graph holds for: the branches that were taken on the size.
+"""The batch sizes that a captured graph holds for.
 
-A model may branch on the number of samples, or make a plain number of it (`scale=1 / len`). Its
-graph then holds the branch of the batch that it was captured with. What is asked here is about the
-whole batch, as in eager torch, whatever its micro-batches.
+A model may branch on the number of samples, or make a plain number of it (``1 / len(x)``). Its
+graph then holds the branch for the batch that it was captured with. As in eager torch, the size is
+that of the whole batch, not of a micro-batch.
 """
 
 from __future__ import annotations
@@ -20,25 +20,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def branches(graph: fx.Graph, decisions: Iterable[tuple[Any, bool]], batch: int) -> SizeGuards:
-    """Branches of a normalized graph.
+def collect_guards(
+    graph: fx.Graph, conditions: Iterable[tuple[Any, bool]], batch: int
+) -> SizeGuards:
+    """Collect the conditions on the batch size under which a graph was captured.
 
     Args:
-        graph: its placeholders know what was assumed of their sizes.
-        decisions: conditions on sizes that the model itself evaluated, and what they gave.
+        graph: normalized; its placeholders' symbols know what export assumed of them.
+        conditions: (condition on sizes, its value) for those that the model itself evaluated.
         batch: the number of samples that it was traced with.
+
+    Returns:
+        The conditions that were true, in `B`, and whether one sample satisfies them.
     """
-    conditions: dict[sympy.Basic, None] = {}
+    assumed: dict[sympy.Basic, None] = {}
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, Tensor):
             sizes: list[Any] = [s for s in value.shape if isinstance(s, torch.SymInt)]
-            environments = {s.node.shape_env for s in sizes}
-            for environment in environments:
-                conditions |= {in_batch_symbol(g.expr): None for g in environment.guards}
+            for environment in {s.node.shape_env for s in sizes}:
+                assumed |= {in_batch_symbol(g.expr): None for g in environment.guards}
     squeezed = any("squeezed" in n.meta for n in graph.nodes)
-    one = all(holds_at(in_batch_symbol(c), 1) == taken for c, taken in decisions)
-    # (Where strides of the example were assumed to differ from what its sizes give, the symbols
-    # stand for more than the batch's size; what is not even true of the example says nothing.)
-    taken_ones = (c for c in conditions if c.free_symbols and holds_at(c, batch))
-    return SizeGuards(tuple(taken_ones), one and not squeezed)
+    single = all(holds_at(in_batch_symbol(c), 1) == value for c, value in conditions)
+    # (Where an example's strides were assumed to differ from what its sizes give, the symbols stand
+    # for more than the batch size. A condition that is false for the example itself says nothing.)
+    guards = (c for c in assumed if c.free_symbols and holds_at(c, batch))
+    return SizeGuards(tuple(guards), single and not squeezed)

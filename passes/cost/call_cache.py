@@ -1,6 +1,7 @@
-"""A distinct call of a captured graph: what it costs, whichever of its likes is meant.
+"""The cost of a distinct call: computed once, shared by all calls that are alike.
 
-Calls are alike if operator, sizes, strides, dtypes and gradients are: a model's layers repeat.
+Two calls are alike if their operator, sizes, strides, dtypes and gradients are equal. The layers of
+a model usually repeat the same few calls.
 """
 
 from __future__ import annotations
@@ -24,84 +25,109 @@ if TYPE_CHECKING:
     from torch import fx
 
 Flags = tuple[bool, ...]
-"""For each leaf of a value: something about gradients."""
+"""One boolean per tensor of a value: does it need a gradient, or get one?"""
 
 
 class DistinctCall:
-    """A distinct call: its runs by batch size, its backwards by which results get a gradient."""
+    """One distinct call: its runs by batch size, its backwards by which results get a gradient.
 
-    def __init__(self, node: fx.Node, needs: tuple[Flags, ...], *, fused: bool = False) -> None:
+    Attributes:
+        node: a node of the graph that makes the call.
+        operands_need_grad: for each tensor operand, for each of its tensors.
+        is_fused: whether it runs on fake CPU tensors, where fused kernels are chosen.
+        memory_call: the call by which memory is counted: this one, or for attention its fused
+            variant.
+        failed: whether it cannot run without memory, so that its cost is an estimate.
+    """
+
+    def __init__(
+        self, node: fx.Node, operands_need_grad: tuple[Flags, ...], *, fused: bool = False
+    ) -> None:
         self.node = node
-        self.given = needs
+        self.operands_need_grad = operands_need_grad
         self.is_fused = fused
-        self.runs: dict[int, MetaRun] = {}
-        self.backs: dict[tuple[int, Flags], MetaBackward] = {}
-        self.costs: dict[Flags, NodeCost] = {}
-        self.memory = self
-        self.refused = False
+        self.memory_call = self
+        self.failed = False
+        self._runs: dict[int, MetaRun] = {}
+        self._backwards: dict[tuple[int, Flags], MetaBackward] = {}
+        self._costs: dict[Flags, NodeCost] = {}
 
     @classmethod
-    def of(cls, node: fx.Node, needs: tuple[Flags, ...]) -> DistinctCall:
-        """Run a call for the first time: on meta tensors, or else on fake ones of the CPU (a custom
-        Function may make tensors there); note if it refuses to run without memory."""
+    def first_run(cls, node: fx.Node, operands_need_grad: tuple[Flags, ...]) -> DistinctCall:
+        """Run a call for the first time and note whether it can run without memory.
+
+        It runs on meta tensors, or else on fake CPU tensors (a custom autograd.Function may create
+        CPU tensors).
+        """
         for fused in (False, True):
-            known = cls(node, needs, fused=fused)
+            call = cls(node, operands_need_grad, fused=fused)
             try:
-                known.run(PROBE_BATCHES[0])
+                call.run(PROBE_BATCHES[0])
                 if node.target in ATTENTION:
-                    known.memory = cls(node, needs, fused=True)
-                    known.memory.run(PROBE_BATCHES[0])
-                return known
+                    call.memory_call = cls(node, operands_need_grad, fused=True)
+                    call.memory_call.run(PROBE_BATCHES[0])
+                return call
             except Exception:  # whatever an operator, or a user's Function, may raise
-                known.refused = True
-        return known
+                call.failed = True
+        return call
 
     def run(self, batch: int) -> MetaRun:
-        """The call at one batch size."""
-        if batch not in self.runs:
-            self.runs[batch] = run_forward(self.node, batch, self.given, fused=self.is_fused)
-        return self.runs[batch]
+        """Run the call at one batch size, once."""
+        if batch not in self._runs:
+            self._runs[batch] = run_forward(
+                self.node, batch, self.operands_need_grad, fused=self.is_fused
+            )
+        return self._runs[batch]
 
-    def back(self, batch: int, wanted: Flags) -> MetaBackward:
-        """Its backward."""
-        if (batch, wanted) not in self.backs:
-            self.backs[batch, wanted] = run_backward(self.run(batch), wanted)
-        return self.backs[batch, wanted]
+    def run_backward(self, batch: int, results_get_grad: Flags) -> MetaBackward:
+        """Run its backward at one batch size, once for each set of results that get a gradient."""
+        key = (batch, results_get_grad)
+        if key not in self._backwards:
+            self._backwards[key] = run_backward(self.run(batch), results_get_grad)
+        return self._backwards[key]
 
-    def arrives(self, wanted: Flags) -> Sequence[Flags]:
-        """For each operand, the leaves that a gradient arrives at."""
-        return self.given if self.refused else self.back(PROBE_BATCHES[0], wanted).arrives
+    def operands_get_grad(self, results_get_grad: Flags) -> Sequence[Flags]:
+        """For each operand, the tensors that get a gradient from the backward."""
+        if self.failed:
+            return self.operands_need_grad
+        return self.run_backward(PROBE_BATCHES[0], results_get_grad).operands_get_grad
 
     @property
-    def keeps_results(self) -> bool:
-        """Whether its backward reads its results (not what only it sees)."""
-        return self.refused or self.memory.run(PROBE_BATCHES[0]).saved_results
+    def saves_results(self) -> bool:
+        """Whether its backward reads its results (intermediates that only it sees do not count)."""
+        return self.failed or self.memory_call.run(PROBE_BATCHES[0]).saves_results
 
-    def flow(self, wanted: Flags) -> GradFlow:
-        """The gradients it takes part in, if these come for its results."""
+    def grad_flow(self, results_get_grad: Flags) -> GradFlow:
+        """Return the gradients that the call takes part in if these results get one."""
         try:
-            self.cost(wanted)
-        except Exception:  # another size, or its backward, refuses
-            self.refused = True
-        if self.refused or not any(wanted):
-            return GradFlow(self.given, wanted, saves_results=any(wanted))
-        memory = self.memory.run(PROBE_BATCHES[0])
-        own = memory.saved_results or memory.inner_bytes > 0
-        return GradFlow(self.given, wanted, tuple(sorted(memory.saved_operands)), own)
+            self.cost(results_get_grad)
+        except Exception:  # it fails at another batch size, or its backward does
+            self.failed = True
+        if self.failed or not any(results_get_grad):
+            return GradFlow(
+                self.operands_need_grad, results_get_grad, saves_results=any(results_get_grad)
+            )
+        run = self.memory_call.run(PROBE_BATCHES[0])
+        return GradFlow(
+            self.operands_need_grad,
+            results_get_grad,
+            saved_operands=tuple(sorted(run.saved_operands)),
+            saves_results=run.saves_results or run.inner_bytes > 0,
+        )
 
-    def cost(self, wanted: Flags) -> NodeCost:
-        """All of its cost but what depends on its neighbours."""
-        if wanted not in self.costs:
-            self.costs[wanted] = _cost(self, wanted)
-        return self.costs[wanted]
+    def cost(self, results_get_grad: Flags) -> NodeCost:
+        """Return the part of its cost that does not depend on its neighbours in the graph."""
+        if results_get_grad not in self._costs:
+            self._costs[results_get_grad] = _cost(self, results_get_grad)
+        return self._costs[results_get_grad]
 
 
-def _cost(known: DistinctCall, wanted: Flags) -> NodeCost:
-    node, target = known.node, known.node.target
+def _cost(call: DistinctCall, results_get_grad: Flags) -> NodeCost:
+    node, target = call.node, call.node.target
     sources = [t for n in node.all_input_nodes for t in tensors_of(n)]
-    owned = {storage_id(t) for t in sources}
+    source_storages = {storage_id(t) for t in sources}
     results = tensors_of(node)
-    new = [t for t in results if storage_id(t) not in owned]
+    new = [t for t in results if storage_id(t) not in source_storages]
     is_view = not new and not target._schema.is_mutable  # type: ignore[union-attr]
     moved = sum((nbytes(t) for t in [*sources, *results]), ZERO)
     floats = [t for t in [*results, *sources] if t.is_floating_point()]
@@ -109,25 +135,27 @@ def _cost(known: DistinctCall, wanted: Flags) -> NodeCost:
         forward_bytes=ZERO if is_view else moved,
         activation_bytes=sum((nbytes(t) for t in new), ZERO),
         precision="half" if floats and floats[0].dtype.itemsize == 2 else "fp32",
-        exact=not known.refused and all(map(_is_polynomial, [*sources, *results])),
+        exact=not call.failed and all(map(_is_polynomial, [*sources, *results])),
     )
-    if known.refused:
-        return replace(cost, backward_bytes=2 * moved if any(wanted) else ZERO)
-    forward = fit_polynomial(lambda batch: known.run(batch).flops)
+    if call.failed:
+        return replace(cost, backward_bytes=2 * moved if any(results_get_grad) else ZERO)
+    forward = fit_polynomial(lambda batch: call.run(batch).flops)
     cost = replace(cost, forward_flops=forward, kind=work_kind(node.target, forward))
-    if not any(wanted):
+    if not any(results_get_grad):
         return cost
-    memory = known.memory
+    memory = call.memory_call
     return replace(
         cost,
-        backward_flops=fit_polynomial(lambda batch: known.back(batch, wanted).flops),
-        backward_bytes=fit_polynomial(lambda batch: memory.back(batch, wanted).moved_bytes),
-        saved_bytes=fit_polynomial(lambda batch: memory.run(batch).inner_bytes),
+        backward_flops=fit_polynomial(lambda b: call.run_backward(b, results_get_grad).flops),
+        backward_bytes=fit_polynomial(
+            lambda b: memory.run_backward(b, results_get_grad).moved_bytes
+        ),
+        saved_bytes=fit_polynomial(lambda b: memory.run(b).inner_bytes),
     )
 
 
 def nbytes(tensor: Tensor) -> sympy.Expr:
-    """Bytes of a tensor of a captured graph, as an expression in `B`."""
+    """Return the bytes of a tensor of a captured graph, as an expression in `B`."""
     return sympy.Mul(*map(symbolic_size, tensor.shape)) * tensor.dtype.itemsize
 
 

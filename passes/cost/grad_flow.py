@@ -1,10 +1,11 @@
-"""Which values of a captured graph need a gradient, and which get one.
+"""Find which values of a captured graph need a gradient, and which get one.
 
-Forwards: what is computed from a parameter or an input that wants a gradient, as autograd itself
-says of each call. Backwards: what a gradient comes for, from the results that a program is
-differentiated at. A frozen part of a model gets none, and the first layer owes its input none.
+A value needs a gradient if it is computed from a parameter or input that requires one; autograd
+itself says so, call by call (a walk forward). A value gets a gradient if one flows to it from the
+outputs that a program is differentiated at (a walk backward). A frozen part of a model gets none,
+and a first layer computes none for its input.
 
-In-place writes are followed by memory: what is read after one depends on it.
+In-place writes are followed by memory: what is read after a write depends on it.
 """
 
 from __future__ import annotations
@@ -29,178 +30,174 @@ if TYPE_CHECKING:
 
 
 class GradientAnalysis:
-    """What is found out about one graph.
+    """The gradients of one captured graph.
 
     Attributes:
-        of: for each call that is costed, its kind of call.
-        flows: the gradients that it takes part in.
-        kept: memory (by its identity) that autograd keeps for the backward.
-        shares: how many gradients are summed for a value.
+        call_of: for each call that is costed, its distinct call.
+        flows: for each call that is costed, the gradients that it takes part in.
+        saved_storages: identities of the memory that autograd saves for the backward.
+        gradient_count: for each value, the number of gradients that are summed for it.
     """
 
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
-        self.nodes = list(captured.graph_module.graph.nodes)
-        self.known: dict[Hashable, DistinctCall] = {}
-        self.of: dict[fx.Node, DistinctCall] = {}
-        self.looks: dict[fx.Node, Hashable] = {}
-        self.needs: dict[fx.Node, Flags] = {}
-        self.gets: dict[fx.Node, list[bool]] = {}
-        self.shares: Counter[fx.Node] = Counter()
-        self.kept: set[int] = set()
-        self.writer: dict[int, fx.Node] = {}
-        self.behind: dict[fx.Node, list[fx.Node]] = {}
+        self.call_of: dict[fx.Node, DistinctCall] = {}
         self.flows: dict[fx.Node, GradFlow] = {}
+        self.saved_storages: set[int] = set()
+        self.gradient_count: Counter[fx.Node] = Counter()
+        self._nodes = list(captured.graph_module.graph.nodes)
+        self._distinct: dict[Hashable, DistinctCall] = {}
+        self._metadata: dict[fx.Node, Hashable] = {}
+        self._needs: dict[fx.Node, Flags] = {}
+        self._gets: dict[fx.Node, list[bool]] = {}
+        self._last_writer: dict[int, fx.Node] = {}  # by the identity of memory
+        self._earlier_writers: dict[fx.Node, list[fx.Node]] = {}  # of what a call reads
 
     def run(self) -> None:
-        """Both walks."""
-        self._forwards()
-        for node in _differentiated(self.captured, self.needs):
-            self._gets(node, self.needs[node])
-        self._backwards()
+        """Walk the graph forward, then backward."""
+        self._walk_forward()
+        for node in _differentiated(self.captured, self._needs):
+            self._add_gradient(node, self._needs[node])
+        self._walk_backward()
 
     # ------------------------------------------------------------------ which need a gradient
 
-    def _forwards(self) -> None:
+    def _walk_forward(self) -> None:
         wanted = {i.name for i in self.captured.inputs if i.requires_grad}
-        for node in self.nodes:
+        for node in self._nodes:
             if node.op == "output":
                 continue
             if node.op == "placeholder":
-                self.needs[node] = (node.name in wanted,)
+                self._needs[node] = (node.name in wanted,)
             elif is_size(node):
-                self.needs[node] = (False,)
+                self._needs[node] = (False,)
             elif not isinstance(node.target, OpOverload):
-                self.needs[node] = self._needs_of_plain(node)
+                self._needs[node] = self._needs_of_python_function(node)
             else:
-                self.needs[node] = self._needs_of_call(node)
+                self._needs[node] = self._needs_of_operator(node)
 
-    def _needs_of_plain(self, node: fx.Node) -> Flags:
-        """Python's own functions: a part of several results; others are taken to pass gradients."""
+    def _needs_of_python_function(self, node: fx.Node) -> Flags:
+        """`getitem` selects one of several results; other functions are assumed differentiable."""
         if node.target is operator.getitem and isinstance(node.args[1], int):
             source: Any = node.args[0]
             if isinstance(node.meta["val"], Tensor) or node.meta["val"] is None:
-                return (self.needs[source][node.args[1]],)
-        return _like(node, any(any(self.needs[n]) for n in tensor_operands(node)))
+                return (self._needs[source][node.args[1]],)
+        return _flags_like(node, any(any(self._needs[n]) for n in tensor_operands(node)))
 
-    def _needs_of_call(self, node: fx.Node) -> Flags:
+    def _needs_of_operator(self, node: fx.Node) -> Flags:
         operands = tensor_operands(node)
-        # The last write to what is read; that one reads the ones before.
-        writers = {n: [self.writer[s] for s in _storages(n) if s in self.writer] for n in operands}
-        self.behind[node] = [w for n, late in writers.items() for w in late if w is not n]
-        needs = [
-            _like(n, True) if any(any(self.needs[w]) for w in writers[n]) else self.needs[n]
+        # The last write to what is read; that write reads the ones before it.
+        writers = {
+            n: [self._last_writer[s] for s in _storages(n) if s in self._last_writer]
             for n in operands
-        ]
-        key = self._key(node, tuple(needs))
-        if key not in self.known:
-            self.known[key] = DistinctCall.of(node, tuple(needs))
-        self.of[node] = known = self.known[key]
-        flags = (
-            _like(node, any(map(any, needs)))
-            if known.refused
-            else known.run(PROBE_BATCHES[0]).flags
+        }
+        self._earlier_writers[node] = [w for n, ws in writers.items() for w in ws if w is not n]
+        needs = tuple(
+            _flags_like(n, True) if any(any(self._needs[w]) for w in writers[n]) else self._needs[n]
+            for n in operands
         )
+        key = self._key(node, needs)
+        if key not in self._distinct:
+            self._distinct[key] = DistinctCall.first_run(node, needs)
+        self.call_of[node] = call = self._distinct[key]
         for n in written_arguments(node):
-            self.writer.update(dict.fromkeys(_storages(n), node))
-        return flags
+            self._last_writer.update(dict.fromkeys(_storages(n), node))
+        if call.failed:
+            return _flags_like(node, any(map(any, needs)))
+        return call.run(PROBE_BATCHES[0]).results_need_grad
 
     def _key(self, node: fx.Node, needs: tuple[Flags, ...]) -> Hashable:
+        """Equal for calls that are alike (see `call_cache`)."""
         position = {n: i for i, n in enumerate(tensor_operands(node))}
 
-        def look(value: Any) -> Hashable:
+        def describe(value: Any) -> Hashable:
             if isinstance(value, fx.Node):
-                if value not in self.looks:
-                    self.looks[value] = _look(value)
-                return (position.get(value), self.looks[value])
+                if value not in self._metadata:
+                    self._metadata[value] = _metadata(value)
+                return (position.get(value), self._metadata[value])
             if isinstance(value, (tuple, list)):
-                return tuple(map(look, value))
+                return tuple(map(describe, value))
             if isinstance(value, dict):
-                return tuple((k, look(v)) for k, v in value.items())
+                return tuple((k, describe(v)) for k, v in value.items())
             return str(value)
 
-        new = tuple(s in self.owned(node) for s in _storages(node))
-        return (node.target, look(node.args), look(node.kwargs), needs, new)
+        owned = self.operand_storages(node)
+        aliases = tuple(s in owned for s in _storages(node))
+        return (node.target, describe(node.args), describe(node.kwargs), needs, aliases)
 
-    def owned(self, node: fx.Node) -> set[int]:
-        """The memory of a call's operands."""
+    def operand_storages(self, node: fx.Node) -> set[int]:
+        """Return the identities of the memory of a call's operands."""
         return {s for n in tensor_operands(node) for s in _storages(n)}
 
     # ------------------------------------------------------------------ which get one
 
-    def _gets(self, node: fx.Node, flags: Sequence[bool]) -> None:
-        """A gradient comes for (some leaves of) a node."""
+    def _add_gradient(self, node: fx.Node, flags: Sequence[bool]) -> None:
+        """Note that a gradient arrives for (some tensors of) a node."""
         if any(flags):
-            before = self.gets.get(node, [False] * len(flags))
-            self.gets[node] = [a or b for a, b in zip(before, flags, strict=True)]
-            self.shares[node] += 1
+            before = self._gets.get(node, [False] * len(flags))
+            self._gets[node] = [a or b for a, b in zip(before, flags, strict=True)]
+            self.gradient_count[node] += 1
 
-    def _backwards(self) -> None:
-        for node in reversed(self.nodes):
+    def _walk_backward(self) -> None:
+        for node in reversed(self._nodes):
             if node.op != "call_function":
                 continue
-            needs = self.needs[node]
-            came = self.gets.get(node, [False] * len(needs))
-            wanted = tuple(a and b for a, b in zip(came, needs, strict=True))
-            if node not in self.of:
-                self._pass_on(node, wanted)
+            needs = self._needs[node]
+            arrived = self._gets.get(node, [False] * len(needs))
+            results_get_grad = tuple(a and b for a, b in zip(arrived, needs, strict=True))
+            if node not in self.call_of:
+                self._pass_through(node, results_get_grad)
                 continue
-            known = self.of[node]
-            self.flows[node] = known.flow(wanted)
-            if any(wanted):
-                self._back(node, wanted)
+            self.flows[node] = self.call_of[node].grad_flow(results_get_grad)
+            if any(results_get_grad):
+                self._pass_backward(node, results_get_grad)
 
-    def _pass_on(self, node: fx.Node, wanted: Flags) -> None:
-        """A gradient goes through one of Python's functions."""
-        if not any(wanted):
+    def _pass_through(self, node: fx.Node, results_get_grad: Flags) -> None:
+        """Hand a gradient through one of Python's own functions."""
+        if not any(results_get_grad):
             return
         for n in tensor_operands(node):
             part = node.args[1] if node.target is operator.getitem else None
             if isinstance(part, int):
-                self._gets(n, [i == part for i in range(len(self.needs[n]))])
+                self._add_gradient(n, [i == part for i in range(len(self._needs[n]))])
             else:
-                self._gets(n, self.needs[n])
+                self._add_gradient(n, self._needs[n])
 
-    def _back(self, node: fx.Node, wanted: Flags) -> None:
-        """A call's backward runs: what it hands on, and what was kept for it."""
-        operands, flow = tensor_operands(node), self.flows[node]
-        for n, arrives in zip(operands, self.of[node].arrives(wanted), strict=True):
-            self._gets(n, arrives)
-        for writer in self.behind[node]:
-            self.gets[writer] = list(self.needs[writer])
-        for i in flow.saved_operands:
-            self.kept.update(_storages(operands[i]))
-        if self.of[node].keeps_results:
-            self.kept.update(_storages(node))
+    def _pass_backward(self, node: fx.Node, results_get_grad: Flags) -> None:
+        """Hand gradients to a call's operands, and note what is saved for its backward."""
+        operands, call = tensor_operands(node), self.call_of[node]
+        for n, flags in zip(operands, call.operands_get_grad(results_get_grad), strict=True):
+            self._add_gradient(n, flags)
+        for writer in self._earlier_writers[node]:
+            self._gets[writer] = list(self._needs[writer])
+        for i in self.flows[node].saved_operands:
+            self.saved_storages.update(_storages(operands[i]))
+        if call.saves_results:
+            self.saved_storages.update(_storages(node))
 
 
 def _differentiated(captured: Captured, needs: Mapping[fx.Node, Flags]) -> list[fx.Node]:
-    """The results that a program takes gradients from: the reduced ones if there are any."""
+    """The outputs that a program takes gradients from: the reduced ones if there are any."""
     found = [
-        (n, o.combine in ("sum", "mean"))
+        (n, o.combine.is_reduction)
         for n, o in zip(results_of(captured.graph_module.graph), captured.outputs, strict=True)
         if not o.internal and any(needs[n])
     ]
     return [n for n, reduced in found if reduced] or [n for n, _ in found]
 
 
-def _look(node: fx.Node) -> Hashable:
-    """What a node makes: tensors by size, strides and dtype, numbers by their value."""
+def _metadata(node: fx.Node) -> Hashable:
+    """A node's tensors by size, stride and dtype; a number by its value."""
     if is_size(node):
         return str(symbolic_size(node.meta["val"]))
     return tuple((str(t.shape), str(t.stride()), t.dtype) for t in tensors_of(node))
 
 
-def _leaves(node: fx.Node) -> list[Any]:
-    value = node.meta["val"]
-    return list(pytree.tree_leaves(value))
-
-
-def _like(node: fx.Node, flag: bool) -> Flags:
-    """`flag` for each leaf of a node's value that can have a gradient."""
+def _flags_like(node: fx.Node, flag: bool) -> Flags:
+    """`flag` for each tensor of a node's value that can have a gradient, False for the others."""
     return tuple(
         flag and isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-        for x in _leaves(node)
+        for x in pytree.tree_leaves(node.meta["val"])
     )
 
 

@@ -1,12 +1,12 @@
-"""One call of a captured graph, run on tensors without memory: what it and its backward do.
+"""Run one call of a captured graph, and its backward, on tensors without memory.
 
-Autograd itself says what a backward is. The call runs on meta tensors of its operands' sizes and
-strides, those marked that need a gradient; `torch.autograd.grad` runs its backward; what both
-dispatch is counted (`meter`). What autograd saves is seen by its hooks.
+No table says what a backward costs; autograd does. The call runs on meta tensors with its operands'
+sizes and strides, which require a gradient where the operands do. `torch.autograd.grad` runs its
+backward. `op_counter` counts what both dispatch, and hooks see what autograd saves.
 
-Fused attention differs from device to device. Its FLOPs are those of its plain kernels, as a meta
-tensor runs them (two products forward, four backward; a fused backward on a GPU repeats one more).
-Its memory is that of a fused kernel, since all devices have one: it is read off the CPU's.
+The kernels of fused attention depend on the device. Its FLOPs are those of its plain kernels, which
+a meta tensor runs (two products forward, four backward; a fused backward on a GPU repeats one
+more). Its memory is that of a fused kernel, since every device has one: the CPU's is taken.
 """
 
 from __future__ import annotations
@@ -32,23 +32,28 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 ATTENTION = (aten.scaled_dot_product_attention.default,)
-"""Operators whose kernels depend on the device."""
+"""Operators whose kernels depend on the device: memory is counted with their fused CPU kernel.
+
+An operator whose plain and fused kernels save different memory is added here."""
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes that give a call its tensors, each once, in order."""
+    """Return the nodes that a call takes tensors from, each once, in order."""
     return [n for n in node.all_input_nodes if not is_size(n)]
 
 
 def operand_values(
     node: fx.Node, batch: int, make: Callable[[Sequence[int], Sequence[int], torch.dtype], Any]
 ) -> dict[fx.Node, Any]:
-    """What a call's argument nodes make, at one batch size.
+    """Create the values of a call's argument nodes at one batch size.
 
     Args:
         node: the call.
         batch: samples.
-        make: shape, strides and dtype → tensor. (By strides kernels are chosen and copies made.)
+        make: shape, strides, dtype → tensor. (Kernels are chosen by strides, too.)
+
+    Returns:
+        For each argument node its value: made tensors, concrete numbers.
     """
 
     def concrete(value: Any) -> Any:
@@ -63,7 +68,7 @@ def operand_values(
 
 
 def concrete_number(value: Any, batch: int) -> Any:
-    """A size, or another number computed from sizes, at one batch size."""
+    """Evaluate a size, or another number computed from sizes, at one batch size."""
     if isinstance(value, torch.SymInt):
         return at_batch(symbolic_size(value), batch)
     if isinstance(value, torch.SymFloat):
@@ -74,7 +79,7 @@ def concrete_number(value: Any, batch: int) -> Any:
 
 
 Edges = tuple[tuple[Any, ...], ...]
-"""For each operand, for each of its tensors: where its gradient arrives, or None."""
+"""For each operand, for each of its tensors: its gradient edge, or None."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,15 @@ class BoundCall:
 
     Attributes:
         node: the call.
-        values: what its argument nodes make.
-        needs: for each operand, for each of its tensors: does it need a gradient?
+        values: the values of its argument nodes.
+        operands_need_grad: for each tensor operand, for each of its tensors.
         batch: samples.
-        device: where factories make their tensors.
+        device: where factory calls create their tensors.
     """
 
     node: fx.Node
     values: Mapping[fx.Node, Any]
-    needs: Sequence[Sequence[bool]]
+    operands_need_grad: Sequence[Sequence[bool]]
     batch: int
     device: torch.device
 
@@ -101,11 +106,16 @@ class BoundCall:
         return self.node.target
 
     def arguments(self) -> tuple[Any, Any, dict[fx.Node, Any], Edges]:
-        """args, kwargs; the operands' values; their edges. What is written to is a fresh copy."""
+        """Prepare the arguments for one run.
+
+        Returns:
+            args, kwargs, the operands' values, and their gradient edges. An operand that the call
+            writes to is a fresh copy.
+        """
         operands, schema = tensor_operands(self.node), self.target._schema
         marked = {
-            n: _marked(self.values[n], flags, schema.is_mutable)
-            for n, flags in zip(operands, self.needs, strict=True)
+            n: _require_grad(self.values[n], flags, schema.is_mutable)
+            for n, flags in zip(operands, self.operands_need_grad, strict=True)
         }
         edges = tuple(
             tuple(
@@ -114,8 +124,8 @@ class BoundCall:
             )
             for n in operands
         )
-        known = {**self.values, **marked}
-        args, kwargs = fx.map_arg((self.node.args, self.node.kwargs), known.__getitem__)
+        values = {**self.values, **marked}
+        args, kwargs = fx.map_arg((self.node.args, self.node.kwargs), values.__getitem__)
         args, kwargs = pytree.tree_map_only(torch.device, lambda _: self.device, (args, kwargs))
         if not operands and any(a.name == "device" for a in schema.arguments):
             kwargs = {**kwargs, "device": self.device}
@@ -123,58 +133,64 @@ class BoundCall:
 
 
 def tensor_leaves(value: Any) -> tuple[Tensor | None, ...]:
-    """The leaves of what a call gave back, None for what is no tensor."""
+    """Return the leaves of a call's result, with None for each leaf that is not a tensor."""
     return tuple(x if isinstance(x, Tensor) else None for x in pytree.tree_leaves(value))
 
 
 @dataclass(frozen=True)
 class MetaRun:
-    """A call that has run once, its autograd graph kept.
+    """A call that has run once, with its autograd graph.
 
     Attributes:
-        edges: where the operands' gradients arrive.
-        results: the tensors that came out (None for what is no tensor).
+        edges: gradient edges of the operands.
+        results: the resulting tensors (None for a leaf that is not a tensor).
         flops: of the forward.
         saved_operands: positions of the operands whose memory autograd saved.
-        saved_results: whether it saved the memory of a result.
-        inner_bytes: what it saved besides: memory that nobody else sees.
+        saves_results: whether it saved the memory of a result.
+        inner_bytes: other memory that it saved: intermediates inside the operator.
     """
 
     edges: Edges
     results: tuple[Tensor | None, ...]
     flops: int
     saved_operands: frozenset[int]
-    saved_results: bool
+    saves_results: bool
     inner_bytes: int
 
     @property
-    def flags(self) -> tuple[bool, ...]:
+    def results_need_grad(self) -> tuple[bool, ...]:
         """For each result: does it need a gradient?"""
         return tuple(r is not None and r.requires_grad for r in self.results)
 
 
 @dataclass(frozen=True)
 class MetaBackward:
-    """A call's backward: its cost, and for each operand and tensor whether a gradient arrives."""
+    """A call's backward.
+
+    Attributes:
+        flops: floating-point operations.
+        moved_bytes: read and written.
+        operands_get_grad: for each tensor operand, for each of its tensors.
+    """
 
     flops: int
     moved_bytes: int
-    arrives: tuple[tuple[bool, ...], ...]
+    operands_get_grad: tuple[tuple[bool, ...], ...]
 
 
 def run_forward(
-    node: fx.Node, batch: int, needs: Sequence[Sequence[bool]], *, fused: bool = False
+    node: fx.Node, batch: int, operands_need_grad: Sequence[Sequence[bool]], *, fused: bool = False
 ) -> MetaRun:
     """Run a call at one batch size.
 
     Args:
         node: its target is an operator.
         batch: samples.
-        needs: for each operand, for each of its tensors: does it need a gradient?
-        fused: on fake CPU tensors instead of meta tensors, so that fused kernels are chosen.
+        operands_need_grad: for each tensor operand, for each of its tensors.
+        fused: run on fake CPU tensors instead of meta tensors, so that fused kernels are chosen.
 
     Raises:
-        Whatever the operator does that has no kernel for meta tensors.
+        Exception: whatever an operator raises that has no kernel for such tensors.
     """
     device = torch.device("cpu" if fused else "meta")
 
@@ -187,84 +203,87 @@ def run_forward(
         static_fake_mode() if fused else nullcontext(),
     ):
         operands = tensor_operands(node)
-        ready = BoundCall(node, operand_values(node, batch, empty), needs, batch, device)
-        args, kwargs, marked, edges = ready.arguments()
+        values = operand_values(node, batch, empty)
+        call = BoundCall(node, values, operands_need_grad, batch, device)
+        args, kwargs, marked, edges = call.arguments()
         owner = {
             storage_id(x): i
             for i, n in enumerate(operands)
             for x in pytree.tree_leaves(marked[n])
             if isinstance(x, Tensor)
         }
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
 
         def pack(x: Tensor) -> Tensor:
-            kept.append(x)
+            saved.append(x)
             return x
 
-        with saved_tensors_hooks(pack, lambda x: x), OpCounter() as meter:
-            results = tensor_leaves(ready.target(*args, **kwargs))
-        made = {storage_id(x) for x in results if x is not None} - set(owner)
+        with saved_tensors_hooks(pack, lambda x: x), OpCounter() as counter:
+            results = tensor_leaves(call.target(*args, **kwargs))
+        created = {storage_id(x) for x in results if x is not None} - set(owner)
         inner = {
             s: x.untyped_storage().nbytes()
-            for x in kept
-            if (s := storage_id(x)) not in owner and s not in made
+            for x in saved
+            if (s := storage_id(x)) not in owner and s not in created
         }
         return MetaRun(
             edges,
             results,
-            meter.flops,
-            frozenset(owner[s] for x in kept if (s := storage_id(x)) in owner),
-            any(storage_id(x) in made for x in kept),
+            counter.flops,
+            frozenset(owner[s] for x in saved if (s := storage_id(x)) in owner),
+            any(storage_id(x) in created for x in saved),
             sum(inner.values()),
         )
 
 
-def run_backward(done: MetaRun, wanted: Sequence[bool]) -> MetaBackward:
+def run_backward(run: MetaRun, results_get_grad: Sequence[bool]) -> MetaBackward:
     """Run the backward of a call.
 
     Args:
-        done: the call.
-        wanted: for each result: will a gradient come for it?
+        run: the call's forward.
+        results_get_grad: for each result.
     """
     roots = [
         r
-        for r, w in zip(done.results, wanted, strict=True)
-        if w and r is not None and r.requires_grad
+        for r, gets in zip(run.results, results_get_grad, strict=True)
+        if gets and r is not None and r.requires_grad
     ]
-    edges = [e for of in done.edges for e in of if e is not None]
+    edges = [e for of in run.edges for e in of if e is not None]
     if not roots or not edges:
-        return MetaBackward(0, 0, tuple(tuple(False for _ in of) for of in done.edges))
+        return MetaBackward(0, 0, tuple(tuple(False for _ in of) for of in run.edges))
     with torch.inference_mode(False):
         with nullcontext() if roots[0].is_meta else static_fake_mode():
             tangents = [torch.empty_like(r) for r in roots]
-        with OpCounter() as meter:
+        with OpCounter() as counter:
             found = iter(
                 torch.autograd.grad(roots, edges, tangents, allow_unused=True, retain_graph=True)
             )
-    arrives = tuple(
-        tuple(e is not None and next(found) is not None for e in of) for of in done.edges
+    gets_grad = tuple(
+        tuple(e is not None and next(found) is not None for e in of) for of in run.edges
     )
-    return MetaBackward(meter.flops, meter.moved_bytes, arrives)
+    return MetaBackward(counter.flops, counter.moved_bytes, gets_grad)
 
 
-def _marked(value: Any, needs: Sequence[bool], written: bool) -> Any:
-    """Tensors that need a gradient where they should, and that may be written to."""
+def _require_grad(value: Any, needs: Sequence[bool], written: bool) -> Any:
+    """Let tensors require a gradient where they need one; copies if the call writes to them."""
     leaves, spec = pytree.tree_flatten(value)
     for x, need in zip(leaves, needs, strict=True):
         if need:
             x.requires_grad_()
-    # A leaf cannot be changed in place, its copy can.
+    # A leaf that requires a gradient cannot be changed in place; a copy of it can.
     marked = [x.clone() if need and written else x for x, need in zip(leaves, needs, strict=True)]
     return pytree.tree_unflatten(marked, spec)
 
 
 def work_key(node: fx.Node, batch: int, flow: GradFlow) -> str:
-    """A call in words: equal for calls that do the same work at this batch size."""
-    looks = operand_values(node, batch, lambda *look: f"{look[2]}{list(look[0])}{list(look[1])}")
+    """Describe a call as a string, equal for calls that do the same work at this batch size."""
+    metadata = operand_values(
+        node, batch, lambda shape, stride, dtype: f"{dtype}{list(shape)}{list(stride)}"
+    )
     position = {n: i for i, n in enumerate(tensor_operands(node))}
 
     def word(n: fx.Node) -> str:
-        return f"%{position.get(n, '')} {looks[n]}"
+        return f"%{position.get(n, '')} {metadata[n]}"
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), word)
     return f"{node.target} {args} {kwargs} {flow.operands_need_grad} {flow.results_get_grad}"

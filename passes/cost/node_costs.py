@@ -1,13 +1,13 @@
-"""Captured → Annotated: what every node costs, as expressions in the batch size `B`.
+"""Captured -> Annotated: compute the cost of every node, as expressions in the batch size `B`.
 
-`B` is the only symbol: of a captured graph the batch is the one dimension that is not fixed (a
-sequence of another length is captured anew).
+`B` is the only symbol, because the batch is the only dimension of a captured graph that is not
+fixed (a sequence of another length is captured again).
 
-Each call runs without memory, forward and backward (`runs`), with exactly the gradients that it
-takes part in (`gradients`); calls that are alike are costed once (`distinct`). FLOPs are those of
-torch's own formulas; what it has none for (element-wise work) counts none, as in torch. Bytes moved
-forwards are one read of every argument and one write of every result of the call as it was
-captured; views move nothing.
+Each call runs without memory, forward and backward (`meta_run`), with exactly the gradients that it
+takes part in (`grad_flow`). Calls that are alike are costed once (`call_cache`). FLOPs follow
+torch's own formulas; element-wise work, for which torch has none, counts 0. Bytes moved by a
+forward are one read of every argument and one write of every result of the call as captured; views
+move nothing.
 """
 
 from __future__ import annotations
@@ -35,27 +35,37 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import GradFlow
 
 ZERO_COST = NodeCost()
+"""The cost of what is not run: sizes, and Python's own functions."""
 
 
 def annotate(captured: Captured) -> Annotated:
-    """Cost every call of a captured graph.
+    """Compute the cost of every call of a captured graph.
+
+    Args:
+        captured: the graph; it is not changed.
 
     Returns:
-        `Annotated` with a `NodeCost` per node, whose only symbol is `B`.
+        `Annotated`, with a `NodeCost` per call whose only symbol is `B`.
     """
-    found = GradientAnalysis(captured)
+    gradients = GradientAnalysis(captured)
     with torch.random.fork_rng(devices=[]):  # a custom Function may draw numbers
-        found.run()
+        gradients.run()
     calls = [n for n in captured.graph_module.graph.nodes if n.op == "call_function"]
-    costs = {n.name: _cost(n, found) if n in found.of else ZERO_COST for n in calls}
-    flows = {n.name: found.flows[n] for n in calls if n in found.flows}
+    costs = {n.name: _cost(n, gradients) if n in gradients.call_of else ZERO_COST for n in calls}
+    flows = {n.name: gradients.flows[n] for n in calls if n in gradients.flows}
     result = Annotated(captured, costs, flows)
     result.verify()
     return result
 
 
 class CallSeconds(NamedTuple):
-    """Time of one call at one batch size, on one device."""
+    """Seconds of one call at one batch size on one device.
+
+    Attributes:
+        forward: of its forward.
+        backward: of its backward.
+        recompute: of one more forward, if rematerialization recomputes it.
+    """
 
     forward: float
     backward: float
@@ -63,15 +73,12 @@ class CallSeconds(NamedTuple):
 
 
 def call_seconds(cost: NodeCost, device: Device, batch: int) -> CallSeconds:
-    """Estimated time of a call on a device at one batch size.
+    """Estimate the time of a call on a device at one batch size.
 
     Args:
         cost: of the call.
-        device: see `autopipe.passes.devices`.
+        device: its roofline gives the times.
         batch: samples.
-
-    Returns:
-        Seconds of the forward, the backward, and of one more forward (`recompute`).
     """
 
     def time(flops: sympy.Expr, nbytes: sympy.Expr) -> float:
@@ -83,14 +90,14 @@ def call_seconds(cost: NodeCost, device: Device, batch: int) -> CallSeconds:
 
 
 def recomputed_calls(nodes: Sequence[fx.Node], flows: Mapping[str, GradFlow]) -> set[fx.Node]:
-    """The calls that a backward runs again if of a stage only what it received was kept.
+    """Find the calls that a backward recomputes if a stage saves only what it received.
 
-    Those whose results are read again, by their own backward or by that of another call of the
-    stage, and what leads to them: the others have done their work when the forward is over.
+    These are the calls whose results a backward reads (their own or that of another call of the
+    stage), and the calls that lead to them. No backward needs the others again.
 
     Args:
         nodes: the calls of the stage, in order.
-        flows: by name of the call.
+        flows: by the name of the call.
     """
     read: set[fx.Node] = set()
     for node in nodes:
@@ -106,15 +113,16 @@ def recomputed_calls(nodes: Sequence[fx.Node], flows: Mapping[str, GradFlow]) ->
     return read.intersection(nodes)
 
 
-def _cost(node: fx.Node, found: GradientAnalysis) -> NodeCost:
-    """Of one call, with what depends on its neighbours: memory that is kept, sums of gradients."""
-    cost = found.of[node].cost(found.flows[node].results_get_grad)
-    owned = found.owned(node)
-    made = {s: nbytes(t) for t in tensors_of(node) if (s := storage_id(t)) not in owned}
-    kept = [size for s, size in made.items() if s in found.kept]
-    if kept:
-        cost = replace(cost, saved_bytes=sympy.Add(cost.saved_bytes, *kept))
-    if (more := found.shares[node] - 1) > 0:
-        sums = [3 * more * nbytes(t) for t in tensors_of(node)]
+def _cost(node: fx.Node, gradients: GradientAnalysis) -> NodeCost:
+    """Add what depends on a call's neighbours: whether its results are saved, gradient sums."""
+    cost = gradients.call_of[node].cost(gradients.flows[node].results_get_grad)
+    owned = gradients.operand_storages(node)
+    created = {s: nbytes(t) for t in tensors_of(node) if (s := storage_id(t)) not in owned}
+    saved = [size for s, size in created.items() if s in gradients.saved_storages]
+    if saved:
+        cost = replace(cost, saved_bytes=sympy.Add(cost.saved_bytes, *saved))
+    if (sums_needed := gradients.gradient_count[node] - 1) > 0:
+        # A sum of two gradients reads both and writes one.
+        sums = [3 * sums_needed * nbytes(t) for t in tensors_of(node)]
         cost = replace(cost, backward_bytes=sympy.Add(cost.backward_bytes, *sums))
     return cost

@@ -1,7 +1,7 @@
-"""What is dispatched, counted; and counts at a few batch sizes made a polynomial in the batch size.
+"""Count the FLOPs and bytes of what is dispatched; fit polynomials in `B` to counts.
 
-FLOPs are those of torch's own formulas (`torch.utils.flop_counter`), bytes one read of every
-argument and one write of every result of each kernel.
+FLOPs follow torch's own formulas (`torch.utils.flop_counter`). Bytes are one read of every argument
+and one write of every result of each kernel.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 PROBE_BATCHES = (2, 3, 5)
-"""Batch sizes at which a call is run."""
+"""Batch sizes at which a call is run and counted."""
+
 EXTRA_PROBE = 7
-"""One more where those three are not on a line."""
+"""A fourth batch size, used where the counts at those three are not on a line."""
 
 
 class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what is dispatched meanwhile, kernel by kernel.
+    """While entered, counts every dispatched kernel.
 
     Attributes:
-        flops: by torch's own formulas, as `torch.utils.flop_counter.FlopCounterMode` has them.
-        moved_bytes: one read of every argument and one write of every result; views move nothing.
+        flops: by the formulas of `torch.utils.flop_counter.FlopCounterMode`; multiply and add count
+            as two.
+        moved_bytes: one read of every argument and one write of every result; 0 for views.
     """
 
     def __init__(self) -> None:
@@ -51,11 +53,12 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def touches_memory(target: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> bool:
-    """Whether a call of an operator touches memory: one that makes views or empty tensors does not.
+    """Whether a call reads or writes memory; creating views or empty tensors does not.
 
     Args:
-        target: the operator; None: some other function.
-        read, written: tensors among its arguments and its results.
+        target: the operator; None for any other function.
+        read: tensors among its arguments.
+        written: tensors among its results.
     """
     owned = {storage_id(t) for t in read}
     is_view = written and all(storage_id(t) in owned for t in written)
@@ -66,7 +69,15 @@ def touches_memory(target: Any, read: Sequence[Tensor], written: Sequence[Tensor
 
 
 def work_kind(target: Any, flops: Any) -> str:
-    """The kind of an operator's work, of `devices.KINDS`; `flops` may be an expression."""
+    """Classify an operator's work.
+
+    Args:
+        target: the operator.
+        flops: its FLOPs, a number or an expression in `B`.
+
+    Returns:
+        One of `autopipe.passes.devices.KINDS`.
+    """
     name = str(target)
     if flops == 0:
         return "memory"
@@ -80,17 +91,21 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def distinct_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements, those that it repeats (`expand`) counted once."""
+    """Return the bytes of a tensor's elements; those that `expand` repeats count once."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(n for n, stride in sizes if stride or not n) * tensor.dtype.itemsize
 
 
-def fit_polynomial(at: Callable[[int], int]) -> sympy.Expr:
-    """The polynomial in `B` that takes the values of `at`, a function of the batch size."""
-    (x, u), (y, v), (z, w) = points = [(batch, at(batch)) for batch in PROBE_BATCHES]
+def fit_polynomial(count: Callable[[int], int]) -> sympy.Expr:
+    """Return the polynomial in `B` through a few counts.
+
+    Args:
+        count: a count (FLOPs, bytes) as a function of the batch size.
+    """
+    (x, u), (y, v), (z, w) = points = [(batch, count(batch)) for batch in PROBE_BATCHES]
     if u == v == w:
         return sympy.Integer(u)
     slope, rest = divmod(v - u, y - x)
     if rest == 0 and w - u == slope * (z - x):
         return slope * B + (u - slope * x)
-    return sympy.expand(sympy.interpolate([*points, (EXTRA_PROBE, at(EXTRA_PROBE))], B))
+    return sympy.expand(sympy.interpolate([*points, (EXTRA_PROBE, count(EXTRA_PROBE))], B))

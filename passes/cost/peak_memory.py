@@ -1,9 +1,10 @@
-"""The most that the micro-batches of a step occupy at each stage.
+"""Compute the peak bytes that the micro-batches of one training step occupy at each stage.
 
-While F runs a micro-batch takes what F takes, then what F keeps; while its backward runs what that
-takes; then nothing. What other stages send is there from when they have sent it until the stage
-comes to it: how early they are is not known, only how early they can be, so as much is counted as
-the runtime lets wait. What the caller gives is the caller's until it is used.
+A micro-batch occupies what F needs while F runs, then what F saved, then what its backward needs
+while that runs, then nothing. A message from another stage occupies memory from when it was sent
+until the stage uses it. When a message arrives is not known, only when it can arrive at the
+earliest; so the runtime's queues are counted as full. The caller's inputs belong to the caller
+until they are used.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ if TYPE_CHECKING:
 
 
 class _Waiting(NamedTuple):
-    """One kind of message: of F or of its backward, bytes, how many may wait; and from when on."""
+    """Messages of one kind that wait at a stage.
+
+    forward: whether F uses them, or the backward.
+    nbytes: of one message.
+    capacity: how many may wait.
+    earliest: seconds from the start of the step before which none arrives.
+    """
 
     forward: bool
     nbytes: int
-    room: int
-    first: float
+    capacity: int
+    earliest: float
 
 
 def stage_peak_bytes(
@@ -36,18 +43,22 @@ def stage_peak_bytes(
     sizes: Sequence[int],
     nbytes: Mapping[tuple[int, int], StageBytes],
     routes: Mapping[str, Route],
-    room: Callable[[int, int], int],
+    capacity: Callable[[int, int], int],
 ) -> tuple[int, ...]:
-    """The most bytes at once, per stage.
+    """Return the peak bytes of each stage.
 
     Args:
-        line: a simulated step whose backward is one action a micro-batch and stage. Only the order
-            of the actions matters, and whether gradients come while there is still forward to do.
+        line: a simulated step in which each micro-batch's backward at a stage is one action. Only
+            the order of the actions matters, and whether gradients arrive while the stage still has
+            forwards to run.
         stages: K.
         sizes: samples of each micro-batch.
-        nbytes: by stage and size.
+        nbytes: by stage and micro-batch size.
         routes: of the values between stages.
-        room: (from, to) → how many messages of one kind the runtime lets wait.
+        capacity: (from, to) → how many messages of one kind the runtime lets wait.
+
+    Returns:
+        K sizes in bytes.
     """
     actions: list[list[Span]] = [[] for _ in range(stages)]
     for row in line.spans:
@@ -63,7 +74,7 @@ def stage_peak_bytes(
             actions[k],
             sizes,
             {size: nbytes[k, size] for size in set(sizes)},
-            _waiting(k, nbytes[k, max(sizes)], routes, activations, room, first),
+            _waiting(k, nbytes[k, max(sizes)], routes, activations, capacity, first),
         )
         for k in range(stages)
     )
@@ -74,26 +85,26 @@ def _waiting(
     nbytes: StageBytes,
     routes: Mapping[str, Route],
     activations: Sequence[Route],
-    room: Callable[[int, int], int],
+    capacity: Callable[[int, int], int],
     first: Sequence[float],
 ) -> list[_Waiting]:
-    """What other stages send to stage k.
+    """The messages that other stages send to stage k.
 
-    `activations`: routes in the order of their sources; `first`: when each stage has made its
-    first gradients.
+    `activations` are routes in the order of their sources; `first` says when each stage finishes
+    its first backward.
     """
     found = []
-    after = {k}  # what cannot begin its backward before k has done its part of the forward
+    after = {k}  # stages whose backward cannot begin before k has finished its forward
     for route in activations:
         if route.source in after:
             after.update(route.consumers)
     for name, size in nbytes.received.items():
         if (source := routes[name].source) != CALLER:
-            found.append(_Waiting(True, size, room(source, k), 0.0))
+            found.append(_Waiting(True, size, capacity(source, k), 0.0))
     for name, size in nbytes.tangents.items():
         if (later := routes[name].gradient_from(k)) is not None:
             earliest = first[later] if later in after else 0.0
-            found.append(_Waiting(False, size, room(later, k), earliest))
+            found.append(_Waiting(False, size, capacity(later, k), earliest))
     return found
 
 
@@ -115,9 +126,9 @@ def _peak(
             saved -= own.saved
             now = own.first_backward if left[False] == len(sizes) - 1 else own.backward
         pending = sum(
-            kind.nbytes * min(kind.room, left[kind.forward])
+            kind.nbytes * min(kind.capacity, left[kind.forward])
             for kind in waiting
-            if kind.forward or not forward or kind.first < span.end
+            if kind.forward or not forward or kind.earliest < span.end
         )
         peak = max(peak, pending + saved + now)
         if forward:

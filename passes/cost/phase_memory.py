@@ -1,8 +1,8 @@
-"""What a stage keeps and makes, in bytes, read off its joint graph before anything runs.
+"""Compute the bytes that a stage saves and allocates, from its joint graph, before anything runs.
 
-Counted are distinct storages, whole even if only a view of one is kept, without those of
-parameters, buffers and constants: what `runtime.memory` counts while it runs. What kernels use
-within one call (workspaces) is not known.
+Distinct storages are counted, each as a whole even if only a view of it is saved, without those of
+parameters, buffers and constants: the same rule by which `runtime.memory` counts at run time.
+Workspaces inside a kernel are unknown.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 
 
 class StageBytes(NamedTuple):
-    """What one micro-batch occupies at a stage, beside what the stage holds anyway.
+    """Bytes that one micro-batch occupies at a stage, beside the stage's parameters and buffers.
 
     Attributes:
-        saved: what F keeps for the backward.
-        forward: the most that is there at once while F runs, what it received included.
-        first_backward: the most while R, B and W run, what was saved and the gradients that it
-            received included, and those of its parameters, which it is the first to make.
-        backward: likewise, of a later micro-batch: the sums of gradients are there all the time.
-        received: sizes of the values that it receives, by name.
-        tangents: sizes of the gradients that it receives, by the names of what they are of.
+        saved: what F saves for the backward.
+        forward: peak while F runs, received values included.
+        first_backward: peak while R, B and W run for the first micro-batch that comes to it:
+            includes what was saved, received gradients, and the new parameter gradients.
+        backward: likewise for a later micro-batch; the sums of parameter gradients are allocated
+            from the start.
+        received: size of each value that the stage receives, by name.
+        tangents: size of each gradient that it receives, by the name of the value it belongs to.
     """
 
     saved: int
@@ -43,7 +44,7 @@ class StageBytes(NamedTuple):
 
 
 def stage_bytes(stage: StagePhases) -> StageBytes:
-    """What one micro-batch occupies at a traced stage."""
+    """Compute what one micro-batch occupies at a traced stage."""
     saved, forward, first_backward, backward, received, tangents = _stage_bytes(stage)
     return StageBytes(
         saved,
@@ -57,24 +58,24 @@ def stage_bytes(stage: StagePhases) -> StageBytes:
 
 @cache_per_graph
 def _stage_bytes(stage: StagePhases) -> tuple[Any, ...]:
-    """The same without names, which identical stages do not share: sizes in their order."""
+    """`StageBytes` without names, since identical stages share a graph but not their names."""
     _, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
-    held, rest = holders[: len(stage.held)], holders[len(stage.held) :]
+    own_state, rest = holders[: len(stage.held)], holders[len(stage.held) :]
     received, tangents = rest[: len(stage.receives)], rest[len(stage.receives) :]
     results = stage.results()
     by_name = {n.name: n for n in stage.graph.nodes}
     saved = [by_name[name] for name in stage.saved]
-    first = [n for n in stage.graph.nodes if stage.phase_of.get(n.name) == "F"]
-    later = [n for n in stage.graph.nodes if stage.phase_of.get(n.name, "F") != "F"]
-    ignored = {storage_id(t) for n in held for t in _tensors(n)}
-    made = [*results["returns"], *results["updates"], *saved]
+    forward = [n for n in stage.graph.nodes if stage.phase_of.get(n.name) == "F"]
+    backward = [n for n in stage.graph.nodes if stage.phase_of.get(n.name, "F") != "F"]
+    ignored = {storage_id(t) for n in own_state for t in _tensors(n)}
+    forward_results = [*results["returns"], *results["updates"], *saved]
     sent, own = results["sent_grads"], results["own_grads"]
     sums = sum(_sizes([n for n in own if isinstance(n, fx.Node)], ignored).values())
     return (
         _total(saved, ignored),
-        _peak(first, received, made, ignored),
-        _peak(later, [*saved, *tangents], [*sent, *own], ignored),
-        sums + _peak(later, [*saved, *tangents], sent, ignored, set(own)),
+        _peak(forward, received, forward_results, ignored),
+        _peak(backward, [*saved, *tangents], [*sent, *own], ignored),
+        sums + _peak(backward, [*saved, *tangents], sent, ignored, set(own)),
         [_total([node], ignored) for node in received],
         [_total([node], ignored) for node in tangents],
     )
@@ -82,44 +83,44 @@ def _stage_bytes(stage: StagePhases) -> tuple[Any, ...]:
 
 def _peak(
     calls: Sequence[fx.Node],
-    given: Sequence[fx.Node],
-    kept: Iterable[Any],
+    inputs: Sequence[fx.Node],
+    results: Iterable[Any],
     ignored: set[Any],
-    added: Container[fx.Node] = (),
+    accumulated: Container[fx.Node] = (),
 ) -> int:
-    """The most bytes there at once while `calls` run: values go after their last use.
+    """Return the peak bytes while `calls` run, if each value is freed after its last use.
 
     Args:
         calls: in order.
-        given: what is there when they begin, and goes after its last use.
-        kept: what is still there when they end.
+        inputs: values that exist when they begin; also freed after their last use.
+        results: values that still exist when they end.
         ignored: storages that do not count.
-        added: gradients that are added to a sum as soon as they are made: the second one makes a
-            new sum, while both are there.
+        accumulated: gradients that are added to a sum as soon as they are computed. The addition
+            allocates a new sum while the old sum and the gradient still exist.
     """
-    sizes = _sizes(given, ignored)
+    sizes = _sizes(inputs, ignored)
     last = dict.fromkeys(sizes, -1)
     for i, node in enumerate(calls):
         for value in (node, *node.all_input_nodes):
             last.update(dict.fromkeys(_sizes([value], ignored), i))
-    for storage in _sizes([n for n in kept if isinstance(n, fx.Node)], ignored):
+    for storage in _sizes([n for n in results if isinstance(n, fx.Node)], ignored):
         last[storage] = len(calls)
     ending: dict[int, list[Any]] = {}
     for storage, i in last.items():
         ending.setdefault(i, []).append(storage)
-    there = dict(sizes)
+    alive = dict(sizes)
     now = peak = sum(sizes.values())
-    for storage in ending.get(-1, ()):  # nothing uses it
-        now -= there.pop(storage, 0)
+    for storage in ending.get(-1, ()):  # inputs that nothing uses
+        now -= alive.pop(storage, 0)
     for i, node in enumerate(calls):
         for storage, nbytes in _sizes([node], ignored).items():
-            if storage not in there:
-                there[storage] = nbytes
+            if storage not in alive:
+                alive[storage] = nbytes
                 now += nbytes
         peak = max(peak, now)
         for storage in ending.get(i, ()):
-            now -= there.pop(storage, 0)
-        if node in added:
+            now -= alive.pop(storage, 0)
+        if node in accumulated:
             peak = max(peak, now + 2 * _total([node], ignored))
     return peak
 
@@ -129,7 +130,7 @@ def _total(nodes: Sequence[fx.Node], ignored: set[Any]) -> int:
 
 
 def _sizes(nodes: Sequence[fx.Node], ignored: set[Any]) -> Mapping[Any, int]:
-    """Bytes of the distinct storages of some values."""
+    """Return the bytes of each distinct storage of some values."""
     return {
         storage: int(t.untyped_storage().nbytes())
         for n in nodes

@@ -1,11 +1,12 @@
-"""How long the phases of a stage take on a device: its joint graph's calls, one by one.
+"""Estimate the time of each phase of a traced stage, call by call of its joint graph.
 
-Where `cost` says what a call of the captured graph will cost, to decide where to cut, here the
-stage has been traced: every kernel of its forward and backward stands in the graph, each in its
-phase, those that are made again twice. So F, R, B and W are summed apart, for any policy.
+`node_costs` predicts what a call of the captured graph will cost, to decide where to cut. Here the
+stage has been traced: its joint graph contains every kernel of the forward and the backward, each
+in its phase, and recomputed ones twice. So F, R, B and W are summed separately, for any
+rematerialization policy.
 
-FLOPs are those of torch's own formulas, bytes one read of every argument and one write of every
-result; views move nothing. Seconds are a `Device`'s.
+FLOPs follow torch's own formulas. Bytes are one read of every argument and one write of every
+result; views move nothing. Seconds come from a `Device`'s roofline.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class CallWork(NamedTuple):
-    """What one call does; see `Device.seconds`."""
+    """The work of one call, as `Device.seconds` takes it."""
 
     flops: int
     moved_bytes: int
@@ -43,7 +44,7 @@ class PhaseSeconds(NamedTuple):
 
     Attributes:
         forward: F.
-        recompute: R, what is made again.
+        recompute: R, recomputing what F did not save.
         backward: B, gradients of what the stage received.
         weight: W, gradients of its parameters.
     """
@@ -55,12 +56,12 @@ class PhaseSeconds(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of a micro-batch's."""
+        """Seconds of all phases of a micro-batch."""
         return sum(self)
 
 
 def phase_seconds(stage: StagePhases, device: Device) -> PhaseSeconds:
-    """Predicted time of a traced stage's phases on a device."""
+    """Estimate the time of a traced stage's phases on a device."""
     sums = dict.fromkeys(PHASES, 0.0)
     for (phase, work), count in _phase_work(stage).items():
         sums[phase] += count * device.seconds(*work)
@@ -69,21 +70,21 @@ def phase_seconds(stage: StagePhases, device: Device) -> PhaseSeconds:
 
 @cache_per_graph
 def _phase_work(stage: StagePhases) -> Counter[tuple[str, CallWork]]:
-    """How often each work is done in each phase."""
+    """Count how often each phase does the same work."""
     return Counter((stage.phase_of[n.name], work) for n, work in stage_work(stage).items())
 
 
 def stage_work(stage: StagePhases) -> Mapping[fx.Node, CallWork]:
-    """The work of every call of a traced stage that is in a phase, in order."""
+    """Return the work of every call of a traced stage that belongs to a phase, in order."""
     nodes = [n for n in stage.graph.nodes if n.name in stage.phase_of]
     return {n: work for n in nodes if (work := _work(n)) is not None}
 
 
 def _work(node: fx.Node) -> CallWork | None:
-    """Of one call; None if it does nothing (it unpacks results)."""
+    """The work of one call; None if it does nothing (it unpacks results)."""
     target: Any = node.target
     args = node.args
-    if node.op == "call_method":  # of the runtime's kit, with the operator before its arguments
+    if node.op == "call_method":  # of the runtime's `ctx`: the operator precedes its arguments
         target = next((a for a in args if callable(a) and not isinstance(a, fx.Node)), None)
         args = args[args.index(target) + 1 :] if target is not None else args[1:]
     elif not hasattr(target, "_schema"):

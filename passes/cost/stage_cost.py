@@ -1,7 +1,7 @@
-"""What a stage costs: the sum over its calls, and the bytes of its parameters.
+"""Sum up the cost of a stage: over its calls, and the bytes of its parameters.
 
-Parameters take memory four times over: their values, their gradients, the optimizer's state, and a
-copy in each further stage that uses them (`lent`), with the gradient that goes back.
+A parameter takes memory up to four times: its value, its gradient, the optimizer's state, and a
+copy in each other stage that uses it (`lent`), with the gradient that goes back.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage costs; expressions are in the batch size `B`.
+    """The cost of one stage. Expressions are in the batch size `B`.
 
     Attributes:
         flops: floating-point operations of its forward.
         backward_flops: of its backward.
-        recompute_flops: of what a backward runs again if only what it received was kept.
-        moved_bytes: read and written by its forward.
-        backward_bytes: read and written by its backward.
-        activation_bytes: new memory that its forward's calls make.
-        saved_bytes: of that, what autograd keeps for the backward.
-        parameter_bytes: of the parameters that it holds.
-        gradient_bytes: of the gradients of those that want one.
-        optimizer_bytes: of the state that an optimizer keeps for these.
-        lent_bytes: of its copies of parameters that other stages hold.
-        seconds: estimate of forward and backward on `device`; but for a device that was measured,
-            only ratios mean anything.
-        forward_seconds: of that, the forward.
-        backward_seconds: the backward.
-        recompute_seconds: of one more forward, of what is run again.
+        recompute_flops: of what the backward recomputes if only received values are saved.
+        moved_bytes: bytes read and written by its forward.
+        backward_bytes: bytes read and written by its backward.
+        activation_bytes: bytes of memory that its forward's calls allocate.
+        saved_bytes: the part of these that autograd saves for the backward.
+        parameter_bytes: of the parameters that the stage owns.
+        gradient_bytes: of the gradients of those that require one.
+        optimizer_bytes: of the optimizer state of those.
+        lent_bytes: of its copies of shared parameters that other stages own.
+        seconds: estimated forward plus backward on a device. If the device was not measured, only
+            ratios between stages are meaningful.
+        forward_seconds: the forward's part.
+        backward_seconds: the backward's part.
+        recompute_seconds: of recomputing `recompute_flops`.
     """
 
     flops: sympy.Expr
@@ -74,41 +74,46 @@ def stage_cost(
     Args:
         split: the program it belongs to.
         stage: one of its stages.
-        batch: micro-batch size of the times.
-        device: of the times.
-        state_bytes: what the optimizer keeps per element of a parameter, in bytes.
+        batch: micro-batch size for the times.
+        device: device model for the times.
+        state_bytes: bytes of optimizer state per element of a trained parameter.
     """
     calls = split.calls[stage.index]
     costs = [split.annotated.costs[n.name] for n in calls]
     repeated = recomputed_calls(calls, split.annotated.flows)
-    again = [split.annotated.costs[n.name] for n in calls if n in repeated]
-    held = [i for i in stage.held if i.kind is InputKind.PARAMETER]
-    trained = [i.spec for i in held if i.requires_grad]
+    recomputed = [split.annotated.costs[n.name] for n in calls if n in repeated]
+    parameters = [i for i in stage.held if i.kind is InputKind.PARAMETER]
+    trained = [i.spec for i in parameters if i.requires_grad]
     times = {cost: call_seconds(cost, device, batch) for cost in set(costs)}
     forward = sum(times[c].forward for c in costs)
     backward = sum(times[c].backward for c in costs)
     return StageCost(
         flops=sum_costs(costs, "forward_flops"),
         backward_flops=sum_costs(costs, "backward_flops"),
-        recompute_flops=sum_costs(again, "recompute_flops"),
+        recompute_flops=sum_costs(recomputed, "recompute_flops"),
         moved_bytes=sum_costs(costs, "forward_bytes"),
         backward_bytes=sum_costs(costs, "backward_bytes"),
         activation_bytes=sum_costs(costs, "activation_bytes"),
         saved_bytes=sum_costs(costs, "saved_bytes"),
-        parameter_bytes=_bytes(i.spec for i in held),
+        parameter_bytes=_bytes(i.spec for i in parameters),
         gradient_bytes=_bytes(trained),
         optimizer_bytes=sum(int(s.numel) * state_bytes for s in trained),
         lent_bytes=_bytes(split.routes[name].spec for name in stage.lent),
         seconds=forward + backward,
         forward_seconds=forward,
         backward_seconds=backward,
-        recompute_seconds=sum(times[c].recompute for c in again),
+        recompute_seconds=sum(times[c].recompute for c in recomputed),
     )
 
 
 def sum_costs(costs: Iterable[NodeCost], fact: str) -> sympy.Expr:
-    """Sum of one fact of `NodeCost`. Equal expressions are counted: adding expressions is slow."""
-    counted: dict[sympy.Expr, int] = {}
+    """Sum one field of `NodeCost` over calls.
+
+    Args:
+        costs: of the calls.
+        fact: name of a field that holds expressions.
+    """
+    counted: dict[sympy.Expr, int] = {}  # adding expressions is slow, so equal ones are counted
     for cost in costs:
         expr = getattr(cost, fact)
         counted[expr] = counted.get(expr, 0) + 1

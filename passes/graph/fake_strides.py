@@ -1,16 +1,16 @@
-"""Tensors without values, laid out as the kernels would lay them out.
+"""Fake tensors with the strides that real kernels give.
 
-torch knows the result of most operators without running them, shapes and types always, strides not
-quite: where a dimension has one entry it often gives another stride than the kernel does, as if it
-did not matter. It does. An upsampling, a norm or a convolution chooses the memory format of its
-result by *all* strides of its argument (`suggest_memory_format`), so one wrong stride of a batch of
-one sample turns into a result with another order of dimensions; and by that order a product chooses
-its kernel, `contiguous` whether it copies, and `view` whether it can be done at all.
+Fake tensors have the right shapes and dtypes, but not always the right strides: where a dimension
+has size one, torch's fake often has another stride than the kernel's result. That matters. An
+upsampling, a norm or a convolution chooses the memory format of its result by *all* strides of its
+argument (`suggest_memory_format`), so one wrong stride, in a batch of one sample, leads to a result
+with another order of dimensions. By that order a product chooses its kernel, `contiguous` whether
+it copies, and `view` whether it is possible.
 
-Mended here is what real models meet: views, pointwise arithmetic, tensors made like another one,
-norms, upsampling. Known to differ still are flip, roll, index, tril, glu, prelu, hardswish's
-backward and reflection padding. A stage therefore takes what another one sends as it is, whatever
-strides it was traced with; so a cut changes nothing, and what is left is a trace's own decisions.
+Corrected here is what real models need: views, pointwise arithmetic, `*_like` factories, norms,
+upsampling. Still different are flip, roll, index, tril, glu, prelu, hardswish's backward and
+reflection padding. Therefore a stage accepts a tensor from another stage with any strides: cutting
+changes nothing, and only the decisions inside one trace can differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DENSE = {
     aten.native_layer_norm.default,
     aten.native_layer_norm_backward.default,
 }
-"""Operators whose first result is contiguous, whatever its argument is."""
+"""Operators whose first result is always contiguous."""
 
 SUGGESTED = {
     aten.native_group_norm.default: 0,
@@ -48,24 +48,24 @@ SUGGESTED = {
     aten.upsample_nearest3d.default: 0,
     aten.upsample_trilinear3d.default: 0,
 }
-"""Operators whose first result is in the memory format of an argument, and which."""
+"""Operators whose first result has the memory format of an argument → its position."""
 
 
 UNARY = ("lerp", "pow")
-"""Operators with a kernel for numbers."""
+"""Operators with a kernel of their own for Python numbers."""
 
 COPIES = ("clone", "_to_copy", "convert_element_type")
-"""Operators that count as pointwise, and lay their result out as they are told."""
+"""Operators tagged pointwise whose memory format is an argument."""
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def static_fake_mode() -> FakeTensorMode:
-    """A fake tensor mode without symbolic sizes: shapes are plain integers.
+    """Create a fake tensor mode with integer sizes and corrected strides.
 
-    Without a shape environment torch also keeps its native kernels for composite operators
-    (upsample, dropout, matmul) instead of Python decompositions, so that what is traced is what
-    eager would run, to the bit.
+    Without a shape environment torch also uses its native kernels for composite operators
+    (upsample, dropout, matmul) instead of Python decompositions. So a trace contains the kernels
+    that eager execution would run, and results are bit-equal.
     """
     return _StaticFakes(shape_env=None, allow_non_fake_inputs=True)
 
@@ -87,12 +87,12 @@ class _StaticFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
 def _kernel_strides(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any], shape: torch.Size
 ) -> tuple[int, ...] | None:
-    """The strides of an operator's first result, where torch is known to be wrong about them.
+    """Return the strides of an operator's first result if torch's fake may have wrong ones.
 
     Args:
         func: the operator.
         args: its arguments.
-        kwargs: likewise.
+        kwargs: its keyword arguments.
         shape: of the first result.
     """
     if func in VIEWS:
@@ -114,14 +114,19 @@ def _kernel_strides(
 def _iterated(
     func: OpOverload, name: str, args: Sequence[Any], shape: torch.Size
 ) -> tuple[int, ...] | None:
-    """What TensorIterator does, where numbers keep it from its short cuts, and where they do not.
+    """Return the strides that TensorIterator gives to a pointwise result.
 
-    A number is a tensor without dimensions to it, but for operators with a kernel for numbers.
+    It takes a number for a tensor without dimensions, except in operators with a kernel for
+    numbers. Such a tensor keeps it from its fast paths.
     """
     operands = [x for x in args if isinstance(x, Tensor)]
-    places = [a for a, s in zip(args, func._schema.arguments, strict=False) if _is_tensor(s)]
+    in_tensor_slots = [
+        a for a, s in zip(args, func._schema.arguments, strict=False) if _is_tensor(s)
+    ]
     full = [x for x in operands if x.ndim]
-    numbers = len(places) > len(full) or ("Scalar" in func._overloadname and name not in UNARY)
+    numbers = len(in_tensor_slots) > len(full) or (
+        "Scalar" in func._overloadname and name not in UNARY
+    )
     if numbers and len(full) != 1:
         return None
     if numbers:
@@ -137,11 +142,11 @@ def _iterated(
 
 
 def _suggested(func: Any, tensor: Tensor, shape: torch.Size) -> tuple[int, ...] | None:
-    """On the CPU; elsewhere torch has other kernels."""
+    """The strides of an argument's memory format, on the CPU; other devices have other kernels."""
     if tensor.device.type != "cpu":
         return None
     layout = suggest_memory_format(tensor)
-    if func is aten.native_batch_norm.default:  # looks whether it is dense before it asks
+    if func is aten.native_batch_norm.default:  # first checks whether its argument is dense
         for dense in (torch.contiguous_format, CHANNELS_LAST.get(tensor.ndim)):
             if dense is not None and tensor.is_contiguous(memory_format=dense):
                 return _strides(shape, dense)
@@ -153,12 +158,12 @@ def _is_tensor(argument: Any) -> bool:
 
 
 def _meta(tensor: Tensor) -> Tensor:
-    """A tensor that looks so, whose views and copies are those of torch's C++ operators."""
+    """A meta tensor with the same metadata: torch's C++ code computes its views and copies."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _dense(tensor: Tensor) -> tuple[int, ...]:
-    """Of a copy of it: its own, if they are dense."""
+    """The strides of a copy: the tensor's own, if they are dense."""
     return _meta(tensor).clone().stride()
 
 

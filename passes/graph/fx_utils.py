@@ -1,4 +1,4 @@
-"""What several passes ask of an fx graph: sizes, looks, source lines, effects."""
+"""Sizes, tensors, side effects and views of fx nodes; appending calls; fingerprints of graphs."""
 
 from __future__ import annotations
 
@@ -26,44 +26,48 @@ aten = torch.ops.aten
 
 
 def symbolic_size(value: Any) -> sympy.Expr:
-    """A size as an expression in `B`: every symbol of a captured graph is the batch size."""
+    """Return a size as an expression in `B`: every symbol of a captured graph is the batch size."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return in_batch_symbol(value.node.expr)
     return sympy.Integer(int(value))
 
 
 def in_batch_symbol(expr: Any) -> Any:
-    """An expression of a captured graph's symbols in `B`."""
+    """Replace every symbol of an expression by `B`."""
     return sympy.sympify(expr).xreplace(dict.fromkeys(expr.free_symbols, B))
 
 
 def tensor_spec(node: fx.Node) -> TensorSpec:
-    """What a node's tensor looks like."""
+    """Return the metadata of a node's tensor."""
     value = node.meta["val"]
     return TensorSpec(node.name, tuple(map(symbolic_size, value.shape)), value.dtype)
 
 
 def source_line(node: fx.Node) -> str | None:
-    """``file:line`` in the model of the call behind a node."""
+    """Return ``file:line`` of the call in the model that a node comes from, or None."""
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
     users = [f"{file}:{line}" for file, line in frames if is_user_file(file)]
     return users[-1] if users else None
 
 
 def is_random(node: fx.Node) -> bool:
-    """A call that draws random numbers (dropout of chance 0 does not, though it could)."""
+    """Whether a call draws random numbers (dropout with probability 0 does not).
+
+    Any operator counts whose overload has torch's tag `nondeterministic_seeded`: a new random
+    operator needs no entry anywhere.
+    """
     tags = getattr(node.target, "tags", ())
     schema = getattr(node.target, "_schema", None)
     if torch.Tag.nondeterministic_seeded not in tags or schema is None:
         return False
-    given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    given |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
-    chance = next((given[n] for n in ("p", "dropout_p", "dropout") if n in given), None)
-    return given.get("train") is not False and chance != 0.0
+    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    values |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    probability = next((values[n] for n in ("p", "dropout_p", "dropout") if n in values), None)
+    return values.get("train") is not False and probability != 0.0
 
 
 def has_side_effect(node: fx.Node) -> bool:
-    """A call that matters even if nobody uses its result: it writes to one of its arguments."""
+    """Whether a call writes to one of its arguments, so that it matters without its result."""
     schema = getattr(node.target, "_schema", None)
     return (schema is not None and schema.is_mutable) or node.target in HIDDEN_WRITES
 
@@ -75,11 +79,11 @@ HIDDEN_WRITES = {  # operator → (positions written, position of the flag that 
     aten.miopen_batch_norm.default: ((3, 4), 5),
     aten.instance_norm.default: ((3, 4), 5),
 }
-"""Operators that update running statistics although their schemas do not say so."""
+"""Operators that write to arguments (running statistics) although their schemas do not say so."""
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """The arguments of a call that it changes in place."""
+    """Return the arguments of a call that it changes in place."""
     if node.target in HIDDEN_WRITES:
         positions, flag = HIDDEN_WRITES[node.target]
         written = [node.args[p] for p in positions] if node.args[flag] else []
@@ -97,7 +101,10 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def view_base(node: fx.Node) -> fx.Node | None:
-    """What the result is, or is a view of: the first argument, if the operator's schema says so."""
+    """Return the node that a call's result is a view of (or is itself); None if it is no view.
+
+    If the operator's schema says that a result aliases an argument, that is the first argument.
+    """
     schema = getattr(node.target, "_schema", None)
     shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
     if not shares and node.target is not operator.getitem:
@@ -106,14 +113,14 @@ def view_base(node: fx.Node) -> fx.Node | None:
 
 
 def memory_owner(node: fx.Node) -> fx.Node:
-    """The call or placeholder that made the memory which a view looks at."""
+    """Return the call or placeholder that allocated the memory of a value."""
     while (source := view_base(node)) is not None:
         node = source
     return node
 
 
 def memory_owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """`memory_owner` every node, in one walk."""
+    """Return the `memory_owner` of every node, in one walk."""
     owner: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         source = view_base(node)
@@ -122,9 +129,9 @@ def memory_owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def remove_dead_calls(graph: fx.Graph) -> None:
-    """Erase the calls that nobody uses and that change nothing.
+    """Erase the calls whose results are unused and that have no side effect.
 
-    (fx's own dead code elimination keeps random calls; a draw here depends on no other draw.)
+    (fx's own dead code elimination keeps random calls. Here a draw does not depend on other draws.)
     """
     for node in reversed(graph.nodes):
         if (
@@ -136,7 +143,7 @@ def remove_dead_calls(graph: fx.Graph) -> None:
 
 
 def tensors_of(node: fx.Node) -> list[Tensor]:
-    """The (fake) tensors that a node makes: one, several, or none for a size."""
+    """Return the (fake) tensors that a node computes: one, several, or none for a size."""
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)):
         return [v for v in value if isinstance(v, Tensor)]
@@ -144,13 +151,13 @@ def tensors_of(node: fx.Node) -> list[Tensor]:
 
 
 def is_size(node: fx.Node) -> bool:
-    """A node that computes a number from shapes, not a tensor."""
+    """Whether a node computes a number from shapes, not a tensor."""
     numbers = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
     return isinstance(node.meta.get("val"), numbers)
 
 
 def is_integer(node: fx.Node) -> bool:
-    """Made of integers (not booleans): indices, counts."""
+    """Whether a node computes tensors of integers (not booleans): indices, counts."""
     dtypes = [t.dtype for t in tensors_of(node)]
     return bool(dtypes) and not any(
         d.is_floating_point or d.is_complex or d is torch.bool for d in dtypes
@@ -161,11 +168,14 @@ OTHER_NAMES = {
     aten.zero_.default: aten.zeros_like.default,  # aten.zero has no derivative
     aten.normal_.default: aten.normal_functional.default,
 }
-"""What writes in place → the same out of place, where the name does not tell."""
+"""In-place operator → functional variant, where the name does not give it."""
 
 
 def functional_variant(target: Any) -> Any:
-    """``add`` for ``add_``, ``div`` for ``div(out=)``: what takes the same and writes nowhere."""
+    """Find the overload that computes the same and writes to no argument, or None.
+
+    ``add`` for ``add_``, ``div`` for ``div(out=)``.
+    """
     if target in OTHER_NAMES:
         return OTHER_NAMES[target]
     schema = target._schema
@@ -181,11 +191,18 @@ def functional_variant(target: Any) -> Any:
 
 
 def add_call(graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Node:
-    """Append a call to a captured graph, with its looks worked out on the spot."""
+    """Append a call to a captured graph, with its metadata computed by running it on fake tensors.
+
+    Args:
+        graph: the graph.
+        target: the operator.
+        args: nodes and constants; at least one node with a tensor.
+        kwargs: likewise.
+    """
     node = graph.call_function(target, args, kwargs)
     fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    known: Any = next(t for n in node.all_input_nodes for t in tensors_of(n))
-    with known.fake_mode:
+    fake: Any = next(t for n in node.all_input_nodes for t in tensors_of(n))
+    with fake.fake_mode:
         node.meta["val"] = target(*fake_args, **fake_kwargs)
     for source in node.all_input_nodes:
         if "stack_trace" in source.meta:
@@ -194,14 +211,21 @@ def add_call(graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwarg
 
 
 def add_size(graph: fx.Graph, target: Callable[..., Any], /, *args: Any) -> fx.Node:
-    """Append a computation on sizes, with its value worked out on the spot."""
+    """Append a computation on sizes, with its value."""
     node = graph.call_function(target, args)
     node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
     return node
 
 
 def emit_batch_size(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorSpec]]) -> fx.Node:
-    """Append calls that read `B` off the shape of the first tensor that shows it.
+    """Append calls that compute `B` from the shape of a tensor.
+
+    Args:
+        graph: the graph.
+        candidates: nodes with their metadata; a dimension equal to `B` is preferred to a multiple.
+
+    Returns:
+        The node whose value is the batch size.
 
     Raises:
         LookupError: no candidate's shape depends on `B`.
@@ -214,22 +238,27 @@ def emit_batch_size(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorS
             if expr.free_symbols and (expr / B).is_Integer:
                 multiples.append((node, dim, int(expr / B)))
     if not multiples:
-        raise LookupError("no tensor shows the batch size")
+        raise LookupError("no shape depends on the batch size")
     node, dim, factor = multiples[0]
     multiple = graph.call_function(aten.sym_size.int, (node, dim))
     return graph.call_function(operator.floordiv, (multiple, factor))
 
 
 def emit_size(value: Any, batch: Callable[[], fx.Node]) -> fx.Node | int:
-    """A size as a plain integer, or as calls on the node that holds the batch size."""
+    """Return a size as an integer, or append calls that compute it from the batch size.
+
+    Args:
+        value: the size, maybe symbolic.
+        batch: returns the node whose value is the batch size; only called if it is needed.
+    """
     expr = symbolic_size(value)
     return int(expr) if expr.is_Integer else emit_expression(expr, batch())
 
 
 def fingerprint(graph: fx.Graph) -> str:
-    """Equal for graphs that make the same calls on the same arguments, whatever their names.
+    """Hash a graph: equal for graphs with the same calls on the same arguments, under any names.
 
-    (A call that is noted to be static draws its random numbers under another key.)
+    (`static` is included because a static call draws its random numbers with another key.)
     """
     index = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
     rows = [
@@ -250,17 +279,17 @@ Result = TypeVar("Result")
 
 
 def cache_per_graph(function: Callable[[Holder], Result]) -> Callable[[Holder], Result]:
-    """Remember what a function finds out about a `graph`, as long as that is there.
+    """Cache a function's result by the `graph` of its argument, for as long as the graph is alive.
 
-    For what depends on nothing else: identical stages share their graph. The result must not hold
-    nodes of it, which would keep it.
+    Only for a function of the graph alone: identical stages share their graph. The result must not
+    contain nodes of the graph, which would keep it alive.
     """
-    known: WeakKeyDictionary[fx.Graph, Result] = WeakKeyDictionary()
+    results: WeakKeyDictionary[fx.Graph, Result] = WeakKeyDictionary()
 
     @functools.wraps(function)
-    def remembered(holder: Holder) -> Result:
-        if holder.graph not in known:
-            known[holder.graph] = function(holder)
-        return known[holder.graph]
+    def cached(holder: Holder) -> Result:
+        if holder.graph not in results:
+            results[holder.graph] = function(holder)
+        return results[holder.graph]
 
-    return remembered
+    return cached

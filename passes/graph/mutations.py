@@ -1,4 +1,4 @@
-"""Who writes to whose memory, for passes that move calls to another place in the program."""
+"""Find which calls write to whose memory, for passes that move calls within a program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 class InPlaceWrites:
-    """The calls of a graph that write in place, by the memory that they write to."""
+    """The in-place writes of a graph, by the memory that they change.
+
+    Attributes:
+        graph: the graph.
+        owner: for each node, the node that allocated its memory.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -23,27 +28,30 @@ class InPlaceWrites:
             for owner in dict.fromkeys(self.owner[t] for t in written_arguments(node)):
                 self._calls.setdefault(owner, []).append(node)
 
-    def to(self, node: fx.Node) -> list[fx.Node]:
-        """The calls that write to the memory of `node`, in order; none to what is no call's."""
+    def writers_of(self, node: fx.Node) -> list[fx.Node]:
+        """Return the calls that write to the memory of `node`, in order.
+
+        None if no call of the graph allocated that memory.
+        """
         owner = self.owner.get(node)
         if owner is None or owner.op != "call_function":
             return []
         return self._calls.get(owner, [])
 
-    def drop(self, moved: Iterable[fx.Node]) -> None:
-        """Erase the writes to the memory of these nodes, where nothing in the graph reads it."""
+    def remove_unread(self, owners: Iterable[fx.Node]) -> None:
+        """Erase the writes to the memory of these owners if nothing in the graph reads it."""
         remove_dead_calls(self.graph)
-        for owner in moved:
-            here = [n for n in self.graph.nodes if self.owner.get(n) is owner]
-            known = {*here, *self.copies(owner)}
-            if all(user in known for n in here for user in n.users):
-                for node in reversed(here):
+        for owner in owners:
+            views = [n for n in self.graph.nodes if self.owner.get(n) is owner]
+            harmless = {*views, *self.new_users_before_write(owner)}
+            if all(user in harmless for n in views for user in n.users):
+                for node in reversed(views):
                     if has_side_effect(node) and not node.users:
                         self.graph.erase_node(node)
         remove_dead_calls(self.graph)
 
-    def copies(self, owner: fx.Node) -> list[fx.Node]:
-        """Calls on a value before anything is written to it."""
+    def new_users_before_write(self, owner: fx.Node) -> list[fx.Node]:
+        """Return the users of a value, appended since this analysis, before its first write."""
         first = self._calls[owner][0]
         order = {n: i for i, n in enumerate(self.graph.nodes)}
         return [u for u in owner.users if u not in self.owner and order[u] < order[first]]

@@ -1,4 +1,4 @@
-"""Equal but for rounding."""
+"""Equality of tensors up to rounding."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Of the largest entry: kernels round differently for other sizes. 2e-2 for shorter types."""
+"""Tolerance relative to the largest entry; 2e-2 for shorter dtypes.
+
+Kernels round differently for other sizes."""
 
 
 def is_inexact(tensor: Tensor) -> bool:
-    """Of numbers that are rounded: floating point or complex."""
+    """Whether a tensor's numbers are rounded: floating point or complex."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def is_close(found: Tensor, expected: Tensor) -> bool:
-    """Of one shape and type, and equal but for rounding."""
+    """Whether two tensors have the same shape and dtype and are equal up to rounding."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     if not is_inexact(found):

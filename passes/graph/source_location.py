@@ -1,4 +1,4 @@
-"""Whose code a line is: the user's (and the libraries' that they use), torch's or ours."""
+"""Find the user's source lines: those that are neither torch's nor autopipe's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ OURS = str(Path(__file__).parents[2])
 
 
 def is_user_file(file: str) -> bool:
-    """A source file that is neither torch's nor ours."""
+    """Whether a source file is neither torch's nor autopipe's."""
     return not file.startswith((TORCH, OURS, "<"))
 
 
 def trim_to_user_frame(trace: str | None) -> str | None:
-    """A stack trace without the frames below the user's innermost one.
+    """Drop the frames of a stack trace that are inside the user's innermost frame.
 
-    ``self.linear(x)`` is where a reader looks, not the inside of `torch.nn.Linear`.
+    It then ends at ``self.linear(x)``, not inside `torch.nn.Linear`.
     """
     frames = re.split(r'^\s*(?=File ")', trace or "", flags=re.MULTILINE)
     files = [re.match(r'File "(.+?)"', frame) for frame in frames]
@@ -30,7 +30,7 @@ def trim_to_user_frame(trace: str | None) -> str | None:
 
 
 def user_source_line(stack: traceback.StackSummary) -> str | None:
-    """``file:line`` of the innermost frame that is neither torch's nor ours."""
+    """Return ``file:line`` of the innermost frame that is the user's, or None."""
     for frame in reversed(stack):
         if is_user_file(frame.filename):
             return f"{frame.filename}:{frame.lineno}"
@@ -38,6 +38,6 @@ def user_source_line(stack: traceback.StackSummary) -> str | None:
 
 
 def warn_at_user_line(text: str) -> None:
-    """A warning, shown at the user's own line."""
+    """Issue a warning that is shown at the user's own line."""
     file, _, line = (user_source_line(traceback.extract_stack()) or ":0").rpartition(":")
     warnings.warn_explicit(text, UserWarning, file, int(line))

@@ -1,8 +1,30 @@
-"""TODO."""
+"""The program types that passes hand to each other, and the values in them.
+
+    Captured   one forward graph of the whole model, its batch dimension symbolic
+    Annotated  the same, with the cost of every call
+    Split      K stage graphs and the values that cross between them (cut in space)
+    Phased     each stage's joint forward and backward graph, cut into F, R, B and W (cut in time)
+
+All are frozen. Sizes are sympy expressions in the batch size `B`. `verify()` raises `VerifyError`
+on a program that breaks the rules of its type; `str()` prints it for a person. (`Scheduled` and
+`Generated`, which hold no graphs, are in `schedule` and `codegen`.)
+
+In: nothing; passes create these objects.
+Out: the types above and their parts (`Input`, `Output`, `Route`, `StageGraph`, `StagePhases` ...).
+
+Read the files in this order:
+
+    `combine`   how the micro-batches' values of an output are combined
+    `values`    tensors by shape in `B` and dtype; inputs, outputs, result leaves, size guards
+    `captured`  Captured, Annotated, NodeCost, GradFlow
+    `split`     Split, StageGraph, Route
+    `phased`    Phased, StagePhases
+"""
 
 from __future__ import annotations
 
 from .captured import ZERO, Annotated, Captured, GradFlow, NodeCost
+from .combine import MEAN, REDUCTIONS, SAME, SUM, Combine, Concatenate
 from .phased import PHASES, Phased, RandomDraw, StagePhases
 from .split import CALLER, Route, Split, StageEstimates, StageGraph
 from .values import (
@@ -21,12 +43,18 @@ from .values import (
 
 __all__ = [
     "CALLER",
+    "MEAN",
     "PHASES",
+    "REDUCTIONS",
+    "SAME",
     "SINGLE_SAMPLE",
+    "SUM",
     "ZERO",
     "Annotated",
     "B",
     "Captured",
+    "Combine",
+    "Concatenate",
     "GradFlow",
     "Input",
     "InputKind",

@@ -1,25 +1,11 @@
-"""The program between two passes: what each pass is given and what it must give back.
-
-    Captured   one forward graph of the whole model, its batch dimension symbolic
-    Annotated  the same, with costs on every node
-    Split      K stage graphs and the values that cross between them (cut in space)
-    Phased     each stage's joint forward+backward graph, cut into F R B W (cut in time)
-
-The first two, of the whole model, are here, the other two in `staged`. (`Scheduled` and
-`Generated`, which hold no graphs, stand beside the passes that make them.)
-
-All are frozen. Sizes are sympy expressions in the batch size `B`; facts are fields with units in
-their names. `verify()` raises `VerifyError` on a program that breaks the rules of its level, and
-`str()` prints it for a person.
-"""
+"""`Captured` and `Annotated`: the whole model as one graph, then with the cost of every call."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sympy
-import torch
 from torch import Tensor, fx
 
 from autopipe.errors import require
@@ -33,32 +19,14 @@ from .values import (
     Output,
     ResultLeaf,
     SizeGuards,
-    TensorSpec,
-    at_batch,
     results_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import nn
     from torch.utils._pytree import TreeSpec
-
-__all__ = [
-    "Annotated",
-    "B",
-    "Captured",
-    "GradFlow",
-    "Input",
-    "InputKind",
-    "NodeCost",
-    "Output",
-    "ResultLeaf",
-    "TensorSpec",
-    "at_batch",
-    "require",
-    "results_of",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,18 +34,19 @@ class Captured:
     """The whole model as one flat graph of ATen calls.
 
     Attributes:
-        graph_module: placeholders in the order of `inputs`, a tuple in the order of `outputs`.
+        graph_module: placeholders in the order of `inputs`, returns a tuple in the order of
+            `outputs`.
         inputs: parameters, buffers, constants and the call's tensors.
-        outputs: what each micro-batch yields.
-        constants: tensors that the model holds outside parameters and buffers.
-        epilogue: graph to the final values, run once a step on the whole batch; its placeholders
-            are named after the outputs, ``batch_size``, and buffers as they were before the call.
-            None where the combined outputs are the final values.
+        outputs: what each micro-batch returns.
+        constants: tensors of the model that are neither parameters nor buffers, by key.
+        epilogue: graph from the combined outputs to the final values, run once per step on the
+            whole batch. Its placeholders are named after the outputs, ``batch_size``, and buffers
+            (their values before the call). None if the combined outputs are the final values.
         leaves: how the final values fill the model's result.
-        out_spec: the result's structure.
+        out_spec: the structure of the result.
         updates: (buffer, index of its value after the call among the final values).
         size_guards: the batch sizes that the graph is valid for.
-        notes: what capture did that a reader should know.
+        notes: remarks of the capture pass for the user.
         original_positions: for each node its position before the calls were reordered; empty if
             they were not. Random draws are keyed by it.
     """
@@ -122,11 +91,13 @@ class Captured:
         for node in graph.nodes:
             require(
                 node.op in ("placeholder", "call_function", "output"),
-                "only plain calls stand in a captured graph",
+                "a captured graph may contain only placeholders, calls and the output",
                 node=node.name,
                 found=node.op,
             )
-            require("val" in node.meta or node.op == "output", "no looks known", node=node.name)
+            require(
+                "val" in node.meta or node.op == "output", "a node without metadata", node=node.name
+            )
         for item in self.inputs:
             require(
                 item.kind is not InputKind.CONSTANT or item.target in self.constants,
@@ -146,29 +117,6 @@ class Captured:
             return model.get_parameter(item.target)
         return model.get_buffer(item.target)
 
-    def finish(
-        self, combined: Sequence[Tensor], batch: int, buffer: Callable[[str], Tensor]
-    ) -> Sequence[Tensor]:
-        """The final values.
-
-        Args:
-            combined: one value per output.
-            batch: number of samples in the whole batch.
-            buffer: a buffer of the model by its qualified name.
-        """
-        if self.epilogue is None:
-            return combined
-        given: dict[str, Any] = {o.name: v for o, v in zip(self.outputs, combined, strict=True)}
-        given["batch_size"] = batch
-        targets = {i.name: i.target for i in self.inputs if i.kind is InputKind.BUFFER}
-        names = [str(n.target) for n in self.epilogue.graph.nodes if n.op == "placeholder"]
-        arguments = [given[n] if n in given else buffer(targets[n]) for n in names]
-        if any("autocast" in n.meta for n in self.epilogue.graph.nodes):
-            found: Sequence[Tensor] = _Regions(self.epilogue).run(*arguments)
-            return found
-        values: Sequence[Tensor] = self.epilogue(*arguments)
-        return values
-
     def __str__(self) -> str:
         lines = ["captured: " + self.graph_module.print_readable(print_output=False)]
         lines += [f"  {o.spec}  combined by {o.combine}" for o in self.outputs]
@@ -177,39 +125,28 @@ class Captured:
         return "\n".join(lines)
 
 
-class _Regions(fx.Interpreter):
-    """Runs each call in the autocast region that it was captured in."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        if "autocast" not in n.meta:
-            return super().run_node(n)
-        _, dtype, enabled, _ = n.meta["autocast"]
-        tensors = [self.env[a] for a in n.all_input_nodes]
-        device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-        with torch.autocast(device, dtype, enabled, cache_enabled=False):
-            return super().run_node(n)
-
-
 ZERO = sympy.Integer(0)
 
 
 @dataclass(frozen=True)
 class NodeCost:
-    """What one node costs, as expressions in `B`.
+    """The cost of one node, as expressions in `B`.
 
-    forward_flops: floating-point operations of the forward (multiply and add counted as two).
-    forward_bytes: bytes read plus bytes written by the forward: every argument and every result.
-    activation_bytes: bytes of new memory that its result takes (0 for a view).
-    backward_flops: of what autograd runs for those operands that need a gradient.
-    backward_bytes: bytes read plus bytes written by the backward, kernel by kernel, the sums of
-        gradients of a value that is used several times included.
-    saved_bytes: of the memory that the call makes, what autograd keeps for the backward, whichever
-        call saves it; memory inside a composite operator counts, a shared one once.
-    kind: which fraction of a device's peak it reaches: one of `autopipe.passes.devices.KINDS`.
-    precision: "half" for elements of two bytes, else "fp32".
-    exact: False where its kernels could not be run without memory, or a size is no polynomial in
-        `B`: then the backward is taken for twice the forward, or the expressions for those of the
-        batch sizes at which they were read.
+    Attributes:
+        forward_flops: floating-point operations of the forward (multiply and add count as two).
+        forward_bytes: bytes read plus bytes written by the forward: every argument, every result.
+        activation_bytes: bytes of memory allocated for its result (0 for a view).
+        backward_flops: of what autograd runs for the operands that need a gradient.
+        backward_bytes: bytes read plus bytes written by the backward, kernel by kernel; includes
+            the sums of gradients of a value that is used several times.
+        saved_bytes: the part of the memory allocated by this call that autograd saves for the
+            backward, whichever call saves it; includes memory inside a composite operator.
+        kind: kind of work, which determines the fraction of a device's peak that it reaches: one
+            of `autopipe.passes.devices.KINDS`.
+        precision: "half" for elements of two bytes, else "fp32".
+        exact: False if its kernels cannot run without memory (then the backward is estimated as
+            twice the forward), or if a size is not a polynomial in `B` (then the expressions
+            interpolate the batch sizes at which it was counted).
     """
 
     forward_flops: sympy.Expr = ZERO
@@ -224,12 +161,12 @@ class NodeCost:
 
     @property
     def recompute_flops(self) -> sympy.Expr:
-        """Of one more forward, where rematerialization runs it again."""
+        """FLOPs of one more forward, if rematerialization recomputes it."""
         return self.forward_flops
 
     @property
     def expressions(self) -> dict[str, sympy.Expr]:
-        """The facts that depend on the batch size, by name."""
+        """The fields that depend on the batch size, by name."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return {n: e for n, e in found.items() if isinstance(e, sympy.Expr)}
 
@@ -254,9 +191,13 @@ class GradFlow:
 
 @dataclass(frozen=True, eq=False)
 class Annotated:
-    """A captured graph with a cost on every computing node (key: the node's name).
+    """A captured graph with the cost of every call.
 
-    flows: for the calls that were run to be costed (not sizes, not Python's own functions).
+    Attributes:
+        captured: the graph.
+        costs: by the name of the node.
+        flows: the gradients that each call takes part in, by the name of the node; only for calls
+            of operators (not for sizes, nor Python's own functions).
     """
 
     captured: Captured
@@ -268,7 +209,7 @@ class Annotated:
             if node.op == "call_function":
                 require(node.name in self.costs, "a node without a cost", node=node.name)
         for name in self.flows:
-            require(name in self.costs, "gradients of a node without a cost", node=name)
+            require(name in self.costs, "gradient flow of a node without a cost", node=name)
         for name, cost in self.costs.items():
             require(cost.kind in KINDS, "unknown kind of work", node=name, found=cost.kind)
             require(
@@ -280,7 +221,7 @@ class Annotated:
             for fact, expr in cost.expressions.items():
                 require(
                     expr.free_symbols <= {B},
-                    "a cost may depend on the batch size only",
+                    "a cost may depend only on the batch size",
                     node=name,
                     found=f"{fact} {expr}",
                 )

@@ -1,4 +1,4 @@
-"""`Phased`, the cut in time: the joint graphs of stages, and who runs each node when (see `ir`)."""
+"""`Phased`: the joint graph of each stage, and the phase that runs each of its nodes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from .values import results_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from autopipe.passes.remat_policies import RematPolicy
+
 PHASES = ("F", "R", "B", "W")
+"""Forward, recompute, gradients of received values, gradients of parameters: in this order."""
 
 
 class RandomDraw(NamedTuple):
-    """What a random draw is keyed by, beside the step's seed and the micro-batch.
+    """The key of a random draw, beside the step's seed and the index of the micro-batch.
 
     Attributes:
-        call: position of the call that makes it, in the stage graph or in the captured one.
+        call: position of the random call, in the stage graph or in the captured graph.
         nth: which of that call's draws it is.
-        shared: the call does not depend on the batch, so all micro-batches draw the same.
+        shared: whether all micro-batches draw the same numbers, since the call does not depend on
+            the batch.
     """
 
     call: int
@@ -35,19 +39,49 @@ class RandomDraw(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StagePhases:
-    """One stage at one micro-batch size: a functional joint graph and who runs each node when.
+    """One stage at one micro-batch size: a pure joint graph, and the phase of each node.
 
-    The graph's placeholders are, in order: the runtime's kit, `held` (here with what is lent to the
-    stage), `receives` and one tangent per name in
-    `tangents`. Its results are, in order: `returns`, one new value per buffer in `updates`, one
-    gradient per name in `own_grads`, one per name in `sent_grads`.
+    The graph's placeholders are, in order: the runtime's `ctx`, `held`, `receives`, and one tangent
+    per name in `tangents`. Its results are, in order: `returns`, one new value per name in
+    `updates`, one gradient per name in `own_grads`, one per name in `sent_grads`.
+
+    `codegen` writes a function per phase group (R, B and W are one where the schedule runs them
+    together). It takes `ctx` and a list of tensors, which it empties, and returns a list::
+
+        F_{index}_b{size}(ctx, [*held, *receives]) -> [*returns, *updates, *saved]
+        RBW_{index}_b{size}(ctx, [*held, *saved, *tangents]) -> [*sent_grads]
+
+    A backward passes the gradients in `own_grads` to ``ctx.accumulate(position, gradient)``. For
+    ``mse_loss(c(relu(b(tanh(a(x))))), y)`` with linear layers a, b, c, a layer per stage,
+    micro-batches of 4 and ``remat="full"`` (a stage saves what it received)::
+
+        F_0_b4(ctx, [p_a_weight, p_a_bias, x]) -> [tanh, x]
+        RBW_0_b4(ctx, [p_a_weight, p_a_bias, x, grad_tanh]) -> []
+
+        F_1_b4(ctx, [p_b_weight, p_b_bias, tanh]) -> [relu, tanh]
+        RBW_1_b4(ctx, [p_b_weight, p_b_bias, tanh, grad_relu]) -> [mm]
+
+        F_2_b4(ctx, [p_c_weight, p_c_bias, y, relu]) -> [mse_loss, relu, y]
+        RBW_2_b4(ctx, [p_c_weight, p_c_bias, relu, y, grad_mse_loss]) -> [mm]
+
+    The first stage sends no gradient, since `x` requires none. Each `mm` is the gradient of what
+    the stage received. The last stage's `mse_loss` goes to the caller, who sends `grad_mse_loss`.
+    For inference there is only F, and nothing is saved.
 
     Attributes:
-        graph: joint forward and backward; pure, but for random draws and kernels' own caches.
+        index: of the stage.
+        graph: joint forward and backward; pure except for random draws and caches of kernels.
         phase_of: node name → "F", "R", "B" or "W"; placeholders and the output have none.
-        saved: values that F keeps for the other phases (placeholders among `receives` included).
-        draws: for each keyed draw its key, with the captured call that makes it.
-        device: the device it was traced for.
+        saved: values that F saves for the other phases (received values among them).
+        held: the stage's parameters, buffers and constants, then its copies of shared parameters.
+        receives: values that arrive with every micro-batch.
+        tangents: values whose gradients arrive with every micro-batch.
+        returns: values that the stage sends to other stages or to the caller.
+        updates: buffers that the forward changes.
+        own_grads: parameters whose gradients the stage computes.
+        sent_grads: received values and copies whose gradients it sends back.
+        draws: the key of each random draw; `call` is the position of the captured call.
+        device: the device that it was traced for.
     """
 
     index: int
@@ -65,7 +99,7 @@ class StagePhases:
     device: torch.device
 
     def results(self) -> dict[str, list[Any]]:
-        """The joint graph's results, grouped: returns, updates, own_grads, sent_grads."""
+        """Return the joint graph's results by group: returns, updates, own_grads, sent_grads."""
         values = results_of(self.graph)
         groups: dict[str, list[Any]] = {}
         for group in ("returns", "updates", "own_grads", "sent_grads"):
@@ -81,20 +115,20 @@ class StagePhases:
             if node.op not in ("call_function", "call_method"):
                 continue
             phase = self.phase_of.get(node.name)
-            require(phase in rank, f"stage {self.index}: a node in no phase", node=node.name)
+            require(phase in rank, f"stage {self.index}: a node without a phase", node=node.name)
             for source in node.all_input_nodes:
-                made = self.phase_of.get(source.name)
-                if made is None or made == phase:
+                earlier = self.phase_of.get(source.name)
+                if earlier is None or earlier == phase:
                     continue
                 require(
-                    rank[made] < rank[str(phase)],
-                    f"stage {self.index}: phase {phase} needs a value of the later phase {made}",
+                    rank[earlier] < rank[str(phase)],
+                    f"stage {self.index}: phase {phase} needs a value of the later phase {earlier}",
                     node=node.name,
                     found=source.name,
                 )
                 require(
-                    made != "F" or source.name in saved,
-                    f"stage {self.index}: phase {phase} needs a value that F does not keep",
+                    earlier != "F" or source.name in saved,
+                    f"stage {self.index}: phase {phase} needs a value that F does not save",
                     node=node.name,
                     found=source.name,
                 )
@@ -105,17 +139,17 @@ class Phased:
     """All stages cut in time, for one micro-batch size.
 
     Attributes:
-        split: what was cut.
+        split: the stages in space.
         size: samples in the micro-batch.
-        remat: for each stage, the policy by which `saved` was chosen.
+        remat: for each stage, the rematerialization policy that chose `saved`.
         differentiable: names of the outputs that depend on a tensor which requires a gradient.
-        differentiated: those among them that a gradient will come for; none for inference.
-        stages: the cut stages; identical ones share their graph.
+        differentiated: the outputs among them that will get a gradient; none for inference.
+        stages: the stages in time; identical ones share their graph.
     """
 
     split: Split
     size: int
-    remat: tuple[str | float, ...]
+    remat: tuple[RematPolicy, ...]
     differentiable: frozenset[str]
     differentiated: frozenset[str]
     stages: tuple[StagePhases, ...]
@@ -125,18 +159,20 @@ class Phased:
             stage.verify()
         for route in self.split.routes.values():
             for k in route.holders:
-                taker = route.gradient_to(k)
-                if taker is None or taker == CALLER:
+                to = route.gradient_to(k)
+                if to is None or to == CALLER:
                     continue
                 require(
                     (route.name in self.stages[k].sent_grads)
-                    == (route.name in self.stages[taker].tangents),
-                    f"stages {k} and {taker} disagree about a gradient",
+                    == (route.name in self.stages[to].tangents),
+                    f"stages {k} and {to} disagree about a gradient",
                     node=route.name,
                 )
 
     def __str__(self) -> str:
-        lines = [f"phased: micro-batch of {self.size}, remat {', '.join(map(str, self.remat))}"]
+        lines = [
+            f"phased: micro-batch of {self.size}, remat {', '.join(p.name for p in self.remat)}"
+        ]
         for stage in self.stages:
             counts = {p: sum(q == p for q in stage.phase_of.values()) for p in PHASES}
             lines.append(f"stage {stage.index}: nodes {counts}, saved {list(stage.saved)}")

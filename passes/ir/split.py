@@ -14,9 +14,9 @@ from .captured import Annotated, Captured
 from .values import Input, InputKind, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
 
 CALLER = -1
 """The "stage" that model inputs come from: whoever calls the pipeline."""
@@ -96,20 +96,21 @@ class StageGraph:
 
 @dataclass(frozen=True)
 class StageEstimates:
-    """What the stages of a cut are estimated to take.
+    """Estimated costs of the K stages of a cut.
 
     Attributes:
-        seconds: K times of a micro-batch: forward, backward, what is run again, and the transfers
-            of what the stage receives and of the gradients that it sends back.
-        nbytes: K sizes of what each keeps.
-        lower_bound: seconds that the largest stage of no convex cut of the graph is below.
-        remat: K policies that they are estimated with.
+        seconds: time of a micro-batch in each stage: forward, backward, recomputation, and the
+            transfers of what the stage receives and of the gradients that it sends back.
+        nbytes: memory of each stage.
+        remat: the policy that each stage is estimated with.
+        lower_bound: seconds that the largest stage of no convex cut of the graph is below; 0 if
+            none is known.
     """
 
     seconds: tuple[float, ...]
     nbytes: tuple[int, ...]
-    lower_bound: float
-    remat: tuple[Policy, ...] = ()
+    remat: tuple[RematPolicy, ...]
+    lower_bound: float = 0.0
 
     @property
     def bottleneck(self) -> float:
@@ -118,22 +119,31 @@ class StageEstimates:
 
     @property
     def gap(self) -> float:
-        """How far above the bound the largest stage is, as a fraction of the bound."""
+        """How far the largest stage is above the bound, as a fraction of the bound."""
         return self.bottleneck / self.lower_bound - 1 if self.lower_bound else 0.0
+
+    def fits(self, limits: Sequence[int | None]) -> bool:
+        """Whether each stage keeps its limit.
+
+        Args:
+            limits: bytes for each stage; None: no limit.
+        """
+        pairs = zip(self.nbytes, limits, strict=True)
+        return all(limit is None or size <= limit for size, limit in pairs)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """K stage graphs, the routes of the values between them, and what the cut was chosen by.
 
-    repeated: the calls that several stages make for themselves, by name, and which stages do.
+    duplicated: the ops that several stages compute, by name, and which stages do.
     """
 
     annotated: Annotated
     stages: tuple[StageGraph, ...]
     routes: Mapping[str, Route]
-    facts: StageEstimates
-    repeated: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    estimates: StageEstimates
+    duplicated: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def captured(self) -> Captured:
@@ -152,7 +162,7 @@ class Split:
     def firsts(self) -> tuple[str | None, ...]:
         """The first call of each stage that no stage before makes as well; None: it has no call."""
         own = (
-            (n.name for n in calls if self.repeated.get(n.name, (k,))[0] == k)
+            (n.name for n in calls if self.duplicated.get(n.name, (k,))[0] == k)
             for k, calls in enumerate(self.calls)
         )
         return tuple(next(names, None) for names in own)

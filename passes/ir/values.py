@@ -1,4 +1,4 @@
-"""What a value looks like, for every pass: sizes in `B`, dtypes, kinds, rules of combination."""
+"""Values of a program: shapes in the batch size `B`, inputs, outputs, results, size guards."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from torch import fx
 
 from autopipe.errors import require as require  # used by the programs that import from here
 
-B = sympy.Symbol("B")
-"""The batch size of whatever runs: the whole batch, or one micro-batch.
+from .combine import Combine, Concatenate
 
-It carries no assumptions, so that ``expr.subs("B", 8)`` means this symbol."""
+B = sympy.Symbol("B")
+"""The batch size: number of samples of the whole batch, or of one micro-batch.
+
+It carries no sympy assumptions, so that ``expr.subs("B", 8)`` means this symbol."""
 
 
 def at_batch(expr: sympy.Expr | int, batch: int) -> int:
-    """The integer that a size expression takes at one batch size."""
+    """Evaluate a size expression at one batch size."""
     return expr if isinstance(expr, int) else int(sympy.sympify(expr).subs(B, batch))
 
 
 def results_of(graph: fx.Graph) -> list[Any]:
-    """What a graph returns: nodes, now and then a constant."""
+    """Return what a graph returns: nodes, and sometimes a constant."""
     returned: Any = graph.output_node().args[0]
     return list(returned)
 
 
 class InputKind(str, Enum):
-    """Where a value that no node computes comes from."""
+    """What a placeholder of a graph stands for."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
@@ -43,7 +45,13 @@ class InputKind(str, Enum):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor known by its looks: shape (each size an expression in `B`) and dtype."""
+    """Metadata of a tensor in a captured graph.
+
+    Attributes:
+        name: of its node.
+        shape: each size an expression in `B`.
+        dtype: of its elements.
+    """
 
     name: str
     shape: tuple[sympy.Expr, ...]
@@ -51,11 +59,12 @@ class TensorSpec:
 
     @property
     def numel(self) -> sympy.Expr:
+        """Number of elements, as an expression in `B`."""
         return sympy.Mul(*self.shape)
 
     @property
     def nbytes(self) -> sympy.Expr:
-        """Bytes, as an expression in `B`."""
+        """Size in bytes, as an expression in `B`."""
         return self.numel * self.dtype.itemsize
 
     @property
@@ -73,13 +82,13 @@ class Input:
     """A placeholder of the captured graph.
 
     Attributes:
-        spec: its looks.
+        spec: its metadata.
         kind: parameter, buffer, constant or input of a call.
-        target: qualified name in the model, or key in `Captured.constants`; "" for inputs.
-        index: position among the call's flattened leaves; -1 for everything else.
-        batch_dim: the dimension that is cut into micro-batches; None where there is none.
-        requires_grad: whether it wanted a gradient when it was captured. (Costs go by it; programs
-            go by what it wants when they run.)
+        target: qualified name in the model, or key in `Captured.constants`; "" for an input.
+        index: position among the call's flattened inputs; -1 for the other kinds.
+        batch_dim: the dimension that is divided into micro-batches; None if there is none.
+        requires_grad: whether it required a gradient at capture. (Costs use this; a program uses
+            what is true when it runs.)
     """
 
     spec: TensorSpec
@@ -96,16 +105,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor that every micro-batch yields, and how the M of them make one.
+    """A tensor that every micro-batch returns, and how the M of them are combined.
 
-    combine: "cat" along `dim`; "sum"; "mean" weighted by the micro-batches' sizes; "same" where
-    the value does not depend on the batch (its gradient is shared out by size).
+    combine: the rule that gathers the values and shares the gradient.
     internal: it serves the new value of a buffer, no result: no gradient will come for it.
     """
 
     spec: TensorSpec
-    combine: str
-    dim: int | None = None
+    combine: Combine
     internal: bool = False
 
     @property
@@ -113,23 +120,31 @@ class Output:
         return self.spec.name
 
     def verify(self) -> None:
+        combine = self.combine
         require(
-            self.combine in ("cat", "sum", "mean", "same"),
+            isinstance(combine, Combine),
             "unknown combination",
-            found=self.combine,
-        )
-        require(
-            (self.combine == "cat") == (self.dim is not None),
-            "a concatenation needs a dimension, nothing else has one",
             node=self.name,
+            found=str(combine),
         )
+        if isinstance(combine, Concatenate):
+            require(
+                0 <= combine.dim < len(self.spec.shape),
+                "a concatenation along a dimension that the output does not have",
+                node=self.name,
+                found=str(combine.dim),
+            )
 
 
 @dataclass(frozen=True)
 class ResultLeaf:
-    """One leaf of the model's result: `kind` is "value" (index into the final values), "input"
-    (index into the call's leaves), "parameter" (qualified name), "size" (a function of the batch's
-    size) or "constant" (the object)."""
+    """One leaf of the model's result.
+
+    Attributes:
+        kind: "value", "input", "parameter", "size" or "constant".
+        value: accordingly an index into the final values, an index into the call's flattened
+            inputs, a qualified name, a function of the batch size, or the object itself.
+    """
 
     kind: str
     value: Any

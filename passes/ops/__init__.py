@@ -1,11 +1,24 @@
-"""TODO."""
+"""Operators of autopipe's own, for what torch.export cannot keep whole.
+
+In: while a model is traced, calls of ``torch.ctc_loss`` and of custom autograd.Functions.
+Out: ops in the graph (``autopipe::ctc_loss``, ``autopipe::function``) that compute the same, with
+the same gradients.
+
+Files, in reading order:
+
+- `autograd_function`: custom autograd.Functions, with the user's own backward
+- `ctc_loss`: the CTC loss, with a table whose size is known in advance
+"""
 
 from __future__ import annotations
 
-from .autograd_function import under
-from .ctc_loss import ctc_losses
+from .autograd_function import apply_function, record_function, run_methods_under
+from .ctc_loss import CTC_LOSS_OP, exportable_ctc_loss
 
 __all__ = [
-    "ctc_losses",
-    "under",
+    "CTC_LOSS_OP",
+    "apply_function",
+    "exportable_ctc_loss",
+    "record_function",
+    "run_methods_under",
 ]

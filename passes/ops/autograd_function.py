@@ -1,9 +1,9 @@
-"""Custom autograd.Functions, kept whole through capture.
+"""Keep custom autograd.Functions whole through capture.
 
 An exported graph has no backward, so a `Function` traced through would lose its own. While a model
-is exported, `Function.apply` makes one call of the operator ``autopipe::function`` instead, which
-the graph keeps. When a stage is traced with its gradients, that operator runs the real `apply`,
-and autograd calls the user's backward.
+is exported, `Function.apply` becomes one call of the op ``autopipe::function``, which the graph
+keeps. When a stage is traced with its gradients, that op runs the real `apply`, and autograd calls
+the user's backward.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+PLAIN_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
-apply: Any = torch.autograd.Function.apply
+_APPLY: Any = torch.autograd.Function.apply  # while a model is exported, torch has another there
 
 
 @dataclass
-class _Site:
-    """A kind of call: the class, its arguments (None for tensors), the structure of its result."""
+class _FunctionCall:
+    """A kind of call of a Function.
+
+    Attributes:
+        function: its class.
+        template: the flattened arguments; None for tensors.
+        positions: the positions of tensors among them.
+        spec: structure of the arguments.
+        out_spec: structure of the result; None before the first run.
+    """
 
     function: type[torch.autograd.Function]
     template: list[Any]
@@ -38,43 +46,50 @@ class _Site:
     spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec | None = None
 
-    def alike(self, other: _Site) -> bool:
-        """Whether one number will do for both."""
+    def is_like(self, other: _FunctionCall) -> bool:
+        """Whether both calls differ in their tensors only."""
         return (
             self.function is other.function
             and self.spec == other.spec
             and self.positions == other.positions
             and all(
-                a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)
+                a is b or (type(a) is type(b) and isinstance(a, PLAIN_TYPES) and a == b)
                 for a, b in zip(self.template, other.template, strict=True)
             )
         )
 
 
-_watch: ContextVar[AbstractContextManager[Any] | None] = ContextVar("watch", default=None)
+_method_context: ContextVar[AbstractContextManager[Any] | None] = ContextVar(
+    "method_context", default=None
+)
 
 METHODS = ("forward", "setup_context", "backward", "vjp")
+"""The methods of a Function that a user writes."""
 
 
 @contextmanager
-def under(watch: AbstractContextManager[Any]) -> Iterator[None]:
-    """The methods of Functions that are applied meanwhile run under `watch`, backward included."""
-    token = _watch.set(watch)
+def run_methods_under(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """Run the methods of Functions within a context, their backward included.
+
+    Args:
+        context: is entered around each method of every Function that is applied until exit.
+    """
+    token = _method_context.set(context)
     try:
         yield
     finally:
-        _watch.reset(token)
+        _method_context.reset(token)
 
 
-def _watched(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The Function, whose methods run under what `under` was given, if it was."""
-    watch = _watch.get()
-    if watch is None:
+def _with_context(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The Function itself, or a subclass whose methods run within `run_methods_under`'s context."""
+    context = _method_context.get()
+    if context is None:
         return function
 
     def method(original: Callable[..., Any]) -> Any:
         def run(*args: Any) -> Any:
-            with watch:
+            with context:
                 return original(*args)
 
         return staticmethod(run)
@@ -82,12 +97,12 @@ def _watched(function: type[torch.autograd.Function]) -> type[torch.autograd.Fun
     own = [n for n in METHODS if getattr(function, n) is not getattr(torch.autograd.Function, n)]
     methods = {n: method(getattr(function, n)) for n in own}
     kind: Any = type(function)
-    made: type[torch.autograd.Function] = kind(function.__name__, (function,), methods)
-    return made
+    subclass: type[torch.autograd.Function] = kind(function.__name__, (function,), methods)
+    return subclass
 
 
-_SITES: list[_Site] = []
-"""The calls met so far: an operator can name what is no tensor only by a number."""
+_CALLS: list[_FunctionCall] = []
+"""All kinds of calls so far. An op's arguments are tensors and numbers: it has the index here."""
 
 _library = torch.library.Library("autopipe", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -96,18 +111,18 @@ _library.define(  # type: ignore[no-untyped-call]
 
 
 def _run(tensors: list[Tensor], site: int) -> list[Tensor]:
-    known = _SITES[site]
-    leaves = list(known.template)
-    for position, tensor in zip(known.positions, tensors, strict=True):
+    call = _CALLS[site]
+    leaves = list(call.template)
+    for position, tensor in zip(call.positions, tensors, strict=True):
         leaves[position] = tensor
-    before = [t._version for t in tensors]
-    function = _watched(known.function)
-    results = apply.__func__(function, *pytree.tree_unflatten(leaves, known.spec))
-    if [t._version for t in tensors] != before:
-        raise _refused(known.function, "it changes an argument in place")
-    found, known.out_spec = pytree.tree_flatten(results)
+    versions = [t._version for t in tensors]
+    function = _with_context(call.function)
+    results = apply_function(function, *pytree.tree_unflatten(leaves, call.spec))
+    if [t._version for t in tensors] != versions:
+        raise _error(call.function, "it changes an argument in place")
+    found, call.out_spec = pytree.tree_flatten(results)
     if not all(isinstance(x, Tensor) for x in found):
-        raise _refused(known.function, "it returns something else than tensors")
+        raise _error(call.function, "it returns something other than tensors")
     return found
 
 
@@ -117,26 +132,43 @@ _library.impl(  # type: ignore[no-untyped-call]
 )
 
 
-def record(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Stand in for ``function.apply(*args)`` while a model is exported.
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call torch's own ``function.apply(*args)``, even while a model is exported.
+
+    Args:
+        function: a custom autograd.Function.
+        args: its arguments.
+    """
+    return _APPLY.__func__(function, *args)
+
+
+def record_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Replace ``function.apply(*args)`` by one call of ``autopipe::function``.
+
+    Args:
+        function: a custom autograd.Function.
+        args: its arguments.
+
+    Returns:
+        What `apply` returns.
 
     Raises:
-        CaptureError: it changes an argument, or returns something else than tensors.
+        CaptureError: it changes an argument, or returns something other than tensors.
     """
     leaves, spec = pytree.tree_flatten(args)
     positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     template = [None if isinstance(x, Tensor) else x for x in leaves]
-    site = _Site(function, template, positions, spec)
-    number = next((i for i, known in enumerate(_SITES) if known.alike(site)), len(_SITES))
-    if number == len(_SITES):
-        _SITES.append(site)
-    found = torch.ops.autopipe.function([leaves[i] for i in positions], number)
-    out_spec = _SITES[number].out_spec
+    call = _FunctionCall(function, template, positions, spec)
+    index = next((i for i, known in enumerate(_CALLS) if known.is_like(call)), len(_CALLS))
+    if index == len(_CALLS):
+        _CALLS.append(call)
+    found = torch.ops.autopipe.function([leaves[i] for i in positions], index)
+    out_spec = _CALLS[index].out_spec
     assert out_spec is not None
     return pytree.tree_unflatten(found, out_spec)
 
 
-def _refused(function: type, problem: str) -> CaptureError:
+def _error(function: type, problem: str) -> CaptureError:
     return CaptureError(
         f"a custom autograd.Function cannot be captured: {problem}",
         found=f"{function.__module__}.{function.__qualname__}",

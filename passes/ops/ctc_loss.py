@@ -1,8 +1,8 @@
-"""Connectionist temporal classification, in a form that torch.export can capture.
+"""The loss of connectionist temporal classification (CTC) as ops that torch.export can capture.
 
-torch's own operator saves a table (forward variables, α of Graves et al. 2006, section 4.1) whose
-size depends on the longest target, a value; so the exporter refuses it. Here the table has room for
-targets as long as their padded row, 2 S + 1 entries, and the kernels are torch's.
+torch's own op saves a table (the forward variables α of Graves et al. 2006, section 4.1) whose size
+depends on the longest target, a value; torch.export refuses it. Here the table is sized for targets
+as long as their padded row, 2 S + 1 entries. The kernels are torch's.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 aten = torch.ops.aten
-ORIGINAL: Any = torch.ctc_loss
+ORIGINAL_CTC_LOSS: Any = torch.ctc_loss
 MEAN, SUM = 1, 2  # ATen's numbers for `reduction`
 
 
 @torch.library.custom_op("autopipe::ctc_loss", mutates_args=())
-def losses(
+def sample_losses(
     log_probs: Tensor,
     targets: Tensor,
     input_lengths: Tensor,
@@ -32,7 +32,7 @@ def losses(
     blank: int,
     zero_infinity: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of every sample (N,), and the table for its gradient (N, T, 2 S + 1).
+    """Compute the loss of every sample, and the table for its gradient.
 
     Args:
         log_probs: (T, N, C).
@@ -40,7 +40,10 @@ def losses(
         input_lengths: (N,).
         target_lengths: (N,).
         blank: the class that stands for no label.
-        zero_infinity: what is given to the backward kernel.
+        zero_infinity: whether the backward kernel zeroes the gradients of infinite losses.
+
+    Returns:
+        The losses (N,) and the table (N, T, 2 S + 1).
     """
     loss, table = aten._ctc_loss.Tensor(
         log_probs, targets, input_lengths, target_lengths, blank, zero_infinity
@@ -48,8 +51,8 @@ def losses(
     return loss, F.pad(table, (0, 2 * targets.shape[1] + 1 - table.shape[2]))
 
 
-@losses.register_fake
-def _losses_look(
+@sample_losses.register_fake
+def _sample_losses_meta(
     log_probs: Tensor, targets: Tensor, input_lengths: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     steps, samples, _ = log_probs.shape
@@ -62,7 +65,7 @@ def _losses_look(
 
 
 @torch.library.custom_op("autopipe::ctc_loss_backward", mutates_args=())
-def gradients(
+def log_prob_gradients(
     gradient: Tensor,
     log_probs: Tensor,
     targets: Tensor,
@@ -73,7 +76,17 @@ def gradients(
     blank: int,
     zero_infinity: bool,
 ) -> Tensor:
-    """The gradient of the log probabilities; arguments and results of `losses`."""
+    """Compute the gradient of the log probabilities.
+
+    Args:
+        gradient: of the losses, (N,).
+        log_probs, targets, input_lengths, target_lengths, blank, zero_infinity: see
+            `sample_losses`.
+        loss, table: results of `sample_losses`.
+
+    Returns:
+        (T, N, C), contiguous.
+    """
     longest = 2 * int(target_lengths.max()) + 1
     lengths = input_lengths, target_lengths
     found: Tensor = aten._ctc_loss_backward.Tensor(
@@ -83,22 +96,24 @@ def gradients(
     return found
 
 
-@gradients.register_fake
-def _gradients_look(gradient: Tensor, log_probs: Tensor, *rest: Any) -> Tensor:
+@log_prob_gradients.register_fake
+def _log_prob_gradients_meta(gradient: Tensor, log_probs: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(log_probs, memory_format=torch.contiguous_format)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
     ctx.options = inputs[4:]
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return gradients(gradient, *ctx.saved_tensors, *ctx.options), *[None] * 5
+    return log_prob_gradients(gradient, *ctx.saved_tensors, *ctx.options), *[None] * 5
 
 
-losses.register_autograd(_backward, setup_context=_keep)
-PACKET = torch.ops.autopipe.ctc_loss
+sample_losses.register_autograd(_backward, setup_context=_save)
+
+CTC_LOSS_OP = torch.ops.autopipe.ctc_loss
+"""The op that captured graphs hold for `sample_losses`."""
 
 
 def ctc_loss(
@@ -110,17 +125,29 @@ def ctc_loss(
     reduction: int = MEAN,
     zero_infinity: bool = False,
 ) -> Tensor:
-    """``torch.ctc_loss`` of padded targets; of others, the original, which is not captured."""
+    """Replace ``torch.ctc_loss``: same arguments, same result.
+
+    Args:
+        log_probs: (T, N, C); with another rank the original is called, which cannot be captured.
+        targets: (N, S), padded; with another rank the original is called.
+        input_lengths, target_lengths: (N,), tensors or sequences of integers.
+        blank: the class that stands for no label.
+        reduction: 0 none, 1 mean, 2 sum.
+        zero_infinity: whether infinite losses count as 0.
+
+    Returns:
+        (N,) without a reduction, else ().
+    """
     if log_probs.dim() != 3 or targets.dim() != 2:
-        given = input_lengths, target_lengths, blank, reduction, zero_infinity
-        original: Tensor = ORIGINAL(log_probs, targets, *given)
+        rest = input_lengths, target_lengths, blank, reduction, zero_infinity
+        original: Tensor = ORIGINAL_CTC_LOSS(log_probs, targets, *rest)
         return original
     lengths = (
         torch.as_tensor(n, dtype=torch.long, device=log_probs.device)
         for n in (input_lengths, target_lengths)
     )
     inputs, labels = lengths
-    loss: Tensor = losses(log_probs, targets, inputs, labels, blank, zero_infinity)[0]
+    loss: Tensor = sample_losses(log_probs, targets, inputs, labels, blank, zero_infinity)[0]
     if zero_infinity:
         loss = torch.where(loss == torch.inf, 0.0, loss)
     if reduction == MEAN:
@@ -129,7 +156,7 @@ def ctc_loss(
 
 
 @contextmanager
-def ctc_losses() -> Iterator[None]:
-    """While a model is traced, `ctc_loss` stands for torch's."""
+def exportable_ctc_loss() -> Iterator[None]:
+    """Replace ``torch.ctc_loss`` by `ctc_loss` until exit."""
     with mock.patch.object(torch, "ctc_loss", ctc_loss):
         yield

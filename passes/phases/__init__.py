@@ -1,13 +1,35 @@
-"""TODO."""
+"""Cut each stage in time: trace its joint forward and backward graph, assign every call to a phase.
+
+    F  forward
+    R  recompute what the backward needs and F did not save
+    B  gradients of received values, which earlier stages wait for
+    W  gradients of the stage's own parameters
+
+In: `PhaseRequest`: a `Split` (stage graphs), metadata of its inputs by micro-batch size, devices, a
+rematerialization policy per stage.
+Out: `Phased`: for each stage a pure joint graph and the phase of each call.
+
+Read the files in this order:
+
+    `request`             the arguments as one value; the cache of traced stages
+    `cut`                 Split -> Phased: trace every stage, cut joint graphs into F, R, B and W
+    `joint_trace`         one stage graph -> its joint forward and backward graph
+    `lower_random`        random calls become keyed draws of the runtime's `ctx`; other clean-up
+    `function_constants`  constants that a custom autograd.Function creates
+    `select_saved`        which values F saves for the backward, by policy
+    `rematerialize`       rewrite a joint graph so that it recomputes what F did not save
+"""
 
 from __future__ import annotations
 
-from .cut import TraceCache, phases, received_strides
+from .cut import cut_phases, received_strides
 from .joint_trace import TensorMeta
+from .request import PhaseRequest, TraceCache
 
 __all__ = [
+    "PhaseRequest",
     "TensorMeta",
     "TraceCache",
-    "phases",
+    "cut_phases",
     "received_strides",
 ]

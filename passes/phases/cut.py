@@ -1,12 +1,13 @@
-"""Split → Phased: each stage's joint graph cut into F, R, B and W (the cut in time).
+"""Split -> Phased: cut each stage's joint graph into the phases F, R, B and W (cut in time).
 
-    F  forward: what the stage's results and its buffers' new values need
-    R  rematerialize: what the backward needs, needs no tangent, and F did not keep
-    B  what the gradients of received values need: the stages before are waiting for it
-    W  the rest: gradients of the stage's own parameters; nobody is waiting
+    F  forward: what the stage's results and the new values of its buffers need
+    R  recompute: what the backward needs, depends on no tangent, and F did not save
+    B  backward: what the gradients of received values need; earlier stages wait for these
+    W  weights: the rest, gradients of the stage's own parameters; no stage waits for these
 
-All four are reachability in one graph. What F keeps is the only choice, and a policy of the stage
-makes it (`keep`). A call that R repeats stands twice in the graph: every node belongs to one phase.
+All four follow from reachability in one graph. The only choice is what F saves, which the stage's
+rematerialization policy makes (`select_saved`). A call that R recomputes is in the graph twice, so
+that every node belongs to one phase.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from operator import getitem
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import fx
@@ -34,125 +35,134 @@ from autopipe.passes.ir import (
 
 from .joint_trace import JointGraph, TensorMeta, forward_metadata, trace_joint
 from .rematerialize import JointRewriter
-from .select_saved import keep
+from .select_saved import select_saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
+
+    from .request import PhaseRequest, TraceCache
 
 aten = torch.ops.aten
 
-
-@dataclasses.dataclass
-class TraceCache:
-    """What was found out about stages, by everything it depends on: identical ones are traced once.
-
-    looks: what their results look like.
-    joints: their joint graphs, whatever is kept.
-    stages: their phases.
-    """
-
-    looks: dict[Hashable, tuple[TensorMeta, ...]] = dataclasses.field(default_factory=dict)
-    joints: dict[Hashable, JointGraph] = dataclasses.field(default_factory=dict)
-    stages: dict[Hashable, StagePhases] = dataclasses.field(default_factory=dict)
+Located: TypeAlias = "tuple[TensorMeta, torch.device]"
+"""A value's metadata, and the device it is on."""
 
 
-def phases(
-    split: Split,
+def cut_phases(
+    request: PhaseRequest,
     size: int,
-    looks: Mapping[str, TensorMeta],
-    devices: Sequence[torch.device],
-    *,
-    remat: Sequence[Policy],
-    grad: bool,
-    differentiated: frozenset[str],
-    traced: TraceCache,
+    cache: TraceCache,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Phased:
-    """Trace and cut every stage at one micro-batch size.
+    """Trace every stage at one micro-batch size and cut it into phases.
 
     Args:
-        split: the stages.
-        size: samples in the micro-batch.
-        looks: of every placeholder of the captured graph, at this size.
-        devices: one per stage; kernels are chosen for them.
-        remat: what each stage keeps, see `keep`.
-        grad: False for inference: the forward alone, traced under no_grad.
-        differentiated: outputs for which a gradient will come, if one can; if it can for none of
-            them, all others count.
-        traced: what is known so far, and grows.
-        progress: told about each stage.
+        request: the stages and what they are traced for.
+        size: samples in the micro-batch, one of those that `request` has metadata for.
+        cache: what was traced so far; grows.
+        progress: called with each stage that is traced.
 
     Raises:
         InputError: a batch norm would see a single value per channel.
     """
-    _check_statistics(split, size)
-    known = {name: (look, devices[0]) for name, look in looks.items()}
-    inputs: list[list[TensorMeta]] = []
-    for stage, device in zip(split.stages, devices, strict=True):
-        inputs.append([_arrived(known[n], device) for n in stage.signature])
-        key: Hashable = (stage.fingerprint, tuple(inputs[-1]), device.type, grad, _autocast(device))
-        if key not in traced.looks:
-            traced.looks[key] = forward_metadata(stage, inputs[-1], device, grad=grad)
-        found = traced.looks[key]
-        known |= {n: (look, device) for n, look in zip(stage.returns, found, strict=True)}
+    split = request.split
+    _check_batch_norm(split, size)
+    inputs, known = _propagate_metadata(request, size, cache)
     differentiable = frozenset(
         o.name for o in split.captured.outputs if known[o.name][0].requires_grad
     )
-    differentiated = differentiated & differentiable or differentiable
-    arriving = {n: (_dense(known[n][0]), known[n][1]) for n in differentiated}
-    cut: list[StagePhases] = []
-    for stage, device in reversed(list(zip(split.stages, devices, strict=True))):
-        places = _tangents(split, stage, arriving)
-        tangents = [(kind, i, _arrived(arriving[n], device)) for kind, i, n in places]
-        held_and_received = inputs[stage.index]
-        key = (
-            *(stage.fingerprint, len(stage.held), len(stage.lent)),
-            *(tuple(held_and_received), tuple(tangents)),
-            *(device.type, grad, _autocast(device)),
-        )
-        if key not in traced.joints:
-            progress(f"tracing stage {stage.index}")
-            traced.joints[key] = trace_joint(stage, held_and_received, tangents, device, grad=grad)
-        kept = (key, remat[stage.index])
-        if kept not in traced.stages:
-            traced.stages[kept] = cut_joint(stage, traced.joints[key], kept[1], device)
-        phased = _named(traced.stages[kept], split.captured, stage, [n for *_, n in places])
-        cut.insert(0, phased)
-        for name, node in zip(phased.sent_grads, phased.results()["sent_grads"], strict=True):
-            arriving[name] = (TensorMeta.of(node.meta["val"]), device)
-    result = Phased(split, size, tuple(remat), differentiable, differentiated, tuple(cut))
+    differentiated = request.differentiated & differentiable or differentiable
+    gradients = {n: (_contiguous(known[n][0]), known[n][1]) for n in differentiated}
+    stages: list[StagePhases] = []
+    for stage, device in reversed(list(zip(split.stages, request.devices, strict=True))):
+        arriving = _tangents(split, stage, gradients)
+        tangents = [(kind, i, _arrived(gradients[n], device)) for kind, i, n in arriving]
+        core = _cut_stage(request, stage, inputs[stage.index], tangents, cache, progress)
+        cut = _with_names_of(stage, core, split.captured, [n for *_, n in arriving])
+        stages.insert(0, cut)
+        for name, node in zip(cut.sent_grads, cut.results()["sent_grads"], strict=True):
+            gradients[name] = (TensorMeta.of(node.meta["val"]), device)
+    result = Phased(split, size, request.remat, differentiable, differentiated, tuple(stages))
     result.verify()
     return result
 
 
 def received_strides(phased: Phased) -> dict[tuple[str, int], tuple[int, ...]]:
-    """What each stage was traced to receive: (what, stage) → strides, gradients included."""
+    """Return the strides with which each stage was traced to receive values and gradients.
+
+    Returns:
+        (message, stage) → strides. A message is a value's name, or ``grad name``.
+    """
     strides = {}
     for stage in phased.stages:
-        _, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
-        rest = holders[len(stage.held) :]
-        whats = [*stage.receives, *(f"grad {n}" for n in stage.tangents)]
-        for what, node in zip(whats, rest, strict=True):
-            strides[what, stage.index] = node.meta["val"].stride()
+        _, *placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
+        arriving = placeholders[len(stage.held) :]
+        messages = [*stage.receives, *(f"grad {n}" for n in stage.tangents)]
+        for message, node in zip(messages, arriving, strict=True):
+            strides[message, stage.index] = node.meta["val"].stride()
     return strides
 
 
-def _arrived(known: tuple[TensorMeta, torch.device], device: torch.device) -> TensorMeta:
-    """A tensor's looks where it is used: a copy between devices makes it dense."""
-    look, source = known
-    return look if source == device else look.settled()
+def _propagate_metadata(
+    request: PhaseRequest, size: int, cache: TraceCache
+) -> tuple[list[list[TensorMeta]], dict[str, Located]]:
+    """Compute the metadata of all values between stages, from the first stage to the last.
+
+    Returns:
+        For each stage the metadata of its inputs; for each value its metadata and device.
+    """
+    devices, grad = request.devices, request.grad
+    known: dict[str, Located] = {n: (m, devices[0]) for n, m in request.metadata[size].items()}
+    inputs: list[list[TensorMeta]] = []
+    for stage, device in zip(request.split.stages, devices, strict=True):
+        inputs.append([_arrived(known[n], device) for n in stage.signature])
+        key: Hashable = (stage.fingerprint, tuple(inputs[-1]), device.type, grad, _autocast(device))
+        if key not in cache.results:
+            cache.results[key] = forward_metadata(stage, inputs[-1], device, grad=grad)
+        found = cache.results[key]
+        known |= {n: (meta, device) for n, meta in zip(stage.returns, found, strict=True)}
+    return inputs, known
 
 
-def _dense(look: TensorMeta) -> TensorMeta:
-    """The gradient of an output arrives contiguous."""
-    dense = torch.empty(look.shape, device="meta").stride()
-    return look._replace(stride=dense, requires_grad=False)
+def _cut_stage(
+    request: PhaseRequest,
+    stage: StageGraph,
+    inputs: Sequence[TensorMeta],
+    tangents: Sequence[tuple[str, int, TensorMeta]],
+    cache: TraceCache,
+    progress: Callable[[str], None],
+) -> StagePhases:
+    """Trace a stage and cut its joint graph, unless an identical stage is in the cache."""
+    device, policy = request.devices[stage.index], request.remat[stage.index]
+    key: Hashable = (
+        *(stage.fingerprint, len(stage.held), len(stage.lent)),
+        *(tuple(inputs), tuple(tangents)),
+        *(device.type, request.grad, _autocast(device)),
+    )
+    if (key, policy) not in cache.stages:
+        if key not in cache.joints:
+            progress(f"tracing stage {stage.index}")
+            cache.joints[key] = trace_joint(stage, inputs, tangents, device, grad=request.grad)
+        cache.stages[key, policy] = cut_joint(stage, cache.joints[key], policy, device)
+    return cache.stages[key, policy]
 
 
-def _check_statistics(split: Split, size: int) -> None:
-    """Eager refuses to normalise over a single value; so must a micro-batch."""
+def _arrived(value: Located, device: torch.device) -> TensorMeta:
+    """A value's metadata on the device that uses it: a copy between devices makes it dense."""
+    meta, source = value
+    return meta if source == device else meta.after_copy()
+
+
+def _contiguous(meta: TensorMeta) -> TensorMeta:
+    """The metadata of an output's gradient, which arrives contiguous."""
+    stride = torch.empty(meta.shape, device="meta").stride()
+    return meta._replace(stride=stride, requires_grad=False)
+
+
+def _check_batch_norm(split: Split, size: int) -> None:
+    """Refuse batch norm over a single value per channel, as eager execution does."""
     for node in split.captured.graph_module.graph.nodes:
         if node.target is not aten.batch_norm.default or not node.args[5]:
             continue
@@ -175,10 +185,13 @@ def _autocast(device: torch.device) -> Hashable:
 def _tangents(
     split: Split, stage: StageGraph, arriving: Mapping[str, Any]
 ) -> list[tuple[str, int, str]]:
-    """The gradients that will reach `stage`: of what it returns, and sums of what others share."""
-    inputs = stage.signature
+    """The gradients that `stage` receives: of its results, and of values that later stages use too.
+
+    Returns:
+        For each: "return" or "input", the position of its value among these, the value's name.
+    """
     result = [("return", i, n) for i, n in enumerate(stage.returns) if n in arriving]
-    for i, name in enumerate(inputs):
+    for i, name in enumerate(stage.signature):
         route = split.routes.get(name)
         if route is None or name not in arriving:
             continue
@@ -188,10 +201,10 @@ def _tangents(
     return result
 
 
-def _named(
-    core: StagePhases, captured: Captured, stage: StageGraph, tangents: list[str]
+def _with_names_of(
+    stage: StageGraph, core: StagePhases, captured: Captured, tangents: Sequence[str]
 ) -> StagePhases:
-    """A cut stage under the names of one that is identical to it."""
+    """Give a cut stage the names of `stage`, which is identical to the one that was traced."""
     rename = dict(zip(core.held + core.receives, stage.signature, strict=True))
     return dataclasses.replace(
         core,
@@ -210,35 +223,50 @@ def _named(
 
 
 def cut_joint(
-    stage: StageGraph, joint: JointGraph, policy: Policy, device: torch.device
+    stage: StageGraph, joint: JointGraph, policy: RematPolicy, device: torch.device
 ) -> StagePhases:
-    """Cut one joint graph into F, R, B and W by reachability (its draws are not yet named)."""
-    kit, *holders = [n for n in joint.graph.nodes if n.op == "placeholder"]
+    """Cut one joint graph into F, R, B and W by reachability.
+
+    Args:
+        stage: gives the names.
+        joint: its joint graph.
+        policy: chooses what F saves.
+        device: for which it was traced.
+
+    Returns:
+        The cut stage, without names of tangents. The `call` of its draws is still a position in the
+        stage graph.
+    """
+    ctx, *placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     names = stage.signature
     count = len(names) - len(stage.receives)
-    held, rest = holders[:count], holders[count:]
+    held, rest = placeholders[:count], placeholders[count:]
     received, tangents = rest[: len(stage.receives)], rest[len(stage.receives) :]
     results = results_of(joint.graph)
-    ending = len(stage.returns) + len(joint.updates)
-    forward = _ancestors(results[:ending])
+    forward_results = len(stage.returns) + len(joint.updates)
+    forward = _ancestors(results[:forward_results])
     forward |= {n for n in joint.graph.nodes if n.target is getitem and n.args[0] in forward}
-    late = _descendants(tangents)
-    policy = policy if tangents else "full"
-    saved = keep(joint.graph, policy, forward, late, held, received, ending)
+    backward = _descendants(tangents)
+    saved = set(received)
+    if tangents:
+        saved = select_saved(
+            joint.graph, policy, forward, backward, held, received, forward_results
+        )
     forward |= _ancestors(list(saved))
-    changing = {storage_id_of(held[i]) for i in joint.updates}
-    saved = {n for n in saved if n in received or storage_id_of(n) not in changing}
-    rebuild = JointRewriter(forward, late, saved)
-    rebuild.placeholders([kit, *held], received, tangents, {held[i] for i in joint.updates})
-    graph = rebuild.calls(joint.graph, results[:ending], results[ending:])
+    written = [held[i] for i in joint.updates]
+    written_storages = {storage_id_of(n) for n in written}
+    saved = {n for n in saved if n in received or storage_id_of(n) not in written_storages}
+    rewriter = JointRewriter(forward, backward, saved)
+    rewriter.write_placeholders([ctx, *held], received, tangents, written)
+    graph = rewriter.write_calls(joint.graph, results[:forward_results], results[forward_results:])
     own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
-    awaited = _ancestors(results_of(graph)[ending + len(own_grads) :])
+    awaited = _ancestors(results_of(graph)[forward_results + len(own_grads) :])
     return StagePhases(
         index=stage.index,
         graph=graph,
-        phase_of=rebuild.phase_of
-        | {n.name: "B" for n in awaited if rebuild.phase_of.get(n.name) == "W"},
-        saved=tuple(rebuild.kept),
+        phase_of=rewriter.phase_of
+        | {n.name: "B" for n in awaited if rewriter.phase_of.get(n.name) == "W"},
+        saved=tuple(rewriter.saved_names),
         held=tuple(names[:count]),
         receives=stage.receives,
         tangents=(),
@@ -252,7 +280,7 @@ def cut_joint(
 
 
 def _ancestors(results: Sequence[Any]) -> set[fx.Node]:
-    """The calls and placeholders that `results` need, themselves included."""
+    """The calls and placeholders that `results` depend on, themselves included."""
     found: set[fx.Node] = set()
     todo = [r for r in results if isinstance(r, fx.Node)]
     while todo:
@@ -264,6 +292,7 @@ def _ancestors(results: Sequence[Any]) -> set[fx.Node]:
 
 
 def _descendants(sources: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that depend on `sources`, themselves included."""
     found: set[fx.Node] = set()
     todo = list(sources)
     while todo:

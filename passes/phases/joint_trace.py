@@ -1,17 +1,17 @@
-"""One stage graph, at one micro-batch size → its joint forward and backward as one pure graph.
+"""Trace one stage graph at one micro-batch size into one pure joint graph, forward and backward.
 
-The stage runs on fake tensors with plain integer sizes, autograd runs on top of it, and everything
-the two dispatch is recorded below them by make_fx, through AOTAutograd's functional tensors, which
-turn in-place calls and views into pure ones. What is recorded is therefore what eager autograd
-would have executed, kernel by kernel and in its order.
+The stage runs on fake tensors with integer sizes, autograd runs on top, and make_fx records below
+them everything that the two dispatch. AOTAutograd's functional tensors turn in-place calls and
+views into pure ones. So the joint graph contains the kernels that eager autograd would execute, in
+its order.
 
-`torch.autograd.grad` is asked for what a stage owes its neighbours: the tangents of its results,
-and, for a value that later stages use too, their running sum as the tangent *of the input itself*.
-Autograd adds such a tangent before any contribution of this stage, which is exactly the order in
-which it would sum the contributions in the whole graph.
+`torch.autograd.grad` computes the gradients that a stage sends to other stages. It takes the
+tangents of the stage's results. For a value that later stages use too, it also takes the sum of
+their gradients, as a tangent of the stage's *input itself*. Autograd adds such a tangent before any
+contribution of this stage: the order in which it would sum the contributions in the whole graph.
 
-(AOTAutograd's own joint export guesses the strides of tangents and drops the tangents of results
-that alias an input; both are known here, so its pieces are used without its wrapping.)
+(AOTAutograd's own joint export guesses the strides of tangents and drops tangents of results that
+alias an input. Both are known here, so its parts are used directly.)
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from autopipe.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FunctionalTensorMode,
+    autocast_device_types,
     from_functional,
     make_fx,
     preserve_node_meta,
@@ -50,7 +51,14 @@ aten = torch.ops.aten
 
 
 class TensorMeta(NamedTuple):
-    """A tensor as tracing needs to know it: concrete sizes, and whether a gradient flows to it."""
+    """Metadata of a tensor at one micro-batch size: what tracing must know of it.
+
+    Attributes:
+        shape: sizes in elements.
+        stride: in elements.
+        dtype: of the elements.
+        requires_grad: whether a gradient flows to it.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -59,27 +67,31 @@ class TensorMeta(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorMeta:
+        """Read the metadata of a tensor."""
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
 
     def fake(self, device: torch.device) -> Tensor:
-        """A tensor that looks so (to be called under a fake mode)."""
+        """Create a tensor with this metadata; call it under a fake tensor mode."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
 
-    def settled(self) -> TensorMeta:
-        """The same after a copy: dense strides in the same order of dimensions."""
+    def after_copy(self) -> TensorMeta:
+        """Return the metadata of a copy: dense strides in the same order of dimensions."""
         meta = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
         return self._replace(stride=meta.clone().stride())
 
 
 @dataclass(frozen=True)
 class JointGraph:
-    """A traced stage. Placeholders: held, received, tangents. Results: returns, updates, grads.
+    """A traced stage: its forward and backward as one pure graph.
+
+    Placeholders: the runtime's `ctx`, the stage's state (`held`: parameters, buffers, constants),
+    received values, tangents. Results: returned values, new values of buffers, gradients.
 
     Attributes:
-        graph: the joint graph, pure.
-        updates: positions, among held, of the buffers whose new values are returned.
-        grads: positions, among held then received, whose gradients are returned.
-        draws: for each keyed draw its key, with the position of its call in the stage graph.
+        graph: the joint graph.
+        updates: positions among the state of the buffers whose new values are results.
+        grads: positions among state and received values of those whose gradients are results.
+        draws: the key of each random draw, with the position of its call in the stage graph.
     """
 
     graph: fx.Graph
@@ -91,18 +103,25 @@ class JointGraph:
 def forward_metadata(
     stage: StageGraph, inputs: Sequence[TensorMeta], device: torch.device, *, grad: bool
 ) -> tuple[TensorMeta, ...]:
-    """What a stage's results look like, given its held and received tensors; without tracing."""
+    """Compute the metadata of a stage's results without tracing it.
+
+    Args:
+        stage: runs on fake tensors.
+        inputs: metadata of its state, then of received tensors.
+        device: where the stage will run.
+        grad: whether gradients are recorded.
+    """
     with (
         static_fake_mode(),
         record_checks_unordered(),
         _uncached_autocast(),
         torch.set_grad_enabled(grad),
     ):
-        plain = [look.fake(device) for look in inputs]
+        plain = [meta.fake(device) for meta in inputs]
         with FunctionalTensorMode():
             leaves = [
-                to_functional(x).requires_grad_(look.requires_grad)
-                for x, look in zip(plain, inputs, strict=True)
+                to_functional(x).requires_grad_(meta.requires_grad)
+                for x, meta in zip(plain, inputs, strict=True)
             ]
             results = _run(stage, leaves, device)
             return tuple(
@@ -122,36 +141,45 @@ def trace_joint(
     """Trace a stage.
 
     Args:
-        stage: its graph is run as it is, with devices in it replaced by `device`.
-        inputs: looks of held, then received tensors.
-        arriving: for each tangent that will come ("return" or "input", position, its look).
+        stage: its graph is run with every device in it replaced by `device`.
+        inputs: metadata of its state, then of received tensors.
+        arriving: for each tangent that the stage will receive: "return" or "input", the position of
+            its value among these, and its metadata.
         device: where the stage will run; kernels are chosen for it.
         grad: False traces the forward alone, under no_grad.
+
+    Returns:
+        The joint graph, its random calls replaced by keyed draws.
+
+    Raises:
+        CaptureError: a shape depends on the values of tensors, or a custom autograd.Function uses a
+            tensor that is not one of its arguments.
     """
     updates: list[int] = []
     grads: list[int] = []
-    marked = [i for i, look in enumerate(inputs) if look.requires_grad]
-    wanted = marked if grad else []
+    differentiable = [i for i, meta in enumerate(inputs) if meta.requires_grad]
+    wanted = differentiable if grad else []
 
     def joint(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
         before = list(primals)
         with FunctionalTensorMode():
             outer = [to_functional(x) for x in primals]
-            # Marked without gradients too: by the mark, matmul chooses its kernel.
+            # Also for a forward alone: matmul chooses its kernel by requires_grad.
             leaves = [
-                x.detach().requires_grad_() if i in marked else x for i, x in enumerate(outer)
+                x.detach().requires_grad_() if i in differentiable else x
+                for i, x in enumerate(outer)
             ]
             with torch.set_grad_enabled(grad):
                 results = _run(stage, leaves, device)
             gradients: list[tuple[int, Tensor | None]] = []
             if arriving and wanted:
-                known = {"return": results, "input": leaves}
+                values = {"return": results, "input": leaves}
                 with (
                     torch.autocast(device.type, enabled=False),
                     torch.autograd.set_multithreading_enabled(False),
                 ):
                     found = _gradients(
-                        [known[kind][i] for kind, i, _ in arriving],
+                        [values[kind][i] for kind, i, _ in arriving],
                         [leaves[i] for i in wanted],
                         [to_functional(t) for t in tangents],
                     )
@@ -170,8 +198,8 @@ def trace_joint(
         _uncached_autocast(),
         watch_constants(stage),
     ):
-        primals = [look.fake(device) for look in inputs]
-        tangents_ = [look.fake(device) for _, _, look in arriving]
+        primals = [meta.fake(device) for meta in inputs]
+        tangents_ = [meta.fake(device) for _, _, meta in arriving]
         module = make_fx(joint, _allow_non_fake_inputs=True)(primals, tangents_)
     inline_constants(stage, module)
     calls = enumerate(stage.graph_module.graph.nodes)
@@ -190,20 +218,19 @@ def _gradients(
         raise CaptureError(
             "a shape in the backward depends on the values of tensors",
             found=str(error),
-            remedy="take gradients of what index_fill writes, and the like, by torch.where instead",
+            remedy="use torch.where instead of index_fill and similar calls",
         ) from error
 
 
 def _resolved(tensor: Tensor) -> Tensor:
-    """Without the bits for "to be conjugated" and "to be negated": `TensorMeta` does not tell of
-    them."""
+    """Materialize lazy conjugation and negation, which `TensorMeta` does not describe."""
     return tensor.resolve_conj().resolve_neg()
 
 
 def _run(stage: StageGraph, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Run a stage graph on `device`, attributing what is recorded to the calls that cause it."""
+    """Run a stage graph on `device` and attribute what is recorded to the call that causes it."""
     env: dict[fx.Node, Any] = {}
-    known: set[Any] = set()
+    attributed: set[Any] = set()
     source = iter(inputs)
     for position, node in enumerate(stage.graph_module.graph.nodes):
         if node.op == "placeholder":
@@ -215,17 +242,19 @@ def _run(stage: StageGraph, inputs: Sequence[Tensor], device: torch.device) -> l
             set_traced_call(*origin)
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             with _region(node, device):
-                env[node] = _call(node, _moved(args, device), _placed(node, kwargs, device))
+                env[node] = _call(
+                    node, _replace_devices(args, device), _on_device(node, kwargs, device)
+                )
             for tensor in pytree.tree_leaves(env[node]):
                 if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                    _attribute_backward(tensor.grad_fn, origin, known)
+                    _attribute_backward(tensor.grad_fn, origin, attributed)
     raise AssertionError("a graph without output")
 
 
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     target: Any = node.target
     if getattr(target, "overloadpacket", None) is aten.randint_like:
-        # Python's function knows that there is no gradient, the overload does not.
+        # torch's Python function passes no gradient, but the overload would ask for one.
         args = pytree.tree_map_only(Tensor, Tensor.detach, args)
     try:
         return target(*args, **kwargs)
@@ -239,40 +268,40 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
         ) from error
 
 
-def _attribute_backward(function: Any, origin: tuple[int, str | None], known: set[Any]) -> None:
-    """Autograd's new functions belong to the call that made them: so will what they record."""
+def _attribute_backward(function: Any, origin: tuple[int, str | None], seen: set[Any]) -> None:
+    """Attribute what autograd's new functions will record to the call that created them."""
     todo = [function]
     while todo:
         top = todo.pop()
-        if top is not None and top not in known:
-            known.add(top)
+        if top is not None and top not in seen:
+            seen.add(top)
             top.register_prehook(lambda _: set_traced_call(*origin))
             todo += [f for f, _ in top.next_functions]
 
 
 def _region(node: fx.Node, device: torch.device) -> Any:
-    """The autocast region a call was captured in, for the device that the stage runs on."""
+    """Return the autocast region that a call was captured in, for the stage's device."""
     if "autocast" not in node.meta:
         return nullcontext()
     _, dtype, enabled, _ = node.meta["autocast"]
     return torch.autocast(device.type, dtype, enabled, cache_enabled=False)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Arguments with every device in them replaced by `device`."""
+def _replace_devices(value: Any, device: torch.device) -> Any:
+    """Replace every device in some arguments by `device`."""
     return pytree.tree_map(lambda v: device if isinstance(v, torch.device) else v, value)
 
 
-def _placed(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Keyword arguments likewise; a factory that names no device would use the default one."""
-    kwargs = _moved(kwargs, device)
-    if kwargs.get("device") is None and _makes_tensors(node.target):
+def _on_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Replace the devices in keyword arguments; give a factory that names none its device."""
+    kwargs = _replace_devices(kwargs, device)
+    if kwargs.get("device") is None and _is_factory(node.target):
         kwargs["device"] = device
     return kwargs
 
 
-def _makes_tensors(target: Any) -> bool:
-    """A factory such as arange, whose device is the default one unless it is told."""
+def _is_factory(target: Any) -> bool:
+    """Whether a call such as arange creates tensors on the default device if it names none."""
     schema = getattr(target, "_schema", None)
     if schema is None or not any(a.name == "device" for a in schema.arguments):
         return False
@@ -280,8 +309,8 @@ def _makes_tensors(target: Any) -> bool:
 
 
 def _uncached_autocast() -> Any:
-    """Keep fake casts of parameters out of autocast's cache while tracing under it."""
-    for kind in ("cpu", "cuda"):
+    """While tracing under autocast: keep fake casts of parameters out of its cache."""
+    for kind in autocast_device_types():
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             return torch.autocast(kind, dtype=dtype, cache_enabled=False)

@@ -1,4 +1,4 @@
-"""What a traced joint graph is rid of, and what it leaves to the runtime's kit."""
+"""Clean a traced joint graph and lower random calls to keyed draws of the runtime's `ctx`."""
 
 from __future__ import annotations
 
@@ -16,39 +16,43 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-KIT = "kit"
-"""First placeholder of every joint graph: what the runtime lends to a stage's code. Its methods
-are `draw` (a random call, keyed), `settled` (a tensor in the memory format that it suggests) and
-`recording` (a call with gradients on)."""
+CONTEXT = "ctx"
+"""First placeholder of every joint graph: the object through which a stage's code uses the runtime.
+
+Its methods are `draw` (a keyed random call), `in_suggested_format` (a tensor, dense in the memory
+format that its strides suggest), `with_grad` (a call with gradients enabled) and `accumulate`."""
 
 RNN_WORKSPACE = 22
 """Position of oneDNN's workspace among the arguments of its LSTM backward."""
 
-PICKY = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
-"""Kernels that want their tensors dense in the memory format which those suggest."""
+LAYOUT_SENSITIVE = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
+"""Kernels that require their arguments to be dense in the memory format that these suggest."""
 
 
 def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDraw, ...]:
-    """Drop what does nothing below autograd, and hand two kinds of calls to the runtime's kit.
+    """Drop calls that do nothing below autograd, and lower some calls to methods of `ctx`.
 
-    Random calls become keyed draws: what they draw depends on the key and on nothing else, so that
-    a repetition draws the same and no order of execution matters.
+    A random call (`autopipe.passes.graph.is_random`) becomes a keyed draw. What it draws depends on
+    its key alone, so recomputation draws the same numbers and the order of execution does not
+    matter.
 
-    A group norm's argument is settled. Where a fake's stride of a dimension of size one is not the
-    kernel's (see `fakes`), the norm was traced as if its argument were dense in a memory format
-    which the real one does not even suggest. When it runs, the question is asked again, as eager
-    would.
+    A group norm's argument goes through `ctx.in_suggested_format`. Where a fake tensor's stride of
+    a dimension of size one differs from the kernel's (see `graph/fake_strides.py`), the norm was
+    traced as if its argument were dense in a memory format that the real argument does not
+    suggest. The format is chosen again at run time, as eager execution would.
+
+    An LSTM's backward gets the workspace of its forward.
 
     Args:
         graph: changed in place.
         static: positions, in the stage graph, of the calls that do not depend on the batch.
 
     Returns:
-        For each draw its key; its call is named by the position in the stage graph.
+        The key of each draw; `call` is the position of its call in the stage graph.
     """
     with graph.inserting_before(next(iter(graph.nodes))):
-        kit = graph.placeholder(KIT)
-    keys: list[RandomDraw] = []
+        ctx = graph.placeholder(CONTEXT)
+    draws: list[RandomDraw] = []
     for node in list(graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
@@ -56,37 +60,38 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
             call = node.meta["custom"]["call"]
             with graph.inserting_before(node):
                 drawn = graph.call_method(
-                    "draw", (kit, len(keys), node.target, *node.args), node.kwargs
+                    "draw", (ctx, len(draws), node.target, *node.args), node.kwargs
                 )
-            keys.append(RandomDraw(call, sum(k.call == call for k in keys), call in static))
+            draws.append(RandomDraw(call, sum(d.call == call for d in draws), call in static))
             drawn.meta = dict(node.meta)
             node.replace_all_uses_with(drawn)
         elif node.target is aten.mkldnn_rnn_layer_backward.default:
-            _give_workspace(graph, kit, node)
-        elif node.target in PICKY:
+            _give_workspace(graph, ctx, node)
+        elif node.target in LAYOUT_SENSITIVE:
             for source in node.all_input_nodes:
-                looks = source.meta["val"]
-                if looks.ndim == 4 and 1 in looks.shape:
+                value = source.meta["val"]
+                if value.ndim == 4 and 1 in value.shape:
                     with graph.inserting_before(node):
-                        settled = graph.call_method("settled", (kit, source))
+                        settled = graph.call_method("in_suggested_format", (ctx, source))
                     settled.meta = dict(source.meta)
                     node.replace_input_with(source, settled)
     remove_dead_calls(graph)
     for node in graph.nodes:
         node.meta.pop("custom", None)
-    return tuple(keys)
+    return tuple(draws)
 
 
-def _give_workspace(graph: fx.Graph, kit: fx.Node, backward: fx.Node) -> None:
-    """Hand oneDNN's LSTM backward its workspace, the fourth result of the forward.
+def _give_workspace(graph: fx.Graph, ctx: fx.Node, backward: fx.Node) -> None:
+    """Pass oneDNN's LSTM backward its workspace, the fourth result of the forward.
 
-    The fake forward has none to save, and the real one makes it only while gradients are on.
+    The fake forward has no workspace to save, and the real one returns it only while gradients are
+    enabled.
     """
     output: Any = backward.args[7]
     forward = output.args[0]
     if forward.op == "call_function":
         with graph.inserting_before(forward):
-            recording = graph.call_method("recording", (kit, forward.target, *forward.args))
+            recording = graph.call_method("with_grad", (ctx, forward.target, *forward.args))
         recording.meta = dict(forward.meta)
         forward.replace_all_uses_with(recording)
         forward = recording

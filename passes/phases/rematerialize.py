@@ -1,7 +1,7 @@
-"""A joint graph written anew, with what the backward computes again spelled out.
+"""Rewrite a joint graph so that it spells out what the backward recomputes.
 
-F stands first. The backward follows in its own order, and each call of R just before its first use,
-so that a recomputed value lives no longer than it must.
+F comes first. The backward follows in its own order, with each recomputing call of R just before
+its first use, so that a recomputed value lives no longer than it must.
 """
 
 from __future__ import annotations
@@ -18,88 +18,118 @@ aten = torch.ops.aten
 
 
 class JointRewriter:
-    """Writes a joint graph anew, with R's calls spelled out just before their use.
+    """Writes a joint graph again, with R's calls spelled out before their first use.
+
+    Args:
+        forward: the nodes that F computes.
+        backward: the nodes that depend on a tangent.
+        saved: the values that F may save for the backward.
 
     Attributes:
-        phase_of: the phase of every call written so far (W stands for B or W).
-        kept: names of what the backward takes from F, in the order of first use.
+        graph: the graph written so far.
+        phase_of: the phase of every call written so far ("W" stands for B or W).
+        saved_names: names of the values that the backward takes from F, in the order of first use.
     """
 
-    def __init__(self, forward: set[fx.Node], late: set[fx.Node], saved: set[fx.Node]) -> None:
-        self.forward, self.late, self.saved = forward, late, saved
+    def __init__(self, forward: set[fx.Node], backward: set[fx.Node], saved: set[fx.Node]) -> None:
         self.graph = fx.Graph()
-        self.early: dict[fx.Node, fx.Node] = {}  # what F knows a value as
-        self.again: dict[fx.Node, fx.Node] = {}  # what the backward knows it as
-        self.kept: dict[str, None] = {}
         self.phase_of: dict[str, str] = {}
+        self.saved_names: dict[str, None] = {}
+        self._forward, self._backward, self._saved = forward, backward, saved
+        self._in_forward: dict[fx.Node, fx.Node] = {}  # old node → the node that F uses for it
+        self._in_backward: dict[fx.Node, fx.Node] = {}  # old node → the one that R, B and W use
+        self._before_write: dict[fx.Node, fx.Node] = {}  # buffer that F writes to → F's copy of it
 
-    def placeholders(
+    def write_placeholders(
         self,
-        lasting: Sequence[fx.Node],
+        owned: Sequence[fx.Node],
         received: Sequence[fx.Node],
         tangents: Sequence[fx.Node],
-        written: set[fx.Node],
+        written: Sequence[fx.Node],
     ) -> None:
-        """`lasting` ones are there in every phase, but for the buffers that F has `written` to."""
-        for node in [*lasting, *received, *tangents]:
-            self.early[node] = self.graph.node_copy(node)
-        for node in [*(n for n in lasting if n not in written), *tangents]:
-            self.again[node] = self.early[node]
-        self.written = {node: self._before(node) for node in written}
+        """Write the placeholders, and copy the buffers that F writes to.
 
-    def _before(self, node: fx.Node) -> fx.Node:
-        """F's copy of a buffer that it is about to change."""
-        copy = self.graph.call_function(aten.clone.default, (self.early[node],))
+        Args:
+            owned: the runtime's `ctx`, then parameters, buffers and constants: present in every
+                phase.
+            received: values from other stages and the caller, which F uses.
+            tangents: gradients that the stage receives.
+            written: the buffers among `owned` that F writes to.
+        """
+        for node in [*owned, *received, *tangents]:
+            self._in_forward[node] = self.graph.node_copy(node)
+        for node in [*(n for n in owned if n not in written), *tangents]:
+            self._in_backward[node] = self._in_forward[node]
+        self._before_write = {node: self._copy_before_write(node) for node in written}
+
+    def _copy_before_write(self, node: fx.Node) -> fx.Node:
+        copy = self.graph.call_function(aten.clone.default, (self._in_forward[node],))
         copy.meta = dict(node.meta)
         self.phase_of[copy.name] = "F"
         return copy
 
-    def calls(
+    def write_calls(
         self, joint: fx.Graph, forward_results: Sequence[Any], gradients: Sequence[Any]
     ) -> fx.Graph:
-        """Write all calls and the results: F's, then the gradients."""
+        """Write all calls, F's first, and the output.
+
+        Args:
+            joint: the graph to rewrite.
+            forward_results: its results that F computes.
+            gradients: its results that the backward computes.
+
+        Returns:
+            The complete graph.
+        """
         calls = [n for n in joint.nodes if n.op in ("call_function", "call_method")]
         for node in calls:
-            if node in self.forward:
-                self.early[node] = self._write(node, self.early.__getitem__, "F")
+            if node in self._forward:
+                self._in_forward[node] = self._copy_call(node, self._in_forward, "F")
         for node in calls:
-            if node in self.late:
+            if node in self._backward:
                 for source in node.all_input_nodes:
-                    self.recall(source)
-                self.again[node] = self._write(node, self.again.__getitem__, "W")
-        results = [self.early[r] for r in forward_results] + [self.recall(g) for g in gradients]
+                    self._backward_value(source)
+                self._in_backward[node] = self._copy_call(node, self._in_backward, "W")
+        results = [self._in_forward[r] for r in forward_results]
+        results += [self._backward_value(g) for g in gradients]
         self.graph.output(tuple(results))
-        for node in reversed(self.graph.nodes):  # an unused part of a result, an old buffer
+        for node in reversed(self.graph.nodes):  # an unused part of a result, a copy of a buffer
             if node.op == "call_function" and not node.users:
                 del self.phase_of[node.name]
                 self.graph.erase_node(node)
         return self.graph
 
-    def _write(self, node: fx.Node, argument: Callable[[fx.Node], fx.Node], phase: str) -> fx.Node:
-        new = self.graph.node_copy(node, argument)
+    def _copy_call(self, node: fx.Node, arguments: dict[fx.Node, fx.Node], phase: str) -> fx.Node:
+        copy_argument: Callable[[fx.Node], fx.Node] = arguments.__getitem__
+        new = self.graph.node_copy(node, copy_argument)
         if new.target is aten.view.default:
-            # Some kernels (batch norm's backward) give other strides than their fakes, which a
-            # view that was traced may not fit. Eager asks the real ones; so does reshape.
+            # Some kernels (batch norm's backward) give other strides than their fakes, so a traced
+            # view may not fit. Eager autograd decides by the real strides; so does reshape.
             new.target = aten.reshape.default
         self.phase_of[new.name] = phase
         return new
 
-    def recall(self, node: fx.Node) -> fx.Node:
-        """The backward's version of a value: kept, or computed again (depth first, no recursion:
-        a stage's forward may be thousands of calls deep)."""
+    def _backward_value(self, node: fx.Node) -> fx.Node:
+        """Return the node that the backward uses for a value: saved by F, or recomputed.
+
+        Depth first with a list instead of recursion: a stage's forward may be thousands of calls
+        deep.
+        """
         todo = [node]
         while todo:
             top = todo[-1]
-            if top in self.again:
+            if top in self._in_backward:
                 todo.pop()
-            elif top in self.written:
-                self.again[top] = self.written[top]
-                self.kept[self.written[top].name] = None
-            elif top in self.saved and not isinstance(top.meta["val"], (tuple, list)):
-                self.again[top] = self.early[top]
-                self.kept[self.early[top].name] = None
-            elif missing := [n for n in top.all_input_nodes if n not in self.again]:
+            elif top in self._before_write:
+                self._use_saved(top, self._before_write[top])
+            elif top in self._saved and not isinstance(top.meta["val"], (tuple, list)):
+                self._use_saved(top, self._in_forward[top])
+            elif missing := [n for n in top.all_input_nodes if n not in self._in_backward]:
                 todo += missing
             else:
-                self.again[top] = self._write(top, self.again.__getitem__, "R")
-        return self.again[node]
+                self._in_backward[top] = self._copy_call(top, self._in_backward, "R")
+        return self._in_backward[node]
+
+    def _use_saved(self, node: fx.Node, saved: fx.Node) -> None:
+        self._in_backward[node] = saved
+        self.saved_names[saved.name] = None

@@ -1,4 +1,4 @@
-"""What F keeps for the backward: a policy's choice among the values of a stage's joint graph."""
+"""Select the values that F saves for the backward: ask the policy about a stage's joint graph."""
 
 from __future__ import annotations
 
@@ -8,59 +8,68 @@ import torch
 from torch import fx
 
 from autopipe.passes._torch import min_cut_saved
-from autopipe.passes.remat_policies import Policy
+from autopipe.passes.remat_policies import JointValues
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from autopipe.passes.remat_policies import RematPolicy
+
 aten = torch.ops.aten
 
 
-def keep(
+def select_saved(
     graph: fx.Graph,
-    policy: Policy,
+    policy: RematPolicy,
     forward: set[fx.Node],
     late: set[fx.Node],
     held: Sequence[fx.Node],
     received: Sequence[fx.Node],
     results: int,
 ) -> set[fx.Node]:
-    """The values that a policy would keep, more than the backward reads perhaps.
+    """The values that F saves under a policy; some of them the backward may not read.
 
     Args:
-        graph: joint graph; the runtime's kit is its first placeholder.
-        policy: see `policies`.
-        forward: what the forward makes.
-        late: what depends on a gradient, and so cannot be kept.
-        held: placeholders of what the stage holds, which is there anyway.
-        received: placeholders of what it received, which is always among the result.
-        results: how many of the graph's results are the forward's.
+        graph: joint graph; its first placeholder is the runtime's context (`ctx`).
+        policy: the stage's policy.
+        forward: what the forward computes or reads.
+        late: values that depend on a gradient, which F cannot save.
+        held: placeholders of the stage's parameters, buffers and constants: they need no saving.
+        received: placeholders of the received values, which are always saved.
+        results: how many of the graph's results belong to the forward.
+
+    Returns:
+        Nodes of the graph.
     """
-    if policy in ("full", 0.0):
-        return set(received)
-    if policy == "none":
-        return forward | set(received)
-    budget = 1.0 if policy == "min-cut" else float(policy)
-    # The partitioner merges equal calls first, so its choice may lack a received value that a call
-    # merged away here still starts from.
-    return (_min_cut(graph, results, budget) - late - set(held)) | set(received)
+
+    def min_cut(budget: float) -> set[fx.Node]:
+        return _min_cut(graph, results, budget) - late - set(held)
+
+    # The partitioner merges equal ops first, so its choice may lack a received value that an op
+    # which was merged away still reads: received values are saved whatever the policy selects.
+    selected = policy.select(JointValues(forward, set(received), min_cut))
+    return {*selected, *received}
 
 
 def _min_cut(graph: fx.Graph, results: int, budget: float) -> set[fx.Node]:
-    """What functorch's partitioner keeps. It is shown the calls behind the kit's methods."""
-    kit = next(iter(graph.nodes))
+    """The values that functorch's partitioner saves.
+
+    It gets a copy of the graph without `ctx`: each call of one of its methods is replaced by the
+    op that the method runs.
+    """
+    ctx = next(iter(graph.nodes))
     copy = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node is kit:
+        if node is ctx:
             continue
         if node.op != "call_method":
             env[node] = copy.node_copy(node, env.__getitem__)
             continue
         _, *arguments = node.args
         target: Any = aten.clone.default
-        if node.target != "settled":  # the operator stands before its arguments
-            start = {"draw": 1, "recording": 0}[node.target]
+        if node.target != "in_suggested_format":  # the operator precedes its arguments
+            start = {"draw": 1, "with_grad": 0}[node.target]
             target, arguments = arguments[start], arguments[start + 1 :]
         arguments, kwargs = fx.map_arg((arguments, node.kwargs), env.__getitem__)
         env[node] = copy.create_node(
@@ -68,5 +77,5 @@ def _min_cut(graph: fx.Graph, results: int, budget: float) -> set[fx.Node]:
         )
         env[node].meta = dict(node.meta)
     fakes = [n.meta["val"] for n in copy.nodes if n.op == "placeholder"]
-    kept = min_cut_saved(fx.GraphModule({}, copy), fakes, results, budget)
-    return {node for node in graph.nodes if node is not kit and env[node].name in kept}
+    saved = min_cut_saved(fx.GraphModule({}, copy), fakes, results, budget)
+    return {node for node in graph.nodes if node is not ctx and env[node].name in saved}

@@ -1,11 +1,11 @@
-"""Who does what, in which order: a schedule is data, one list of actions per device.
+"""A schedule is data: one list of actions per device.
 
-Kept apart from running it, a schedule can be printed, checked for deadlocks and timed (`simulate`)
-before a device is touched, and the runtime needs no notion of "GPipe": it executes lists.
+As data it can be printed, checked for deadlocks and timed (`simulate`) before any device is used,
+and the runtime only executes lists: it does not know what "GPipe" means.
 
-An action is a micro-batch's visit to a stage. Its phase is written with the letters of the work it
-does: F forward, R rematerialize, B gradients of the stage's inputs, W gradients of its parameters;
-`RBW` is a whole backward in one go.
+An action is one micro-batch's work at one stage. Its phase is a string of letters: F forward,
+R rematerialization, B gradients of the stage's inputs, W gradients of its parameters. `RBW` is a
+whole backward in one action.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Action:
     """One micro-batch's work at one stage, printed as ``F2.0``: phase F, stage 2, micro-batch 0.
 
     Attributes:
-        phase: "F", or letters of "RBW" that stand together there.
+        phase: "F", or adjacent letters of "RBW".
         stage: index of the stage, 0..K-1.
         microbatch: index of the micro-batch, 0..M-1.
     """
@@ -37,18 +37,28 @@ class Action:
         return f"{self.phase}{self.stage}.{self.microbatch}"
 
     def needs(self, stages: int) -> tuple[Action, ...]:
-        """What must be done before this can run in a pipeline of K stages, one letter each.
+        """The actions that must finish before this one, one letter each.
 
-        F waits for F of the stage before; R for its own F; B for its own R and for B of the stage
-        after; W for its own B. What the action does itself it does not wait for.
+        F waits for F of the previous stage; R for F of its own stage; B for F and R of its own
+        stage and B of the next stage; W for B of its own stage. An action does not wait for a phase
+        that it contains.
+
+        Args:
+            stages: K, the number of stages of the pipeline.
         """
-        waits = waits_for(self.phase, self.stage, stages)
-        return tuple(Action(letter, stage, self.microbatch) for letter, stage in waits)
+        found = dependencies(self.phase, self.stage, stages)
+        return tuple(Action(letter, stage, self.microbatch) for letter, stage in found)
 
 
-def waits_for(phase: str, stage: int, stages: int) -> tuple[tuple[str, int], ...]:
-    """`Action.needs` without the micro-batch, which is always the action's own: (letter, stage)."""
-    wanted = {
+def dependencies(phase: str, stage: int, stages: int) -> tuple[tuple[str, int], ...]:
+    """`Action.needs` as (letter, stage) pairs; the micro-batch is always the action's own.
+
+    Args:
+        phase: of the action.
+        stage: of the action.
+        stages: K, the number of stages of the pipeline.
+    """
+    before = {
         "F": [("F", stage - 1)],
         "R": [("F", stage)],
         "B": [("F", stage), ("R", stage), ("B", stage + 1)],
@@ -57,7 +67,7 @@ def waits_for(phase: str, stage: int, stages: int) -> tuple[tuple[str, int], ...
     needs = [
         (letter, other)
         for own in phase
-        for letter, other in wanted[own]
+        for letter, other in before[own]
         if 0 <= other < stages and not (other == stage and letter in phase)
     ]
     return tuple(dict.fromkeys(needs))
@@ -68,10 +78,10 @@ class Scheduled:
     """A schedule: what each device executes, in order.
 
     Attributes:
-        kind: its name, such as "gpipe".
-        stages: the number of stages, of which a device may hold several.
+        kind: name of the schedule kind.
+        stages: the number of stages; a device may hold several.
         chunks: M, the number of micro-batches.
-        devices: one list of actions per device.
+        devices: for each device its actions, in order.
     """
 
     kind: str
@@ -79,13 +89,13 @@ class Scheduled:
     chunks: int
     devices: tuple[tuple[Action, ...], ...]
 
-    def runnable(self) -> Iterator[tuple[int, Action]]:
-        """(device, action) pairs in an order that meets every need and every device's own order.
+    def execution_order(self) -> Iterator[tuple[int, Action]]:
+        """(device, action) pairs in an order that respects dependencies and each device's list.
 
-        Ends early if no device can go on: `verify` makes that an error.
+        Stops early on a deadlock, which `verify` reports as an error.
         """
         waits = {
-            one: waits_for(*one, self.stages)
+            one: dependencies(*one, self.stages)
             for one in {(action.phase, action.stage) for row in self.devices for action in row}
         }
         done: set[tuple[str, int, int]] = set()
@@ -105,17 +115,17 @@ class Scheduled:
                     action = heads[device] = next(left[device], None)
 
     def verify(self) -> None:
-        """Check that every micro-batch visits every stage once per phase, that each stage's
-        gradients come in the order of the micro-batches, and that nothing waits forever when each
-        device executes its list in order.
+        """Check that every micro-batch visits every stage once per phase, that each stage adds up
+        gradients in the order of micro-batches, and that there is no deadlock when each device
+        executes its list in order.
 
         Raises:
             VerifyError: naming the device and the action.
         """
-        self.in_order()
+        self.verified_order()
 
-    def in_order(self) -> list[tuple[int, Action]]:
-        """All of `runnable`, verified; for those who need both.
+    def verified_order(self) -> list[tuple[int, Action]]:
+        """Verify the schedule and return all of `execution_order`.
 
         Raises:
             VerifyError: as `verify`.
@@ -133,18 +143,18 @@ class Scheduled:
                     raise VerifyError(f"{where} is out of range", expected=size)
                 if home.setdefault(action.stage, device) != device:
                     found = f"also on device {home[action.stage]}"
-                    raise VerifyError(f"{where}: a stage lives on one device", found=found)
+                    raise VerifyError(f"{where}: a stage must be on one device", found=found)
                 for letter in action.phase:
                     done.setdefault((letter, action.stage), []).append(action.microbatch)
         self._verify_visits("FRBW" if trains else "F", done, home)
-        order = list(self.runnable())
+        order = list(self.execution_order())
         self._verify_progress(order)
         return order
 
     def _verify_visits(
         self, letters: str, done: dict[tuple[str, int], list[int]], home: dict[int, int]
     ) -> None:
-        """Each micro-batch once per stage and phase; gradients in the order that eager adds in."""
+        """Each micro-batch once per stage and phase; gradients in the order of micro-batches."""
         every = list(range(self.chunks))
         for stage in range(self.stages):
             for letter in letters:
@@ -155,21 +165,21 @@ class Scheduled:
                 for m in every:
                     one = Action(letter, stage, m)
                     if not count[m]:
-                        raise VerifyError(f"{one} is on no device", expected="once")
+                        raise VerifyError(f"{one} is not scheduled", expected="once")
                     if count[m] > 1:
                         where = f"{self._last(one)} on device {home[stage]}"
-                        raise VerifyError(f"{where} does {one} again", expected="once")
+                        raise VerifyError(f"{where} repeats {one}", expected="once")
                 if letter in "BW":
                     m = next(m for m, turn in zip(found, every, strict=True) if m != turn)
                     where = f"{self._last(Action(letter, stage, m))} on device {home[stage]}"
                     raise VerifyError(
-                        f"{where} is out of turn: gradients add up in the order of micro-batches",
+                        f"{where} is out of order: gradients add up in the order of micro-batches",
                         expected=f"{letter} of 0..{self.chunks - 1} in that order",
                         found=", ".join(map(str, found)),
                     )
 
     def _last(self, one: Action) -> Action:
-        """The last action that does `one`, which is a single letter."""
+        """The last action that contains `one`, a single letter."""
         return next(
             action
             for row in self.devices
@@ -179,7 +189,7 @@ class Scheduled:
         )
 
     def _verify_progress(self, order: list[tuple[int, Action]]) -> None:
-        """All actions are in the order, or some device waits forever."""
+        """Raise if some action is not in the order: its device would wait forever."""
         done = Counter(device for device, _ in order)
         for device, actions in enumerate(self.devices):
             if done[device] < len(actions):
@@ -195,10 +205,10 @@ class Scheduled:
                 )
 
     def in_flight(self) -> tuple[int, ...]:
-        """Per stage, the most micro-batches whose forward is done and whose backward is not.
+        """For each stage, the largest number of micro-batches between forward and backward.
 
-        A backward is done when its W is. That many sets of saved values are alive at once: M with
-        GPipe, min(K - k, M) at stage k with 1F1B. Without a backward nothing is kept and all are 0.
+        A backward ends with its W. That many sets of saved activations are alive at once: M with
+        GPipe, min(K - k, M) at stage k with 1F1B. 0 for inference, which saves nothing.
         """
         now, most = [0] * self.stages, [0] * self.stages
         if not any("W" in action.phase for row in self.devices for action in row):

@@ -1,103 +1,217 @@
-"""K, M and a name → `Scheduled`: the schedules that there are, and where their stages live.
+"""Every schedule kind: the order in which its devices run micro-batches, and the table `KINDS`.
 
-The orders stand in `orders`, the program type in `scheduled`. What is added here is the choice,
-and rematerialization, which goes with every B: as the first part of its action, or (early) as an
-action of its own before it, which needs no gradient and so can run while the device waits for one.
+To add a kind, write its order function and add one row to the table. Option checks, error messages
+and help texts read the table.
+
+An order function takes K devices, M micro-batches and v stages per device, so vK stages in all.
+For each device it lists what the device runs in one training step as (letters, stage,
+micro-batch), where the letters are "F", "B" and "W", or "BW" for a backward that computes the
+gradients of inputs and parameters together. It needs no times, and every stage runs the backwards
+of micro-batches 0..M-1 in that order. `schedule` (in `build`) adds rematerialization.
+
+The bubbles in the docstrings below (idle time within the span of the longest device) hold for
+equal stages and free transfers; T = F + R + B + W.
+
+Two families are defined for some M only. Their orders are generated for more micro-batches and the
+surplus is dropped. The result is still valid: micro-batches depend on one another only through the
+order of a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
-from autopipe.errors import OptionError
-
-from . import orders
-from .actions import Action, Scheduled
-
-__all__ = ["KNOWN", "Action", "Scheduled", "schedule", "stages_per_device"]
-
-_ORDERS: dict[str, Callable[[int, int, int], list[list[orders.RawAction]]]] = {
-    "gpipe": lambda K, M, v: orders.gpipe(K, M),
-    "1f1b": orders.interleaved,
-    "interleaved": orders.interleaved,
-    "zb-h1": lambda K, M, v: orders.zero_bubble(K, M, 1),
-    "zb-h2": lambda K, M, v: orders.zero_bubble(K, M, 2),
-    "zb-v": lambda K, M, v: orders.zb_v(K, M),
-}
-KNOWN = tuple(_ORDERS)
+from .schedule_kind import Order, RawAction, ScheduleKind
 
 
-def schedule(
-    kind: str,
-    stages: int,
-    chunks: int,
-    *,
-    backward: bool = True,
-    early_recompute: bool = False,
-    virtual_stages: int | None = None,
-) -> Scheduled:
-    """The actions of one step on K devices.
+def gpipe(K: int, M: int, v: int) -> Order:
+    """Run all micro-batches forward, then all backward (arXiv 1811.06965, section 2.2).
 
-    Stage k is on device k, but for the kinds that cut each device's share of the model in v: there
-    the result has vK stages.
-
-    - "gpipe" (arXiv 1811.06965, section 2.2): all micro-batches forward, then all backward.
-    - "1f1b" (PipeDream-Flush, arXiv 2006.09503): a backward as soon as there can be one; stage k
-      runs min(K - 1 - k, M) forwards to fill the pipeline, then alternates.
-    - "interleaved" (arXiv 2104.04473, section 2.2): the same, stage s on device s mod K.
-    - "zb-h1", "zb-h2" (arXiv 2401.10241, section 2): B and W apart, W where the device would wait,
-      with 1F1B's memory or with that of 2K - 1 micro-batches.
-    - "zb-v" (the same, section 6; arXiv 2405.15362): with 1F1B's memory, stages k and 2K - 1 - k on
-      device k.
-
-    Args:
-        kind: one of `KNOWN`.
-        stages: K >= 1, one per device (v per device for "interleaved" and "zb-v").
-        chunks: M >= 1 micro-batches.
-        backward: False leaves the forward actions only (inference).
-        early_recompute: R is an action of its own before each B, not a part of it.
-        virtual_stages: v, the stages per device: 2 if None, for "interleaved" any number >= 1;
-            "zb-v" has 2, the others 1.
-
-    Raises:
-        OptionError: an unknown kind, a count below 1, or a v that the kind does not have.
+    Bubble: (K - 1)T. With early recompute it is what remains of a makespan of
+    (M + K - 1)F + M(R + B + W) + (K - 1)(B + W).
     """
-    v = stages_per_device(kind, virtual_stages)
-    for what, count in (("stages", stages), ("chunks", chunks)):
-        if count < 1:
-            raise OptionError("no such pipeline", expected=f"{what} >= 1", found=str(count))
+    return [[(letters, k, m) for letters in ("F", "BW") for m in range(M)] for k in range(K)]
+
+
+def interleaved(K: int, M: int, v: int) -> Order:
+    """Alternate one forward and one backward after warm-up; stage s is on device s mod K.
+
+    With v = 1 this is PipeDream-Flush, or 1F1B (arXiv 2006.09503, section 2.2): device k runs
+    K - 1 - k warm-up forwards. With v > 1 (arXiv 2104.04473, section 2.2) a device takes K
+    micro-batches through one of its stages, then the same K through its next one, and runs
+    2(K - 1 - k) + (v - 1)K warm-up forwards; M is rounded up to a multiple of K and the surplus is
+    dropped.
+
+    Bubble: (K - 1)T / v if v = 1 or M is a multiple of K.
+    """
+    rounded = M if v == 1 else -(-M // K) * K
+    group = M if v == 1 else K
+    starts = range(0, rounded, group)
+    turns = [(c, start + i) for start in starts for c in range(v) for i in range(group)]
     devices = []
-    for row in _ORDERS[kind](stages, chunks, v):
-        actions = []
-        for letters, stage, m in row:
-            if letters == "F":
-                actions.append(Action("F", stage, m))
-            elif backward and "B" in letters:
-                parts = ("R", letters) if early_recompute else ("R" + letters,)
-                actions += [Action(part, stage, m) for part in parts]
-            elif backward:
-                actions.append(Action(letters, stage, m))
-        devices.append(tuple(actions))
-    return Scheduled(kind, stages * v, chunks, tuple(devices))
+    for k in range(K):
+        forwards = [("F", c * K + k, m) for c, m in turns]
+        backwards = [("BW", (v - 1 - c) * K + k, m) for c, m in turns]
+        warm_up = K - 1 - k if v == 1 else 2 * (K - 1 - k) + (v - 1) * K
+        devices.append([one for one in _alternate(forwards, backwards, warm_up) if one[2] < M])
+    return devices
 
 
-def stages_per_device(kind: str, virtual_stages: int | None = None) -> int:
-    """v for a kind of schedule, given what its user asked for; see `schedule`.
+def zb_h1(K: int, M: int, v: int) -> Order:
+    """ZB-H1 (arXiv 2401.10241, section 2): split backward, with the memory of 1F1B.
 
-    Raises:
-        OptionError: an unknown kind, or a v that it does not have.
+    Bubble without R: (K - 1)(F + B - W) if W <= F and M >= K. If M <= K and W <= min(F, B), it is
+    what remains of a makespan of (M + K - 1)(F + B) + W (1F1B: (M + K - 1)(F + B + W)).
     """
-    if kind not in KNOWN:
-        names = ", ".join(map(repr, KNOWN))
-        raise OptionError("there is no such schedule", expected=f"one of {names}", found=repr(kind))
-    if kind == "interleaved":
-        v = 2 if virtual_stages is None else virtual_stages
-        if v < 1:
-            raise OptionError("`virtual_stages`", expected=">= 1", found=str(v))
-        return v
-    fixed = 2 if kind == "zb-v" else 1
-    if virtual_stages not in (None, fixed):
-        raise OptionError(
-            f"`virtual_stages` of schedule {kind!r}", expected=str(fixed), found=str(virtual_stages)
-        )
-    return fixed
+    return _zero_bubble(K, M, 1)
+
+
+def zb_h2(K: int, M: int, v: int) -> Order:
+    """ZB-H2 (arXiv 2401.10241, section 2): as ZB-H1, with 2K - 1 micro-batches in flight.
+
+    Bubble without R: (K - 1)(F + B - 2W) if W <= min(F, B) and M >= 2K - 1; for M <= K as ZB-H1.
+    """
+    return _zero_bubble(K, M, 2)
+
+
+def zb_v(K: int, M: int, v: int) -> Order:
+    """ZB-V (arXiv 2401.10241, section 6; arXiv 2405.15362): two stages per device, placed as a V.
+
+    Device k has stage k on the way down and stage 2K-1-k on the way up, so the last stage follows
+    the first half on the same device and its backward can start at once. In the steady state, a
+    period is one micro-batch at each of a device's stages,
+
+        F down, B down, W down, F up, B up, W up,
+
+    and in cycle 0 device k is at these micro-batches (one further in each later cycle):
+
+        F down 2K-1-k   B, W down 0   F up K   B, W up K-k
+
+    That puts 2K forwards between F and W on every device: the memory of 1F1B, as a stage is half
+    of 1F1B's. The warm-up runs what those numbers skip: forwards down until the first micro-batch
+    comes up, forwards in turn until the gradient of the last stage arrives, then F, B, W up. In the
+    cool-down, gradients of inputs go first, because other devices wait for them, and W's fill in.
+    The order holds for M >= 2K - 1; for a smaller M the surplus is dropped.
+
+    Bubble without R: 0 if F = B = W and M >= 2K - 1. If M <= K and W <= min(F, B), it is at most
+    that of ZB-H1.
+    """
+    rounded = max(M, 2 * K - 1)
+    devices = []
+    for k in range(K):
+        actions = _v_warm_up(K, k) + _v_steady(K, k, rounded - K) + _v_cool_down(K, k, rounded)
+        devices.append([one for one in actions if one[2] < M])
+    return devices
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        ScheduleKind(
+            "gpipe",
+            gpipe,
+            "all micro-batches forward, then all backward (arXiv 1811.06965)",
+            runs_here=True,
+        ),
+        ScheduleKind(
+            "1f1b",
+            interleaved,
+            "each backward as early as possible, PipeDream-Flush (arXiv 2006.09503)",
+        ),
+        ScheduleKind(
+            "interleaved",
+            interleaved,
+            "1F1B with several stages per device (arXiv 2104.04473)",
+            virtual_stages=2,
+            any_virtual_stages=True,
+        ),
+        ScheduleKind(
+            "zb-h1", zb_h1, "weight gradients fill the bubble, memory of 1F1B (arXiv 2401.10241)"
+        ),
+        ScheduleKind(
+            "zb-h2",
+            zb_h2,
+            "weight gradients fill the bubble, 2K - 1 micro-batches in flight (arXiv 2401.10241)",
+        ),
+        ScheduleKind(
+            "zb-v",
+            zb_v,
+            "as zb-h1 with two stages per device, placed as a V (arXiv 2405.15362)",
+            virtual_stages=2,
+        ),
+    )
+}
+"""Every kind by its name."""
+
+EXECUTED = tuple(kind.name for kind in KINDS.values() if kind.runs_here)
+"""The kinds that the runtime executes."""
+
+DEFAULT_KIND = EXECUTED[0]
+
+
+def _alternate(
+    forwards: list[RawAction], backwards: list[RawAction], warm_up: int
+) -> Iterator[RawAction]:
+    """`warm_up` forwards, then one forward and one backward in turn, then the other backwards."""
+    yield from forwards[:warm_up]
+    for i, backward in enumerate(backwards):
+        yield from forwards[warm_up + i : warm_up + i + 1]
+        yield backward
+
+
+def _zero_bubble(K: int, M: int, h: int) -> Order:
+    """ZB-H1 (h = 1) and ZB-H2 (h = 2): W runs where the device would wait.
+
+    Device k runs h(K - 1 - k) warm-up forwards, then alternates F and B. From its B number hk on
+    (from 0), one W follows each B; the remaining hk come last. So every device has at most
+    h(K - 1) + 1 micro-batches between F and W: later devices have fewer between F and B and delay
+    more W's. If M is so small that the forwards end first, the W's start earlier: from there on
+    the time of the missing forward is free after every B.
+    """
+    devices = []
+    for k in range(K):
+        forwards: list[RawAction] = [("F", k, m) for m in range(M)]
+        warm_up = min(h * (K - 1 - k), M)
+        delayed = min(h * k, max(M - warm_up - 1, 0))
+        actions: list[RawAction] = []
+        for one in _alternate(forwards, [("B", k, m) for m in range(M)], warm_up):
+            actions.append(one)
+            if one[0] == "B" and one[2] >= delayed:
+                actions.append(("W", k, one[2] - delayed))
+        devices.append([*actions, *[("W", k, m) for m in range(M - delayed, M)]])
+    return devices
+
+
+def _v_warm_up(K: int, k: int) -> list[RawAction]:
+    """What device k of ZB-V runs before the steady state."""
+    down, up = k, 2 * K - 1 - k
+    actions: list[RawAction] = [("F", down, m) for m in range(2 * (K - k) - 1)]
+    for m in range(k):
+        actions += [("F", up, m), ("F", down, 2 * (K - k) - 1 + m)]
+    for m in range(K - k):
+        actions += [("F", up, k + m), ("B", up, m), ("W", up, m)]
+    return actions
+
+
+def _v_steady(K: int, k: int, cycles: int) -> list[RawAction]:
+    """The periods of device k of ZB-V."""
+    down, up = k, 2 * K - 1 - k
+    actions: list[RawAction] = []
+    for cycle in range(cycles):
+        actions += [("F", down, 2 * K - 1 - k + cycle), ("B", down, cycle), ("W", down, cycle)]
+        actions += [("F", up, K + cycle), ("B", up, K - k + cycle), ("W", up, K - k + cycle)]
+    return actions
+
+
+def _v_cool_down(K: int, k: int, M: int) -> list[RawAction]:
+    """What device k of ZB-V runs after the steady state."""
+    down, up = k, 2 * K - 1 - k
+    first_down, first_up = M - K, M - k
+    actions: list[RawAction] = []
+    for i in range(k):
+        actions += [("B", down, first_down + i), ("B", up, first_up + i)]
+    for i in range(K - k):
+        actions += [("B", down, first_down + k + i), ("W", down, first_down + i)]
+    actions += [("W", up, m) for m in range(first_up, M)]
+    actions += [("W", down, m) for m in range(M - k, M)]
+    return actions

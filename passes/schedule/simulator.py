@@ -1,12 +1,11 @@
-"""How long a schedule takes: its actions played out in time, on paper.
+"""Simulate one training step of a schedule: when each action runs, and peak memory.
 
-A plan has to be judged before it is run, for devices that may not be here, and a measured run has
-to be judged against what was possible. Both need the same few lines: every device executes its list
-in order, an action starts when its device is free and what it needs has arrived. There are no
-queues, no contention and no launch overhead; published simulations of this kind are within 1-3% of
-measurements on average.
+A plan is judged before it runs, possibly for devices that are not here, and a measured run is
+judged against its ideal. The model: every device executes its list in order, and an action starts
+when its device is free and its inputs have arrived. There are no queues, no contention and no
+launch overhead; published simulations of this kind are within 1-3% of measurements on average.
 
-Times have no unit of their own: what goes in comes out.
+Times have no fixed unit: results have the unit of the arguments.
 """
 
 from __future__ import annotations
@@ -17,14 +16,12 @@ from dataclasses import replace
 
 from autopipe.errors import OptionError
 
-from .actions import Scheduled, waits_for
-from .kinds import schedule, stages_per_device
+from .actions import Scheduled, dependencies
+from .build import schedule
 from .timeline import Span, Timeline
 
-__all__ = ["Span", "Timeline", "Times", "peak_bytes", "play", "play_out", "simulate"]
-
 Times = float | Sequence[float]
-"""One time (or one count of bytes) for all stages, or one for each."""
+"""One time (or one number of bytes) for all stages, or one for each."""
 
 
 def simulate(
@@ -40,50 +37,36 @@ def simulate(
     early_recompute: bool = False,
     virtual_stages: int | None = None,
     saved_bytes: Times | None = None,
-    remade_bytes: Times = 0.0,
+    recomputed_bytes: Times = 0.0,
     weight_bytes: Times | None = None,
 ) -> Timeline:
-    """Play one training step of a schedule out in time, on K devices.
+    """Simulate one training step of a schedule on K devices.
 
-    Kinds that put v stages on a device ("interleaved", "zb-v") are given the same model: one value
-    is what a device has to do, as for the other kinds, and each of its v stages takes a v-th of it.
-    So the results of two kinds called alike compare.
-
-    With free transfers, equal stages, and T = F + R + B + W, the bubble (idle time in the longest
-    device's span) is
-
-    - (K - 1)T with "gpipe" and "1f1b"; (K - 1)T/v with "interleaved" if M is a multiple of K;
-    - with "gpipe" and `early_recompute`, what is left of a makespan of (M + K - 1)F + M(R + B + W)
-      + (K - 1)(B + W);
-
-    and without R
-
-    - (K - 1)(F + B - W) with "zb-h1" if W <= F and M >= K;
-    - (K - 1)(F + B - 2W) with "zb-h2" if W <= min(F, B) and M >= 2K - 1;
-    - 0 with "zb-v" if F = B = W and M >= 2K - 1;
-    - if M <= K and W <= min(F, B), with "zb-h1" and "zb-h2" what is left of a makespan of
-      (M + K - 1)(F + B) + W, and with "zb-v" at most that (1F1B: (M + K - 1)(F + B + W)).
+    Kinds with v stages per device get the same model as the others: one value is the work of a
+    device, and each of its v stages takes 1/v of it. So results of two kinds called with the same
+    arguments compare. The closed forms of the bubble are in the docstrings of `kinds`.
 
     Args:
-        kind: a schedule that `schedule` knows.
-        stages: K >= 1, one per device (v per device for "interleaved" and "zb-v").
-        chunks: M >= 1.
-        forward: time of F: one for all devices, or one for each of K, or, where v > 1, one for each
-            of the vK stages. So too every other argument that may be a sequence.
+        kind: a name in `KINDS`.
+        stages: K >= 1, the number of devices.
+        chunks: M >= 1, the number of micro-batches.
+        forward: time of F: one value for all devices, or one for each of K, or, where v > 1, one
+            for each of the vK stages. The other `Times` likewise.
         backward: time of B, the gradients of a stage's inputs alone.
         weight: time of W, the gradients of its parameters.
         recompute: time of R, rematerialization.
-        transfer: from the end of an action to the earliest start, on another device, of one that
-            needs it. Between stages of one device nothing is transferred.
-        early_recompute: R runs before its B as an action of its own, and so while the device would
-            wait for the gradient.
-        virtual_stages: v, the stages per device; see `schedule`.
-        saved_bytes: what F leaves for the backward, per micro-batch; None leaves memory out.
-        remade_bytes: what R adds to it.
-        weight_bytes: what B leaves of it for W; None for all. See `peak_bytes`.
+        transfer: time from the end of an action to the earliest start, on another device, of one
+            that depends on it. Between stages of one device there is no transfer.
+        early_recompute: R runs as an action of its own before its B, while the device would wait
+            for the gradient.
+        virtual_stages: v, the stages per device; None: the default of the kind.
+        saved_bytes: what F saves for the backward, per micro-batch; None: peak memory is not
+            computed.
+        recomputed_bytes: what R adds to it.
+        weight_bytes: what B leaves of it for W; None: all. See `peak_bytes`.
 
     Raises:
-        OptionError: an unknown kind, a count that is no count, a time or a number of bytes that is
+        OptionError: an unknown kind, a count below 1, or a time or a number of bytes that is
             negative, not finite, or not one for each.
     """
     scheduled = schedule(
@@ -93,17 +76,17 @@ def simulate(
         early_recompute=early_recompute,
         virtual_stages=virtual_stages,
     )
-    v = stages_per_device(kind, virtual_stages)
-    home = _home(scheduled)
+    v = scheduled.stages // stages
+    home = _device_of_stage(scheduled)
 
     def per_stage(what: str, values: Times) -> tuple[float, ...]:
-        """Values of the stages, from those of devices if that is what was given."""
+        """One value for each stage, from values for stages or for devices."""
         if isinstance(values, Sequence) and len(values) == stages * v:
             return _per_stage(what, values, stages * v)
         checked = _per_stage(what, values, stages, or_count=stages * v)
         return tuple(checked[home[stage]] / v for stage in range(stages * v))
 
-    return play(
+    return simulate_schedule(
         scheduled,
         forward=per_stage("forward", forward),
         backward=per_stage("backward", backward),
@@ -111,12 +94,12 @@ def simulate(
         recompute=per_stage("recompute", recompute),
         transfer=transfer,
         saved_bytes=None if saved_bytes is None else per_stage("saved_bytes", saved_bytes),
-        remade_bytes=per_stage("remade_bytes", remade_bytes),
+        recomputed_bytes=per_stage("recomputed_bytes", recomputed_bytes),
         weight_bytes=None if weight_bytes is None else per_stage("weight_bytes", weight_bytes),
     )
 
 
-def play(
+def simulate_schedule(
     scheduled: Scheduled,
     *,
     forward: Times,
@@ -125,19 +108,19 @@ def play(
     recompute: Times = 0.0,
     transfer: float = 0.0,
     saved_bytes: Times | None = None,
-    remade_bytes: Times = 0.0,
+    recomputed_bytes: Times = 0.0,
     weight_bytes: Times | None = None,
 ) -> Timeline:
-    """Play a schedule out in time; `simulate` says what the arguments mean.
+    """Simulate a given schedule; see `simulate` for the arguments.
 
-    Here a sequence has one value for each stage, and one value is that of every stage. An action
-    takes the sum of its phases, and what it makes leaves when it ends: with RBW the gradient for
-    the stage before waits for W.
+    Here a sequence has one value for each stage, and a single value is that of every stage. An
+    action takes the sum of its phases, and its results are sent when it ends: with RBW the gradient
+    for the previous stage waits for W.
 
     Raises:
         OptionError: a time or a number of bytes that is negative, not finite, or not one for each
             stage.
-        VerifyError: the schedule is not sound.
+        VerifyError: the schedule is not valid.
     """
     K = scheduled.stages
     seconds = {
@@ -147,37 +130,38 @@ def play(
         "W": _per_stage("weight", weight, K),
     }
     (transfer,) = _per_stage("transfer", transfer, 1)
-    line = play_out(
+    timeline = simulate_actions(
         scheduled,
         lambda phase, stage, m: sum(seconds[letter][stage] for letter in phase),
         lambda letter, source, to, m: transfer,
     )
     if saved_bytes is None:
-        return line
-    memory = peak_bytes(scheduled, saved_bytes, remade_bytes, weight_bytes)
-    return replace(line, peak_bytes=memory)
+        return timeline
+    memory = peak_bytes(scheduled, saved_bytes, recomputed_bytes, weight_bytes)
+    return replace(timeline, peak_bytes=memory)
 
 
-def play_out(
+def simulate_actions(
     scheduled: Scheduled,
-    takes: Callable[[str, int, int], float],
+    duration: Callable[[str, int, int], float],
     delay: Callable[[str, int, int, int], float],
 ) -> Timeline:
-    """As `play`, where every micro-batch may take its own time.
+    """As `simulate_schedule`, with times that may differ between micro-batches.
 
     Args:
-        scheduled: a sound schedule.
-        takes: time of an action, by its phase, stage and micro-batch.
-        delay: of what another device needs: by the letter of the phase that makes it ("F" or "B"),
-            the stage where that ran, the one that needs it, and the micro-batch.
+        scheduled: a valid schedule.
+        duration: time of an action, from its phase, stage and micro-batch.
+        delay: time of a transfer to another device, from the letter of the phase that computes the
+            value ("F" or "B"), the stage where that ran, the stage that needs it, and the
+            micro-batch.
 
     Raises:
-        VerifyError: the schedule is not sound.
+        VerifyError: the schedule is not valid.
     """
-    order = scheduled.in_order()
-    home = _home(scheduled)
+    order = scheduled.verified_order()
+    home = _device_of_stage(scheduled)
     waits = {
-        one: waits_for(*one, scheduled.stages)
+        one: dependencies(*one, scheduled.stages)
         for one in {(a.phase, a.stage) for row in scheduled.devices for a in row}
     }
     ends: dict[tuple[str, int, int], float] = {}
@@ -190,7 +174,7 @@ def play_out(
             if home[stage] != home[own]:
                 ready += delay(letter, stage, own, m)
             start = max(start, ready)
-        end = start + takes(phase, own, m)
+        end = start + duration(phase, own, m)
         spans[device].append(Span(action, start, end))
         for letter in phase:
             ends[letter, own, m] = end
@@ -207,33 +191,33 @@ def play_out(
 def peak_bytes(
     scheduled: Scheduled,
     saved_bytes: Times,
-    remade_bytes: Times = 0.0,
+    recomputed_bytes: Times = 0.0,
     weight_bytes: Times | None = None,
 ) -> tuple[float, ...]:
-    """Per device, the most bytes that its micro-batches occupy at once.
+    """For each device, the largest number of bytes that its micro-batches occupy at once.
 
     A micro-batch at a stage occupies nothing before F; `saved_bytes` from the start of F;
-    `remade_bytes` more from the start of R; `weight_bytes` from the end of B; nothing from the end
-    of W. While B runs, the larger of what it reads and what it leaves is counted. A
-    device does one thing at a time, so this follows from the order of its actions and no times.
+    `recomputed_bytes` more from the start of R; `weight_bytes` from the end of B; nothing from the
+    end of W. While B runs, the larger of what it reads and what it leaves is counted. A device does
+    one thing at a time, so the result follows from the order of its actions alone.
 
-    Not counted: parameters, their gradients and the optimizer's state, values within an action,
-    and what has arrived from other devices and is not used yet.
+    Not counted: parameters, their gradients and optimizer state, temporaries within an action, and
+    values that have arrived from other devices and are not used yet.
 
     Args:
-        scheduled: a sound schedule; without backward actions nothing is kept and all are 0.
+        scheduled: a valid schedule; without backward actions nothing is saved and all are 0.
         saved_bytes: one value for all stages or one for each, per micro-batch.
-        remade_bytes: likewise.
-        weight_bytes: likewise; None for saved + remade, the safe bound: all is kept until W. (In
-            arXiv 2401.10241, Table 1, B frees the larger part.)
+        recomputed_bytes: likewise.
+        weight_bytes: likewise; None: saved + recomputed, the safe bound, as if everything were kept
+            until W. (In arXiv 2401.10241, Table 1, B frees the larger part.)
 
     Raises:
         OptionError: a number of bytes that is negative, not finite, or not one for each stage.
     """
     K = scheduled.stages
     saved = _per_stage("saved_bytes", saved_bytes, K)
-    remade = _per_stage("remade_bytes", remade_bytes, K)
-    whole = [a + b for a, b in zip(saved, remade, strict=True)]
+    recomputed = _per_stage("recomputed_bytes", recomputed_bytes, K)
+    whole = [a + b for a, b in zip(saved, recomputed, strict=True)]
     left = whole if weight_bytes is None else _per_stage("weight_bytes", weight_bytes, K)
     before = {"F": [0.0] * K, "R": saved, "B": whole, "W": left}
     after = {"F": saved, "R": whole, "B": left, "W": [0.0] * K}
@@ -250,13 +234,13 @@ def peak_bytes(
     return tuple(peaks)
 
 
-def _home(scheduled: Scheduled) -> dict[int, int]:
+def _device_of_stage(scheduled: Scheduled) -> dict[int, int]:
     """The device of each stage."""
     return {action.stage: device for device, row in enumerate(scheduled.devices) for action in row}
 
 
 def _per_stage(what: str, values: Times, count: int, *, or_count: int = 0) -> tuple[float, ...]:
-    """That many values, checked; `or_count` is another length that would have been right."""
+    """`count` checked values; `or_count` is another length that the error names as valid."""
     checked = tuple(values) if isinstance(values, Sequence) else (values,) * count
     if len(checked) != count:
         counts = f"{count} or {or_count}" if or_count > count else f"{count}"

@@ -1,4 +1,4 @@
-"""What a simulated step looks like: when each action runs; checks of it, and two ways to see it."""
+"""The timeline of a simulated step: its checks, a Gantt chart and a trace file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from autopipe.errors import OptionError, VerifyError
 
 from .actions import Action, Scheduled
 
-_COLUMNS = 88  # of the drawing; with the label 100
+_COLUMNS = 88  # of the chart; 100 with the label
 
-# Names out of the viewers' own palette, by the letter that says most about the action.
+# Names from the palette of the trace viewers, by the main letter of an action.
 _COLOURS = {
     "B": "rail_response",
     "F": "thread_state_running",
@@ -33,17 +33,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a simulated step looks like.
+    """When each action of a simulated step runs, in the unit of the given times.
 
     Attributes:
         makespan: end of the last action; the first starts at 0.
-        bubble: share of the pipeline's time that is idle, 1 - work/span. Work is the most that one
-            device does, for equal stages M(F + R + B + W); span the longest that one device takes
-            from its first action's start to its last one's end (arXiv 2401.10241, Table 5).
-        spans: per device, its actions in order.
-        in_flight: per stage, the most micro-batches between forward and backward (its W).
-        peak_bytes: per device, the most bytes that micro-batches occupy at once, as
-            `simulator.peak_bytes` counts them; None if nobody said what they save.
+        bubble: idle share of the pipeline's time, 1 - work/span. Work is the busy time of the
+            busiest device, for equal stages M(F + R + B + W); span is the longest time that a
+            device takes from the start of its first action to the end of its last one
+            (arXiv 2401.10241, Table 5).
+        spans: for each device, its actions in order.
+        in_flight: for each stage, the most micro-batches between forward and backward (its W).
+        peak_bytes: for each device, the most bytes that micro-batches occupy at once, as
+            `simulator.peak_bytes` counts them; None if `saved_bytes` was not given.
     """
 
     makespan: float
@@ -54,11 +55,14 @@ class Timeline:
 
     @property
     def device_spans(self) -> tuple[float, ...]:
-        """Per device, the time from its first action's start to its last one's end."""
+        """For each device, the time from the start of its first action to the end of its last."""
         return tuple(row[-1].end - row[0].start if row else 0.0 for row in self.spans)
 
     def verify(self, scheduled: Scheduled) -> None:
-        """Check that each device does its actions in order, one at a time, after what they need.
+        """Check each device: its actions in order, one at a time, after their dependencies.
+
+        Args:
+            scheduled: the schedule that was simulated.
 
         Raises:
             VerifyError: naming the device and the action.
@@ -70,7 +74,7 @@ class Timeline:
             for letter in span.action.phase
         }
         if tuple(tuple(span.action for span in row) for row in self.spans) != scheduled.devices:
-            raise VerifyError("the timeline does not have the schedule's actions in its order")
+            raise VerifyError("the timeline's actions are not the schedule's, in its order")
         for device, row in enumerate(self.spans):
             for one, two in pairwise(row):
                 if two.start < one.end:
@@ -79,7 +83,7 @@ class Timeline:
             for span in row:
                 what = f"{span.action} on device {device}"
                 if not 0 <= span.start <= span.end <= self.makespan:
-                    raise VerifyError(f"{what} has no place in time", found=str(span))
+                    raise VerifyError(f"{what} is not within the makespan", found=str(span))
                 for need in span.action.needs(scheduled.stages):
                     if span.start < ends[need]:
                         found = f"starts at {span.start}, {need} ends at {ends[need]}"
@@ -89,14 +93,14 @@ class Timeline:
         """The timeline in the trace event format, JSON text for chrome://tracing or Perfetto.
 
         A thread per device, a complete event ("X") per action, named ``F2.0`` as in the schedule;
-        what kind of action it is gives its category and colour.
+        its phase gives its category and colour.
 
         Args:
-            microseconds: how long the timeline's unit of time is; 1e6 where times are seconds,
-                1e3 where they are milliseconds.
+            microseconds: length of the timeline's unit of time: 1e6 if times are seconds, 1e3 if
+                they are milliseconds.
 
         Raises:
-            OptionError: a unit of no length.
+            OptionError: `microseconds` is not finite and > 0.
         """
         if not 0 < microseconds < float("inf"):
             found = str(microseconds)
@@ -125,7 +129,7 @@ class Timeline:
     def __str__(self) -> str:
         """A Gantt chart: digits are forwards, letters backwards (a: micro-batch 0).
 
-        Capitals are W apart from its B, and ``'`` is R apart from its B.
+        Capitals are a W apart from its B, and ``'`` is an R apart from its B.
         """
         title = (
             f"makespan {self.makespan:.6g}, bubble {self.bubble:.4f}, "

@@ -1,17 +1,39 @@
-"""TODO."""
+"""Split: choose a stage for every op and extract the stage graphs (the cut in space).
+
+In: `Annotated`, a captured graph with the costs of its ops; an `Objective`: devices, micro-batch
+size, policies and limits; or the `PlannedCut` that a plan stores.
+
+Out: `Split`: K stage graphs, the routes of the values between them, and estimates of the stages.
+
+Files, in reading order:
+
+- `cut`: the driver: `split`
+- `objective`: what a cut is optimized for
+- `op_costs`: per-op costs at the planned micro-batch size, the pieces of all estimates
+- `min_cut_estimate`: what a min-cut is estimated to save and recompute
+- `stage_loads`: cost tables for the exact cut of one order of the ops
+- `stage_estimate`: the same sums for any assignment of ops to stages
+- `op_groups`: ops that must stay in one stage, and orders of them
+- `assign_stages`: choose the order and the cut
+- `relocate_ops`: move ops near the inputs to where they cost least
+- `duplicate_ops`: compute cheap values in each stage that needs them
+- `replay_plan`: the cut that a plan names
+- `reorder`: reorder the program so that its stages are runs of ops
+- `extract_stages`: build the stage graphs and routes
+"""
 
 from __future__ import annotations
 
 from .cut import split
 from .objective import Objective, objective_of
 from .replay_plan import PlannedCut, planned_cut_of
-from .stage_estimate import taken_by
+from .stage_estimate import estimate_stages
 
 __all__ = [
     "Objective",
     "PlannedCut",
+    "estimate_stages",
     "objective_of",
     "planned_cut_of",
     "split",
-    "taken_by",
 ]

@@ -1,6 +1,6 @@
-"""An assignment of calls to stages → `Split`: stage graphs with explicit signatures, and routes.
+"""Extract stage graphs with explicit signatures, and the routes of values between them.
 
-Sizes are not sent: each stage reads the batch size off a tensor it has.
+Sizes are not sent: each stage reads the batch size off one of its tensors.
 """
 
 from __future__ import annotations
@@ -27,14 +27,22 @@ if TYPE_CHECKING:
 
     from autopipe.passes.ir import StageEstimates
 
-    from .stage_estimate import Placement
+    from .stage_estimate import Assignment
 
 
-def build(annotated: Annotated, made: Placement, facts: StageEstimates) -> Split:
-    """The stage graphs for a given assignment of calls to stages, of which `facts` are known."""
-    captured, K = annotated.captured, len(facts.seconds)
+def extract_stages(
+    annotated: Annotated, assignment: Assignment, estimates: StageEstimates
+) -> Split:
+    """Extract the stages of an assignment.
+
+    Args:
+        annotated: the program, its ops in an order in which stages are runs (but for duplicates).
+        assignment: the stages of each op.
+        estimates: of the K stages.
+    """
+    captured, K = annotated.captured, len(estimates.seconds)
     inputs = {i.name: i for i in captured.inputs}
-    users = _users(captured.graph_module.graph, made)
+    users = _users(captured.graph_module.graph, assignment)
     outputs = {o.name: i for i, o in enumerate(captured.outputs)}
     routes: dict[str, Route] = {}
     held: dict[int, list[Input]] = defaultdict(list)
@@ -45,12 +53,14 @@ def build(annotated: Annotated, made: Placement, facts: StageEstimates) -> Split
         item = inputs.get(node.name)
         stages = sorted(needed)
         if item is not None and item.kind in (InputKind.BUFFER, InputKind.CONSTANT):
-            for k in stages:  # read-only copies: `_allowed` keeps a written one in one stage
+            for (
+                k
+            ) in stages:  # read-only copies: one that is written stays in one stage (`op_groups`)
                 held[k].append(item)
             continue
         if item is None:
-            source, kind = made[node][0], "activation"
-            consumers = [k for k in stages if k not in made[node]]
+            source, kind = assignment[node][0], "activation"
+            consumers = [k for k in stages if k not in assignment[node]]
             if not consumers and node.name not in outputs:
                 continue
             returns[source].append(node.name)
@@ -67,58 +77,57 @@ def build(annotated: Annotated, made: Placement, facts: StageEstimates) -> Split
         for k in consumers:
             (lent if kind == "parameter" else receives)[k].append(node.name)
     by_name: dict[str, fx.Node] = {}
-    calls: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
+    ops: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
     for position, node in enumerate(captured.graph_module.graph.nodes):
         by_name[node.name] = node
-        for k in made.get(node, ()):
-            calls[k].append((position, node))
+        for k in assignment.get(node, ()):
+            ops[k].append((position, node))
     result = Split(
         annotated,
         tuple(
-            _stage(by_name, calls[k], k, held[k], lent[k], receives[k], returns[k])
-            for k in range(K)
+            _stage(by_name, ops[k], k, held[k], lent[k], receives[k], returns[k]) for k in range(K)
         ),
         routes,
-        facts,
-        {node.name: stages for node, stages in made.items() if len(stages) > 1},
+        estimates,
+        {node.name: stages for node, stages in assignment.items() if len(stages) > 1},
     )
     result.verify()
     return result
 
 
-def _users(graph: fx.Graph, made: Placement) -> dict[fx.Node, set[int]]:
+def _users(graph: fx.Graph, assignment: Assignment) -> dict[fx.Node, set[int]]:
     """For each tensor, in graph order, the stages that use it (its own if it is an output)."""
     users: dict[fx.Node, set[int]] = {n: set() for n in graph.nodes if n.op != "output"}
     sized: set[int] = set()
-    for node, stages in made.items():
+    for node, stages in assignment.items():
         for source in node.all_input_nodes:
             users[source].update(stages)
             if is_size(source):
                 sized.update(stages)
     for node in results_of(graph):
-        users[node].add(made[node][0])
+        users[node].add(assignment[node][0])
     users = {n: s for n, s in users.items() if not is_size(n)}
     batched = [
         n
         for n in users
         if isinstance(n.meta["val"], Tensor) and tensor_spec(n).batch_dim is not None
     ]
-    shown = {k for n in batched for k in users[n] if k not in made.get(n, ())}
-    for k in sized - shown:  # a stage that needs the batch size needs a tensor to read it off
+    has_size = {k for n in batched for k in users[n] if k not in assignment.get(n, ())}
+    for k in sized - has_size:  # a stage that needs the batch size needs a tensor to read it off
         users[batched[0]].add(k)
     return {n: s for n, s in users.items() if s}
 
 
 def _stage(
     by_name: Mapping[str, fx.Node],
-    calls: Sequence[tuple[int, fx.Node]],
+    ops: Sequence[tuple[int, fx.Node]],
     k: int,
     held: Sequence[Input],
     lent: Sequence[str],
     receives: Sequence[str],
     returns: Sequence[str],
 ) -> StageGraph:
-    """Copy stage k's calls, with their positions in the whole graph, into a graph of their own."""
+    """Copy stage k's ops, with their positions in the whole graph, into a graph of their own."""
     stage = fx.Graph()
     env: dict[fx.Node, Any] = {}
     for name in [*(i.name for i in held), *lent, *receives]:
@@ -137,10 +146,10 @@ def _stage(
             env[node] = emit_size(node.meta["val"], batch_node)
         return env[node]
 
-    for _, node in calls:
+    for _, node in ops:
         env[node] = stage.node_copy(node, argument)
     stage.output(tuple(env[by_name[name]] for name in returns))
-    position = {env[n]: i for i, n in calls}
+    position = {env[n]: i for i, n in ops}
     return StageGraph(
         index=k,
         graph_module=fx.GraphModule({}, stage, f"Stage{k}"),

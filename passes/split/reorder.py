@@ -1,8 +1,8 @@
-"""Annotated + a stage for each call → Annotated whose calls stand stage by stage.
+"""Reorder the ops of a captured program stage by stage.
 
-A convex cut of a graph is a contiguous cut of another order of its calls: that in which they stand
-stage by stage, and within a stage as before. Only the order changes: names, looks and costs stay,
-and so do random numbers, which a captured program draws by where its calls stood at first.
+A convex cut of a graph is a contiguous cut of another order of its ops: stage by stage, and within
+a stage as before. Only the order changes: names, metadata and costs stay, and so do random numbers,
+which are keyed by the original positions of the ops.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import Annotated
 
 
-def reordered(annotated: Annotated, stage_of: Mapping[fx.Node, int]) -> Annotated:
-    """The same program, the calls of stage 0 first, then those of stage 1, and so on.
+def reorder_by_stage(annotated: Annotated, stage_of: Mapping[fx.Node, int]) -> Annotated:
+    """Return the same program, the ops of stage 0 first, then those of stage 1, and so on.
 
     Args:
-        annotated: what was captured, and its costs.
-        stage_of: for each call that is no size its stage; no call is in an earlier stage than what
-            it depends on, sizes included.
+        annotated: the captured program and its costs.
+        stage_of: the stage of each op that is not a size; no op is in an earlier stage than those
+            that it depends on, also by way of sizes.
     """
     captured = annotated.captured
     old = list(captured.graph_module.graph.nodes)
@@ -39,7 +39,7 @@ def reordered(annotated: Annotated, stage_of: Mapping[fx.Node, int]) -> Annotate
         if node in copies:
             return
         for source in node.all_input_nodes:
-            if is_size(source):  # as late as can be
+            if is_size(source):  # as late as possible
                 copy(source)
         copies[node] = graph.node_copy(node, copies.__getitem__)
         positions.append(captured.original_position(position[node]))
@@ -53,8 +53,8 @@ def reordered(annotated: Annotated, stage_of: Mapping[fx.Node, int]) -> Annotate
         copy(node)
     graph.lint()
     module = fx.GraphModule({}, graph, type(captured.graph_module).__name__)
-    moved = replace(captured, graph_module=module, original_positions=tuple(positions))
-    result = replace(annotated, captured=moved)
-    moved.verify()
+    reordered = replace(captured, graph_module=module, original_positions=tuple(positions))
+    result = replace(annotated, captured=reordered)
+    reordered.verify()
     result.verify()
     return result

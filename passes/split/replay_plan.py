@@ -1,4 +1,4 @@
-"""A cut that was chosen before → the stage of each call."""
+"""Name a cut so that a plan can store it, and find it again in a captured graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from autopipe.errors import PlanError
 from autopipe.passes.graph import fingerprint
 
-from .duplicate_calls import repeatable
+from .duplicate_ops import duplicable_ops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,31 +17,36 @@ if TYPE_CHECKING:
 
     from autopipe.passes.ir import Split
 
-    from .assign_stages import Items
-    from .stage_estimate import Placement
+    from .op_groups import OpGroups
+    from .stage_estimate import Assignment
 
 
 class PlannedCut(NamedTuple):
-    """A cut that was chosen before.
+    """A cut that was chosen before, by the names of ops.
 
-    graph: fingerprint of the graph that it was chosen for, its calls in the order of the stages.
-    starts: the first call of each stage but the first.
-    runs: where stages are not runs of the captured order: the calls at which, in that order,
-        another stage than that of the call before begins, and which. Empty: as `starts` say.
-    repeated: the calls that several stages make for themselves, and which stages do, ascending.
+    Attributes:
+        graph: fingerprint of the graph that it was chosen for, its ops in the order of the stages.
+        starts: the first op of each stage but the first.
+        runs: if stages are not runs of the captured order: in that order, each op that is in
+            another stage than the op before it, and its stage. Empty: `starts` say it all.
+        duplicated: the ops that several stages compute, and which stages do, ascending.
     """
 
     graph: str
     starts: tuple[str, ...]
     runs: tuple[tuple[str, int], ...] = ()
-    repeated: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    duplicated: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def planned_cut_of(split: Split) -> PlannedCut:
-    """What has a cut made again."""
+    """Describe a cut so that `replay_plan` can repeat it.
+
+    Args:
+        split: the cut.
+    """
     graph = fingerprint(split.captured.graph_module.graph)
     starts = tuple(name for name in split.firsts[1:] if name is not None)
-    return PlannedCut(graph, starts, _runs(split), tuple(split.repeated.items()))
+    return PlannedCut(graph, starts, _runs(split), tuple(split.duplicated.items()))
 
 
 def _runs(split: Split) -> tuple[tuple[str, int], ...]:
@@ -51,8 +56,8 @@ def _runs(split: Split) -> tuple[tuple[str, int], ...]:
         return ()
     nodes = list(captured.graph_module.graph.nodes)
     stage_of: dict[fx.Node, int] = {}
-    for k, calls in enumerate(split.calls):
-        for node in calls:
+    for k, ops in enumerate(split.calls):
+        for node in ops:
             stage_of.setdefault(node, k)
     placed = sorted(
         (captured.original_position(at), node) for at, node in enumerate(nodes) if node in stage_of
@@ -65,30 +70,36 @@ def _runs(split: Split) -> tuple[tuple[str, int], ...]:
     )
 
 
-def made_by(planned: PlannedCut, items: Items, *, must_fit: bool) -> Placement | None:
-    """The stages that make each call of a planned cut.
+def replay_plan(planned: PlannedCut, groups: OpGroups, *, must_fit: bool) -> Assignment | None:
+    """Assign ops to stages as planned.
 
-    None if it is not one of this graph, and need not be.
+    Args:
+        planned: the cut.
+        groups: the ops of the graph that is cut now.
+        must_fit: raise if the cut is not one of this graph.
+
+    Returns:
+        The stages of each op; None if the cut is not one of this graph and need not be.
 
     Raises:
-        PlanError: it is none and must be.
+        PlanError: it is not and must be.
     """
-    facts = items.facts
-    calls, K = facts.calls, facts.aim.stages
-    if not calls:
+    costs = groups.costs
+    ops, K = costs.ops, costs.objective.stages
+    if not ops:
         return None
-    begins = planned.runs or ((calls[0].name, 0), *zip(planned.starts, range(1, K), strict=False))
-    position = {calls[start].name: start for start in items.starts}
-    places = [position.get(name, -1) for name, _ in begins]
-    wrong = [name for (name, _), place in zip(begins, places, strict=True) if place < 0]
-    rising = places[0] == 0 and all(a < b for a, b in pairwise(places))
+    begins = planned.runs or ((ops[0].name, 0), *zip(planned.starts, range(1, K), strict=False))
+    position = {ops[start].name: start for start in groups.starts}
+    positions = [position.get(name, -1) for name, _ in begins]
+    wrong = [name for (name, _), at in zip(begins, positions, strict=True) if at < 0]
+    rising = positions[0] == 0 and all(a < b for a, b in pairwise(positions))
     if not wrong and rising and {k for _, k in begins} == set(range(K)):
-        ends = [*places[1:], len(calls)]
-        parts = zip(begins, places, ends, strict=True)
-        stage_of = {node: k for (_, k), a, b in parts for node in calls[a:b]}
-        wrong = _backward(items, stage_of) if planned.runs else []
-        more = dict(planned.repeated)
-        wrong += _unrepeatable(items, stage_of, more) if more else []
+        ends = [*positions[1:], len(ops)]
+        parts = zip(begins, positions, ends, strict=True)
+        stage_of = {node: k for (_, k), a, b in parts for node in ops[a:b]}
+        wrong = _backward(groups, stage_of) if planned.runs else []
+        more = dict(planned.duplicated)
+        wrong += _wrong_duplicates(groups, stage_of, more) if more else []
         if not wrong:
             return {node: more.get(node.name, (k,)) for node, k in stage_of.items()}
     if not must_fit:
@@ -102,25 +113,26 @@ def made_by(planned: PlannedCut, items: Items, *, must_fit: bool) -> Placement |
     )
 
 
-def _backward(items: Items, stage_of: Mapping[fx.Node, int]) -> list[str]:
-    """The items that depend on some of a later stage, by the names of their first calls."""
-    calls = items.facts.calls
-    stages = [stage_of[calls[start]] for start in items.starts]
-    before = items.dag([0] * len(stages)).before
+def _backward(groups: OpGroups, stage_of: Mapping[fx.Node, int]) -> list[str]:
+    """The groups that depend on one of a later stage, by the names of their first ops."""
+    ops = groups.costs.ops
+    stages = [stage_of[ops[start]] for start in groups.starts]
+    before = groups.dag([0] * len(stages)).before
     late = [v for v, k in enumerate(stages) if any(stages[u] > k for u in before[v])]
-    return [calls[items.starts[v]].name for v in late]
+    return [ops[groups.starts[v]].name for v in late]
 
 
-def _unrepeatable(
-    items: Items, stage_of: Mapping[fx.Node, int], more: Mapping[str, tuple[int, ...]]
+def _wrong_duplicates(
+    groups: OpGroups, stage_of: Mapping[fx.Node, int], more: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """The calls that cannot be made in these stages, by name."""
-    K, able = items.facts.aim.stages, {node.name: node for node in repeatable(items)}
+    """The ops that cannot be computed in the stages that `more` names, by name."""
+    K = groups.costs.objective.stages
+    duplicable = {node.name: node for node in duplicable_ops(groups)}
     return [
         name
         for name, stages in more.items()
-        if name not in able
-        or list(stages) != sorted({*stages, stage_of[able[name]]})
-        or stages[0] != stage_of[able[name]]
+        if name not in duplicable
+        or list(stages) != sorted({*stages, stage_of[duplicable[name]]})
+        or stages[0] != stage_of[duplicable[name]]
         or stages[-1] >= K
     ]

@@ -1,107 +1,95 @@
-"""What stages take of their devices, stage by stage, for any assignment of calls.
+"""Estimate the time and memory of each stage, for any assignment of ops to stages.
 
-The same estimate as in `loads`, by definition: there for runs of an order and quick to compare,
-here also where a call is made in several stages.
+The sums are those of `stage_loads` (see `op_costs`): there for the runs of one order, as tables
+that are quick to compare, here for stages that may share ops and need not be runs of one order.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import fx
 
 from autopipe.passes.graph import is_size
-from autopipe.passes.ir import InputKind
+from autopipe.passes.ir import StageEstimates
 
-from .call_costs import CallCosts, is_trained
+from .op_costs import OpCosts, activation_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from autopipe.passes.ir import Split
-    from autopipe.passes.remat_policies import Policy
+    from autopipe.passes.remat_policies import RematPolicy
 
     from .objective import Objective
 
-Placement = dict[fx.Node, tuple[int, ...]]
-"""For each call the stages that make it, ascending: one, but for what is cheap to repeat."""
+Assignment = dict[fx.Node, tuple[int, ...]]
+"""For each op the stages that compute it, ascending: one, but for ops that are duplicated."""
 
 
-@dataclass(frozen=True)
-class Taken:
-    """Of each stage.
-
-    Attributes:
-        seconds: K times of a micro-batch, transfers included.
-        nbytes: K sizes.
-        remat: K policies that they are taken with.
-    """
-
-    seconds: tuple[float, ...]
-    nbytes: tuple[int, ...]
-    remat: tuple[Policy, ...]
-
-    def fits(self, limits: Sequence[int | None]) -> bool:
-        """Whether all limits are kept."""
-        pairs = zip(self.nbytes, limits, strict=True)
-        return all(limit is None or size <= limit for size, limit in pairs)
-
-
-def taken(facts: CallCosts, made: Placement) -> Taken:
-    """What the stages take.
+def estimate_assignment(costs: OpCosts, assignment: Assignment) -> StageEstimates:
+    """Estimate the stages of an assignment.
 
     Args:
-        facts: of the calls.
-        made: who makes them.
+        costs: of the ops.
+        assignment: the stages of each op.
+
+    Returns:
+        Estimates without a lower bound. Each stage has the policy that recomputes least among those
+        with which it keeps its limit; if it keeps it with none, the one that needs least memory.
     """
-    K = facts.aim.stages
-    calls: list[list[fx.Node]] = [[] for _ in range(K)]
-    for node in facts.calls:
-        for k in made[node]:
-            calls[k].append(node)
-    first: dict[fx.Node, int] = {}
+    K = costs.objective.stages
+    ops: list[list[fx.Node]] = [[] for _ in range(K)]
+    for node in costs.ops:
+        for k in assignment[node]:
+            ops[k].append(node)
+    owned: set[fx.Node] = set()
     seconds, nbytes, remat = [], [], []
-    for k, own in enumerate(calls):
+    for k, own in enumerate(ops):
         used = {s: None for node in own for s in node.all_input_nodes if not is_size(s)}
-        outside = [source for source in used if k not in made.get(source, ())]
-        for source in outside:
-            first.setdefault(source, k)
-        stage = _Stage(k, own, outside, first)
-        policy, size = _policy(facts, stage)
-        seconds.append(_seconds(facts, stage, policy))
+        outside = [source for source in used if k not in assignment.get(source, ())]
+        first_used = {s: None for s in outside if s not in owned and costs.incoming(s).is_state}
+        owned.update(first_used)
+        stage = _Stage(k, own, [*first_used], [s for s in outside if s not in first_used])
+        policy, size = _policy(costs, stage)
+        seconds.append(_seconds(costs, stage, policy))
         nbytes.append(size)
         remat.append(policy)
-    return Taken(tuple(seconds), tuple(nbytes), tuple(remat))
+    return StageEstimates(tuple(seconds), tuple(nbytes), tuple(remat))
 
 
-def taken_by(split: Split, aim: Objective) -> Taken:
-    """What the stages of a cut would take with another aim."""
-    made: dict[fx.Node, tuple[int, ...]] = {}
-    for k, calls in enumerate(split.calls):
-        for node in calls:
-            made[node] = (*made.get(node, ()), k)
-    return taken(CallCosts(split.annotated, aim), made)
+def estimate_stages(split: Split, objective: Objective) -> StageEstimates:
+    """Estimate the stages of a cut under another objective.
+
+    Args:
+        split: the cut.
+        objective: devices, policies and limits, as many as the cut has stages.
+    """
+    assignment: Assignment = {}
+    for k, ops in enumerate(split.calls):
+        for node in ops:
+            assignment[node] = (*assignment.get(node, ()), k)
+    return estimate_assignment(OpCosts(split.annotated, objective), assignment)
 
 
 class _Stage(NamedTuple):
-    """A stage: its number, its calls, what it uses that it does not make; who uses what first."""
+    """Stage k: its ops, the state that it is the first to use, and the other values it uses."""
 
     k: int
-    own: Sequence[fx.Node]
-    outside: Sequence[fx.Node]
-    first: Mapping[fx.Node, int]
+    ops: Sequence[fx.Node]
+    owned: Sequence[fx.Node]
+    incoming: Sequence[fx.Node]
 
 
-def _policy(facts: CallCosts, stage: _Stage) -> tuple[Policy, int]:
-    """Of those that a stage may have the one of least work that keeps its limit, and its bytes.
+def _policy(costs: OpCosts, stage: _Stage) -> tuple[RematPolicy, int]:
+    """The policy that recomputes least and keeps the stage's limit, and the stage's bytes with it.
 
-    (If none does, the one that takes least.)
+    (If none does, the one with which it needs least.)
     """
-    limit, least = facts.aim.limits[stage.k], None
-    for policy in facts.aim.policies(stage.k):
-        size = _bytes(facts, stage, policy)
+    limit, least = costs.objective.limits[stage.k], None
+    for policy in costs.objective.policies(stage.k):
+        size = _bytes(costs, stage, policy)
         if limit is None or size <= limit:
             return policy, size
         if least is None or size < least[1]:
@@ -110,35 +98,19 @@ def _policy(facts: CallCosts, stage: _Stage) -> tuple[Policy, int]:
     return least
 
 
-def _seconds(facts: CallCosts, stage: _Stage, policy: Policy) -> float:
-    k, own, outside, first = stage
-    device = facts.aim.devices[k]
-    each = facts.seconds(device, policy)
-    times = [each[node] for node in own]
-    for source in outside:
-        item = facts.inputs.get(source.name)
-        if item is None:
-            ways = 1 + facts.wants_gradient(source)
-        else:
-            ways = int(is_trained(item) and first[source] < k)
-        times.append(ways * device.link.seconds(facts.nbytes(source)))
+def _seconds(costs: OpCosts, stage: _Stage, policy: RematPolicy) -> float:
+    device = costs.objective.devices[stage.k]
+    each = costs.seconds(device, policy)
+    times = [each[node] for node in stage.ops]
+    times += [costs.incoming(node).seconds(device.link) for node in stage.incoming]
     return math.fsum(times)
 
 
-def _bytes(facts: CallCosts, stage: _Stage, policy: Policy) -> int:
-    k, own, outside, first = stage
-    aim = facts.aim
-    n, factor, kept = aim.in_flight[k], aim.factor(k), facts.kept_bytes(policy)
-    once = sum(facts.saved_bytes[node] for node in own)
-    more = (n - 1) * math.fsum(kept[node] for node in own) if n > 1 else 0.0
-    size = math.ceil(factor * (once + more)) + aim.missed.get((k, policy), 0)
-    for source in outside:
-        item = facts.inputs.get(source.name)
-        if item is None or item.kind is InputKind.INPUT:
-            if policy != "none" or source in facts.saved:
-                size += math.ceil(facts.nbytes(source) * n * factor)
-        elif first[source] == k:
-            size += facts.held_bytes(item) + facts.waiting_bytes(source, n)
-        else:
-            size += facts.nbytes(source) * (1 + is_trained(item))
-    return max(0, size)
+def _bytes(costs: OpCosts, stage: _Stage, policy: RematPolicy) -> int:
+    n, in_flight = costs.objective.in_flight[stage.k], costs.saved_bytes_in_flight(policy)
+    saved = sum(costs.saved_bytes[node] for node in stage.ops)
+    more = math.fsum(in_flight[node] for node in stage.ops) if n > 1 else 0.0
+    size = activation_bytes(saved, more, n)
+    size += sum(costs.owned_bytes(node, n) for node in stage.owned)
+    size += sum(costs.incoming(node).memory(policy, n) for node in stage.incoming)
+    return max(0, size + costs.objective.corrections.get((stage.k, policy), 0))

@@ -21,10 +21,11 @@ from torch.nn import functional as F
 
 from autopipe.errors import StageError, VerifyError
 from autopipe.passes.codegen import Generated, codegen
-from autopipe.passes.schedule.kinds import schedule
+from autopipe.passes.ir.phased import StagePhases
+from autopipe.passes.schedule.build import schedule
 from autopipe.runtime.executor import Run
-from autopipe.runtime.load import load
-from autopipe.runtime.random import Kit
+from autopipe.runtime.load import load_source
+from autopipe.runtime.random import MicroBatchContext
 from tests.golden.mlp import Mlp
 from tests.support.agreement import pipelined
 from tests.support.programs import CPU, phased_of, split_of, user_line
@@ -107,6 +108,32 @@ def test_golden_explain(golden: Golden) -> None:
     golden("explain", pipe.explain())
 
 
+class Three(nn.Module):
+    """The model in the docstring of `StagePhases`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.c(torch.relu(self.b(torch.tanh(self.a(x))))), y)
+
+
+def test_stage_types_show_the_functions_that_are_written() -> None:
+    """First, middle and last stage, with their arguments and results."""
+    pipe = pipelined(Three(), devices=3, chunks=2)
+    pipe(torch.randn(8, 4), torch.randn(8, 4))
+    written = [
+        f"{name}(ctx, [{', '.join(e.id for e in f.body[0].targets[0].elts)}])"
+        f" -> {ast.unparse(f.body[-1].value)}"
+        for name, f in functions(pipe.code).items()
+        if name.startswith(("F_", "RBW_"))
+    ]
+    shown = re.findall(r"^ +(\w+_\d_b4\(.*)$", StagePhases.__doc__ or "", re.MULTILINE)
+    assert shown == written
+    assert len(shown) == 6
+
+
 # ------------------------------------------------------------------------------- text that runs
 
 
@@ -135,21 +162,6 @@ def test_an_error_names_stage_micro_batch_node_and_source() -> None:
     assert error.source == user_line(Lookup.forward, "# the line " + "that fails")
     assert isinstance(error.__cause__, IndexError)
     assert str(error).startswith("stage 1, micro-batch 2 failed: IndexError: index out of range")
-
-
-def test_linecache_keeps_the_program_when_files_are_checked() -> None:
-    names, filename = load("def answer():\n    return 42\n")
-    linecache.checkcache()
-    assert linecache.getline(filename, 2) == "    return 42\n"
-    assert names["answer"]() == 42
-    assert names["answer"].__code__.co_filename == filename
-
-
-def test_loading_the_same_text_twice_keeps_one_file() -> None:
-    _, first = load("x = 1\n")
-    _, again = load("x = 1\n")
-    _, other = load("x = 2\n")
-    assert first == again != other
 
 
 def test_the_same_model_gives_the_same_text() -> None:
@@ -185,23 +197,23 @@ def test_the_text_needs_torch_and_a_run_only() -> None:
     assert imported == {"math", "torch"}
 
 
-def test_its_words_are_methods_of_a_run_and_a_kit() -> None:
-    words: dict[str, set[str]] = {"run": set(), "kit": set()}
+def test_it_calls_methods_of_run_and_of_ctx() -> None:
+    words: dict[str, set[str]] = {"run": set(), "ctx": set()}
     for n in ast.walk(ast.parse(program())):
         if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in words:
             words[n.value.id].add(n.attr)
     assert words["run"] == {
-        "held",
-        "kit",
+        "state",
+        "context",
         "receive",
         "send",
-        "update",
-        "keep",
-        "kept",
+        "update_buffer",
+        "save",
+        "pop_saved",
     }
     assert all(callable(getattr(Run, w)) for w in words["run"])
-    assert words["kit"] == {"draw", "accumulate"}
-    assert all(callable(getattr(Kit, w)) for w in words["kit"])
+    assert words["ctx"] == {"draw", "accumulate"}
+    assert all(callable(getattr(MicroBatchContext, w)) for w in words["ctx"])
 
 
 def test_devices_run_their_list_of_actions() -> None:
@@ -241,12 +253,12 @@ def test_functions_take_their_arguments_out_of_the_list() -> None:
     cut = split_of(model, 2, x)
     phased = phased_of(cut, model, 4, ((x,), {}))
     source = codegen(schedule("gpipe", 2, 1), {4: phased}, [4], [CPU, CPU]).source
-    names, _ = load(source)
+    names, _ = load_source(source)
     held = [p.detach() for p in model.layers[0].parameters()]
     arguments = [*held, x]
     with torch.no_grad():
         (expected,) = cut.stages[0].graph_module(*arguments)
-        result, kept = names["F_0_b4"](Kit(0, (), 0), arguments)
+        result, kept = names["F_0_b4"](MicroBatchContext(0, (), 0), arguments)
     assert arguments == []
     assert torch.equal(result, expected)
     assert kept is x
@@ -313,7 +325,7 @@ def test_generated_text_without_a_device_program() -> None:
         dataclasses.replace(sound, forward=("device_0_forward", "device_1_forward")),
         dataclasses.replace(sound, backward=("device_0_backward",)),
     ):
-        with pytest.raises(VerifyError, match="a device without a program") as caught:
+        with pytest.raises(VerifyError, match="a device without a function") as caught:
             broken.verify()
         assert "device_" in str(caught.value)
     with pytest.raises(SyntaxError):

@@ -9,7 +9,16 @@ import pytest
 
 from autopipe.errors import OptionError
 from autopipe.passes.cost.node_costs import call_seconds
-from autopipe.passes.devices import DEVICES, KINDS, PRECISIONS, Device, Fractions, Link, device_of
+from autopipe.passes.devices import (
+    DEVICES,
+    KINDS,
+    PRECISIONS,
+    Device,
+    Fractions,
+    Link,
+    device_named_in_torch,
+    device_of,
+)
 from autopipe.passes.ir.captured import NodeCost
 from autopipe.passes.ir.values import B
 
@@ -98,6 +107,30 @@ def test_a_device_that_is_not_in_the_table() -> None:
     with pytest.raises(OptionError, match="no such device") as caught:
         device_of("abacus")
     assert "h100" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("torch_name", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "rtx4090"),
+        ("NVIDIA L40S", "h100"),
+        ("", "h100"),
+    ],
+)
+def test_gpus_are_recognized_by_their_names_in_torch(torch_name: str, name: str) -> None:
+    assert device_named_in_torch(torch_name) == DEVICES[name]
+
+
+def test_every_gpu_of_the_table_has_a_name_in_torch() -> None:
+    for device in DEVICES.values():
+        assert bool(device.names_in_torch) == (device.name != "cpu-core")
+        assert all(device_named_in_torch(f"NVIDIA {n}") is device for n in device.names_in_torch)
 
 
 @pytest.mark.parametrize(("bandwidth", "latency"), [(0, 0), (-1, 0), (math.nan, 0), (1, -1)])

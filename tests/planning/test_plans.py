@@ -1,4 +1,7 @@
-"""`Plan` as a thing: printed, saved, read back, refused, and used by `compile`."""
+"""`Plan`: printed, saved, read back, refused, and used by `compile`.
+
+Covers planning/plan_data.py, planning/plan_parts.py and autopipe/typed_json.py.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +77,25 @@ def test_the_file_is_plain_json_with_a_version(plan: Plan, path: Path) -> None:
     data = json.loads(path.read_text())
     assert (data["format"], data["version"]) == ("autopipe plan", 3)
     assert [s["first"] for s in data["plan"]["stages"]][1:] == list(plan.starts)
+
+
+VERSION_3 = {
+    "plan": "model training whole graph schedule chunks sizes stages crossings begins repeated"
+    " bound_seconds cut_seconds gather_seconds notes",
+    "stage": "first calls device speeds remat parameters flops times parameter_bytes"
+    " gradient_bytes optimizer_bytes buffer_bytes lent_bytes activation_bytes saved_bytes in_flight"
+    " peak_saved_bytes peak_bytes limit_bytes",
+    "times": "forward recompute backward weight receive give_back",
+    "crossing": "name kind looks source targets returned nbytes",
+}
+
+
+def test_the_keys_of_version_3(path: Path) -> None:
+    """Fields may be renamed; the keys and their order in files may not."""
+    plan = json.loads(path.read_text())["plan"]
+    parts = {"plan": plan, "stage": plan["stages"][0], "crossing": plan["crossings"][0]}
+    parts["times"] = parts["stage"]["times"][0]
+    assert {name: " ".join(part) for name, part in parts.items()} == VERSION_3
 
 
 def test_it_says_what_the_stages_are(plan: Plan) -> None:

@@ -1,4 +1,7 @@
-"""Measured times: each distinct call once; remembered on disk, believed only if they are ours."""
+"""Measured times: each distinct call once; remembered on disk, believed only if they are ours.
+
+Covers autopipe/profile.py.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import autopipe.profile
 from autopipe.errors import DeviceError, InputError, UnsupportedError
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.ir.captured import Annotated
@@ -33,6 +37,10 @@ aten = torch.ops.aten
 def stack(depth: int, width: int = 8) -> Annotated:
     layers = [m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh())]
     return annotate(captured_of(nn.Sequential(*layers), torch.randn(4, width)))
+
+
+def test_it_can_be_imported_from_where_the_readme_shows_it() -> None:
+    assert autopipe.profile.profile is profile
 
 
 @pytest.mark.parametrize("name", MODELS)

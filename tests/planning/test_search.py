@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import autopipe
 from autopipe import Plan
 from autopipe.errors import MemoryLimitError
-from autopipe.passes.remat_policies import policy_of
+from autopipe.passes.remat_policies import parse_policy
 from autopipe.runtime.executor import Run
 from benchmarks.ledger import watching
 from tests.support.models import gpt2
@@ -150,14 +150,14 @@ def test_no_plan_with_given_policies_and_micro_batches_is_faster(
 
 def slow(monkeypatch: pytest.MonkeyPatch, stage: int | None) -> None:
     """Have a stage begin everything late, so that the other is ahead of it as far as it may be."""
-    kit = Run.kit
+    context = Run.context
 
     def late(self: Run, k: int, *args: Any) -> Any:
         if k == stage:
             hashlib.pbkdf2_hmac("sha256", b"some work", b"without the GIL", 10_000)
-        return kit(self, k, *args)
+        return context(self, k, *args)
 
-    monkeypatch.setattr(Run, "kit", late)
+    monkeypatch.setattr(Run, "context", late)
 
 
 @pytest.mark.parametrize("late", [None, 0, 1])
@@ -187,7 +187,7 @@ def test_what_a_pipeline_takes_is_not_above_the_limit(
         own = [model.get_parameter(target) for target in stage.parameters]
         state = [t for p in own for t in optimizer.state[p].values() if t.ndim]
         static = sum(t.nbytes for t in [*own, *state])
-        used = static + stage.buffer_bytes + stage.lent_bytes + ledger.peak[k]
+        used = static + stage.buffer_bytes + stage.shared_copy_bytes + ledger.peak[k]
         assert 0 < used <= int(most(name) * fraction)
         assert used <= stage.memory_bytes
 
@@ -231,7 +231,7 @@ def test_stages_of_a_plan_have_policies_that_can_be_written() -> None:
     for fraction in FRACTIONS["skip"]:
         plan = under("skip", fraction)
         for stage in plan.stages if plan is not None else ():
-            assert policy_of(stage.remat) is not None
+            assert parse_policy(stage.remat) is not None
 
 
 def test_a_plan_that_chose_one_micro_batch_can_be_run() -> None:

@@ -1,4 +1,8 @@
-"""What the drawings show, measured on them, against the plan and against formulas."""
+"""What the drawings show, measured on them, against the plan and against formulas.
+
+Covers report/bars_figure.py, report/chunks_figure.py, report/graph_figure.py,
+report/timeline_figure.py, report/page_data.py and report/svg.py.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopipe.passes.schedule.actions import Action, Scheduled
-from autopipe.passes.schedule.simulator import play, simulate
+from autopipe.passes.schedule.simulator import simulate, simulate_schedule
 from autopipe.planning.plans import Plan
 from autopipe.report.bars_figure import memory_bars
 from autopipe.report.graph_figure import MOST, Bundle, bundles, lanes, stage_graph
 from autopipe.report.page import page
 from autopipe.report.page_data import PageData, Part, crossing_ends, least_seconds, with_chunks
-from autopipe.report.svg import byte_ticks, count, escape, fit, number, seconds, ticks
+from autopipe.report.svg import byte_ticks, escape, fit, number, ticks
 from autopipe.report.timeline_figure import numbers_of, phases, timeline
 from tests.support.pages import Page
 from tests.support.plans import crossing, made_plan
@@ -168,7 +172,9 @@ def test_phases_that_run_apart_have_colours_of_their_own() -> None:
         )
         for row in rows
     )
-    line = play(Scheduled("own", 2, 2, actions), forward=2, recompute=2, backward=4, weight=1)
+    line = simulate_schedule(
+        Scheduled("own", 2, 2, actions), forward=2, recompute=2, backward=4, weight=1
+    )
     facts = PageData(made_plan(2, (1, 1)))
     vars(facts)["timeline"] = line
     assert phases(facts) == ("F", "R", "B", "W")
@@ -332,19 +338,7 @@ def test_ticks_of_bytes_are_round_in_their_unit() -> None:
     assert byte_ticks(0) == ticks(0) == (0.0,)
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0 s"), (1.234e-9, "1.23 ns"), (999e-9, "999 ns"), (9.996e-7, "1 µs"), (5e-3, "5 ms"),
-        (0.99999, "1 s"), (12.345, "12.3 s"), (1718.2, "1718 s"),
-    ],
-)  # fmt: skip
-def test_times_for_people(value: float, text: str) -> None:
-    assert seconds(value) == text
-
-
-def test_other_words_for_people() -> None:
-    assert [count(v) for v in (7, 1234, 8.36e11, 2e15)] == ["7", "1.23 k", "836 G", "2 P"]
+def test_text_is_escaped_and_shortened() -> None:
     assert [number(v) for v in (1.0, -0.001, 2.345, 100.0)] == ["1", "0", "2.35", "100"]
     assert fit("abcdef", 100, 10) == "abcdef"
     assert fit("abcdefghij" * 20, 57, 10) == "abcde…ghij"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from autopipe.runtime.mailbox import AbortError, Key, Mailbox, room
+from autopipe.runtime.mailbox import AbortError, Key, Mailbox, queue_capacity
 
 LIMIT = 10.0
 """Seconds after which something that should have happened at once counts as a hang."""
@@ -104,7 +104,7 @@ def test_a_sender_waits_where_too_much_lies(capacity: int) -> None:
     assert [mailbox.take(("x", 0, m)) for m in range(1, capacity + 1)] == [*range(1, capacity + 1)]
 
 
-def test_what_has_no_room_is_not_made() -> None:
+def test_nothing_is_computed_before_a_slot_is_free() -> None:
     mailbox, waits = watched()
     put(mailbox, ("x", 0, 0), 0)
     made: list[int] = []
@@ -122,8 +122,13 @@ def test_what_has_no_room_is_not_made() -> None:
     assert mailbox.take(("x", 0, 1)) == 1
 
 
-def test_room_for_what_is_on_its_way_and_one_more() -> None:
-    assert [room(0, 1), room(3, 2), room(0, 5), room(5, 0)] == [2, 2, 6, 6]
+def test_capacity_is_the_distance_and_one_more() -> None:
+    assert [
+        queue_capacity(0, 1),
+        queue_capacity(3, 2),
+        queue_capacity(0, 5),
+        queue_capacity(5, 0),
+    ] == [2, 2, 6, 6]
 
 
 def test_the_bound_is_per_kind_and_stage() -> None:

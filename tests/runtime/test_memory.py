@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.runtime.executor import Run
-from autopipe.runtime.memory import SavedBytes
+from autopipe.runtime.memory import SavedBytesCounter
 from tests.support.agreement import pipelined
 
 WIDTH, BATCH, CHUNKS = 8, 8, 4
@@ -32,32 +32,32 @@ class Layers(nn.Module):
         return x
 
 
-def kept(memory: SavedBytes, saved: list[Tensor], held: list[Tensor], **more: Any) -> int:
-    borrowed = more.get("borrowed", set())
-    return memory.kept(more.get("program", "p"), 0, more.get("size", 2), saved, held, borrowed)
+def kept(memory: SavedBytesCounter, saved: list[Tensor], state: list[Tensor], **more: Any) -> int:
+    storages = more.get("storages", set())
+    return memory.add(more.get("program", "p"), 0, more.get("size", 2), saved, state, storages)
 
 
 # ------------------------------------------------------------------------------- the counter
 
 
 def test_bytes_are_added_and_taken_away() -> None:
-    memory = SavedBytes(2)
-    first = memory.kept("p", 0, 2, [torch.zeros(10)], [], set())
-    other = memory.kept("p", 1, 2, [torch.zeros(5, dtype=torch.float64)], [], set())
-    again = memory.kept("p", 0, 2, [torch.zeros(10)], [], set())
+    memory = SavedBytesCounter(2)
+    first = memory.add("p", 0, 2, [torch.zeros(10)], [], set())
+    other = memory.add("p", 1, 2, [torch.zeros(5, dtype=torch.float64)], [], set())
+    again = memory.add("p", 0, 2, [torch.zeros(10)], [], set())
     assert (first, other, again) == (40, 40, 40)
     assert [s.now for s in memory.stages] == [80, 40]
-    memory.released(0, first)
+    memory.remove(0, first)
     assert [(s.now, s.peak) for s in memory.stages] == [(40, 80), (40, 40)]
-    memory.released(0, again)
-    memory.released(1, other)
+    memory.remove(0, again)
+    memory.remove(1, other)
     assert [(s.now, s.peak) for s in memory.stages] == [(0, 80), (0, 40)]
     memory.reset()
     assert [(s.now, s.peak) for s in memory.stages] == [(0, 0), (0, 0)]
 
 
 def test_a_new_peak_starts_from_what_is_held() -> None:
-    memory = SavedBytes(1)
+    memory = SavedBytesCounter(1)
     kept(memory, [torch.zeros(10)], [])
     memory.reset()
     assert memory.stages[0].peak == 40
@@ -66,27 +66,27 @@ def test_a_new_peak_starts_from_what_is_held() -> None:
 def test_memory_counts_once_and_whole() -> None:
     """Views share their storage; a slice keeps all of it alive."""
     value = torch.zeros(100)
-    memory = SavedBytes(1)
+    memory = SavedBytesCounter(1)
     assert kept(memory, [value, value.view(10, 10), value[:3]], []) == 400
     assert kept(memory, [value[:3]], [], program="q") == 400
 
 
 def test_parameters_and_their_views_do_not_count() -> None:
     weight = nn.Parameter(torch.zeros(4, 6))
-    memory = SavedBytes(1)
+    memory = SavedBytesCounter(1)
     assert kept(memory, [weight.detach().t(), torch.zeros(6)], [weight]) == 24
 
 
 def test_of_the_callers_batch_a_micro_batch_counts_its_part() -> None:
     batch = torch.zeros(8, 6)
-    memory = SavedBytes(1)
+    memory = SavedBytesCounter(1)
     part = batch[2:4]
-    borrowed = {batch.untyped_storage().data_ptr()}
-    assert kept(memory, [part, part.view(-1)], [], borrowed=borrowed) == 2 * 6 * 4
+    storages = {batch.untyped_storage().data_ptr()}
+    assert kept(memory, [part, part.view(-1)], [], storages=storages) == 2 * 6 * 4
 
 
 def test_each_size_and_program_is_counted_for_itself() -> None:
-    memory = SavedBytes(1)
+    memory = SavedBytesCounter(1)
     assert kept(memory, [torch.zeros(3)], [], size=3) == 12
     assert kept(memory, [torch.zeros(2)], [], size=2) == 8
     assert kept(memory, [torch.zeros(30)], [], size=3, program="q") == 120
@@ -184,13 +184,13 @@ def test_two_forwards_are_counted_together() -> None:
 @pytest.mark.parametrize("remat", ["none", "full", "min-cut"])
 def test_nothing_that_was_kept_is_left(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[weakref.ref[Tensor]] = []
-    keep = Run.keep
+    save = Run.save
 
     def watch(self: Run, stage: int, m: int, saved: list[Tensor]) -> None:
         seen.extend(weakref.ref(t) for t in saved)
-        keep(self, stage, m, saved)
+        save(self, stage, m, saved)
 
-    monkeypatch.setattr(Run, "keep", watch)
+    monkeypatch.setattr(Run, "save", watch)
     pipe = pipelined(Layers(), chunks=CHUNKS, remat=remat)
     x = torch.randn(BATCH, WIDTH)
     pipe(x).sum().backward()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autopipe.runtime.random import Kit, key, step_seed
+from autopipe.runtime.random import MicroBatchContext, derive_seed, step_seed
 
 aten = torch.ops.aten
 X = torch.full((40, 30), 0.5)
@@ -41,7 +41,7 @@ each_op = pytest.mark.parametrize("name", OPS)
 
 def draw(name: str, *, seed: int = 5, call: int = 0, m: int = 0, shared: bool = False) -> Tensor:
     op, args = OPS[name]
-    drawn = Kit(seed, [(n, 0, shared) for n in range(4)], m).draw(call, op, *args)
+    drawn = MicroBatchContext(seed, [(n, 0, shared) for n in range(4)], m).draw(call, op, *args)
     result: Tensor = drawn[0] if isinstance(drawn, tuple) else drawn
     return result
 
@@ -51,15 +51,15 @@ def draw(name: str, *, seed: int = 5, call: int = 0, m: int = 0, shared: bool = 
 
 def test_keys_are_splitmix64() -> None:
     """The generator's first outputs from the seeds 0 and 1234567, as published."""
-    assert key(0) == 0xE220A8397B1DCDAF
-    assert key(1234567) == 6457827717110365317
+    assert derive_seed(0) == 0xE220A8397B1DCDAF
+    assert derive_seed(1234567) == 6457827717110365317
 
 
 def test_keys_of_different_parts_differ() -> None:
-    keys = [key(*parts) for parts in itertools.product(range(9), repeat=4)]
+    keys = [derive_seed(*parts) for parts in itertools.product(range(9), repeat=4)]
     assert len(set(keys)) == 9**4
     assert all(0 <= k < 2**64 for k in keys)
-    assert key(1, 2) != key(2, 1) != key(1) != key(1, 2, 0)
+    assert derive_seed(1, 2) != derive_seed(2, 1) != derive_seed(1) != derive_seed(1, 2, 0)
 
 
 def test_a_steps_seed_comes_from_the_default_generator() -> None:
@@ -102,7 +102,7 @@ def test_micro_batches_share_a_draw(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_GENERATOR)
 def test_a_draw_is_the_operators_own_under_the_key(name: str) -> None:
     op, args = OPS[name]
-    generator = torch.Generator().manual_seed(key(5, 0, 0, 2))
+    generator = torch.Generator().manual_seed(derive_seed(5, 0, 0, 2))
     overload = op
     if "generator" not in [a.name for a in op._schema.arguments]:
         names = {"rand": "generator", "randn": "generator", "randint": "low_generator"}
@@ -114,7 +114,7 @@ def test_a_draw_is_the_operators_own_under_the_key(name: str) -> None:
 def test_operators_without_generator_draw_under_the_key_too(name: str) -> None:
     op, args = OPS[name]
     with torch.random.fork_rng():
-        torch.manual_seed(key(5, 0, 0, 2))
+        torch.manual_seed(derive_seed(5, 0, 0, 2))
         expected = op(*args)
     assert torch.equal(draw(name, m=2), expected[0])
 
@@ -129,7 +129,7 @@ def test_the_default_generator_is_left_alone(name: str) -> None:
 def test_the_default_generator_is_left_alone_by_a_draw_that_fails() -> None:
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError):
-        Kit(0, [(0, 0, False)], 0).draw(0, aten.native_dropout.default, X, 2.0, True)
+        MicroBatchContext(0, [(0, 0, False)], 0).draw(0, aten.native_dropout.default, X, 2.0, True)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -171,7 +171,7 @@ def test_draws_of_different_micro_batches_are_unrelated() -> None:
     assert abs(rows.std().item() - 1) < 0.05
 
 
-# ------------------------------------------------------------------------------- the kit's words
+# ------------------------------------------------------------------------------- the ctx's words
 
 
 def layouts() -> list[Tensor]:
@@ -187,17 +187,17 @@ def layouts() -> list[Tensor]:
 @pytest.mark.parametrize("tensor", layouts(), ids=lambda t: f"{tuple(t.shape)}-{t.stride()}")
 def test_settled_is_dense_in_the_format_that_aten_suggests(tensor: Tensor) -> None:
     """Truth: an operator that asks ATen for the suggested format and makes its result in it."""
-    found = Kit.settled(tensor)
+    found = MicroBatchContext.in_suggested_format(tensor)
     assert torch.equal(found, tensor)
     suggested = aten.upsample_nearest2d.default(tensor, list(tensor.shape[2:]))
     pairs = zip(tensor.shape, found.stride(), suggested.stride(), strict=True)
     assert all(own == theirs for size, own, theirs in pairs if size > 1)
-    assert Kit.settled(found) is found
+    assert MicroBatchContext.in_suggested_format(found) is found
 
 
 def test_recording_calls_with_gradients_on() -> None:
     seen = []
     with torch.no_grad():
-        Kit.recording(lambda x: seen.append((x, torch.is_grad_enabled())), 3)
+        MicroBatchContext.with_grad(lambda x: seen.append((x, torch.is_grad_enabled())), 3)
         seen.append((0, torch.is_grad_enabled()))
     assert seen == [(3, True), (0, False)]

@@ -1,4 +1,4 @@
-"""Handing tensors over: what is copied, what is not. (Streams need a GPU.)"""
+"""Handing tensors over: what is copied, and which streams wait for which."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from autopipe.runtime import transfer
+from autopipe.runtime.backends import BACKENDS
+from autopipe.runtime.backends.cpu import CpuBackend
 from tests.support.agreement import assert_agrees, pipelined
+from tests.support.recording import RecordingBackend
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 ONE = torch.randn(4, 1, 6)
 UNCHANGED = {
@@ -25,7 +28,7 @@ UNCHANGED = {
 @pytest.mark.parametrize("name", UNCHANGED)
 def test_a_tensor_that_fits_is_handed_on_as_it_is(name: str) -> None:
     tensor, strides = UNCHANGED[name]
-    assert transfer.laid_out(tensor, strides) is tensor
+    assert transfer.with_strides(tensor, strides) is tensor
 
 
 CHANGED = {
@@ -43,7 +46,7 @@ CHANGED = {
 def test_a_tensor_that_does_not_fit_is_copied(name: str) -> None:
     tensor, strides = CHANGED[name]
     before = tensor.clone()
-    found = transfer.laid_out(tensor, strides)
+    found = transfer.with_strides(tensor, strides)
     assert found.stride() == strides
     assert found.dtype == tensor.dtype
     assert torch.equal(found, tensor)
@@ -52,20 +55,106 @@ def test_a_tensor_that_does_not_fit_is_copied(name: str) -> None:
 
 
 def test_between_workers_on_the_cpu_nothing_is_copied() -> None:
-    place = transfer.WorkerDevice(CPU)
-    assert place.compute is None
-    assert place.copy is None
+    worker = transfer.WorkerDevice(CPU)
+    assert worker.compute is None
+    assert worker.copy is None
     tensor = torch.randn(4, 6)
-    parcel = transfer.send(tensor, place, CPU)
-    assert parcel.ready is None
-    assert transfer.receive(parcel, place) is tensor
+    sent = transfer.send(tensor, worker, worker)
+    assert sent.ready is None
+    assert transfer.receive(sent, worker) is tensor
 
 
 def test_to_another_device_a_copy_is_sent() -> None:
     tensor = torch.randn(4, 6)
-    parcel = transfer.send(tensor, transfer.WorkerDevice(CPU), torch.device("meta"))
-    assert parcel.tensor.is_meta
-    assert parcel.tensor.shape == tensor.shape
+    sent = transfer.send(
+        tensor, transfer.WorkerDevice(CPU), transfer.WorkerDevice(torch.device("meta"))
+    )
+    assert sent.tensor.is_meta
+    assert sent.tensor.shape == tensor.shape
+
+
+# ------------------------------------------------------------------------------- streams
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordingBackend:
+    """CPU and meta are device types with streams."""
+    backend = RecordingBackend()
+    for name in ("cpu", "meta"):
+        monkeypatch.setitem(BACKENDS, name, backend)
+    return backend
+
+
+@pytest.mark.usefixtures("recorded")
+def test_on_one_device_the_receiver_waits_for_the_sender() -> None:
+    source, target = transfer.WorkerDevice(CPU), transfer.WorkerDevice(CPU)
+    tensor = torch.randn(4, 6)
+    sent = transfer.send(tensor, source, target)
+    assert sent.tensor is tensor
+    assert transfer.receive(sent, target) is tensor
+    assert source.compute.entries == [("event", sent.ready)]
+    assert target.compute.entries == [("wait", sent.ready), ("use", tensor)]
+    assert source.copy.entries == target.copy.entries == []
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_copy_goes_behind_the_work_of_its_sender() -> None:
+    source, target = transfer.WorkerDevice(CPU), transfer.WorkerDevice(META)
+    tensor = torch.randn(4, 6)
+    sent = transfer.send(tensor, source, target)
+    (computed,) = [e for what, e in source.compute.entries if what == "event"]
+    kinds = [what for what, _ in source.copy.entries]
+    assert kinds == ["wait", "use", "event"]
+    assert source.copy.entries == [("wait", computed), ("use", tensor), ("event", sent.ready)]
+    found = transfer.receive(sent, target)
+    assert found.is_meta
+    assert target.compute.entries == [("wait", sent.ready), ("use", found)]
+
+
+def test_the_host_waits_for_what_a_device_with_streams_sends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = transfer.WorkerDevice(torch.device("meta"))
+    backend = RecordingBackend()
+    monkeypatch.setitem(BACKENDS, "cpu", backend)
+    source = transfer.WorkerDevice(CPU)
+    found = transfer.receive(transfer.send(torch.randn(4, 6), source, host), host)
+    assert found.is_meta
+    assert backend.log == [("host waits", source.copy.name)]
+
+
+def test_a_host_sends_to_the_receivers_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = transfer.WorkerDevice(CPU)
+    backend = RecordingBackend("meta")
+    monkeypatch.setitem(BACKENDS, "meta", backend)
+    target = transfer.WorkerDevice(META)
+    sent = transfer.send(torch.randn(4, 6), host, target)
+    assert backend.streams["default"].entries == [("event", sent.ready)]
+    found = transfer.receive(sent, target)
+    assert target.compute.entries == [("wait", sent.ready), ("use", found)]
+
+
+def test_the_callers_tensors(recorded: RecordingBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = transfer.WorkerDevice(CPU), transfer.WorkerDevice(META)
+    tensor, caller = torch.randn(4, 6), recorded.new_stream(CPU)
+    # On the worker's device: used as it is.
+    assert transfer.fetch_from_caller(tensor, here, {CPU: caller}) is tensor
+    assert here.compute.entries == [("use", tensor)]
+    # On another one: copied on the caller's stream, or else on the default one.
+    for streams, stream in (({CPU: caller}, caller), ({}, recorded.streams["default"])):
+        there.compute.entries.clear()
+        found = transfer.fetch_from_caller(tensor, there, streams)
+        assert found.is_meta
+        ((_, event),) = stream.entries
+        assert there.compute.entries == [("wait", event), ("use", found)]
+    # On a device without streams: copied on the worker's stream.
+    monkeypatch.setitem(BACKENDS, "cpu", CpuBackend())
+    there.compute.entries.clear()
+    assert transfer.fetch_from_caller(tensor, there, {}).is_meta
+    assert there.compute.entries == []
+
+
+# ------------------------------------------------------------------------------- in a pipeline
 
 
 class Odd(torch.nn.Module):
@@ -99,12 +188,12 @@ def test_streams_between_stages_on_one_gpu() -> None:
     with torch.cuda.stream(source.compute):
         tensor = torch.randn(1000, 1000, device=gpu)
         product = tensor @ tensor
-        parcel = transfer.send(product, source, gpu)
-    assert parcel.tensor is product
-    assert parcel.ready is not None
+        sent = transfer.send(product, source, target)
+    assert sent.tensor is product
+    assert sent.ready is not None
     assert target.compute is not None
     with torch.cuda.stream(target.compute):
-        total = transfer.receive(parcel, target).sum()
+        total = transfer.receive(sent, target).sum()
     torch.cuda.synchronize()
     torch.testing.assert_close(total, (tensor @ tensor).sum())
 
@@ -115,10 +204,10 @@ def test_from_a_gpu_to_the_cpu_and_back() -> None:
     assert gpu.compute is not None
     with torch.cuda.stream(gpu.compute):
         tensor = torch.randn(1000, 1000, device=gpu.device)
-        parcel = transfer.send(tensor * 2, gpu, CPU)
-    arrived = transfer.receive(parcel, cpu)
+        sent = transfer.send(tensor * 2, gpu, cpu)
+    arrived = transfer.receive(sent, cpu)
     assert torch.equal(arrived, (tensor * 2).cpu())
-    back = transfer.send(arrived, cpu, gpu.device)
+    back = transfer.send(arrived, cpu, gpu)
     with torch.cuda.stream(gpu.compute):
         again = transfer.receive(back, gpu) / 2
     torch.cuda.synchronize()

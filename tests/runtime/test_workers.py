@@ -40,13 +40,13 @@ def test_every_task_runs_in_a_thread_of_its_own() -> None:
         together.wait(LIMIT)  # so all three are alive at once
         seen[index] = threading.current_thread().name
 
-    workers.run([lambda i=i: task(i) for i in range(3)], nothing, None)  # type: ignore[misc]
+    workers.run_workers([lambda i=i: task(i) for i in range(3)], nothing, None)  # type: ignore[misc]
     assert seen == {i: f"autopipe-worker-{i}" for i in range(3)}
 
 
 def test_a_single_task_needs_no_thread() -> None:
     seen: list[threading.Thread] = []
-    workers.run([lambda: seen.append(threading.current_thread())], nothing, None)
+    workers.run_workers([lambda: seen.append(threading.current_thread())], nothing, None)
     assert seen == [threading.current_thread()]
 
 
@@ -58,7 +58,7 @@ def test_tasks_run_without_gradients_and_autocast(count: int) -> None:
         seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
 
     with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        workers.run([task] * count, nothing, None)
+        workers.run_workers([task] * count, nothing, None)
         assert torch.is_grad_enabled()
         assert torch.is_autocast_enabled("cpu")
     assert seen == [(False, False)] * count
@@ -71,7 +71,7 @@ def test_tasks_use_as_many_threads_per_operator_as_their_caller() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            workers.run([lambda: seen.append(torch.get_num_threads())] * 2, nothing, None)
+            workers.run_workers([lambda: seen.append(torch.get_num_threads())] * 2, nothing, None)
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 1, 2, 2]
@@ -91,7 +91,7 @@ def test_the_first_failure_wins() -> None:
     for tasks in ([first, second], [second, first]):
         aborted.clear()
         with pytest.raises(ValueError, match="the cause"):
-            workers.run(tasks, aborted.set, None)
+            workers.run_workers(tasks, aborted.set, None)
 
 
 def test_a_failure_ends_everybody_who_waits() -> None:
@@ -110,7 +110,7 @@ def test_a_failure_ends_everybody_who_waits() -> None:
 
     tasks = [lambda k=k: waits(("x", k, 0)) for k in range(3)]  # type: ignore[misc]
     with pytest.raises(KeyError, match="gone"):
-        workers.run([*tasks, fails], mailbox.abort, None)
+        workers.run_workers([*tasks, fails], mailbox.abort, None)
     assert ended == [AbortError] * 3
 
 
@@ -119,7 +119,7 @@ def test_a_failure_keeps_its_traceback() -> None:
         raise ValueError("here")
 
     with pytest.raises(ValueError, match="here") as caught:
-        workers.run([fails, nothing], nothing, None)
+        workers.run_workers([fails, nothing], nothing, None)
     assert "fails" in [entry.name for entry in caught.traceback]
 
 
@@ -128,7 +128,7 @@ def test_a_task_that_exits_is_a_failure_too() -> None:
         raise SystemExit(3)
 
     with pytest.raises(SystemExit):
-        workers.run([leaves, nothing], nothing, None)
+        workers.run_workers([leaves, nothing], nothing, None)
 
 
 def test_an_abort_alone_is_no_failure() -> None:
@@ -138,7 +138,7 @@ def test_an_abort_alone_is_no_failure() -> None:
         raise AbortError
 
     done: list[int] = []
-    workers.run([stops, lambda: done.append(1)], nothing, None)
+    workers.run_workers([stops, lambda: done.append(1)], nothing, None)
     assert done == [1]
 
 
@@ -159,7 +159,7 @@ def test_an_interrupted_caller_takes_its_workers_down() -> None:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            workers.run([interrupts, waits], aborted.set, None)
+            workers.run_workers([interrupts, waits], aborted.set, None)
         told = aborted.is_set()
     finally:
         signal.signal(signal.SIGINT, handler)
@@ -178,7 +178,7 @@ def test_each_worker_runs_on_its_cores() -> None:
     def task(index: int) -> None:
         seen[index] = os.sched_getaffinity(0)
 
-    workers.run([lambda i=i: task(i) for i in range(2)], nothing, cores)  # type: ignore[misc]
+    workers.run_workers([lambda i=i: task(i) for i in range(2)], nothing, cores)  # type: ignore[misc]
     assert seen == {0: cores[0], 1: cores[1]}
     assert os.sched_getaffinity(0) == own
 
@@ -209,14 +209,14 @@ def test_cores_are_shared_out_if_there_are_enough(
     machine: Any, cores: set[int], threads: int, count: int, expected: list[set[int]] | None
 ) -> None:
     machine(cores, threads)
-    assert workers.cores_for([CPU] * count) == expected
+    assert workers.cores_per_worker([CPU] * count) == expected
 
 
 def test_cores_are_left_alone_where_a_gpu_works(machine: Any) -> None:
     machine({0, 1, 2, 3}, 1)
-    assert workers.cores_for([CPU, torch.device("cuda", 0)]) is None
+    assert workers.cores_per_worker([CPU, torch.device("cuda", 0)]) is None
 
 
 def test_cores_are_left_alone_where_the_system_cannot_pin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert workers.cores_for([CPU, CPU]) is None
+    assert workers.cores_per_worker([CPU, CPU]) is None

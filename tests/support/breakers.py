@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import autopipe
-from autopipe.report.stages import Boundary
+from autopipe.report.stages import BoundaryTensor
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.plans import plan_at
 
@@ -64,7 +64,7 @@ def piped(
     return pipe
 
 
-def crossing(pipe: autopipe.Pipeline) -> list[tuple[Boundary, Tensor]]:
+def crossing(pipe: autopipe.Pipeline) -> list[tuple[BoundaryTensor, Tensor]]:
     """What stages send one another, with a (fake) tensor that looks like it."""
     found = []
     for stage in pipe.stages:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from autopipe.passes.ir.split import StageGraph
 from autopipe.passes.ir.values import InputKind
 from autopipe.passes.phases.joint_trace import JointGraph, TensorMeta, trace_joint
-from autopipe.runtime.random import Kit
+from autopipe.runtime.random import MicroBatchContext
 from tests.support.programs import CPU, sole_stage
 
 aten = torch.ops.aten
@@ -21,8 +21,8 @@ def run(joint: JointGraph, *arguments: Tensor, seed: int = 0, m: int = 0) -> lis
     """The joint graph on real tensors, as generated code would run it."""
     with torch.no_grad():
         program = fx.Interpreter(fx.GraphModule({}, joint.graph))
-        kit = Kit(seed, joint.draws, m)
-        return list(program.run(kit, *arguments, enable_io_processing=False))
+        ctx = MicroBatchContext(seed, joint.draws, m)
+        return list(program.run(ctx, *arguments, enable_io_processing=False))
 
 
 def looks_of(values: Sequence[Tensor]) -> list[TensorMeta]:

@@ -1,11 +1,11 @@
 """Passes that are pure, run once for the same arguments: for tests of many plans of a model.
 
-What stays for every plan is what a plan is about: the cut in space, chains of looks, code, a run.
+What differs between plans stays: the cut in space, chains of tensor metadata, code, a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from torch import Tensor, nn
 
 from autopipe.passes import driver
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.phases import cut as phases
 
 
@@ -25,14 +26,18 @@ def pure_passes_once() -> Iterator[None]:
     cuts: dict[Any, Any] = {}
     alive: list[Any] = []  # so that nothing else has the id of what is here
     capture, annotate = driver.capture, driver.annotate
-    trace, forward_looks, cut_joint = phases.trace, phases.forward_looks, phases.cut_joint
+    trace_joint, cut_joint = phases.trace_joint, phases.cut_joint
+    forward_metadata = phases.forward_metadata
 
-    def capture_once(model: nn.Module, leaves: Any, spec: Any, dims: Any, **options: Any) -> Any:
+    def capture_once(request: CaptureRequest) -> Any:
+        model = request.model
+        assert isinstance(model, nn.Module)
         alive.append(model)
-        chosen = tuple(sorted(options.items(), key=str))
-        key = (id(model), model.training, str(spec), tuple(dims), chosen, *_looks(leaves))
+        options = (request.whole, request.single, request.batch_norm, request.out_reduce)
+        call = (str(request.spec), tuple(request.batch_dims), *_metadata_of(request.leaves))
+        key = (id(model), model.training, options, *call)
         if key not in captures:
-            captures[key] = capture(model, leaves, spec, dims, **options)
+            captures[key] = capture(request)
         return captures[key]
 
     def annotate_once(captured: Any) -> Any:
@@ -44,13 +49,13 @@ def pure_passes_once() -> Iterator[None]:
     def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:
         key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, grad)
         if key not in traces:
-            traces[key] = trace(stage, inputs, tangents, device, grad=grad)
+            traces[key] = trace_joint(stage, inputs, tangents, device, grad=grad)
         return traces[key]
 
-    def looks_once(stage: Any, inputs: Any, device: Any, *, grad: bool) -> Any:
+    def metadata_once(stage: Any, inputs: Any, device: Any, *, grad: bool) -> Any:
         key = (stage.fingerprint, tuple(inputs), device, grad)
         if key not in traces:
-            traces[key] = forward_looks(stage, inputs, device, grad=grad)
+            traces[key] = forward_metadata(stage, inputs, device, grad=grad)
         return traces[key]
 
     def cut_once(stage: Any, joint: Any, remat: str, device: Any) -> Any:
@@ -64,11 +69,11 @@ def pure_passes_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "capture", capture_once)
         patch.setattr(driver, "annotate", annotate_once)
-        patch.setattr(phases, "trace", trace_once)
-        patch.setattr(phases, "forward_looks", looks_once)
+        patch.setattr(phases, "trace_joint", trace_once)
+        patch.setattr(phases, "forward_metadata", metadata_once)
         patch.setattr(phases, "cut_joint", cut_once)
         yield
 
 
-def _looks(leaves: list[Any]) -> list[Any]:
+def _metadata_of(leaves: Sequence[Any]) -> list[Any]:
     return [(x.shape[1:], x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves]

@@ -12,7 +12,7 @@ from autopipe.passes.ir.phased import Phased, StagePhases
 from autopipe.passes.ir.split import Split
 from autopipe.passes.remat_policies import POLICIES
 from autopipe.passes.split.cut import split
-from tests.support.programs import aim_at, calls, known, node, phased_of
+from tests.support.programs import calls, known, node, objective_for, phased_of
 
 MODEL_NAMES = ["gpt2", "t5", "resnet", "unet", "fan_out", "tied", "two_inputs", "integer_boundary"]
 SIZE = 2
@@ -21,7 +21,7 @@ STAGES = 3
 
 @functools.cache
 def cut_model(name: str) -> Split:
-    return split(known(name)[2], aim_at(STAGES, SIZE))
+    return split(known(name)[2], objective_for(STAGES, SIZE))
 
 
 def phased_model(name: str, remat: str) -> Phased:
@@ -34,13 +34,13 @@ def every(name: str, remat: str) -> list[StagePhases]:
 
 
 each_model = pytest.mark.parametrize("name", [*MODEL_NAMES, "gpt2_dropout"])
-each_policy = pytest.mark.parametrize("remat", POLICIES)
+each_policy = pytest.mark.parametrize("remat", [policy.name for policy in POLICIES])
 
 
 def parts(stage: StagePhases) -> dict[str, list[fx.Node]]:
     """The graph's placeholders by group; results stand in `stage.results()`."""
-    kit, *rest = [n for n in stage.graph.nodes if n.op == "placeholder"]
-    groups: dict[str, list[fx.Node]] = {"kit": [kit]}
+    ctx, *rest = [n for n in stage.graph.nodes if n.op == "placeholder"]
+    groups: dict[str, list[fx.Node]] = {"ctx": [ctx]}
     for group in ("held", "receives", "tangents"):
         count = len(getattr(stage, group))
         groups[group], rest = rest[:count], rest[count:]

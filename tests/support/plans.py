@@ -57,7 +57,7 @@ def made_plan(
                 gradient_bytes=4096 * (k + 1),
                 optimizer_bytes=8192 * (k + 1),
                 buffer_bytes=100 * k,
-                lent_bytes=0,
+                shared_copy_bytes=0,
                 activation_bytes=2048 * (k + 1),
                 saved_bytes=1000 * (k + 1),
                 in_flight=len(sizes),
@@ -68,8 +68,8 @@ def made_plan(
             for k in range(stages)
         ),
         crossings=tuple(crossings),
-        begins=(),
-        repeated=(),
+        segments=(),
+        duplicated=(),
         bound_seconds=4e-3 * stages,
         cut_seconds=4.5e-3 * (stages + 1),
         gather_seconds=facts.pop("gather", 0.0),
@@ -90,4 +90,4 @@ def plan_at(
     firsts = (order.stages[0].first, *starts)
     pairs = zip(plan.stages, firsts, strict=True)
     stages = tuple(replace(stage, first=first) for stage, first in pairs)
-    return replace(plan, graph=order.graph, stages=stages, begins=(), repeated=())
+    return replace(plan, graph=order.graph, stages=stages, segments=(), duplicated=())

@@ -13,14 +13,17 @@ from torch import Tensor, fx, nn
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.ir.captured import Annotated, Captured
 from autopipe.passes.ir.phased import Phased
 from autopipe.passes.ir.split import Split, StageGraph
 from autopipe.passes.ir.values import Input, InputKind
-from autopipe.passes.phases import cut as phases
+from autopipe.passes.phases.cut import cut_phases
 from autopipe.passes.phases.joint_trace import TensorMeta
+from autopipe.passes.phases.request import PhaseRequest, TraceCache
+from autopipe.passes.remat_policies import RematPolicy, parse_policy
 from autopipe.passes.split.cut import split
 from autopipe.passes.split.objective import Objective, objective_of
 from tests.support.models import MODELS
@@ -40,17 +43,25 @@ def captured_of(
     """Capture `model(*args, **kwargs)`; writes to buffers stay, so that later passes see them."""
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(in_dims, model, args, kwargs)
-    return capture(model, leaves, spec, dims, whole=whole, batch_norm=batch_norm)
+    request = CaptureRequest(model, leaves, spec, dims, whole=whole, batch_norm=batch_norm)
+    return capture(request)
 
 
-def aim_at(stages: int, batch: int) -> Objective:
-    """Equal devices of the kind that tests run on, and everything run again."""
+def policy(option: str | float) -> RematPolicy:
+    """The rematerialization policy that an option denotes."""
+    found = parse_policy(option)
+    assert found is not None
+    return found
+
+
+def objective_for(stages: int, batch: int) -> Objective:
+    """Equal devices of the kind that tests run on, and everything recomputed."""
     return objective_of([DEFAULT] * stages, batch)
 
 
 def split_of(model: nn.Module, stages: int, *args: Any, batch: int = 2, **kwargs: Any) -> Split:
     """Capture, cost and cut."""
-    return split(annotate(captured_of(model, *args, **kwargs)), aim_at(stages, batch))
+    return split(annotate(captured_of(model, *args, **kwargs)), objective_for(stages, batch))
 
 
 def phased_of(
@@ -62,24 +73,23 @@ def phased_of(
     remat: str | float = "full",
     grad: bool = True,
     differentiated: Sequence[str] | None = None,
-    traced: phases.TraceCache | None = None,
+    traced: TraceCache | None = None,
 ) -> Phased:
     """Cut a split program in time, for the CPU, from the first `size` samples of a call."""
-    looks = {
+    metadata = {
         i.name: TensorMeta.of(t)._replace(requires_grad=t.requires_grad)
         for i, t in zip(cut.captured.inputs, tensors(cut.captured, model, call, size), strict=True)
     }
     wanted = (o.name for o in cut.captured.outputs) if differentiated is None else differentiated
-    return phases.phases(
+    request = PhaseRequest(
         cut,
-        size,
-        looks,
-        [CPU] * len(cut.stages),
-        remat=(remat,) * len(cut.stages),
-        grad=grad,
-        differentiated=frozenset(wanted),
-        traced=traced or phases.TraceCache(),
+        {size: metadata},
+        (CPU,) * len(cut.stages),
+        (policy(remat),) * len(cut.stages),
+        grad,
+        frozenset(wanted),
     )
+    return cut_phases(request, size, traced or TraceCache())
 
 
 def tensors(captured: Captured, model: nn.Module, call: Call, size: int | None = None) -> list[Any]:

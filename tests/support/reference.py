@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.passes.ir.captured import Captured
+from autopipe.passes.ir.combine import Combine, Concatenate
 from autopipe.passes.ir.values import InputKind
+from autopipe.results import run_epilogue
 
 
 @dataclass
@@ -72,10 +74,10 @@ def over_chunks(
         combined = []
         for n, output in enumerate(captured.outputs):
             parts = [o[n].detach() for o in outputs]
-            value = _combine(output.combine, output.dim, parts, sizes)
+            value = _combine(output.combine, parts, sizes)
             floating = any(o[n].requires_grad for o in outputs)
             combined.append(value.detach().requires_grad_(floating))
-        values = captured.finish(combined, batch, model.get_buffer)
+        values = run_epilogue(captured, combined, batch, model.get_buffer)
         for target, index in captured.updates:
             name = next(i.name for i in captured.inputs if i.target == target)
             state[name] = values[index].detach()
@@ -107,14 +109,15 @@ def over_chunks(
     )
 
 
-def _combine(how: str, dim: int | None, parts: list[Tensor], sizes: list[int]) -> Tensor:
-    if how == "same" or len(parts) == 1:
+def _combine(combine: Combine, parts: list[Tensor], sizes: list[int]) -> Tensor:
+    if combine.name == "same" or len(parts) == 1:
         return parts[0]
-    if how == "cat":
-        return torch.cat(parts, dim)
-    if how == "mean":
+    if isinstance(combine, Concatenate):
+        return torch.cat(parts, combine.dim)
+    if combine.name == "mean":
         parts = [p * (n / sum(sizes)) for p, n in zip(parts, sizes, strict=True)]
     total = parts[0]
+    assert combine.name in ("mean", "sum")
     for part in parts[1:]:
         total = total + part
     return total
@@ -123,10 +126,12 @@ def _combine(how: str, dim: int | None, parts: list[Tensor], sizes: list[int]) -
 def _share(
     output: Any, gradient: Tensor, outputs: Any, m: int, sizes: list[int], captured: Captured
 ) -> Tensor:
-    if output.combine == "sum" or len(sizes) == 1:
+    combine = output.combine
+    if combine.name == "sum" or len(sizes) == 1:
         return gradient.contiguous()  # a leaf's gradient has the leaf's strides
-    if output.combine == "cat":
+    if isinstance(combine, Concatenate):
         n = captured.outputs.index(output)
-        lengths = [o[n].shape[output.dim] for o in outputs]
-        return gradient.split(lengths, output.dim)[m].contiguous()
+        lengths = [o[n].shape[combine.dim] for o in outputs]
+        return gradient.split(lengths, combine.dim)[m].contiguous()
+    assert combine.name in ("mean", "same")
     return gradient * (sizes[m] / sum(sizes))

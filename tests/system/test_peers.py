@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import autopipe
-from autopipe.report.stages import Boundary
+from autopipe.report.stages import BoundaryTensor
 from benchmarks import pipelining
 from benchmarks.five_cases import CASES
 from benchmarks.peers import halfway, judge, run, try_model
@@ -69,7 +69,7 @@ def test_three_steps_of_an_optimizer(name: str) -> None:
 # ------------------------------------------------------------ each case truly is where it is cut
 
 
-def activations(pipe: autopipe.Pipeline) -> list[Boundary]:
+def activations(pipe: autopipe.Pipeline) -> list[BoundaryTensor]:
     return [b for stage in pipe.stages for b in stage.outputs if b.kind == "activation"]
 
 

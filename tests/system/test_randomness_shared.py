@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 import autopipe
 from autopipe.passes import driver
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.graph.fx_utils import fingerprint
-from autopipe.runtime.random import key, step_seed
+from autopipe.runtime.random import derive_seed, step_seed
 from tests.support.programs import calls, sole_stage
 
 REMATS = ("none", "full", "min-cut")
@@ -106,10 +107,10 @@ def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of one model under many plans: as one micro-batch, and as several."""
     capture, known = driver.capture, {}
 
-    def once(*args: Any, **kwargs: Any) -> Any:
-        if kwargs["whole"] not in known:
-            known[kwargs["whole"]] = capture(*args, **kwargs)
-        return known[kwargs["whole"]]
+    def once(request: CaptureRequest) -> Any:
+        if request.whole not in known:
+            known[request.whole] = capture(request)
+        return known[request.whole]
 
     monkeypatch.setattr(driver, "capture", once)
 
@@ -226,7 +227,7 @@ def test_keys(devices: int) -> None:
 
     def generator(name: str, m: int) -> torch.Generator:
         call = positions[f"aten.{name}.default"]
-        return torch.Generator().manual_seed(key(seed, call, 0, m))
+        return torch.Generator().manual_seed(derive_seed(seed, call, 0, m))
 
     for m, part in enumerate(own.chunk(3)):
         assert torch.equal(part, torch.rand(2, 6, generator=generator("rand_like", m)))

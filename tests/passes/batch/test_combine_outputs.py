@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autopipe.errors import CaptureError
+from autopipe.passes.ir.combine import Concatenate
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.combining import BATCH, C, Model, agrees, inputs
 from tests.support.programs import captured_of
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def combinations(model: nn.Module, *args: Any) -> list[str]:
-    return [o.combine for o in captured_of(model, *args).outputs]
+    return [str(o.combine) for o in captured_of(model, *args).outputs]
 
 
 # ------------------------------------------------------------------------------- sums and means
@@ -107,7 +108,7 @@ def test_the_rule_of_each_result() -> None:
 def test_results_are_concatenated_where_the_batch_is() -> None:
     model = Model(lambda y: (y, y.t(), y[None].expand(2, -1, -1)))
     captured = captured_of(model, inputs())
-    assert [o.dim for o in captured.outputs] == [0, 1, 1]
+    assert [o.combine for o in captured.outputs] == [Concatenate(d) for d in (0, 1, 1)]
     agrees(model.f)
 
 

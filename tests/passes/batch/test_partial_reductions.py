@@ -78,6 +78,12 @@ def read_between(s: Any, h: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return between, total
 
 
+def written_afterwards(s: Any, h: Tensor, g: Tensor) -> Tensor:
+    total = s.start.index_add(0, g, h)
+    total.add_(1)
+    return total.sin()
+
+
 def half_written(s: Any, h: Tensor, g: Tensor) -> Tensor:
     total = torch.zeros(2, GROUPS, C)
     total[1].index_add_(0, g, h)
@@ -115,6 +121,7 @@ ADDED: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
     "tokens": tokens,
     "over layers": over_layers,
     "read between": read_between,
+    "written afterwards": written_afterwards,
     "a part of a value": half_written,
     "usage": usage,
 }

@@ -1,4 +1,7 @@
-"""Buffers that a forward writes, however it does: what eager torch makes of whole batches."""
+"""Buffers that a forward writes, in every way: as eager torch does for whole batches.
+
+Covers capture/norm_statistics.py.
+"""
 
 from __future__ import annotations
 

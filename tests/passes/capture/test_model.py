@@ -1,7 +1,8 @@
-"""Capture: what the graph holds, what comes back, and what is refused instead of captured wrongly.
+"""Capture: what the graph holds, and what is refused instead of captured wrongly.
 
-Where a model can be captured, eager torch on the whole batch is the truth; see
-`tests.support.agreement`.
+Where a model can be captured, results must equal those of eager torch on the whole batch; see
+`tests.support.agreement`. Covers capture/tracing.py (names, examples), capture/exporting.py (what
+is refused), capture/normalize.py, capture/inlining.py (placeholders and ops) and batch.py.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import AutopipeError, CaptureError, InputError, OptionError
+from autopipe.errors import AutopipeError, CaptureError, InputError
+from autopipe.passes.ir.combine import Concatenate
 from autopipe.passes.ir.values import InputKind
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 from tests.support.capturing import BATCH, D, Model, Pair, batch
@@ -116,7 +117,7 @@ def test_the_batch_may_be_another_dimension() -> None:
     pipe = pipelined(Sequence(lambda: None), in_dims=1)
     found = assert_agrees(pipe, batch(4, BATCH, D, grad=True))
     assert found.shape == (4, BATCH, D)
-    assert [o.dim for o in pipe.captured.outputs] == [1]
+    assert [o.combine for o in pipe.captured.outputs] == [Concatenate(1)]
 
 
 def test_inputs_that_are_no_tensors_are_part_of_the_graph() -> None:
@@ -199,8 +200,8 @@ def test_names_of_inputs_may_be_words_of_the_generated_program() -> None:
             super().__init__()
             self.layer = nn.Linear(D, D)
 
-        def forward(self, kit: Tensor, args: Tensor, run: Tensor, torch: Tensor) -> Tensor:
-            return self.layer(kit).tanh() * args + run * torch
+        def forward(self, ctx: Tensor, args: Tensor, run: Tensor, torch: Tensor) -> Tensor:
+            return self.layer(ctx).tanh() * args + run * torch
 
     assert_agrees(pipelined(Words()), batch(), batch(), batch(grad=True), batch())
 
@@ -312,33 +313,6 @@ def test_inputs_that_differ_in_their_number_of_samples_are_named() -> None:
         f"pair: 1 in dimension 0 of (1, {D}); args[2]: 4 in dimension 0 of (4, {D}); "
         f"mask: {D} in dimension 0 of ({D},)"
     )
-
-
-# ------------------------------------------------------------------------------- other front doors
-
-
-def test_graph_modules_and_exported_programs_are_models_too() -> None:
-    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
-    x = batch()
-    traced = fx.symbolic_trace(model)
-    assert_agrees(pipelined(traced), x)
-    shapes = {"input": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(model, (x,), dynamic_shapes=shapes)
-    pipe = pipelined(program)
-    assert_close(pipe(x).detach(), model(x).detach())
-    assert_close(pipe(batch(3)).detach().new_zeros(3, D), torch.zeros(3, D))
-
-
-def test_an_exported_program_with_a_fixed_batch_is_refused() -> None:
-    program = torch.export.export(nn.Linear(D, D), (batch(),))
-    with pytest.raises(AutopipeError) as caught:
-        pipelined(program, devices=1)(batch())
-    assert "dynamic batch dimension" in str(caught.value)
-
-
-def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(OptionError, match="not a module"):
-        pipelined(F.relu)  # type: ignore[arg-type]
 
 
 def test_capture_works_on_meta() -> None:

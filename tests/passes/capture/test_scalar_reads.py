@@ -1,4 +1,4 @@
-"""Numbers: read off tensors, made of the batch's size, returned, and in autocast epilogues."""
+"""Numbers: read from tensors, computed from the batch size, returned, in autocast epilogues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Branches on the batch's size: each batch gets the one that eager torch would take for it."""
+"""Branches on the batch size: each batch gets the branch that eager torch would take for it.
+
+Covers capture/canonicalize.py: squeezes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Backwards against torch: its counter on the model itself, and what its autograd saves."""
+"""Backwards against torch: its counter on the model itself, and what its autograd saves.
+
+Covers cost/grad_flow.py, cost/call_cache.py, cost/meta_run.py and cost/op_counter.py.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost import call_cache as distinct
 from autopipe.passes.cost.meta_run import run_forward
 from autopipe.passes.cost.node_costs import annotate
@@ -82,7 +86,8 @@ def test_backward_flops_of_models_are_torchs(name: str) -> None:
 def test_backward_flops_of_architectures_are_torchs(name: str) -> None:
     model, kwargs = ZOO[name].build(False)
     leaves, spec = flatten((), kwargs)
-    annotated = annotate(capture(model, leaves, spec, [0] * len(leaves), whole=True))
+    request = CaptureRequest(model, leaves, spec, [0] * len(leaves), whole=True)
+    annotated = annotate(capture(request))
     forward, backward = (sum_of(annotated, f"{way}_flops") for way in ("forward", "backward"))
     for size in (2, 3, 5):
         small = {n: x[:size] for n, x in kwargs.items()}
@@ -332,7 +337,7 @@ def test_deeper_models_run_no_more_calls(
             seen.append(node.name)
             return run_forward(node, *rest, **more)
 
-        monkeypatch.setattr(distinct, "run", counting)
+        monkeypatch.setattr(distinct, "run_forward", counting)
         annotate(captured)
         counts.append(len(ran))
     assert counts[0] == counts[1] > 0

@@ -11,9 +11,9 @@ from autopipe.passes.cost.peak_memory import stage_peak_bytes
 from autopipe.passes.cost.phase_memory import StageBytes
 from autopipe.passes.ir.split import CALLER, Route
 from autopipe.passes.ir.values import TensorSpec
-from autopipe.passes.schedule.kinds import schedule
-from autopipe.passes.schedule.simulator import play
-from autopipe.runtime.mailbox import room
+from autopipe.passes.schedule.build import schedule
+from autopipe.passes.schedule.simulator import simulate_schedule
+from autopipe.runtime.mailbox import queue_capacity
 
 
 def route(name: str, source: int, *consumers: int, kind: str = "activation") -> Route:
@@ -45,7 +45,7 @@ def counted(line: Any, K: int, M: int, nbytes: Any, sources: Any) -> list[int]:
                     left = [m for m in range(M) if m not in taken]
                     came = any(end[way, source, m] < span.end for m in range(M))
                     if way or came or span.action.phase != "F":
-                        total += size * min(room(source, k), len(left))
+                        total += size * min(queue_capacity(source, k), len(left))
             back = {s.action.microbatch for s in begun[False]}
             ahead = [s.action.microbatch for s in done[:-1] if s.action.phase == "F"]
             total += nbytes[k].saved * len([m for m in ahead if m not in back])
@@ -82,12 +82,14 @@ def test_peaks_by_definition(kind: str, seed: int) -> None:
             sources[True, k, n] = None if routes[n].source == CALLER else routes[n].source
         saved, forward, backward = (draw.randint(1, 30) for _ in range(3))
         nbytes[k] = StageBytes(saved, saved + forward, backward, backward + 3, received, tangents)
-    line = play(
+    line = simulate_schedule(
         schedule(kind, K, M),
         forward=[draw.randint(1, 5) for _ in range(K)],
         backward=[draw.randint(1, 9) for _ in range(K)],
     )
-    found = stage_peak_bytes(line, K, [2] * M, {(k, 2): n for k, n in nbytes.items()}, routes, room)
+    found = stage_peak_bytes(
+        line, K, [2] * M, {(k, 2): n for k, n in nbytes.items()}, routes, queue_capacity
+    )
     assert list(found) == counted(line, K, M, nbytes, sources)
     assert all(peak > 0 for peak in found)
 
@@ -97,7 +99,12 @@ def test_gpipe_keeps_all_and_1f1b_few() -> None:
     nbytes = {(k, 1): StageBytes(saved, saved, saved, saved, {}, {}) for k in range(K)}
     peaks = {
         kind: stage_peak_bytes(
-            play(schedule(kind, K, M), forward=1, backward=2), K, [1] * M, nbytes, {}, room
+            simulate_schedule(schedule(kind, K, M), forward=1, backward=2),
+            K,
+            [1] * M,
+            nbytes,
+            {},
+            queue_capacity,
         )
         for kind in ("gpipe", "1f1b")
     }
@@ -114,6 +121,6 @@ def test_a_gradient_may_come_during_the_forward_of_a_stage_that_its_maker_does_n
         (1, 1): StageBytes(0, 500, 0, 0, {"h": size}, {"h": size}),
         (2, 1): StageBytes(0, 0, 0, 0, {"h": size}, {}),
     }
-    line = play(schedule("gpipe", K, M), forward=[1, 9, 1], backward=1)
-    waiting = size * min(room(0, 1), M - 1) + size * room(2, 1)
-    assert stage_peak_bytes(line, K, [1] * M, nbytes, routes, room)[1] == 500 + waiting
+    line = simulate_schedule(schedule("gpipe", K, M), forward=[1, 9, 1], backward=1)
+    waiting = size * min(queue_capacity(0, 1), M - 1) + size * queue_capacity(2, 1)
+    assert stage_peak_bytes(line, K, [1] * M, nbytes, routes, queue_capacity)[1] == 500 + waiting

@@ -21,7 +21,7 @@ from autopipe.passes.ir.values import at_batch
 from autopipe.passes.split.cut import split
 from benchmarks.transformer_l import on_meta
 from tests.support.models import MODELS
-from tests.support.programs import aim_at, captured_of, known, phased_of, split_of
+from tests.support.programs import captured_of, known, objective_for, phased_of, split_of
 
 SIZE, STAGES = 3, 3
 
@@ -42,7 +42,7 @@ def counted(stage: StagePhases, letters: str) -> int:
 def test_flops_of_stages_are_those_of_their_joint_graphs(name: str) -> None:
     """What is run, stage by stage: F once, R (what "full" runs again), B and W."""
     model, inputs, annotated = known(name)
-    cut = split(annotated, aim_at(STAGES, SIZE))
+    cut = split(annotated, objective_for(STAGES, SIZE))
     with sdpa_kernel(SDPBackend.MATH):
         phased = phased_of(cut, model, SIZE, inputs(SIZE), remat="full")
     for stage, phases in zip(cut.stages, phased.stages, strict=True):
@@ -79,7 +79,7 @@ TABLE_1 = {3: "3.15", 13: "8.78"}
 @functools.cache
 def transformer_l(layers: int, stages: int) -> Split:
     model, args = on_meta(layers, 4)
-    return split(annotate(captured_of(model, *args)), aim_at(stages, 1))
+    return split(annotate(captured_of(model, *args)), objective_for(stages, 1))
 
 
 @pytest.mark.parametrize("layers", TABLE_1)
@@ -138,7 +138,7 @@ def test_half_precision_has_state_per_element() -> None:
 
 def test_seconds_of_a_stage_are_its_calls() -> None:
     _, _, annotated = known("unet")
-    cut = split(annotated, aim_at(STAGES, SIZE))
+    cut = split(annotated, objective_for(STAGES, SIZE))
     for stage, own in zip(cut.stages, cut.calls, strict=True):
         cost = stage_cost(cut, stage, SIZE)
         times = [call_seconds(annotated.costs[n.name], DEFAULT, SIZE) for n in own]

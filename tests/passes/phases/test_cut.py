@@ -18,7 +18,7 @@ from autopipe.passes._torch import storage_id
 from autopipe.passes.ir.phased import StagePhases
 from autopipe.passes.ir.values import InputKind, at_batch
 from autopipe.passes.phases.cut import received_strides
-from autopipe.runtime.random import Kit
+from autopipe.runtime.random import MicroBatchContext
 from tests.support.once import pure_passes_once
 from tests.support.phased import (
     MODEL_NAMES,
@@ -161,8 +161,8 @@ def run_phases(
     groups, results = parts(stage), stage.results()
     names = [*stage.held, *stage.receives]
     holders = [*groups["held"], *groups["receives"]]
-    kit = Kit(0, stage.draws, 0)
-    env: dict[fx.Node, Any] = {groups["kit"][0]: kit}
+    ctx = MicroBatchContext(0, stage.draws, 0)
+    env: dict[fx.Node, Any] = {groups["ctx"][0]: ctx}
     env |= {h: values[n] for h, n in zip(holders, names, strict=True)}
 
     def execute(letter: str) -> None:
@@ -178,7 +178,7 @@ def run_phases(
         execute("F")
         returned = [env[n] for n in (*results["returns"], *results["updates"])]
         kept = {n: env[n] for n in saved_in(stage)}
-        env = {groups["kit"][0]: kit, **kept}
+        env = {groups["ctx"][0]: ctx, **kept}
         for holder, name in zip(groups["held"], stage.held, strict=True):
             value = values[name]
             env[holder] = torch.full_like(value, _broken(value)) if name in stage.updates else value

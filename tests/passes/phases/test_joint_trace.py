@@ -26,7 +26,7 @@ from tests.support.joints import (
     values_of,
     x,
 )
-from tests.support.programs import CPU, aim_at, known, sole_stage, tensors
+from tests.support.programs import CPU, known, objective_for, sole_stage, tensors
 
 # ------------------------------------------------------------------------------- the models
 
@@ -70,7 +70,7 @@ def test_without_gradients_the_kernels_are_those_of_a_trainable_model() -> None:
 def test_stages_of_models(name: str) -> None:
     """Both halves; every value that gets a gradient also gets one from "later stages"."""
     model, inputs, annotated = known(name)
-    cut = split(annotated, aim_at(2, 2))
+    cut = split(annotated, objective_for(2, 2))
     args, kwargs = inputs(2)
     state = zip(cut.captured.inputs, tensors(cut.captured, model, (args, kwargs)), strict=True)
     known_values = {i.name: t.detach().clone().requires_grad_(t.requires_grad) for i, t in state}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from autopipe.passes.schedule.kinds import KINDS
 from autopipe.passes.schedule.simulator import simulate
 from autopipe.passes.schedule.timeline import Timeline
 
@@ -55,7 +56,7 @@ def test_gpipe_with_rematerialization_while_waiting() -> None:
         assert timeline.makespan == (M + K - 1) * F + M * (R + b) + (K - 1) * b
 
 
-@pytest.mark.parametrize("kind", ["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_early_rematerialization_never_takes_longer(kind: str) -> None:
     gains = 0
     for (K, M), (F, B, W) in itertools.product(sizes(4, 7), costs()):

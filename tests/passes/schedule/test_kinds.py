@@ -1,14 +1,13 @@
-"""Schedules as data: their order, what they keep alive, and schedules broken on purpose."""
+"""The order of each kind: small cases written out by hand, and what stays in flight."""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 
 import pytest
 
-from autopipe.errors import OptionError, VerifyError
-from autopipe.passes.schedule.actions import Action, Scheduled
-from autopipe.passes.schedule.kinds import schedule
+from autopipe.passes.schedule.actions import Action
+from autopipe.passes.schedule.build import schedule
 
 SIZES = [(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (3, 7), (8, 24)]
 
@@ -22,9 +21,13 @@ def row(text: str) -> tuple[Action, ...]:
     return tuple(actions)
 
 
-def test_actions_print_and_sort() -> None:
-    assert [str(a) for a in row("F2.0 RBW2.0")] == ["F2.0", "RBW2.0"]
-    assert sorted(row("RBW0.0 F1.0 F0.1 F0.0")) == list(row("F0.0 F0.1 F1.0 RBW0.0"))
+def rows(*texts: str) -> tuple[tuple[Action, ...], ...]:
+    """'F0.1 RB0.1' as actions, a text per device."""
+    found = []
+    for text in texts:
+        words = [(word.rstrip("0123456789."), word.lstrip("FRBW")) for word in text.split()]
+        found.append(tuple(Action(p, *map(int, where.split("."))) for p, where in words))
+    return tuple(found)
 
 
 def test_gpipe_runs_all_forwards_then_all_backwards_in_the_same_order() -> None:
@@ -43,126 +46,81 @@ def test_1f1b_alternates_once_the_pipeline_is_full() -> None:
 
 
 @pytest.mark.parametrize(("stages", "chunks"), SIZES)
-@pytest.mark.parametrize("kind", ["gpipe", "1f1b"])
-def test_schedules_verify_and_run_backward_in_order(kind: str, stages: int, chunks: int) -> None:
-    made = schedule(kind, stages, chunks)
-    made.verify()
-    for actions in made.devices:
-        for phase in ("F", "RBW"):
-            order = [action.microbatch for action in actions if action.phase == phase]
-            assert order == list(range(chunks))
-
-
-@pytest.mark.parametrize(("stages", "chunks"), SIZES)
 def test_in_flight_is_all_with_gpipe_and_the_depth_with_1f1b(stages: int, chunks: int) -> None:
     assert schedule("gpipe", stages, chunks).in_flight() == (chunks,) * stages
     depth = tuple(min(stages - k, chunks) for k in range(stages))
     assert schedule("1f1b", stages, chunks).in_flight() == depth
 
 
-@pytest.mark.parametrize("kind", ["gpipe", "1f1b"])
-def test_inference_has_forwards_only_and_keeps_nothing(kind: str) -> None:
-    made = schedule(kind, 2, 2, backward=False)
-    made.verify()
-    assert made.devices == (row("F0.0 F0.1"), row("F1.0 F1.1"))
-    assert made.in_flight() == (0, 0)
+@pytest.mark.parametrize(("K", "v"), [(1, 1), (1, 3), (2, 2), (4, 2), (3, 5)])
+def test_interleaved_stages_go_round_the_devices(K: int, v: int) -> None:
+    made = schedule("interleaved", K, 2 * K, virtual_stages=v)
+    assert made.stages == K * v
+    for device, row in enumerate(made.devices):
+        assert {action.stage for action in row} == set(range(device, K * v, K))
 
 
-def test_a_schedule_prints_as_a_table() -> None:
-    assert str(schedule("1f1b", 2, 2)).splitlines() == [
-        "1f1b: 2 stages, 2 micro-batches",
-        "device 0   F0.0   F0.1   RBW0.0 RBW0.1",
-        "device 1   F1.0   RBW1.0 F1.1   RBW1.1",
-    ]
+def test_the_stages_of_zb_v_go_down_and_up_again() -> None:
+    made = schedule("zb-v", 3, 5)
+    homes = [{action.stage for action in row} for row in made.devices]
+    assert homes == [{0, 5}, {1, 4}, {2, 3}]
 
 
-@pytest.mark.parametrize(
-    ("kind", "virtual_stages"),
-    [("gpipe", 2), ("1f1b", 2), ("zb-h1", 0), ("zb-h2", 3), ("zb-v", 1), ("interleaved", 0)],
-)
-def test_stages_per_device_that_a_kind_does_not_have_are_refused(
-    kind: str, virtual_stages: int
-) -> None:
-    with pytest.raises(OptionError, match="`virtual_stages`"):
-        schedule(kind, 2, 2, virtual_stages=virtual_stages)
+def test_interleaved_with_one_stage_per_device_is_1f1b() -> None:
+    for K, M in [(1, 3), (4, 2), (4, 9)]:
+        made = schedule("interleaved", K, M, virtual_stages=1)
+        assert made.devices == schedule("1f1b", K, M).devices
 
 
-def test_unknown_kinds_list_the_known() -> None:
-    with pytest.raises(OptionError, match="'gpipe', '1f1b', 'interleaved'"):
-        schedule("gpip", 2, 2)
+def test_interleaved_takes_k_micro_batches_through_one_stage_after_another() -> None:
+    """Device 1 is 2(K-1-k) + (v-1)K = 2 forwards ahead, device 0 four."""
+    assert schedule("interleaved", 2, 4).devices == rows(
+        "F0.0 F0.1 F2.0 F2.1 F0.2 RBW2.0 F0.3 RBW2.1 F2.2 RBW0.0 F2.3 RBW0.1 "
+        "RBW2.2 RBW2.3 RBW0.2 RBW0.3",
+        "F1.0 F1.1 F3.0 RBW3.0 F3.1 RBW3.1 F1.2 RBW1.0 F1.3 RBW1.1 F3.2 RBW3.2 F3.3 RBW3.3 "
+        "RBW1.2 RBW1.3",
+    )
 
 
-@pytest.mark.parametrize(
-    ("stages", "chunks", "name"), [(0, 1, "stages"), (1, 0, "chunks"), (-1, 1, "stages")]
-)
-def test_counts_below_one_are_refused(stages: int, chunks: int, name: str) -> None:
-    with pytest.raises(OptionError, match=f"{name} >= 1"):
-        schedule("gpipe", stages, chunks)
+def test_zb_h1_puts_off_as_many_weights_as_the_stage_has_stages_before_it() -> None:
+    """arXiv 2401.10241, figure 3 (upper half), for three stages."""
+    assert schedule("zb-h1", 3, 5).devices == rows(
+        "F0.0 F0.1 F0.2 RB0.0 W0.0 F0.3 RB0.1 W0.1 F0.4 RB0.2 W0.2 RB0.3 W0.3 RB0.4 W0.4",
+        "F1.0 F1.1 RB1.0 F1.2 RB1.1 W1.0 F1.3 RB1.2 W1.1 F1.4 RB1.3 W1.2 RB1.4 W1.3 W1.4",
+        "F2.0 RB2.0 F2.1 RB2.1 F2.2 RB2.2 W2.0 F2.3 RB2.3 W2.1 F2.4 RB2.4 W2.2 W2.3 W2.4",
+    )
 
 
-def test_a_backward_may_be_cut_into_its_phases_and_its_weights_put_off() -> None:
-    late = Scheduled("late", 2, 1, (row("F0.0 R0.0 B0.0 W0.0"), row("F1.0 RB1.0 W1.0")))
-    late.verify()
-    assert late.in_flight() == (1, 1)
-    order = [str(action) for _, action in late.runnable()]
-    assert order.index("R0.0") < order.index("F1.0") < order.index("RB1.0") < order.index("B0.0")
+def test_zb_h2_runs_and_puts_off_twice_as_many() -> None:
+    assert schedule("zb-h2", 2, 4).devices == rows(
+        "F0.0 F0.1 F0.2 RB0.0 W0.0 F0.3 RB0.1 W0.1 RB0.2 W0.2 RB0.3 W0.3",
+        "F1.0 RB1.0 F1.1 RB1.1 F1.2 RB1.2 W1.0 F1.3 RB1.3 W1.1 W1.2 W1.3",
+    )
 
 
-def test_one_device_may_hold_several_stages() -> None:
-    both = Scheduled("both", 2, 1, (row("F0.0 F1.0 RBW1.0 RBW0.0"),))
-    both.verify()
-    assert both.in_flight() == (1, 1)
+def test_zb_v_with_two_devices() -> None:
+    """Device 1 turns round: stage 2 follows stage 1 without a transfer."""
+    assert schedule("zb-v", 2, 3).devices == rows(
+        "F0.0 F0.1 F0.2 F3.0 RB3.0 W3.0 F3.1 RB3.1 W3.1 RB0.0 W0.0 F3.2 RB3.2 W3.2 "
+        "RB0.1 W0.1 RB0.2 W0.2",
+        "F1.0 F2.0 F1.1 F2.1 RB2.0 W2.0 F1.2 RB1.0 W1.0 F2.2 RB2.1 W2.1 "
+        "RB1.1 RB2.2 RB1.2 W1.1 W2.2 W1.2",
+    )
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (("F0.0 RBW0.0", "F1.0"), "B1.0 is on no device|R1.0 is on no device"),
-        (("F0.0 RBW0.0", "RBW1.0"), "F1.0 is on no device"),
-        (("F0.0 RBW0.0",), "F1.0 is on no device"),
-        (("F0.0 RBW0.0", "F1.0 RB1.0"), "W1.0 is on no device"),
-        (("F0.0 F0.0 RBW0.0", "F1.0 RBW1.0"), "F0.0 on device 0 does F0.0 again"),
-        (("F0.0 RBW0.0", "F1.0 RBW1.0 W1.0"), "W1.0 on device 1 does W1.0 again"),
-        (("F0.0 RBW0.0", "F1.0 RBW1.0 F0.0"), "F0.0 on device 1: a stage lives on one device"),
-        (("F0.0 RBW0.0", "F1.0 RBW1.0 F1.1"), "F1.1 on device 1 is out of range"),
-        (("F0.0 RBW0.0 F2.0", "F1.0 RBW1.0"), "F2.0 on device 0 is out of range"),
-        (("F0.0 RW0.0", "F1.0 RBW1.0"), "RW0.0 on device 0 has an unknown phase"),
-        (("F0.0 FRBW0.0", "F1.0 RBW1.0"), "FRBW0.0 on device 0 has an unknown phase"),
-        (("RBW0.0 F0.0", "F1.0 RBW1.0"), "device 0 can never run RBW0.0"),
-        (("F0.0 RBW0.0", "RBW1.0 F1.0"), "device 0 can never run RBW0.0"),
-    ],
-)
-def test_schedules_that_are_wrong_are_caught(rows: tuple[str, ...], message: str) -> None:
-    wrong = Scheduled("wrong", 2, 1, tuple(map(row, rows)))
-    with pytest.raises(VerifyError, match=message):
-        wrong.verify()
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("h", [1, 2])
+def test_zero_bubble_holds_as_much_on_every_stage(h: int, early: bool) -> None:
+    """min(h(K-1) + 1, M) between F and W: 1F1B's largest for ZB-H1, 2K-1 for ZB-H2."""
+    for K, M in itertools.product(range(1, 9), range(1, 21)):
+        most = schedule(f"zb-h{h}", K, M, early_recompute=early).in_flight()
+        full = h * (K - 1) + 1
+        assert max(most) == most[0] == min(full, M)
+        if 2 * full - 1 <= M:  # from there on no stage runs out of forwards too early
+            assert set(most) == {full}
 
 
-@pytest.mark.parametrize("phases", [("F", "RBW"), ("F", "RB", "W")])
-def test_gradients_out_of_the_order_of_micro_batches_are_caught(phases: tuple[str, ...]) -> None:
-    """Forwards may run in any order: nothing is added up there."""
-    forward, *backward = phases
-    actions = [Action(forward, 0, 1), Action(forward, 0, 0)]
-    sound = [Action(phase, 0, m) for phase in backward for m in (0, 1)]
-    Scheduled("sound", 1, 2, ((*actions, *sound),)).verify()
-    last = f"{backward[-1]}0.1"
-    sound[-2:] = reversed(sound[-2:])
-    with pytest.raises(VerifyError, match=f"{last} on device 0 is out of turn") as caught:
-        Scheduled("wrong", 1, 2, ((*actions, *sound),)).verify()
-    assert caught.value.found == "1, 0"
-
-
-def test_an_empty_phase_is_caught() -> None:
-    wrong = Scheduled("wrong", 1, 1, ((Action("", 0, 0), Action("F", 0, 0)),))
-    with pytest.raises(VerifyError, match="unknown phase"):
-        wrong.verify()
-
-
-def test_a_deadlock_names_every_device_that_waits() -> None:
-    wrong = Scheduled("wrong", 2, 2, (row("F0.0 F0.1"), row("F1.1 F1.0")))
-    wrong.verify()  # an odd order, but no deadlock: nothing waits for device 1
-    swapped = (row("F0.0 RBW0.0 F0.1 RBW0.1"), row("F1.0 F1.1 RBW1.0 RBW1.1"))
-    with pytest.raises(VerifyError, match=r"device 0 can never run RBW0\.0") as caught:
-        dataclasses.replace(wrong, devices=swapped).verify()
-    assert caught.value.expected == "before it: F0.0, B1.0"
-    assert caught.value.found == "device 0 waits at RBW0.0; device 1 waits at F1.1"
+def test_1f1b_and_gpipe_in_flight() -> None:
+    for K, M in itertools.product(range(1, 9), range(1, 21)):
+        assert schedule("1f1b", K, M).in_flight() == tuple(min(K - k, M) for k in range(K))
+        assert schedule("gpipe", K, M).in_flight() == (M,) * K

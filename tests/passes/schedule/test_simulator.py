@@ -10,8 +10,9 @@ import pytest
 
 from autopipe.errors import OptionError, VerifyError
 from autopipe.passes.schedule.actions import Action, Scheduled
-from autopipe.passes.schedule.kinds import KNOWN, schedule
-from autopipe.passes.schedule.simulator import play, simulate
+from autopipe.passes.schedule.build import schedule
+from autopipe.passes.schedule.kinds import KINDS
+from autopipe.passes.schedule.simulator import simulate, simulate_schedule
 from autopipe.passes.schedule.timeline import Span, Timeline
 
 SIZES = [(1, 1), (1, 4), (2, 1), (4, 2), (3, 3), (4, 8), (8, 24)]
@@ -67,7 +68,7 @@ def test_transfers_delay_only_other_devices(chunks: int) -> None:
         1,
         ((Action("F", 0, 0), Action("F", 1, 0), Action("RBW", 1, 0), Action("RBW", 0, 0)),),
     )
-    assert play(together, forward=1, backward=2, transfer=0.5).makespan == 6
+    assert simulate_schedule(together, forward=1, backward=2, transfer=0.5).makespan == 6
 
 
 def test_the_gradient_leaves_when_the_whole_backward_is_done() -> None:
@@ -79,7 +80,7 @@ def test_the_gradient_leaves_when_the_whole_backward_is_done() -> None:
 
 def test_inference_is_played_too() -> None:
     forwards = schedule("gpipe", 3, 4, backward=False)
-    timeline = play(forwards, forward=2)
+    timeline = simulate_schedule(forwards, forward=2)
     timeline.verify(forwards)
     assert timeline.makespan == (4 + 3 - 1) * 2
     assert timeline.in_flight == (0, 0, 0)
@@ -113,7 +114,7 @@ def test_a_timeline_prints_as_a_gantt_chart() -> None:
         {"backward": [1.0, -1.0]},
         {"transfer": -0.1},
         {"saved_bytes": -1.0},
-        {"saved_bytes": 1.0, "remade_bytes": math.inf},
+        {"saved_bytes": 1.0, "recomputed_bytes": math.inf},
         {"saved_bytes": 1.0, "weight_bytes": [1.0]},
         {"chunks": 0},
         {"stages": 0},
@@ -126,14 +127,14 @@ def test_values_that_are_no_times_are_refused(change: dict[str, object]) -> None
 
 
 def test_kinds_are_checked() -> None:
-    with pytest.raises(OptionError, match="there is no such schedule"):
+    with pytest.raises(OptionError, match="unknown schedule"):
         simulate("zb-h3", stages=2, chunks=2, forward=1, backward=1)
 
 
 def test_an_unsound_schedule_is_refused() -> None:
     broken = Scheduled("broken", 1, 1, ((Action("RBW", 0, 0), Action("F", 0, 0)),))
     with pytest.raises(VerifyError, match="can never run"):
-        play(broken, forward=1)
+        simulate_schedule(broken, forward=1)
 
 
 SOUND = simulate("gpipe", stages=2, chunks=1, forward=1, backward=1)
@@ -143,8 +144,14 @@ SOUND = simulate("gpipe", stages=2, chunks=1, forward=1, backward=1)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dataclasses.replace(SOUND, spans=((F0, B0), (F1,))), "the schedule's actions"),
-        (dataclasses.replace(SOUND, spans=((B0, F0), (F1, B1))), "the schedule's actions"),
+        (
+            dataclasses.replace(SOUND, spans=((F0, B0), (F1,))),
+            "actions are not the schedule's",
+        ),
+        (
+            dataclasses.replace(SOUND, spans=((B0, F0), (F1, B1))),
+            "actions are not the schedule's",
+        ),
         (
             dataclasses.replace(SOUND, spans=((F0, B0), (dataclasses.replace(F1, start=0.5), B1))),
             "F1.0 on device 1 does not wait for F0.0",
@@ -155,9 +162,9 @@ SOUND = simulate("gpipe", stages=2, chunks=1, forward=1, backward=1)
         ),
         (
             dataclasses.replace(SOUND, spans=((dataclasses.replace(F0, start=-1.0), B0), (F1, B1))),
-            "F0.0 on device 0 has no place in time",
+            "F0.0 on device 0 is not within the makespan",
         ),
-        (dataclasses.replace(SOUND, makespan=3.0), "has no place in time"),
+        (dataclasses.replace(SOUND, makespan=3.0), "is not within the makespan"),
     ],
 )
 def test_timelines_that_are_wrong_are_caught(wrong: Timeline, message: str) -> None:
@@ -167,7 +174,7 @@ def test_timelines_that_are_wrong_are_caught(wrong: Timeline, message: str) -> N
         wrong.verify(scheduled)
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_thirty_two_stages_take_less_than_a_second(kind: str) -> None:
     """M = 96. Processor time, the best of three, as others may be using the machine."""
     taken = []

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from autopipe.passes.schedule.actions import Scheduled
-from autopipe.passes.schedule.kinds import KNOWN, schedule
-from autopipe.passes.schedule.simulator import peak_bytes, play, simulate
+from autopipe.passes.schedule.build import schedule
+from autopipe.passes.schedule.kinds import KINDS
+from autopipe.passes.schedule.simulator import peak_bytes, simulate, simulate_schedule
 
-KINDS = [(kind, None) for kind in KNOWN] + [("interleaved", 1), ("interleaved", 3)]
+EVERY = [(kind, None) for kind in KINDS] + [("interleaved", 1), ("interleaved", 3)]
 Costs = dict[str, list[int]]
 
 
@@ -60,14 +61,14 @@ def ticks(scheduled: Scheduled, costs: Costs, transfer: int) -> list[list[tuple[
 
 
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize(("kind", "v"), KINDS)
+@pytest.mark.parametrize(("kind", "v"), EVERY)
 def test_unequal_stages_agree_with_a_clock(kind: str, v: int | None, early: bool) -> None:
     draw = random.Random(f"{kind} {v} {early}")
     for _ in range(25):
         K, M, transfer = draw.randint(1, 6), draw.randint(1, 9), draw.randint(0, 3)
         made = schedule(kind, K, M, virtual_stages=v, early_recompute=early)
         costs = {letter: [draw.randint(0, 6) for _ in range(made.stages)] for letter in "FRBW"}
-        timeline = play(
+        timeline = simulate_schedule(
             made,
             forward=costs["F"],
             recompute=costs["R"],
@@ -86,7 +87,7 @@ def test_unequal_stages_agree_with_a_clock(kind: str, v: int | None, early: bool
             assert timeline.bubble == pytest.approx(1 - work / max(lengths))
 
 
-@pytest.mark.parametrize(("kind", "v"), KINDS)
+@pytest.mark.parametrize(("kind", "v"), EVERY)
 def test_memory_agrees_with_a_list_of_what_is_kept(kind: str, v: int | None) -> None:
     """Every phase of every action, the sets of saved values written down one by one."""
     draw = random.Random(f"{kind} {v} memory")
@@ -138,7 +139,7 @@ def test_times_of_devices_are_shared_out_among_their_stages(kind: str) -> None:
 
 
 def test_the_same_arguments_are_the_same_work_for_every_kind() -> None:
-    for kind in KNOWN:
+    for kind in KINDS:
         timeline = simulate(kind, forward=4, **COMMON)
         for row in timeline.spans:
             assert sum(span.end - span.start for span in row) == 6 * (4 + 2 + 1)

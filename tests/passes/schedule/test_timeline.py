@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autopipe.errors import OptionError
-from autopipe.passes.schedule.kinds import KNOWN
+from autopipe.passes.schedule.kinds import KINDS
 from autopipe.passes.schedule.simulator import simulate
 
 
@@ -23,7 +23,7 @@ def events(text: str) -> dict[int, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_trace_read_back_is_the_timeline(kind: str, early: bool) -> None:
     timeline = simulate(
         kind,

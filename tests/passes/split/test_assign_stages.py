@@ -17,10 +17,11 @@ from autopipe.errors import PlanError, VerifyError
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.devices import DEFAULT, Device, Link
 from autopipe.passes.ir.captured import Annotated
+from autopipe.passes.remat_policies import NONE
 from autopipe.passes.split.assign_stages import SLACK
-from autopipe.passes.split.call_costs import CallCosts
 from autopipe.passes.split.cut import split
 from autopipe.passes.split.objective import Objective
+from autopipe.passes.split.op_costs import OpCosts
 from autopipe.passes.split.replay_plan import planned_cut_of
 from tests.support.programs import captured_of, run_stages
 
@@ -76,12 +77,12 @@ def convex_cuts(calls: Sequence[fx.Node], K: int) -> Iterator[dict[fx.Node, int]
             yield stage_of
 
 
-def largest(facts: CallCosts, stage_of: dict[fx.Node, int]) -> float:
+def largest(costs: OpCosts, stage_of: dict[fx.Node, int]) -> float:
     """Seconds of the largest stage, by definition."""
-    aim = facts.aim
-    stages = [0.0] * aim.stages
-    for k, device in enumerate(aim.devices):
-        each = facts.seconds(device, aim.policies(k)[0])
+    objective = costs.objective
+    stages = [0.0] * objective.stages
+    for k, device in enumerate(objective.devices):
+        each = costs.seconds(device, objective.policies(k)[0])
         own = [node for node, stage in stage_of.items() if stage == k]
         stages[k] += sum(each[node] for node in own)
         for source in {s for node in own for s in node.all_input_nodes}:
@@ -91,22 +92,22 @@ def largest(facts: CallCosts, stage_of: dict[fx.Node, int]) -> float:
 
 
 def on(device: Device, K: int) -> Objective:
-    return Objective(SIZE, (device,) * K, ("none",) * K, (1,) * K, (None,) * K)
+    return Objective(SIZE, (device,) * K, (NONE,) * K, (1,) * K, (None,) * K)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("device", [DEFAULT, replace(DEFAULT, link=Link(20.0, 1e-6))])
 def test_no_convex_cut_is_better_by_more_than_the_slack(name: str, device: Device) -> None:
     found, K = CASES[name]
-    aim = on(device, K)
-    facts = CallCosts(found, aim)
-    every = [(largest(facts, cut), cut) for cut in convex_cuts(facts.calls, K)]
+    objective = on(device, K)
+    costs = OpCosts(found, objective)
+    every = [(largest(costs, cut), cut) for cut in convex_cuts(costs.ops, K)]
     best = min(seconds for seconds, _ in every)
     contiguous = min(s for s, cut in every if [*cut.values()] == sorted(cut.values()))
     assert contiguous > best * (1 + SLACK) ** 2  # else there is nothing to find
-    cut = split(found, aim)
-    assert best * (1 - 1e-9) <= cut.facts.bottleneck <= best * (1 + SLACK) ** 2
-    assert cut.facts.lower_bound <= best * (1 + 1e-9)
+    cut = split(found, objective)
+    assert best * (1 - 1e-9) <= cut.estimates.bottleneck <= best * (1 + SLACK) ** 2
+    assert cut.estimates.lower_bound <= best * (1 + 1e-9)
     assert cut.captured.original_positions
     cut.verify()
 
@@ -116,15 +117,15 @@ def test_the_captured_order_is_kept_where_it_is_good() -> None:
     cut = split(even, on(DEFAULT, 2))
     assert not cut.captured.original_positions
     assert cut.captured is even.captured
-    assert cut.facts.gap <= SLACK
+    assert cut.estimates.gap <= SLACK
 
 
 def test_limits_hold_in_the_order_that_is_taken() -> None:
     """The captured order has no cut within these limits: two branches of 1500 are too much."""
     free = split(FOUR, on(DEFAULT, 2))
-    limit = max(free.facts.nbytes)
+    limit = max(free.estimates.nbytes)
     cut = split(FOUR, replace(on(DEFAULT, 2), limits=(limit, limit)))
-    assert max(cut.facts.nbytes) <= limit
+    assert max(cut.estimates.nbytes) <= limit
     assert cut.captured.original_positions
 
 
@@ -219,16 +220,16 @@ def test_a_program_in_another_order_draws_the_same_numbers() -> None:
 
 
 def test_a_plan_reproduces_the_order() -> None:
-    aim = on(DEFAULT, 2)
-    cut = split(FOUR, aim)
+    objective = on(DEFAULT, 2)
+    cut = split(FOUR, objective)
     planned = planned_cut_of(cut)
     assert planned.runs
-    other = split(FOUR, aim, planned=planned, must_fit=True)
+    other = split(FOUR, objective, planned=planned, must_fit=True)
     assert str(other) == str(cut)
     assert other.captured.original_positions == cut.captured.original_positions
-    assert other.facts.seconds == cut.facts.seconds
+    assert other.estimates.seconds == cut.estimates.seconds
     even = annotated(Branches([900] * 4), torch.randn(4, 256))
-    assert planned_cut_of(split(even, aim)).runs == ()
+    assert planned_cut_of(split(even, objective)).runs == ()
 
 
 @pytest.mark.parametrize(
@@ -242,19 +243,19 @@ def test_a_plan_reproduces_the_order() -> None:
     ],
 )
 def test_runs_of_another_graph_are_refused(change: Any) -> None:
-    aim = on(DEFAULT, 2)
-    planned = planned_cut_of(split(FOUR, aim))
+    objective = on(DEFAULT, 2)
+    planned = planned_cut_of(split(FOUR, objective))
     wrong = planned._replace(runs=change(planned.runs))
     with pytest.raises(PlanError, match="not one for this model"):
-        split(FOUR, aim, planned=wrong, must_fit=True)
-    assert split(FOUR, aim, planned=wrong).captured.original_positions  # left alone
+        split(FOUR, objective, planned=wrong, must_fit=True)
+    assert split(FOUR, objective, planned=wrong).captured.original_positions  # left alone
 
 
 def test_orders_are_searched_for_devices_that_differ() -> None:
     fast = replace(DEFAULT, fp32_flops=4e11, gbytes_per_second=160, launch_seconds=5e-7)
-    aim = replace(on(DEFAULT, 2), devices=(fast, DEFAULT))
-    facts = CallCosts(FOUR, aim)
-    best = min(largest(facts, cut) for cut in convex_cuts(facts.calls, 2))
-    found = split(FOUR, aim).facts
+    objective = replace(on(DEFAULT, 2), devices=(fast, DEFAULT))
+    costs = OpCosts(FOUR, objective)
+    best = min(largest(costs, cut) for cut in convex_cuts(costs.ops, 2))
+    found = split(FOUR, objective).estimates
     assert found.lower_bound <= best
     assert best * (1 - 1e-9) <= found.bottleneck <= 1.1 * best

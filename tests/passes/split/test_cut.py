@@ -14,21 +14,23 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import PartitionError, UnsupportedError
 from autopipe.passes.capture.model import capture
+from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate, call_seconds
 from autopipe.passes.cost.stage_cost import stage_cost
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.graph.fx_utils import is_size
 from autopipe.passes.ir.split import CALLER, Route, Split, StageGraph
 from autopipe.passes.ir.values import B, InputKind
+from autopipe.passes.remat_policies import NONE
 from autopipe.passes.split.assign_stages import SLACK
 from autopipe.passes.split.cut import split
 from autopipe.passes.split.objective import objective_of
 from tests.support.models import MODELS
 from tests.support.programs import (
-    aim_at,
     calls,
     captured_of,
     known,
+    objective_for,
     run_stages,
     split_of,
     tensors,
@@ -56,7 +58,7 @@ def test_every_call_is_in_exactly_one_stage(name: str) -> None:
         n.name for n in calls(annotated.captured.graph_module.graph) if not is_size(n)
     )
     for count in _possible(name):
-        cut = split(annotated, aim_at(count, 2))
+        cut = split(annotated, objective_for(count, 2))
         nodes = list(cut.captured.graph_module.graph.nodes)
         assert [s.index for s in cut.stages] == list(range(count))
         found: list[str] = []
@@ -83,7 +85,7 @@ def test_stages_run_by_hand_equal_the_uncut_graph(name: str) -> None:
     """Bit for bit, at batch sizes that the capture at 4 has not seen; buffers included."""
     model, inputs, annotated = known(name)
     captured = annotated.captured
-    cuts = [split(annotated, aim_at(count, 2)) for count in _possible(name)]
+    cuts = [split(annotated, objective_for(count, 2)) for count in _possible(name)]
     for size in (1, 2, 5):
         if size == 1 and name == "integer_boundary":
             continue  # eager refuses a batch norm over one sample
@@ -116,7 +118,7 @@ def test_boundaries_are_consistent(name: str) -> None:
     _, _, annotated = known(name)
     graph = annotated.captured.graph_module.graph
     for count in _possible(name):
-        cut = split(annotated, aim_at(count, 2))
+        cut = split(annotated, objective_for(count, 2))
         home = {n.name: s.index for s, own in stages_of(cut) for n in own}
         returned = {o.name for o in annotated.captured.outputs}
         for node in graph.nodes:
@@ -158,7 +160,7 @@ def test_calls_in_place_stay_with_the_memory_that_they_change(name: str) -> None
     if name == "resnet":
         assert {n.target for n in written} >= {aten.add_.Tensor}
     for count in _possible(name):
-        cut = split(annotated, aim_at(count, 2))
+        cut = split(annotated, objective_for(count, 2))
         home = {n.name: s.index for s, own in stages_of(cut) for n in own}
         for node in written:
             target = node.args[0]
@@ -202,12 +204,12 @@ def test_the_largest_stage_is_near_the_least_possible() -> None:
     balanced = {name: t.forward + t.backward for name, t in times.items()}
     everything, heaviest = sum(balanced.values()), max(balanced.values())
     for count in STAGES:
-        cut = split(annotated, objective_of([DEFAULT] * count, 2, remat="none"))
+        cut = split(annotated, objective_of([DEFAULT] * count, 2, remat=NONE))
         loads = [sum(balanced[n.name] for n in own) for _, own in stages_of(cut)]
         bound = max(everything / count, heaviest)
         assert max(loads) <= (bound + heaviest) * (1 + SLACK)
-        assert cut.facts.seconds == pytest.approx(loads)
-        assert bound <= cut.facts.lower_bound * (1 + 1e-9)
+        assert cut.estimates.seconds == pytest.approx(loads)
+        assert bound <= cut.estimates.lower_bound * (1 + 1e-9)
 
 
 def test_more_stages_than_calls() -> None:
@@ -235,7 +237,7 @@ def test_more_stages_than_calls_that_may_be_parted() -> None:
 def test_splitting_changes_nothing() -> None:
     _, _, annotated = known("fan_out")
     before = str(annotated.captured)
-    first, second = split(annotated, aim_at(3, 2)), split(annotated, aim_at(3, 2))
+    first, second = split(annotated, objective_for(3, 2)), split(annotated, objective_for(3, 2))
     assert str(annotated.captured) == before
     assert str(first) == str(second)
     assert [s.fingerprint for s in first.stages] == [s.fingerprint for s in second.stages]
@@ -358,7 +360,7 @@ def test_memory_of_its_own_may_be_written_to(count: int) -> None:
 
 def test_a_tied_parameter_lives_in_its_first_stage() -> None:
     model, _, annotated = known("tied")
-    cut = split(annotated, aim_at(4, 2))
+    cut = split(annotated, objective_for(4, 2))
     (shared,) = [r for r in cut.routes.values() if r.kind == "parameter"]
     assert shared.source == 0
     assert shared.consumers == (1, 2, 3)
@@ -369,14 +371,14 @@ def test_a_tied_parameter_lives_in_its_first_stage() -> None:
 
 def test_a_value_for_every_later_stage_is_sent_once_to_each() -> None:
     _, _, annotated = known("fan_out")
-    cut = split(annotated, aim_at(4, 2))
+    cut = split(annotated, objective_for(4, 2))
     fans = [r for r in cut.routes.values() if r.kind == "activation" and len(r.consumers) > 1]
     assert [(r.source, r.consumers) for r in fans] == [(0, (1, 2, 3))]
 
 
 def test_an_input_goes_where_it_is_used() -> None:
     _, _, annotated = known("two_inputs")
-    cut = split(annotated, aim_at(2, 2))
+    cut = split(annotated, objective_for(2, 2))
     routes = {n: r for n, r in cut.routes.items() if r.kind == "input"}
     assert routes["x"] == Route(routes["x"].spec, "input", CALLER, (0,))
     assert routes["scale"].consumers == (1,)
@@ -416,7 +418,8 @@ def test_a_buffer_that_is_written_is_not_read_elsewhere() -> None:
 
     x = torch.randn(4, 8)
     leaves, spec = pytree.tree_flatten(((x,), {}))
-    cut = split(annotate(capture(Doubled(), leaves, spec, [0], batch_norm="micro")), aim_at(3, 2))
+    request = CaptureRequest(Doubled(), leaves, spec, [0], batch_norm="micro")
+    cut = split(annotate(capture(request)), objective_for(3, 2))
     held = [i.target for s in cut.stages for i in s.held if i.kind is InputKind.BUFFER]
     assert held == ["shift"]
 
@@ -438,7 +441,7 @@ def test_fingerprints_tell_different_stages_apart() -> None:
 def test_specs_survive_the_cut() -> None:
     model = Layers(3)
     captured = captured_of(model, torch.randn(4, 8))
-    cut = split(annotate(captured), aim_at(3, 2))
+    cut = split(annotate(captured), objective_for(3, 2))
     for route in cut.routes.values():
         assert dataclasses.replace(route.spec) == route.spec
         assert route.spec.dtype is torch.float32

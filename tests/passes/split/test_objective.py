@@ -22,20 +22,28 @@ from autopipe.passes.graph.fx_utils import tensors_of
 from autopipe.passes.ir import StageEstimates
 from autopipe.passes.ir.split import Split
 from autopipe.passes.ir.values import InputKind, at_batch
+from autopipe.passes.remat_policies import (
+    FULL,
+    LADDER,
+    MIN_CUT,
+    NONE,
+    RematPolicy,
+    fraction_policy,
+)
 from autopipe.passes.split.assign_stages import SLACK
-from autopipe.passes.split.call_costs import CallCosts
 from autopipe.passes.split.cut import split
 from autopipe.passes.split.objective import Objective, objective_of
-from autopipe.passes.split.stage_estimate import taken
-from autopipe.passes.split.stage_loads import Rows
+from autopipe.passes.split.op_costs import OpCosts
+from autopipe.passes.split.stage_estimate import estimate_assignment
+from autopipe.passes.split.stage_loads import OrderedOps
 from tests.support.programs import captured_of, known
 
 SIZE = 2
 
 
-def aim(models: list[Device], **change: Any) -> Objective:
+def objective(models: list[Device], **change: Any) -> Objective:
     K = len(models)
-    plain = Objective(SIZE, tuple(models), ("none",) * K, (1,) * K, (None,) * K)
+    plain = Objective(SIZE, tuple(models), (NONE,) * K, (1,) * K, (None,) * K)
     return replace(plain, **change)
 
 
@@ -60,19 +68,19 @@ def gets_gradient(cut: Split, name: str) -> bool:
 
 def share_again(cut: Split, wanted: Objective, k: int, node: fx.Node) -> float:
     """Of a call that a backward may run again."""
-    cheap = node in CallCosts(cut.annotated, wanted).min_cut.again
+    cheap = node in OpCosts(cut.annotated, wanted).min_cut.recomputed
     shares = {"none": 0.0, "full": 1.0, "min-cut": float(cheap), 0.25: 1.0 if cheap else 0.75**2}
     (policy,) = wanted.policies(k)
-    return shares[policy]
+    return shares[policy.option]
 
 
 def kept_of(cut: Split, wanted: Objective, k: int) -> float:
     """Bytes that another micro-batch in flight keeps of what the stage makes."""
     annotated, (policy,) = cut.annotated, wanted.policies(k)
     saved = {n: at_batch(annotated.costs[n.name].saved_bytes, SIZE) for n in cut.calls[k]}
-    kept = CallCosts(annotated, wanted).min_cut.kept
-    share = {"none": 0.0, "full": 0.0, "min-cut": 1.0, 0.25: 0.25}[policy]
-    return sum(saved.values()) if policy == "none" else share * sum(kept.get(n, 0) for n in saved)
+    kept = OpCosts(annotated, wanted).min_cut.saved_bytes
+    share = {"none": 0.0, "full": 0.0, "min-cut": 1.0, 0.25: 0.25}[policy.option]
+    return sum(saved.values()) if policy == NONE else share * sum(kept.get(n, 0) for n in saved)
 
 
 def expected_seconds(cut: Split, wanted: Objective, k: int) -> float:
@@ -98,7 +106,7 @@ def expected_seconds(cut: Split, wanted: Objective, k: int) -> float:
 
 def expected_bytes(cut: Split, wanted: Objective, k: int) -> int:
     annotated, stage, n = cut.annotated, cut.stages[k], wanted.in_flight[k]
-    factor, received_kept = wanted.factor(k), wanted.policies(k) != ("none",)
+    received_saved = wanted.policies(k) != (NONE,)
     every = [node for calls in cut.calls for node in calls]
     read = {tensor_operands(c)[i].name for c in every for i in saves_of(cut, c)}
     total = 0
@@ -109,49 +117,55 @@ def expected_bytes(cut: Split, wanted: Objective, k: int) -> int:
         total += size + (size + 2 * size if trained else 0)
     first = {i.name for s in cut.stages[:k] for i in s.held}
     own = {i.name: i for i in stage.held if i.name not in first}
-    parted = {node.name for node in CallCosts(annotated, wanted).parted}
+    parted = {node.name for node in OpCosts(annotated, wanted).shared_parameters}
     for name in parted & own.keys():  # gradients wait from the others; two more while they add up
         total += (min(n, 3) + 2) * at_batch(own[name].spec.nbytes, SIZE)
     total += sum(2 * at_batch(cut.routes[name].spec.nbytes, SIZE) for name in stage.lent)
     costs = [annotated.costs[node.name].saved_bytes for node in cut.calls[k]]
     saved = sum(at_batch(cost, SIZE) for cost in costs)
-    total += math.ceil(factor * (saved + (n - 1) * kept_of(cut, wanted, k)))
+    total += math.ceil(saved + (n - 1) * kept_of(cut, wanted, k))
     for name in stage.receives:
-        if received_kept or name in read:
-            total += math.ceil(at_batch(cut.routes[name].spec.nbytes, SIZE) * n * factor)
+        if received_saved or name in read:
+            total += at_batch(cut.routes[name].spec.nbytes, SIZE) * n
     return total
 
 
 @pytest.mark.parametrize("name", ["gpt2", "unet", "t5", "tied", "resnet"])
-@pytest.mark.parametrize("remat", ["full", "none", "min-cut", 0.25])
-def test_facts_are_those_of_the_stages(name: str, remat: str | float) -> None:
+@pytest.mark.parametrize(
+    "remat", [FULL, NONE, MIN_CUT, fraction_policy(0.25)], ids=lambda policy: policy.name
+)
+def test_estimates_are_those_of_the_stages(name: str, remat: RematPolicy) -> None:
     _, _, annotated = known(name)
     for devices in ([L4] * 3, [H100, L4, DEFAULT]):
-        wanted = aim(devices, remat=(remat,) * 3, in_flight=(3, 2, 1), scale=(1.0, 1.5, 1.0))
+        wanted = objective(devices, remat=(remat,) * 3, in_flight=(3, 2, 1))
         cut = split(annotated, wanted)
         for k in range(3):
-            assert cut.facts.seconds[k] == pytest.approx(expected_seconds(cut, wanted, k), rel=1e-9)
+            assert cut.estimates.seconds[k] == pytest.approx(
+                expected_seconds(cut, wanted, k), rel=1e-9
+            )
             # (a size is rounded up item by item)
-            assert cut.facts.nbytes[k] == pytest.approx(expected_bytes(cut, wanted, k), abs=400)
-        assert cut.facts.lower_bound <= cut.facts.bottleneck
-        assert cut.facts.gap >= 0
+            assert cut.estimates.nbytes[k] == pytest.approx(expected_bytes(cut, wanted, k), abs=400)
+        assert cut.estimates.lower_bound <= cut.estimates.bottleneck
+        assert cut.estimates.gap >= 0
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "tied", "integer_boundary"])
 def test_rows_in_order_take_what_stages_take(name: str) -> None:
     """The two ways of adding up: of runs of calls, and of any assignment."""
     _, _, annotated = known(name)
-    wanted = aim([H100, L4, DEFAULT], remat=("full", "none", 0.5), in_flight=(3, 2, 1))
-    facts = CallCosts(annotated, wanted)
-    N = len(facts.calls)
-    loads = Rows(facts, facts.calls, range(N)).loads()
+    wanted = objective(
+        [H100, L4, DEFAULT], remat=(FULL, NONE, fraction_policy(0.5)), in_flight=(3, 2, 1)
+    )
+    costs = OpCosts(annotated, wanted)
+    N = len(costs.ops)
+    loads = OrderedOps(costs, costs.ops, range(N)).loads()
     generator = random.Random(0)
-    places = [p for p in range(1, N) if facts.calls[p].target is not operator.getitem]
+    places = [p for p in range(1, N) if costs.ops[p].target is not operator.getitem]
     for _ in range(20):
         starts = sorted(generator.sample(places, 2))
         bounds = [0, *starts, N]
-        made = {n: (k,) for k in range(3) for n in facts.calls[bounds[k] : bounds[k + 1]]}
-        found = taken(facts, made)
+        made = {n: (k,) for k in range(3) for n in costs.ops[bounds[k] : bounds[k + 1]]}
+        found = estimate_assignment(costs, made)
         times = [float(time * loads.unit) for time in loads.stage_times(starts)]
         assert times == pytest.approx(found.seconds, rel=1e-9)
         assert loads.stage_bytes(starts) == pytest.approx(found.nbytes, abs=N)
@@ -180,56 +194,53 @@ def layers(cut: Split) -> list[int]:
 
 def test_a_device_three_times_as_fast_takes_three_times_as_much() -> None:
     fast = replace(DEFAULT, fp32_flops=3e11, gbytes_per_second=120, launch_seconds=2e-6 / 3)
-    assert layers(split(LAYERS, aim([DEFAULT, fast]))) == [2, 6]
-    assert layers(split(LAYERS, aim([fast, DEFAULT]))) == [6, 2]
+    assert layers(split(LAYERS, objective([DEFAULT, fast]))) == [2, 6]
+    assert layers(split(LAYERS, objective([fast, DEFAULT]))) == [6, 2]
 
 
 def test_a_limit_moves_the_cut_and_more_micro_batches_in_flight_move_it_further() -> None:
-    free = split(LAYERS, aim([DEFAULT] * 2))
+    free = split(LAYERS, objective([DEFAULT] * 2))
     assert layers(free) == [4, 4]
-    limit = free.facts.nbytes[0] - 4 * 72 * 4  # but one layer's parameters less
-    found = split(LAYERS, aim([DEFAULT] * 2, limits=(limit, None)))
+    limit = free.estimates.nbytes[0] - 4 * 72 * 4  # but one layer's parameters less
+    found = split(LAYERS, objective([DEFAULT] * 2, limits=(limit, None)))
     assert layers(found) == [3, 5]
-    assert found.facts.nbytes[0] <= limit
-    many = aim([DEFAULT] * 2, limits=(limit, None), in_flight=(19, 1))
+    assert found.estimates.nbytes[0] <= limit
+    many = objective([DEFAULT] * 2, limits=(limit, None), in_flight=(19, 1))
     assert layers(split(LAYERS, many)) == [1, 7]
-    again = split(LAYERS, replace(many, remat=("full", "full")))
+    again = split(LAYERS, replace(many, remat=(FULL, FULL)))
     assert layers(again) == [2, 6]
-    assert again.facts.nbytes[0] <= limit
+    assert again.estimates.nbytes[0] <= limit
 
 
 def test_what_does_not_fit_is_named_by_its_calls() -> None:
     with pytest.raises(
         PartitionError, match=r"stage 1 does not fit its device: \d+ bytes"
     ) as error:
-        split(LAYERS, aim([DEFAULT] * 2, limits=(3000, 3000)))
+        split(LAYERS, objective([DEFAULT] * 2, limits=(3000, 3000)))
     assert "calls linear" in str(error.value)
     assert "to tanh_7" in str(error.value)
-
-
-POLICIES = ("none", "min-cut", 0.5, "full")
 
 
 def test_the_cut_chooses_the_policies_too() -> None:
     """Against every cut of four layers with every policy for each stage, under falling limits."""
     annotated = annotate(captured_of(Layers(4), torch.randn(4, 8)))
-    plain = aim([DEFAULT] * 3, in_flight=(40, 20, 10))
-    facts = {
-        remat: CallCosts(annotated, replace(plain, remat=remat))
-        for remat in product(POLICIES, repeat=3)
+    plain = objective([DEFAULT] * 3, in_flight=(40, 20, 10))
+    costs = {
+        remat: OpCosts(annotated, replace(plain, remat=remat))
+        for remat in product(LADDER, repeat=3)
     }
-    calls = next(iter(facts.values())).calls
+    calls = next(iter(costs.values())).ops
     every = []
     for a, b in combinations(range(1, len(calls)), 2):
         stage_of = [0] * a + [1] * (b - a) + [2] * (len(calls) - b)
-        for of in facts.values():
-            made = {n: (k,) for n, k in zip(of.calls, stage_of, strict=True)}
-            every.append(taken(of, made))
-    most = max(split(annotated, plain).facts.nbytes)
+        for of in costs.values():
+            made = {n: (k,) for n, k in zip(of.ops, stage_of, strict=True)}
+            every.append(estimate_assignment(of, made))
+    most = max(split(annotated, plain).estimates.nbytes)
     last, chosen, failed = 0.0, set(), 0
     for percent in range(120, 5, -5):
         limits = (most * percent // 100,) * 3
-        several = replace(plain, remat=(POLICIES,) * 3, limits=limits)
+        several = replace(plain, remat=(LADDER,) * 3, limits=limits)
         fitting = [one for one in every if one.fits(limits)]
         if not fitting:
             failed += 1
@@ -238,56 +249,56 @@ def test_the_cut_chooses_the_policies_too() -> None:
             continue
         best = min(max(one.seconds) for one in fitting)
         cut = split(annotated, several)
-        assert max(cut.facts.nbytes) <= limits[0]
-        assert best * (1 - 1e-9) <= cut.facts.bottleneck <= best * (1 + SLACK)
+        assert max(cut.estimates.nbytes) <= limits[0]
+        assert best * (1 - 1e-9) <= cut.estimates.bottleneck <= best * (1 + SLACK)
         assert best >= last
         last = best
-        chosen |= set(cut.facts.remat)
-        single = split(annotated, replace(several, remat=cut.facts.remat))
-        assert single.facts.seconds == pytest.approx(cut.facts.seconds)
-        for k, policy in enumerate(cut.facts.remat):  # no stage could do with less work
-            for lighter in POLICIES[: POLICIES.index(policy)]:
-                remat = tuple(lighter if j == k else p for j, p in enumerate(cut.facts.remat))
+        chosen |= set(cut.estimates.remat)
+        single = split(annotated, replace(several, remat=cut.estimates.remat))
+        assert single.estimates.seconds == pytest.approx(cut.estimates.seconds)
+        for k, policy in enumerate(cut.estimates.remat):  # no stage could do with less work
+            for lighter in LADDER[: LADDER.index(policy)]:
+                remat = tuple(lighter if j == k else p for j, p in enumerate(cut.estimates.remat))
                 made = {n: (j,) for j, part in enumerate(cut.calls) for n in part}
-                assert not taken(
-                    CallCosts(cut.annotated, replace(several, remat=remat)), made
+                assert not estimate_assignment(
+                    OpCosts(cut.annotated, replace(several, remat=remat)), made
                 ).fits(limits)
     assert failed > 0
-    assert {"none", "full"} < chosen
+    assert {NONE, FULL} < chosen
 
 
 def test_what_the_estimate_misses_counts_for_its_stage_and_policy() -> None:
     limits = (10**6,) * 2
-    wanted = aim([DEFAULT] * 2, remat=(("none", "full"),) * 2, limits=limits)
-    assert split(LAYERS, wanted).facts.remat == ("none", "none")
-    plain = split(LAYERS, wanted).facts
-    missed = {(0, "none"): 10**6 - 1, (1, "none"): -100}
-    found = split(LAYERS, replace(wanted, missed=missed)).facts
-    assert found.remat == ("full", "none")
-    assert split(LAYERS, replace(wanted, missed={(0, "full"): 10**6})).facts == plain
-    tight = replace(wanted, limits=(10**6, plain.nbytes[1] - 1), missed={(1, "full"): 10**6})
+    wanted = objective([DEFAULT] * 2, remat=((NONE, FULL),) * 2, limits=limits)
+    assert split(LAYERS, wanted).estimates.remat == (NONE, NONE)
+    plain = split(LAYERS, wanted).estimates
+    missed = {(0, NONE): 10**6 - 1, (1, NONE): -100}
+    found = split(LAYERS, replace(wanted, corrections=missed)).estimates
+    assert found.remat == (FULL, NONE)
+    assert split(LAYERS, replace(wanted, corrections={(0, FULL): 10**6})).estimates == plain
+    tight = replace(wanted, limits=(10**6, plain.nbytes[1] - 1), corrections={(1, FULL): 10**6})
     assert sum(layers(split(LAYERS, tight))[:1]) > 4
-    again = split(LAYERS, replace(tight, missed=missed | tight.missed))
+    again = split(LAYERS, replace(tight, corrections=missed | tight.corrections))
     assert layers(again)[1] == 4
 
 
 def test_a_stage_without_a_limit_has_the_policy_of_least_work() -> None:
-    wanted = aim([DEFAULT] * 2, remat=(("full", 0.5, "min-cut"), "full"))
-    assert (wanted.policies(0), wanted.policies(1)) == (("min-cut",), ("full",))
+    wanted = objective([DEFAULT] * 2, remat=((FULL, fraction_policy(0.5), MIN_CUT), FULL))
+    assert (wanted.policies(0), wanted.policies(1)) == ((MIN_CUT,), (FULL,))
     limited = replace(wanted, limits=(1, 1))
-    assert limited.policies(0) == ("min-cut", 0.5, "full")
+    assert limited.policies(0) == (MIN_CUT, fraction_policy(0.5), FULL)
 
 
 def test_measured_times_take_the_place_of_the_devices() -> None:
     nodes = [n.name for n in LAYERS.captured.graph_module.graph.nodes if n.name in LAYERS.costs]
     times = {name: CallSeconds(1.0, 2.0, 1.0) for name in nodes}
     times[nodes[0]] = CallSeconds(30.0, 9.0, 1.0)
-    cut = split(LAYERS, aim([DEFAULT] * 2, times=times))
+    cut = split(LAYERS, objective([DEFAULT] * 2, times=times))
     assert len(cut.calls[0]) <= 2
-    assert cut.facts.bottleneck == 42.0
-    assert cut.facts.lower_bound == pytest.approx((39 + 15 * 3) / 2)
+    assert cut.estimates.bottleneck == 42.0
+    assert cut.estimates.lower_bound == pytest.approx((39 + 15 * 3) / 2)
     with pytest.raises(OptionError, match="`times`") as error:
-        split(LAYERS, aim([DEFAULT] * 2, times={nodes[0]: times[nodes[0]]}))
+        split(LAYERS, objective([DEFAULT] * 2, times={nodes[0]: times[nodes[0]]}))
     assert error.value.node == nodes[1]
 
 
@@ -309,16 +320,16 @@ class Bottle(nn.Module):
 def test_a_slow_link_moves_the_cut_to_where_less_crosses() -> None:
     annotated = annotate(captured_of(Bottle(), torch.randn(4, 512)))
     slow = replace(DEFAULT, link=Link(0.001))
-    assert layers(split(annotated, aim([DEFAULT] * 2))) == [4, 2]
-    cut = split(annotated, aim([slow] * 2))
+    assert layers(split(annotated, objective([DEFAULT] * 2))) == [4, 2]
+    cut = split(annotated, objective([slow] * 2))
     assert layers(cut) == [2, 4]
     assert cut.stages[1].receives == ("tanh_1",)
 
 
 def test_equal_devices_are_cut_within_the_slack_of_the_bound_where_costs_are_fine() -> None:
     _, _, annotated = known("gpt2")
-    facts = split(annotated, objective_of([DEFAULT] * 2, SIZE)).facts
-    assert facts.bottleneck <= facts.lower_bound * (1 + SLACK) * 1.05
+    costs = split(annotated, objective_of([DEFAULT] * 2, SIZE)).estimates
+    assert costs.bottleneck <= costs.lower_bound * (1 + SLACK) * 1.05
 
 
 @pytest.mark.parametrize(
@@ -326,30 +337,31 @@ def test_equal_devices_are_cut_within_the_slack_of_the_bound_where_costs_are_fin
     [
         ({"batch": 0}, "no such pipeline"),
         ({"devices": (), "remat": (), "in_flight": (), "limits": ()}, "no such pipeline"),
-        ({"remat": ("full",)}, "`remat`"),
-        ({"remat": ("full", "half")}, "`remat`"),
-        ({"remat": ("full", 1.5)}, "`remat`"),
-        ({"remat": ("full", "0.5")}, "`remat`"),
-        ({"remat": ("full", ())}, "`remat`"),
-        ({"remat": ("full", ("none", "half"))}, "`remat`"),
+        ({"remat": (FULL,)}, "`remat`"),
+        ({"remat": (FULL, "half")}, "`remat`"),
+        ({"remat": (FULL, 1.5)}, "`remat`"),
+        ({"remat": (FULL, "0.5")}, "`remat`"),
+        ({"remat": (FULL, ())}, "`remat`"),
+        ({"remat": (FULL, (NONE, "half"))}, "`remat`"),
         ({"in_flight": (1, 0)}, "`in_flight`"),
         ({"limits": (None, -1)}, "`limits`"),
-        ({"scale": (1.0, 0.5)}, "`scale`"),
-        ({"scale": (1.0,)}, "`scale`"),
         ({"state_bytes": -1}, "`state_bytes`"),
     ],
 )
 def test_aims_that_are_none_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        aim([DEFAULT] * 2, **change)
+        objective([DEFAULT] * 2, **change)
 
 
 def test_the_aim_of_plain_devices() -> None:
-    found = objective_of([DEFAULT, H100], 3, remat=0.5, in_flight=[2, 1])
-    assert found == Objective(3, (DEFAULT, H100), (0.5, 0.5), (2, 1), (None, None))
-    assert (found.stages, found.policies(0), found.factor(0)) == (2, (0.5,), 1.0)
+    half = fraction_policy(0.5)
+    found = objective_of([DEFAULT, H100], 3, remat=half, in_flight=[2, 1])
+    assert found == Objective(3, (DEFAULT, H100), (half, half), (2, 1), (None, None))
+    assert (found.stages, found.policies(0)) == (2, (half,))
 
 
 def test_the_gap_of_nothing_is_none() -> None:
-    assert StageEstimates((0.0,), (0,), 0.0).gap == 0.0
-    assert dataclasses.replace(StageEstimates((2.0, 3.0), (0, 0), 2.5)).gap == pytest.approx(0.2)
+    assert StageEstimates((0.0,), (0,), (FULL,)).gap == 0.0
+    assert dataclasses.replace(
+        StageEstimates((2.0, 3.0), (0, 0), (FULL, NONE), 2.5)
+    ).gap == pytest.approx(0.2)

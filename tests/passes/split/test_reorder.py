@@ -15,12 +15,12 @@ from autopipe import compiled
 from autopipe.call_signature import flatten
 from autopipe.passes.ir.captured import Annotated
 from autopipe.passes.ir.split import Split
-from autopipe.passes.split.assign_stages import Items
-from autopipe.passes.split.call_costs import CallCosts
-from autopipe.passes.split.cut import _allowed, split
+from autopipe.passes.split.cut import split
+from autopipe.passes.split.op_costs import OpCosts
+from autopipe.passes.split.op_groups import OpGroups
 from autopipe.passes.split.replay_plan import PlannedCut
 from tests.support.models import MODELS
-from tests.support.programs import aim_at
+from tests.support.programs import objective_for
 from tests.support.reference import objective, over_chunks
 
 SIZE = 2
@@ -28,19 +28,18 @@ SIZE = 2
 
 def any_cut(found: Annotated, K: int, seed: int) -> PlannedCut:
     """The plan of a cut of a random order of what may be parted."""
-    facts, generator = CallCosts(found, aim_at(K, SIZE)), random.Random(seed)
-    allowed = _allowed(facts.calls, found.captured.inputs)
-    items = Items(facts, [p for p in range(len(facts.calls)) if not p or allowed[p]])
-    dag = items.dag([0] * len(items.starts))
+    costs, generator = OpCosts(found, objective_for(K, SIZE)), random.Random(seed)
+    groups = OpGroups.of(costs)
+    dag = groups.dag([0] * len(groups.starts))
     order: list[int] = []
-    while len(order) < len(items.starts):
+    while len(order) < len(groups.starts):
         done = set(order)
         ready = [v for v, before in enumerate(dag.before) if v not in done and done >= {*before}]
         order.append(generator.choice(ready))
     starts = sorted(generator.sample(range(1, len(order)), K - 1))
-    stage_of = items.stages(order, starts)
-    stages = [stage_of[node] for node in facts.calls]
-    pairs = zip(facts.calls, [-1, *stages], stages, strict=False)
+    stage_of = groups.stages(order, starts)
+    stages = [stage_of[node] for node in costs.ops]
+    pairs = zip(costs.ops, [-1, *stages], stages, strict=False)
     return PlannedCut("", (), tuple((node.name, k) for node, before, k in pairs if k != before))
 
 
@@ -48,7 +47,9 @@ def in_any_order(monkeypatch: pytest.MonkeyPatch, model: nn.Module, args: Any, K
     """A pipeline whose stages are a cut of a random order, in micro-batches of two."""
 
     def cut(annotated: Annotated, *given: Any, **options: Any) -> Split:
-        return split(annotated, aim_at(K, SIZE), planned=any_cut(annotated, K, 2), must_fit=False)
+        return split(
+            annotated, objective_for(K, SIZE), planned=any_cut(annotated, K, 2), must_fit=False
+        )
 
     monkeypatch.setattr(compiled, "cut_in_space", cut)
     pipe = autopipe.compile(model, ["cpu"] * K, 2, args=args[0], kwargs=args[1])

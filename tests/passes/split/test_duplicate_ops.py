@@ -19,13 +19,14 @@ from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.devices import DEFAULT, H100, Device, Link
 from autopipe.passes.ir.captured import Annotated
 from autopipe.passes.ir.split import Split
-from autopipe.passes.split.assign_stages import Items
-from autopipe.passes.split.call_costs import CallCosts
+from autopipe.passes.remat_policies import FULL, NONE, RematPolicy
 from autopipe.passes.split.cut import split
-from autopipe.passes.split.duplicate_calls import repeatable, repeated
+from autopipe.passes.split.duplicate_ops import duplicable_ops, duplicate_ops
 from autopipe.passes.split.objective import Objective
+from autopipe.passes.split.op_costs import OpCosts
+from autopipe.passes.split.op_groups import OpGroups
 from autopipe.passes.split.replay_plan import planned_cut_of
-from autopipe.passes.split.stage_estimate import Placement, taken
+from autopipe.passes.split.stage_estimate import Assignment, estimate_assignment
 from tests.support.programs import captured_of, run_stages
 from tests.support.reference import objective, over_chunks
 
@@ -62,23 +63,23 @@ ROTARY = annotate(captured_of(Rotary(), IDS))
 
 
 def on(device: Device, K: int, **change: Any) -> Objective:
-    return replace(Objective(SIZE, (device,) * K, ("none",) * K, (1,) * K, (None,) * K), **change)
+    return replace(Objective(SIZE, (device,) * K, (NONE,) * K, (1,) * K, (None,) * K), **change)
 
 
-def items_of(found: Annotated, aim: Objective) -> Items:
-    facts = CallCosts(found, aim)
-    return Items(facts, range(len(facts.calls)))
+def groups_of(found: Annotated, objective: Objective) -> OpGroups:
+    costs = OpCosts(found, objective)
+    return OpGroups(costs, range(len(costs.ops)))
 
 
 def test_what_is_repeatable() -> None:
     """Nothing that needs a gradient, is written, or reads what changes."""
-    items = items_of(ROTARY, on(SLOW, 2))
-    names = {str(node.target).split(".")[1] for node in repeatable(items)}
+    groups = groups_of(ROTARY, on(SLOW, 2))
+    names = {str(node.target).split(".")[1] for node in duplicable_ops(groups)}
     assert names >= {"arange", "cos", "sin", "ge", "ne", "mul"}
     assert not names & {"embedding", "linear", "tanh", "add_", "matmul"}
-    reads = [n for n in items.facts.calls if any("calls" in s.name for s in n.all_input_nodes)]
+    reads = [n for n in groups.costs.ops if any("calls" in s.name for s in n.all_input_nodes)]
     assert reads
-    assert not repeatable(items) & set(reads)
+    assert not duplicable_ops(groups) & set(reads)
 
 
 class Draws(nn.Module):
@@ -90,26 +91,26 @@ class Draws(nn.Module):
 
 def test_what_draws_or_has_several_results_is_not_repeatable() -> None:
     found = annotate(captured_of(Draws(), torch.ones(4, 8, dtype=torch.int64)))
-    able = {str(node.target) for node in repeatable(items_of(found, on(SLOW, 2)))}
+    able = {str(node.target) for node in duplicable_ops(groups_of(found, on(SLOW, 2)))}
     assert able == {"aten.ones.default"}
 
 
 def test_one_memory_repeats_nothing() -> None:
     for K in (2, 3):
-        assert not split(ROTARY, on(DEFAULT, K)).repeated
+        assert not split(ROTARY, on(DEFAULT, K)).duplicated
 
 
 def test_a_slow_link_repeats_and_a_fast_one_sends() -> None:
-    assert not split(ROTARY, on(FAST, 3)).repeated
+    assert not split(ROTARY, on(FAST, 3)).duplicated
     cut = split(ROTARY, on(SLOW, 3))
-    assert cut.repeated
+    assert cut.duplicated
     sent = {n for s in cut.stages for n in s.receives if cut.routes[n].kind == "activation"}
-    assert not sent & set(cut.repeated)
-    able = {node.name for node in repeatable(items_of(ROTARY, on(SLOW, 3)))}
-    assert set(cut.repeated) <= able
+    assert not sent & set(cut.duplicated)
+    able = {node.name for node in duplicable_ops(groups_of(ROTARY, on(SLOW, 3)))}
+    assert set(cut.duplicated) <= able
     # The mask depends on the ids, so something must be sent: the mask is, but before it is widened.
     assert {cut.routes[name].spec.dtype for name in sent & able} == {torch.bool}
-    widened = [n for n in cut.repeated if cut_node(cut, n).target is torch.ops.aten.to.dtype]
+    widened = [n for n in cut.duplicated if cut_node(cut, n).target is torch.ops.aten.to.dtype]
     assert widened
 
 
@@ -131,8 +132,8 @@ def test_the_same_bits_with_and_without_repeats() -> None:
 
 
 @pytest.mark.parametrize("device", [SLOW, FAST, H100, replace(SLOW, link=Link(0.5, 3e-6))])
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_no_other_choice_costs_less(device: Device, remat: str) -> None:
+@pytest.mark.parametrize("remat", [NONE, FULL], ids=lambda policy: policy.name)
+def test_no_other_choice_costs_less(device: Device, remat: RematPolicy) -> None:
     """Of all sets of stages that make the cheap calls (home always does), by what stages take."""
 
     class Wide(nn.Module):
@@ -148,14 +149,14 @@ def test_no_other_choice_costs_less(device: Device, remat: str) -> None:
 
     ids = torch.randint(0, 9, (4, 8))
     found = annotate(captured_of(Wide(), torch.randn(4, 8), ids))
-    aim = on(device, 2, remat=(remat, remat))
-    items = items_of(found, aim)
-    facts, able = items.facts, repeatable(items)
-    start = next(at for at, n in enumerate(facts.calls) if "linear_1" in n.name)
-    stage_of = {n: int(at >= start) for at, n in enumerate(facts.calls)}
+    objective = on(device, 2, remat=(remat, remat))
+    groups = groups_of(found, objective)
+    costs, able = groups.costs, duplicable_ops(groups)
+    start = next(at for at, n in enumerate(costs.ops) if "linear_1" in n.name)
+    stage_of = {n: int(at >= start) for at, n in enumerate(costs.ops)}
     assert len(able) >= 4
 
-    def seconds(made: Placement) -> float:
+    def seconds(made: Assignment) -> float:
         inputs = {
             (source, k)
             for node, stages in made.items()
@@ -163,8 +164,8 @@ def test_no_other_choice_costs_less(device: Device, remat: str) -> None:
             for source in node.all_input_nodes
             if source.name == "ids"
         }
-        link = device.link.seconds(facts.nbytes(next(n for n, _ in inputs)))
-        return sum(taken(facts, made).seconds) + link * len(inputs)
+        link = device.link.seconds(costs.nbytes(next(n for n, _ in inputs)))
+        return sum(estimate_assignment(costs, made).seconds) + link * len(inputs)
 
     def every() -> Any:
         early = [n for n in able if stage_of[n] == 0]
@@ -172,7 +173,7 @@ def test_no_other_choice_costs_less(device: Device, remat: str) -> None:
             yield {n: (k,) for n, k in stage_of.items()} | dict(zip(early, chosen, strict=True))
 
     best = min(map(seconds, every()))
-    assert seconds(repeated(items, stage_of)) <= best * (1 + 1e-9)
+    assert seconds(duplicate_ops(groups, stage_of)) <= best * (1 + 1e-9)
 
 
 # --------------------------------------------------------------------------------- end to end
@@ -189,7 +190,7 @@ def test_a_pipeline_with_repeats_is_bit_equal(monkeypatch: pytest.MonkeyPatch, r
     torch.manual_seed(0)
     model = Rotary()
     pipe = autopipe.compile(model, ["cpu"] * 3, 2, remat=remat, args=(IDS,))
-    assert pipe._compiled_or_raise()[0].split.repeated
+    assert pipe._compiled_or_raise()[0].split.duplicated
     leaves, _ = flatten((IDS,), {})
     truth = over_chunks(pipe.captured, model, leaves, 2)
     result = pipe(IDS)
@@ -203,15 +204,15 @@ def test_a_pipeline_with_repeats_is_bit_equal(monkeypatch: pytest.MonkeyPatch, r
 
 
 def test_a_plan_reproduces_repeats() -> None:
-    aim = on(SLOW, 3)
-    cut = split(ROTARY, aim)
+    objective = on(SLOW, 3)
+    cut = split(ROTARY, objective)
     planned = planned_cut_of(cut)
-    again = split(ROTARY, aim, planned=planned, must_fit=True)
+    again = split(ROTARY, objective, planned=planned, must_fit=True)
     assert str(again) == str(cut)
-    assert again.repeated == cut.repeated
+    assert again.duplicated == cut.duplicated
     elsewhere = split(ROTARY, on(DEFAULT, 3), planned=planned, must_fit=True)
     assert str(elsewhere) == str(cut)
-    name, stages = planned.repeated[0]
+    name, stages = planned.duplicated[0]
     linear = next(n.name for n in cut.calls[0] if "embedding" in n.name)
     for wrong in [
         (name, (*stages, 3)),
@@ -220,17 +221,17 @@ def test_a_plan_reproduces_repeats() -> None:
         ("nothing", (0, 1)),
     ]:
         with pytest.raises(PlanError, match="not one for this model"):
-            split(ROTARY, aim, planned=planned._replace(repeated=(wrong,)), must_fit=True)
+            split(ROTARY, objective, planned=planned._replace(duplicated=(wrong,)), must_fit=True)
 
 
 def test_values_are_sent_where_there_is_no_memory_to_make_them() -> None:
     cut = split(ROTARY, on(SLOW, 3))
-    sent = split(ROTARY, on(SLOW, 3), planned=planned_cut_of(cut)._replace(repeated=()))
-    assert not sent.repeated
-    assert any(a < b for a, b in zip(sent.facts.nbytes, cut.facts.nbytes, strict=True))
-    limited = split(ROTARY, on(SLOW, 3, limits=sent.facts.nbytes))
-    assert not limited.repeated
-    assert limited.facts.nbytes <= sent.facts.nbytes
+    sent = split(ROTARY, on(SLOW, 3), planned=planned_cut_of(cut)._replace(duplicated=()))
+    assert not sent.duplicated
+    assert any(a < b for a, b in zip(sent.estimates.nbytes, cut.estimates.nbytes, strict=True))
+    limited = split(ROTARY, on(SLOW, 3, limits=sent.estimates.nbytes))
+    assert not limited.duplicated
+    assert limited.estimates.nbytes <= sent.estimates.nbytes
 
 
 # --------------------------------------------------------------------------------- sources
@@ -287,10 +288,10 @@ class Early(nn.Module):
 def test_a_stage_keeps_a_call_of_its_own(first: int) -> None:
     """Planned so that the first stage has cheap calls alone, some of which are made again."""
     found = annotate(captured_of(Early(), torch.randn(4, 256)))
-    aim = on(SLOW, 2)
-    items = items_of(found, aim)
-    calls = items.facts.calls
-    made = repeated(items, {n: int(at >= first) for at, n in enumerate(calls)})
+    objective = on(SLOW, 2)
+    groups = groups_of(found, objective)
+    calls = groups.costs.ops
+    made = duplicate_ops(groups, {n: int(at >= first) for at, n in enumerate(calls)})
     homes = [stages[0] for stages in made.values()]
     assert homes.count(0) == 1  # all others have moved to where they are needed
     assert all(0 not in made[n] for n in calls if made[n][0])

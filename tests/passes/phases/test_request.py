@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autopipe.passes.phases import cut as room
+from autopipe.passes.phases.request import TraceCache
 from tests.support.once import pure_passes_once
 from tests.support.phased import SIZE, Layers, cut_model, phased_model
 from tests.support.programs import phased_of, split_of
@@ -29,13 +30,13 @@ def _once() -> Iterator[None]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Indices of the stages that are traced from now on."""
     seen: list[int] = []
-    trace = room.trace
+    trace = room.trace_joint
 
     def counting(stage: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(stage.index)
         return trace(stage, *args, **kwargs)
 
-    monkeypatch.setattr(room, "trace", counting)
+    monkeypatch.setattr(room, "trace_joint", counting)
     return seen
 
 
@@ -44,7 +45,7 @@ def test_identical_stages_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> No
     seen = counted(monkeypatch)
     model, x = Layers(5), torch.randn(4, 6)
     cut = split_of(model, 5, x)
-    traced = room.Traced()
+    traced = TraceCache()
     phased = phased_of(cut, model, SIZE, ((x,), {}), traced=traced)
     assert seen == [4, 0]
     assert len({id(s.graph) for s in phased.stages}) == 2

@@ -1,0 +1,93 @@
+"""``autopipe plan``: cut a model into stages and print the plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autopipe.commands import Command
+from autopipe.passes.devices import DEVICES
+from autopipe.passes.remat_policies import DEFAULT, policy_options
+from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED
+
+from ._files import check_writable, say, writing
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+DESCRIPTION = """\
+Capture a model on example inputs, cut it into stages, and print the plan as a table.
+
+MODULE is an importable name or the path of a .py file. CALLABLE takes no arguments and returns the
+model and its example inputs: (model, args), (model, kwargs) or (model, args, kwargs), where args is
+a tuple and kwargs a dict. It is called under torch.device("meta"), so no weights are made."""
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    policies = ", ".join(policy_options())
+    add("model", metavar="MODULE:CALLABLE", help="what returns the model and its example inputs")
+    add("--devices", required=True, metavar="N", help="how many stages; or a list: cpu,cpu,cuda:0")
+    add("--chunks", type=int, metavar="M", help="micro-batches of a batch (default: the fastest)")
+    add("--schedule", default=DEFAULT_KIND, metavar="KIND",
+        help=f"{', '.join(EXECUTED)} or auto (default: {DEFAULT_KIND})")  # fmt: skip
+    add("--remat", default=DEFAULT.name, metavar="POLICY", help=f"what stages save: {policies}; or "
+        f"auto: what is fastest and fits (default: {DEFAULT.name})")  # fmt: skip
+    add("--batch-norm", default="deferred", help="deferred (default) or micro: when running "
+        "statistics change, once a step or once a micro-batch")  # fmt: skip
+    add("--out-reduce", metavar="RULE", help="mean or sum, where a result's rule is not derived")
+    add("--memory", metavar="SIZE", help="a limit for each device, such as 16GiB; or a list of one "
+        "for each: 80GiB,24GiB")  # fmt: skip
+    add("--device", metavar="NAME", help=f"whose speeds: {', '.join(DEVICES)}; "
+        "or a list of one for each stage")  # fmt: skip
+    add("--profile", action="store_true", help="time the model's calls and stages here")
+    add("--real", action="store_true", help="call CALLABLE as it is, not under the meta device")
+    add("-o", "--output", metavar="FILE", help="save the plan as JSON")
+
+
+def _run(options: Namespace) -> None:
+    if options.output is not None:
+        check_writable(options.output)
+    from autopipe import target
+
+    model, args, kwargs = target.load(options.model, real=options.real)
+    from autopipe.api import plan
+
+    made = plan(
+        model,
+        _devices(options.devices),
+        options.chunks,
+        args=args,
+        kwargs=kwargs,
+        schedule=options.schedule,
+        remat=options.remat,
+        memory=_one_or_each(options.memory),
+        device=_one_or_each(options.device),
+        profile=options.profile,
+        batch_norm=options.batch_norm,
+        out_reduce=options.out_reduce,
+    )
+    if options.output is not None:
+        with writing():
+            made.save(options.output)
+    say(str(made))
+
+
+def _devices(text: str) -> int | list[str]:
+    try:
+        return int(text)
+    except ValueError:
+        return text.split(",")
+
+
+def _one_or_each(text: str | None) -> str | list[str] | None:
+    """One value for all devices, or a list of one for each."""
+    return text.split(",") if text is not None and "," in text else text
+
+
+COMMAND = Command(
+    name="plan",
+    help="cut a model into stages, print the plan",
+    description=DESCRIPTION,
+    add_arguments=_add_arguments,
+    run=_run,
+)

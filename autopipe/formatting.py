@@ -1,0 +1,64 @@
+"""Numbers as short texts for people: bytes, seconds, counts; and rows as aligned lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_SECOND_UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+_COUNT_UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def format_bytes(nbytes: float) -> str:
+    """Format a number of bytes in powers of 1024: ``512 B``, ``9.4 MiB``."""
+    value, unit = float(nbytes), "B"
+    for unit in _BYTE_UNITS:
+        if value < 1024 or unit == _BYTE_UNITS[-1]:
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def format_bytes_short(nbytes: float) -> str:
+    """Format a number of bytes with at most three digits, for narrow labels: ``520 KiB``."""
+    number, unit = format_bytes(nbytes).split()
+    return f"{float(number):.0f} {unit}" if len(number) > 4 else f"{number} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a time with three significant digits: ``680 ms``, ``212 µs``."""
+    if seconds == 0:
+        return "0 s"
+    for unit, size in _SECOND_UNITS:
+        if seconds >= size * 0.9995:
+            return f"{seconds / size:.3g} {unit}" if seconds < 999.5 else f"{seconds:.0f} s"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def format_count(count: float) -> str:
+    """Format a large number with three significant digits: ``1.23 G``."""
+    for unit, size in _COUNT_UNITS:
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g}"
+
+
+def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
+    """Format rows as lines whose columns are as wide as their widest cell.
+
+    Args:
+        rows: cells; all rows have the same number of them.
+        left: indices of the columns that are flush left; the others are flush right.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return [line.rstrip() for line in lines]

@@ -1,0 +1,117 @@
+"""The data of a plan, and what is computed from them: timeline, balance, bytes sent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from autopipe.passes.schedule import Timeline, schedule, simulate_actions
+from autopipe.planning.plan_parts import Crossing, DuplicatedCall, Segment, StagePlan, Times
+from autopipe.typed_json import json_name
+
+
+@dataclass(frozen=True)
+class PlanData:
+    """The data of a plan.
+
+    Attributes:
+        model: class name of the model.
+        training: the mode that it was captured in.
+        whole: planned for one micro-batch that is the whole batch; its samples may depend on one
+            another.
+        graph: fingerprint of the captured graph.
+        schedule: name of the schedule.
+        chunks: M, the number of micro-batches of a batch that is large enough.
+        sizes: samples in each micro-batch of the batch that was planned for.
+        stages: K stages.
+        crossings: the tensors that stages receive from the caller and from one another.
+        segments: the calls of each stage, as runs of the captured order; empty if each stage is a
+            single run.
+        duplicated: the calls that several stages make.
+        bound_seconds: lower bound of the largest stage's time over all cuts of this model, by the
+            costs that the cut was made with; None: not computed.
+        cut_seconds: the largest stage's time by the same costs; None likewise.
+        gather_seconds: time to concatenate the micro-batches' results for the caller.
+        notes: remarks of the capture for the user.
+    """
+
+    model: str
+    training: bool
+    whole: bool
+    graph: str
+    schedule: str
+    chunks: int
+    sizes: tuple[int, ...]
+    stages: tuple[StagePlan, ...]
+    crossings: tuple[Crossing, ...]
+    segments: tuple[Segment, ...] = field(metadata=json_name("begins"))
+    duplicated: tuple[DuplicatedCall, ...] = field(metadata=json_name("repeated"))
+    bound_seconds: float | None
+    cut_seconds: float | None
+    gather_seconds: float
+    notes: tuple[str, ...]
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """The first call of each stage but the first."""
+        return tuple(s.first for s in self.stages[1:] if s.first is not None)
+
+    @property
+    def remat(self) -> str:
+        """The stages' policies as text: ``full``, or ``full in 2, none in 1`` where they differ."""
+        count = Counter(s.remat for s in self.stages)
+        if len(count) == 1:
+            return self.stages[0].remat
+        return ", ".join(f"{policy} in {n}" for policy, n in count.items())
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The simulated timeline of one training step, in seconds."""
+        order = {size: i for i, size in enumerate(sorted(set(self.sizes), reverse=True))}
+        scheduled = schedule(self.schedule, len(self.stages), len(self.sizes))
+
+        def times(stage: int, m: int) -> Times:
+            return self.stages[stage].times[order[self.sizes[m]]]
+
+        def duration(phase: str, stage: int, m: int) -> float:
+            t = times(stage, m)
+            seconds = {"F": t.forward, "R": t.recompute, "B": t.backward, "W": t.weight}
+            return sum(seconds[letter] for letter in phase)
+
+        def delay(letter: str, source: int, to: int, m: int) -> float:
+            return times(to, m).receive if letter == "F" else times(source, m).send_gradients
+
+        return simulate_actions(scheduled, duration, delay)
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted time of one training step, without the optimizer's."""
+        return self.timeline.makespan + self.gather_seconds
+
+    @property
+    def balance(self) -> float:
+        """Mean stage time over largest stage time, from 0 to 1 (perfectly balanced)."""
+        seconds = [s.seconds for s in self.stages]
+        return sum(seconds) / len(seconds) / max(seconds) if max(seconds) else 1.0
+
+    @property
+    def gap(self) -> float | None:
+        """How much the largest stage may exceed the lower bound, as a fraction of the bound."""
+        if self.bound_seconds is None or self.cut_seconds is None:
+            return None
+        return self.cut_seconds / self.bound_seconds - 1 if self.bound_seconds else 0.0
+
+    def received_bytes(self, k: int) -> int:
+        """Bytes of the tensors that stage k receives with each micro-batch."""
+        return sum(c.nbytes for c in self.crossings if k in c.targets and c.kind != "parameter")
+
+    def sent_bytes(self, k: int) -> int:
+        """Bytes that stage k sends with each micro-batch; a tensor counts once per receiver."""
+        sent = [c for c in self.crossings if c.source == k and c.kind != "parameter"]
+        return sum(c.nbytes * len(c.targets) for c in sent)
+
+    def share_of_work(self, k: int) -> float | None:
+        """Stage k's share of the predicted time of all stages; None if that is 0."""
+        total = sum(s.seconds for s in self.stages)
+        return self.stages[k].seconds / total if total else None

@@ -1,0 +1,5 @@
+"""`profile`: times of a model's calls on a real device (from `autopipe.planning.profile_calls`)."""
+
+from autopipe.planning.profile_calls import profile
+
+__all__ = ["profile"]

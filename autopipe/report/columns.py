@@ -1,0 +1,124 @@
+"""`Column`, a column of a table; and the columns of the table of stages.
+
+To add a column to that table, add an entry to `STAGE_COLUMNS`: `explain()`, ``print(plan)`` and the
+page show it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+from autopipe.formatting import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from autopipe.planning.plan_data import PlanData
+    from autopipe.planning.plan_parts import StagePlan
+
+Row = TypeVar("Row")
+
+
+def _always(rows: Sequence[object]) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Column(Generic[Row]):
+    """One column of a table.
+
+    Attributes:
+        heading: its title.
+        cell: the text of a row's cell. It is plain text: the page escapes it.
+        words: cells are words, flush left; else numbers, flush right.
+        code: the page sets the cells as code (names that come from the model).
+        shown: where: in the "text" table, on the HTML "page", or in "both".
+        when: whether a table with these rows has the column.
+    """
+
+    heading: str
+    cell: Callable[[Row], str]
+    words: bool = False
+    code: bool = False
+    shown: Literal["text", "page", "both"] = "both"
+    when: Callable[[Sequence[Row]], bool] = _always
+
+
+def columns_of(
+    columns: Sequence[Column[Row]], rows: Sequence[Row], shown: Literal["text", "page"]
+) -> list[Column[Row]]:
+    """Select the columns that a table has.
+
+    Args:
+        columns: all columns, in order.
+        rows: the table's rows.
+        shown: the kind of table.
+    """
+    return [c for c in columns if c.shown in (shown, "both") and c.when(rows)]
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A row of the table of stages: stage `index` of a plan."""
+
+    plan: PlanData
+    index: int
+
+    @property
+    def stage(self) -> StagePlan:
+        """The plan's entry for the stage."""
+        return self.plan.stages[self.index]
+
+    def share_of_work(self, none: str) -> str:
+        """The stage's share of the work; `none` if there is no work."""
+        share = self.plan.share_of_work(self.index)
+        return none if share is None else f"{share:.1%}"
+
+
+def stage_rows(plan: PlanData) -> list[StageRow]:
+    """Rows for all stages of a plan."""
+    return [StageRow(plan, k) for k in range(len(plan.stages))]
+
+
+def _policies_differ(rows: Sequence[StageRow]) -> bool:
+    return len({row.stage.remat for row in rows}) > 1
+
+
+def _sent_in_total(row: StageRow) -> str:
+    """Each tensor once, shared parameters included."""
+    return format_bytes(sum(c.nbytes for c in row.plan.crossings if c.source == row.index))
+
+
+def _memory_and_limit(row: StageRow) -> str:
+    used, limit = row.stage.memory_bytes, row.stage.limit_bytes
+    return format_bytes(used) if limit is None else f"{format_bytes(used)} of {format_bytes(limit)}"
+
+
+STAGE_COLUMNS: tuple[Column[StageRow], ...] = (
+    Column("stage", lambda r: str(r.index)),
+    Column("device", lambda r: r.stage.device, words=True),
+    Column("first call", lambda r: r.stage.first or "none", words=True, code=True, shown="page"),
+    Column("calls", lambda r: str(r.stage.calls), shown="text"),
+    Column("calls", lambda r: f"{r.stage.calls:,}", shown="page"),
+    Column("parameters", lambda r: format_bytes(r.stage.parameter_bytes), shown="text"),
+    Column(
+        "parameters",
+        lambda r: f"{len(r.stage.parameters):,}, {format_bytes(r.stage.parameter_bytes)}",
+        shown="page",
+    ),
+    Column("flops", lambda r: f"{r.stage.flops:.2e}", shown="text"),
+    Column("FLOP", lambda r: format_count(r.stage.flops), shown="page"),
+    Column("forward", lambda r: format_seconds(r.stage.forward_seconds), shown="page"),
+    Column("recompute", lambda r: format_seconds(r.stage.recompute_seconds), shown="page"),
+    Column("backward", lambda r: format_seconds(r.stage.backward_seconds), shown="page"),
+    Column("load", lambda r: r.share_of_work("-"), shown="text"),
+    Column("load", lambda r: r.share_of_work("none"), shown="page"),
+    Column("receives", lambda r: format_bytes(r.plan.received_bytes(r.index)), shown="page"),
+    Column("sends", _sent_in_total, shown="text"),
+    Column("sends", lambda r: format_bytes(r.plan.sent_bytes(r.index)), shown="page"),
+    Column("saves", lambda r: f"{r.stage.in_flight} × {format_bytes(r.stage.saved_bytes)}"),
+    Column("memory", _memory_and_limit, shown="text"),
+    Column("remat", lambda r: r.stage.remat, shown="text", when=_policies_differ),
+)
+"""What the tables of stages show, in order."""

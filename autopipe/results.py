@@ -1,0 +1,219 @@
+"""Put the micro-batches' values together: the model's result, written buffers, input gradients.
+
+After the forward, in this order:
+
+    gather_outputs   M values per output → one
+    run_epilogue     the outputs' values → the final values (once a step, on the whole batch)
+    write_buffers    final values → the model's buffers
+    fill_result      final values → the structure that the model returns
+
+and for the backward `share_gradients`, the reverse of `gather_outputs`, and `input_gradient`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autopipe.passes.ir import SUM, Concatenate, InputKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, MutableMapping, Sequence
+
+    from torch import nn
+
+    from autopipe.passes.ir import Captured, Combine, Input, Output
+
+
+@dataclass(frozen=True, eq=False)
+class GatheredOutputs:
+    """One value per output, for the whole batch.
+
+    Attributes:
+        values: in the order of `Captured.outputs`.
+        saved: for each output what `share_gradients` needs.
+    """
+
+    values: tuple[Tensor, ...]
+    saved: tuple[Any, ...]
+
+
+def gather_outputs(
+    outputs: Sequence[Output],
+    parts: MutableMapping[tuple[str, int], Tensor],
+    sizes: Sequence[int],
+    device: torch.device,
+) -> GatheredOutputs:
+    """Combine the micro-batches' values of each output.
+
+    Args:
+        outputs: of the captured graph.
+        parts: (output, micro-batch) → value; the entries are removed.
+        sizes: samples per micro-batch.
+        device: where the result is put.
+    """
+    values, saved = [], []
+    for output in outputs:
+        own = [parts.pop((output.name, m)) for m in range(len(sizes))]
+        own = [p.to(device, non_blocking=True) for p in own]
+        saved.append(output.combine.saved_for_share(own))
+        values.append(output.combine.gather(own, sizes))
+    return GatheredOutputs(tuple(values), tuple(saved))
+
+
+def share_gradients(
+    outputs: Sequence[Output],
+    gradients: Sequence[Tensor | None],
+    saved: Sequence[Any],
+    sizes: Sequence[int],
+) -> dict[str, list[Tensor]]:
+    """Share the gradients of gathered outputs among the micro-batches.
+
+    Args:
+        outputs: of the captured graph.
+        gradients: one per output; None where none came.
+        saved: `GatheredOutputs.saved`.
+        sizes: samples per micro-batch.
+
+    Returns:
+        For each output with a gradient those of the M micro-batches' values.
+    """
+    return {
+        output.name: output.combine.share(gradient, kept, sizes)
+        for output, gradient, kept in zip(outputs, gradients, saved, strict=True)
+        if gradient is not None
+    }
+
+
+def input_gradient(
+    item: Input,
+    parts: Mapping[tuple[str, int], Tensor],
+    sizes: Sequence[int],
+    device: torch.device,
+) -> Tensor | None:
+    """Combine the micro-batches' gradients of one input of the call.
+
+    Args:
+        item: the input.
+        parts: ("grad NAME", micro-batch) → gradient; one that is missing is zero.
+        sizes: samples per micro-batch.
+        device: where the input lies.
+
+    Returns:
+        The gradient, or None if no micro-batch has one.
+    """
+    own = [parts.get((f"grad {item.name}", m)) for m in range(len(sizes))]
+    here = [p.to(device) for p in own if p is not None]
+    combine: Combine = SUM if item.batch_dim is None else Concatenate(item.batch_dim)
+    return combine.gather(here, sizes) if here else None
+
+
+def output_device(last: torch.device, inputs: Sequence[torch.device]) -> torch.device:
+    """Choose the device of results: the inputs' accelerator, as the model itself would.
+
+    Args:
+        last: the last stage's device.
+        inputs: the devices of the call's tensors.
+
+    Returns:
+        The first input's device of the type of `last`; `last` if no input is on such a device.
+    """
+    return next((d for d in inputs if d.type == last.type), last)
+
+
+def run_epilogue(
+    captured: Captured, gathered: Sequence[Tensor], batch: int, buffer: Callable[[str], Tensor]
+) -> Sequence[Tensor]:
+    """Compute the final values from the gathered outputs.
+
+    Args:
+        captured: the model's graph, with its epilogue.
+        gathered: one value per output.
+        batch: number of samples in the whole batch.
+        buffer: returns a buffer of the model by its qualified name.
+    """
+    epilogue = captured.epilogue
+    if epilogue is None:
+        return gathered
+    given: dict[str, Any] = {o.name: v for o, v in zip(captured.outputs, gathered, strict=True)}
+    given["batch_size"] = batch
+    targets = {i.name: i.target for i in captured.inputs if i.kind is InputKind.BUFFER}
+    names = [str(n.target) for n in epilogue.graph.nodes if n.op == "placeholder"]
+    arguments = [given[n] if n in given else buffer(targets[n]) for n in names]
+    if any("autocast" in n.meta for n in epilogue.graph.nodes):
+        found: Sequence[Tensor] = _AutocastInterpreter(epilogue).run(*arguments)
+        return found
+    values: Sequence[Tensor] = epilogue(*arguments)
+    return values
+
+
+class _AutocastInterpreter(fx.Interpreter):
+    """Run each op in the autocast region that it was captured in."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        if "autocast" not in n.meta:
+            return super().run_node(n)
+        _, dtype, enabled, _ = n.meta["autocast"]
+        tensors = [self.env[a] for a in n.all_input_nodes]
+        device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+        with torch.autocast(device, dtype, enabled, cache_enabled=False):
+            return super().run_node(n)
+
+
+def write_buffers(captured: Captured, model: nn.Module, values: Sequence[Tensor]) -> None:
+    """Write the model's buffers from the final `values`, once a step."""
+    with torch.no_grad():
+        for target, index in captured.updates:
+            model.get_buffer(target).copy_(values[index])
+
+
+def fill_result(
+    captured: Captured,
+    model: nn.Module,
+    values: Sequence[Tensor],
+    leaves: Sequence[Any],
+    batch: int,
+) -> Any:
+    """Fill the structure that the model returns.
+
+    Args:
+        captured: the model's graph.
+        model: whose parameters may be results themselves.
+        values: the final values.
+        leaves: the call's flattened inputs, which may be results themselves.
+        batch: number of samples in the whole batch.
+    """
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "value": lambda i: values[i],
+        "input": lambda i: leaves[i],
+        "parameter": model.get_parameter,
+        "size": lambda number: number(batch),
+        "constant": lambda x: x,
+    }
+    filled = [kinds[leaf.kind](leaf.value) for leaf in captured.leaves]
+    return pytree.tree_unflatten(filled, captured.out_spec)
+
+
+def finish(
+    captured: Captured,
+    model: nn.Module,
+    gathered: Sequence[Tensor],
+    leaves: Sequence[Any],
+    batch: int,
+) -> Any:
+    """Turn the gathered outputs into what the model returns, and write its buffers.
+
+    Args:
+        captured: the model's graph.
+        model: the user's module.
+        gathered: one value per output.
+        leaves: the call's flattened inputs.
+        batch: number of samples in the whole batch.
+    """
+    values = run_epilogue(captured, gathered, batch, model.get_buffer)
+    write_buffers(captured, model, values)
+    return fill_result(captured, model, values, leaves, batch)

@@ -1,0 +1,132 @@
+"""`Backend`: what the runtime asks of a device type."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Event(Protocol):
+    """A mark in a stream: the part of `torch.Event` that the runtime uses."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the stream has reached the mark."""
+
+
+class Stream(Protocol):
+    """A queue of work on a device: the part of `torch.Stream` that the runtime uses."""
+
+    def record_event(self) -> Any:
+        """An `Event` behind all work queued so far."""
+
+    def wait_event(self, event: Any) -> None:
+        """Work queued from now on starts after `event`, of any stream of this device type."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Work queued from now on starts after all that `stream` has now."""
+
+
+class Backend:
+    """The devices of one type.
+
+    This class itself describes a synchronous type: an operator has finished when its call returns,
+    there are no streams, and nothing has to be waited for. A type with streams overrides all
+    methods of the second group.
+
+    Args:
+        type: as in ``torch.device(type)``.
+    """
+
+    def __init__(self, type: str) -> None:
+        self.type = type
+
+    @property
+    def autocast_type(self) -> str:
+        """What `torch.autocast` calls these devices."""
+        return self.type
+
+    # Which devices there are
+
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices of this type on which a worker can run here, with their indices."""
+        return ()
+
+    def find(self, device: torch.device) -> torch.device | None:
+        """Complete a device that a user named.
+
+        Args:
+            device: of this type; its index may be missing.
+
+        Returns:
+            The device with its index; None if there is no such device here.
+        """
+        return None
+
+    def name(self, device: torch.device) -> str:
+        """The model of a device and whatever else its speed depends on."""
+        return device.type
+
+    # Streams
+
+    def new_stream(self, device: torch.device) -> Stream | None:
+        """A new stream on a device; None: this type has no streams."""
+        return None
+
+    def current_stream(self, device: torch.device) -> Stream | None:
+        """The stream on which the calling thread's operators run."""
+        return None
+
+    def default_stream(self, device: torch.device) -> Stream | None:
+        """The stream on which operators run where none was chosen."""
+        return None
+
+    def use_stream(self, stream: Stream) -> AbstractContextManager[Any]:
+        """Run the calling thread's operators on `stream` while the context is open."""
+        raise NotImplementedError(f"{self.type} has no streams")
+
+    def use_device(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Make `device` the calling thread's current device while the context is open."""
+        return nullcontext()
+
+    def record_use(self, tensor: Tensor, stream: Stream) -> None:
+        """Keep a tensor's memory from being reused before the work now in `stream` is done."""
+        raise NotImplementedError(f"{self.type} has no streams")
+
+    def synchronize(self, device: torch.device) -> None:
+        """Block the calling thread until a device has done all its work."""
+
+    # Random numbers
+
+    def default_generator(self, device: torch.device) -> torch.Generator:
+        """The generator that operators draw from when they are given none."""
+        return torch.default_generator
+
+    def fork_rng(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Restore the default generators (CPU and `device`) when the context closes."""
+        return torch.random.fork_rng(devices=[])
+
+    # Timing
+
+    def timed(self, device: torch.device, run: Callable[[], T]) -> tuple[T, float]:
+        """Run a function whose operators work on a device.
+
+        Args:
+            device: of this type.
+            run: the function.
+
+        Returns:
+            Its result and the seconds that the device took for it.
+        """
+        start = time.perf_counter()
+        result = run()
+        return result, time.perf_counter() - start

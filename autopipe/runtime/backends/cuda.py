@@ -1,0 +1,78 @@
+"""GPUs through `torch.cuda` (NVIDIA's CUDA; AMD's ROCm goes by the same name in torch)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .base import Backend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from .base import Stream, T
+
+
+class CudaBackend(Backend):
+    """Each worker computes on a stream of its own and copies to other devices on a second one."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda")
+
+    def devices(self) -> tuple[torch.device, ...]:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return tuple(torch.device("cuda", i) for i in range(count))
+
+    def find(self, device: torch.device) -> torch.device | None:
+        found = torch.device("cuda", device.index or 0)
+        return found if found in self.devices() else None
+
+    def name(self, device: torch.device) -> str:
+        return torch.cuda.get_device_name(device)
+
+    def new_stream(self, device: torch.device) -> Stream:
+        return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def current_stream(self, device: torch.device) -> Stream:
+        return torch.cuda.current_stream(device)
+
+    def default_stream(self, device: torch.device) -> Stream:
+        return torch.cuda.default_stream(device)
+
+    def use_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(stream)
+
+    def use_device(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.cuda.device(device)
+
+    def record_use(self, tensor: Tensor, stream: Any) -> None:
+        tensor.record_stream(stream)
+
+    def synchronize(self, device: torch.device) -> None:
+        torch.cuda.synchronize(device)
+
+    def default_generator(self, device: torch.device) -> torch.Generator:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+
+    def fork_rng(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.random.fork_rng(devices=[device])
+
+    def timed(self, device: torch.device, run: Callable[[], T]) -> tuple[T, float]:
+        """Time on the GPU's own clock, between two events of its current stream.
+
+        The host's part in launching kernels does not count while the GPU is busy.
+        """
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            make: Any = torch.cuda.Event
+            start, end = make(enable_timing=True), make(enable_timing=True)
+            start.record()
+            result = run()
+            end.record()
+            end.synchronize()
+        return result, float(start.elapsed_time(end)) / 1000

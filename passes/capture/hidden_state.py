@@ -1,0 +1,144 @@
+"""Refuse models that carry state from call to call in module attributes.
+
+The captured graph has no Python attributes: what the model's next call would read from them, a
+captured model never sees. An attribute that is recomputed in every call (a cache of masks) is
+harmless. A counter that a loss warm-up reads, or a state that is carried to the next batch, is not.
+
+So a model that sets attributes is traced a second time, with the attributes that the first call
+left. If that gives another graph, real calls on two samples decide. Buffers are part of the model's
+state: where the forward creates or replaces one, real calls decide at once. (Assigning a buffer of
+the same shape and dtype counts as a write, see `buffer_assignment`.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from autopipe.errors import AutopipeError, CaptureError
+from autopipe.passes._torch import FakeTensor
+from autopipe.passes.graph import fingerprint, is_close
+
+from .module_state import is_same, preserve_buffers, restore_values, set_attributes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .flat_module import FlatModel
+    from .module_state import Attribute
+    from .normalize import Normalized
+
+
+def check_hidden_state(
+    flat: FlatModel,
+    traced: Normalized,
+    trace_again: Callable[[], Normalized],
+    examples: Sequence[Tensor],
+    dims: Sequence[int | None],
+) -> list[str]:
+    """Check that the attributes which a forward sets do not change later calls.
+
+    Args:
+        flat: the model, just `traced`.
+        traced: its graph.
+        trace_again: traces it once more.
+        examples: its tensors, with at least two samples in their entry of `dims`.
+        dims: the batch dimension of each, or None.
+
+    Returns:
+        Names of the attributes that the forward sets; all are harmless.
+
+    Raises:
+        CaptureError: the next call would compute something else.
+    """
+    changed = flat.result.changed
+    if not changed:
+        return []
+    same = False
+    if not any(a.is_buffer for a in changed):
+        set_attributes(changed, "after")
+        try:
+            same = _is_same_program(traced, trace_again())
+        except AutopipeError:
+            pass
+        finally:
+            set_attributes(changed, "before")
+    if not same and not _later_calls_agree(flat, examples, dims):
+        raise CaptureError(
+            "the model keeps state in attributes of its modules: its next call would compute"
+            " something else, a captured model would not",
+            expected="a second call on the same inputs that gives the same results",
+            found=", ".join(map(str, changed)),
+            remedy="keep the state in a buffer (register_buffer) that has its final shape and dtype"
+            " from the start, or pass it in as an argument",
+        )
+    return [str(a) for a in flat.result.changed]
+
+
+def _is_same_program(a: Normalized, b: Normalized) -> bool:
+    pairs = zip(a.constants.values(), b.constants.values(), strict=False)
+    return (
+        fingerprint(a.graph) == fingerprint(b.graph)
+        and len(a.constants) == len(b.constants)
+        and all(torch.equal(x, y) for x, y in pairs)
+    )
+
+
+def _later_calls_agree(
+    flat: FlatModel, examples: Sequence[Tensor], dims: Sequence[int | None]
+) -> bool:
+    """Whether real calls on two samples give the same after a call on other samples."""
+    model = flat.model
+    tensors = [*examples, *model.parameters(), *model.buffers()]
+    if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
+        return False
+
+    def samples(*indices: int) -> list[Tensor]:
+        return [
+            x.detach() if d is None else x.detach().index_select(d, x.new_tensor(indices).long())
+            for x, d in zip(examples, dims, strict=True)
+        ]
+
+    first_call = _run_calls(flat, [samples(0, 1)])
+    second_call = _run_calls(flat, [samples(0, 0), samples(0, 1)])
+    return len(first_call) == len(second_call) and all(map(_agree, first_call, second_call))
+
+
+def _run_calls(flat: FlatModel, calls: Sequence[Sequence[Tensor]]) -> list[Any]:
+    """Run the model several times; leave it as it was before.
+
+    Returns:
+        The last call's results, the values that it gave the model's buffers (each call starts from
+        those before the first), and (name, value) of the buffers created or replaced by any call.
+    """
+    saved = [(b, b.clone()) for b in flat.model.buffers()]
+    changed: list[list[Attribute]] = []
+    results: list[Tensor] = []
+    with preserve_buffers(flat.model):
+        try:
+            for inputs in calls:
+                with torch.no_grad(), torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    results = [*flat(*inputs)]
+                results += [b.clone() for b, _ in saved]
+                changed.append(flat.result.changed)
+                set_attributes(changed[-1], "after")
+                restore_values(saved)
+            created = {
+                (a.path, a.name): a.holder.get(a.name) for c in changed for a in c if a.is_buffer
+            }
+            return [*results, *created.items()]
+        finally:
+            restore_values(saved)
+            for attributes in reversed(changed):
+                set_attributes(attributes, "before")
+
+
+def _agree(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple):  # a buffer and its name
+        return a[0] == b[0] and _agree(a[1], b[1])
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return is_close(a, b)
+    return is_same(a, b)

@@ -1,0 +1,46 @@
+"""`CaptureRequest`: everything that decides what a captured graph computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.utils._pytree import TreeSpec
+
+    from .frontends import UserModel
+
+
+@dataclass(frozen=True, eq=False)
+class CaptureRequest:
+    """Arguments of `capture`.
+
+    Attributes:
+        model: the model in the mode (train or eval) to capture; an ExportedProgram must have been
+            exported with a dynamic batch dimension.
+        leaves: the flattened ``(args, kwargs)``; what is not a tensor becomes part of the graph.
+        spec: structure of ``(args, kwargs)``.
+        batch_dims: for each leaf the dimension that micro-batches split, or None.
+        whole: there will only ever be one micro-batch, so results need not be combined.
+        single: the batch has one sample, and the graph need only hold for that size.
+        batch_norm: "deferred": buffers change as if the whole batch had been seen once; "micro":
+            once per micro-batch.
+        out_reduce: how scalar results are combined over micro-batches if no rule can be derived:
+            "mean", "sum" or None (an error).
+    """
+
+    model: UserModel
+    leaves: Sequence[Any]
+    spec: TreeSpec
+    batch_dims: Sequence[int | None]
+    whole: bool = False
+    single: bool = False
+    batch_norm: str = "deferred"
+    out_reduce: str | None = None
+
+    @property
+    def symbolic_dims(self) -> Sequence[int | None]:
+        """For each leaf the dimension whose size is symbolic in the graph, or None."""
+        return [None] * len(self.leaves) if self.single else self.batch_dims

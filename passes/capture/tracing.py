@@ -1,0 +1,165 @@
+"""Trace a model: call it once on example tensors, by way of its front end."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopipe.errors import InputError
+from autopipe.passes.graph import warn_at_user_line
+from autopipe.passes.ops import exportable_ctc_loss
+
+from .flat_module import FlatModel, ForwardResult
+from .frontends import argument_names, as_module, frontend_of
+from .hidden_state import check_hidden_state
+from .patches import (
+    DetachInsteadOfData,
+    find_observer_hooks,
+    replace_meta_tensors,
+    trace_cumulative_norms,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .exporting import SizeUses
+    from .normalize import Normalized
+    from .request import CaptureRequest
+
+
+class Trace(NamedTuple):
+    """A traced model.
+
+    Attributes:
+        module: the module that was traced.
+        normalized: its graph.
+        sizes: how the model's code used symbolic sizes.
+        result: how its results fill the structure that it returns; the buffers that it assigns.
+        cumulative: paths of batch norms that keep a cumulative average (momentum None).
+        positions: for each input of the graph its position among the call's leaves.
+        batch: number of samples it was traced with; None: not symbolic.
+    """
+
+    module: nn.Module
+    normalized: Normalized
+    sizes: SizeUses
+    result: ForwardResult
+    cumulative: Sequence[str]
+    positions: Sequence[int]
+    batch: int | None
+
+
+def trace_model(request: CaptureRequest) -> Trace:
+    """Trace a model once, and again if it sets attributes of its modules.
+
+    Warns of forward hooks that return nothing, and of attributes that the forward sets.
+
+    Args:
+        request: the model, its example inputs and their batch dimensions.
+
+    Returns:
+        The `Trace`.
+
+    Raises:
+        InputError: the batch holds no sample.
+        CaptureError: the model cannot be captured faithfully.
+    """
+    module = as_module(request.model)
+    trace = frontend_of(module).trace
+    examples = example_tensors(request.leaves, request.symbolic_dims)
+    flat = FlatModel(module, request.leaves, request.spec)
+    dims = [request.symbolic_dims[i] for i in flat.tensor_positions]
+    names = input_names(module, request.leaves, request.spec)
+    with ExitStack() as stack:
+        stack.enter_context(replace_meta_tensors(module, examples))
+        stack.enter_context(exportable_ctc_loss())
+        cumulative = stack.enter_context(trace_cumulative_norms(module))
+        hooks = stack.enter_context(find_observer_hooks(module))
+        stack.enter_context(DetachInsteadOfData())
+        normalized, sizes = trace(flat, examples, dims, names)
+        result = replace(flat.result)  # later calls of `flat` give it other values
+        attributes = check_hidden_state(
+            flat, normalized, lambda: trace(flat, examples, dims, names)[0], examples, dims
+        )
+    _warn(hooks, attributes)
+    batch = next((x.shape[d] for x, d in zip(examples, dims, strict=True) if d is not None), None)
+    positions = flat.tensor_positions
+    return Trace(module, normalized, sizes, result, cumulative, positions, batch)
+
+
+def _warn(hooks: Sequence[str], attributes: Sequence[str]) -> None:
+    for hook in hooks:
+        warn_at_user_line(
+            f"a forward hook of {hook} returns nothing: if it only observes, it has run for the"
+            " last time; it is not shown what a captured model computes"
+        )
+    if attributes:
+        warn_at_user_line(
+            f"the model's forward sets the attributes {', '.join(attributes)}; the pipeline does"
+            " not: they keep their values"
+        )
+
+
+def example_tensors(leaves: Sequence[Any], batch_dims: Sequence[int | None]) -> list[Tensor]:
+    """Tensors to trace with: distinct objects, with at least two samples.
+
+    Two arguments that are one tensor would become one input; a batch of one a constant.
+
+    Args:
+        leaves: the flattened call.
+        batch_dims: for each leaf its batch dimension, or None.
+
+    Returns:
+        One for each tensor among the leaves.
+
+    Raises:
+        InputError: the batch holds no sample.
+    """
+    examples = []
+    for leaf, dim in zip(leaves, batch_dims, strict=True):
+        if not isinstance(leaf, Tensor):
+            continue
+        example = leaf.detach().clone(memory_format=torch.contiguous_format)
+        if dim is not None and example.shape[dim] < 2:
+            if example.shape[dim] == 0:
+                raise InputError("a batch without samples", found=f"shape {tuple(leaf.shape)}")
+            example = torch.cat([example, example], dim)
+        examples.append(example.requires_grad_(leaf.requires_grad))
+    return examples
+
+
+def input_names(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
+    """Names of a call's tensors after its arguments: ``input_ids``, ``batch_mask``.
+
+    Args:
+        model: for the names of its positional arguments.
+        leaves: the flattened call.
+        spec: its structure.
+
+    Returns:
+        One for each tensor among the leaves; ``batch_mask`` stands for ``batch["mask"]``.
+    """
+    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+    parameters = argument_names(model)
+    names = []
+    for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
+        if not isinstance(leaf, Tensor):
+            continue
+        parts: list[Any] = [_key(entry) for entry in path]
+        if parts[0] == 0:  # args, not kwargs
+            n = parts[1]
+            parts[1] = parameters[n] if n < len(parameters) else f"arg{n}"
+        text = "_".join(map(str, parts[1:]))
+        names.append(re.sub(r"[^0-9a-zA-Z_]", "_", text))
+    return names
+
+
+def _key(entry: Any) -> Any:
+    """One entry of a leaf's path: a dict's key, a list's index or a field's name."""
+    return next(getattr(entry, a) for a in ("key", "idx", "name") if hasattr(entry, a))

@@ -1,0 +1,58 @@
+"""What describes one kind of schedule; the kinds themselves are in `kinds`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from autopipe.errors import OptionError
+
+RawAction = tuple[str, int, int]
+"""Letters of the phases, stage, micro-batch."""
+
+Order = list[list[RawAction]]
+"""For each device, what it runs, in order."""
+
+
+@dataclass(frozen=True)
+class ScheduleKind:
+    """One kind of schedule.
+
+    Attributes:
+        name: what users write.
+        order: (K devices, M micro-batches, v stages per device) → each device's list.
+        summary: one line for help texts, with the paper.
+        virtual_stages: v, the stages per device; the default if users may choose it.
+        any_virtual_stages: users may choose any v >= 1.
+        runs_here: the runtime executes it; if False it can only be simulated.
+    """
+
+    name: str
+    order: Callable[[int, int, int], Order]
+    summary: str
+    virtual_stages: int = 1
+    any_virtual_stages: bool = False
+    runs_here: bool = False
+
+    def stages_per_device(self, virtual_stages: int | None = None) -> int:
+        """The number v of stages per device.
+
+        Args:
+            virtual_stages: what the user asked for; None: the default.
+
+        Raises:
+            OptionError: this kind does not have that v.
+        """
+        if virtual_stages is None:
+            return self.virtual_stages
+        if self.any_virtual_stages and virtual_stages >= 1:
+            return virtual_stages
+        if self.any_virtual_stages:
+            raise OptionError("`virtual_stages`", expected=">= 1", found=str(virtual_stages))
+        if virtual_stages != self.virtual_stages:
+            raise OptionError(
+                f"`virtual_stages` of schedule {self.name!r}",
+                expected=str(self.virtual_stages),
+                found=str(virtual_stages),
+            )
+        return virtual_stages

@@ -1,0 +1,80 @@
+"""Exceptions in generated code: where they happened, by hand-written code of the same form."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from autopipe.errors import InputError, StageError
+from autopipe.runtime.failure import stage_error
+from autopipe.runtime.load import load_source
+
+PROGRAM = """
+def F_1_b2(ctx, args):
+    x, = args
+    # File: model.py:7 in forward, code: y = x.relu()
+    relu: "f32[2]" = x + 1
+
+    # File: model.py:8 in forward, code: y = y / 0
+    div: "f32[2]" = broken(relu)
+    return [div]
+
+def forward_1(run, m, compute):
+    results = compute(None, [run])
+
+def device_1_forward(run):
+    forward_1(run, 3, F_1_b2)
+"""
+NAMES, FILENAME = load_source(PROGRAM)
+
+
+def raised(error: Exception, argument: object = 0) -> Exception:
+    """What the user gets if the second node raises."""
+
+    def broken(value: object) -> None:
+        raise error
+
+    NAMES["broken"] = broken
+    try:
+        NAMES["device_1_forward"](argument)
+    except Exception as caught:
+        return stage_error(caught, FILENAME, "forward")
+    raise AssertionError("nothing was raised")
+
+
+def test_stage_micro_batch_phase_node_and_source_are_named() -> None:
+    found = raised(ZeroDivisionError("by zero\nand more"))
+    assert isinstance(found, StageError)
+    assert (found.stage, found.microbatch, found.phase) == (1, 3, "F")
+    assert (found.node, found.source) == ("div", "model.py:8")
+    assert str(found).startswith("stage 1, micro-batch 3 failed: ZeroDivisionError: by zero")
+    assert "and more" not in str(found)
+
+
+def test_errors_of_autopipe_stay_as_they_are() -> None:
+    error = InputError("wrong")
+    assert raised(error) is error
+
+
+def test_outside_of_generated_code_the_direction_is_named() -> None:
+    found = stage_error(RuntimeError(), FILENAME, "backward")
+    assert isinstance(found, StageError)
+    assert str(found).startswith("the backward failed: RuntimeError: ")
+    assert (found.stage, found.microbatch, found.node) == (None, None, None)
+
+
+def test_the_frames_keep_no_tensors() -> None:
+    computed: list[weakref.ref[torch.Tensor]] = []
+
+    class Input:
+        def __add__(self, other: int) -> torch.Tensor:
+            tensor = torch.zeros(3)
+            computed.append(weakref.ref(tensor))
+            return tensor
+
+    error = ValueError("no")
+    found = raised(error, Input())
+    assert isinstance(found, StageError)
+    assert error.__traceback__ is not None  # which holds the frame that has computed the tensor
+    assert [ref() for ref in computed] == [None]

@@ -1,0 +1,22 @@
+"""Generated source code as functions: tracebacks and `linecache` show the text that runs."""
+
+from __future__ import annotations
+
+import linecache
+
+from autopipe.runtime.load import load_source
+
+
+def test_linecache_keeps_the_program_when_files_are_checked() -> None:
+    names, filename = load_source("def answer():\n    return 42\n")
+    linecache.checkcache()
+    assert linecache.getline(filename, 2) == "    return 42\n"
+    assert names["answer"]() == 42
+    assert names["answer"].__code__.co_filename == filename
+
+
+def test_loading_the_same_text_twice_keeps_one_file() -> None:
+    _, first = load_source("x = 1\n")
+    _, again = load_source("x = 1\n")
+    _, other = load_source("x = 2\n")
+    assert first == again != other
