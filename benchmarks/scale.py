@@ -28,7 +28,7 @@ from autopipe.passes._torch import lazy_graph_code
 from autopipe.passes.capture.model import capture
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate
-from autopipe.passes.cost.stage_cost import stage_cost
+from autopipe.passes.cost.stage_cost import cost_of_stage
 from autopipe.passes.driver import cut_in_space, phases_by_size
 from autopipe.passes.split.objective import objective_of
 from autopipe.planning.choice import models_of
@@ -77,7 +77,7 @@ def planned(
     marks.append(time.process_time())
     plan = make_plan(model, cut, phased, [1] * SAMPLES, options, clocks_of(models))
     marks.append(time.process_time())
-    costs = [stage_cost(cut, stage, 1) for stage in cut.stages]
+    costs = [cost_of_stage(cut, stage, 1) for stage in cut.stages]
     names = PASSES
     found = {n: b - a for n, a, b in zip(names, marks, marks[1:], strict=False)}
     return found | {

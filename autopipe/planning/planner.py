@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from autopipe.passes.cost import (
     PhaseSeconds,
     StageBytes,
+    cost_of_stage,
     phase_seconds,
     stage_bytes,
-    stage_cost,
     stage_peak_bytes,
 )
 from autopipe.passes.ir import InputKind, at_batch
@@ -146,7 +146,7 @@ def _stage(
     """One stage; `phased` by size, the largest first, `nbytes` by micro-batch."""
     k, size = stage.index, phased[0].size
     calls = split.calls[k]
-    cost = stage_cost(split, stage, size)
+    cost = cost_of_stage(split, stage, size)
     saved = [n.saved for n in nbytes]
     return StagePlan(
         first=split.firsts[stage.index],

@@ -166,7 +166,7 @@ class _Rounds:
         self.stage, self.functions, self.device, self.ahead = stage, functions, device, ahead
         _, *nodes = [n for n in stage.graph.nodes if n.op == "placeholder"]
         holders = [n.meta["val"] for n in nodes]
-        held, received = len(stage.held), len(stage.held) + len(stage.receives)
+        held, received = len(stage.state), len(stage.state) + len(stage.receives)
         self.held = [self._fill(t, 0.02) for t in holders[:held]]
         self.received, self.tangents = holders[held:received], holders[received:]
 

@@ -16,7 +16,7 @@ from autopipe.errors import PartitionError, UnsupportedError
 from autopipe.passes.capture.model import capture
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate, call_seconds
-from autopipe.passes.cost.stage_cost import stage_cost
+from autopipe.passes.cost.stage_cost import cost_of_stage
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.graph.fx_utils import is_size
 from autopipe.passes.ir.split import CALLER, Route, Split, StageGraph
@@ -193,7 +193,7 @@ def test_equal_layers_are_shared_out_evenly() -> None:
     cut = split_of(Layers(6), 3, torch.randn(4, 8))
     assert [len(calls(s.graph_module.graph, aten.linear.default)) for s in cut.stages] == [2, 2, 2]
     assert len({s.fingerprint for s in cut.stages}) == 1
-    first, second, third = (stage_cost(cut, s, 2).seconds for s in cut.stages)
+    first, second, third = (cost_of_stage(cut, s, 2).seconds for s in cut.stages)
     assert second == third
     assert first < second  # its first layer owes the input no gradient
 
