@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -30,10 +30,26 @@ if TYPE_CHECKING:
 
     from autopipe.options import Options
     from autopipe.passes.devices import Device
-    from autopipe.passes.ir import Annotated
+    from autopipe.passes.ir import Annotated, Split
+    from autopipe.passes.phases import TraceCache
+    from autopipe.planning.plans import Plan
 
 REFINEMENTS = 3
 """How often a cut is made again with what its stages really took, where stages are timed."""
+
+
+class Choice(NamedTuple):
+    """A chosen plan.
+
+    Attributes:
+        plan: it.
+        split: the stages.
+        traces: what was traced of these stages; graphs of other candidates are not in it.
+    """
+
+    plan: Plan
+    split: Split
+    traces: TraceCache
 
 
 def choose(
@@ -43,7 +59,7 @@ def choose(
     batch: int,
     options: Options,
     progress: Callable[[str], None] = lambda text: None,
-) -> Candidate:
+) -> Choice:
     """The best plan that keeps the options.
 
     Args:
@@ -62,7 +78,8 @@ def choose(
     search = _search(model, annotated, leaves, options, progress)
     try:
         chosen = search.best(batch)
-        return _refined(search, chosen, batch) if options.profile else chosen
+        if options.profile:
+            chosen = _refined(search, chosen, batch)
     except MemoryLimitError as error:
         remedies = list(_remedies(search, batch))
         raise MemoryLimitError(
@@ -72,6 +89,8 @@ def choose(
             remedy="; or ".join(remedies) or "nothing that was tried fits: use larger devices",
             missing_bytes=error.missing_bytes,
         ) from error
+    traces = search.traced.restricted_to(chosen.phased.values())
+    return Choice(chosen.plan, chosen.split, traces)
 
 
 def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:

@@ -11,14 +11,13 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopipe.call_signature import flatten
 from autopipe.errors import UnsupportedError
 from autopipe.formatting import align_columns
 from autopipe.parameters import move
@@ -31,9 +30,10 @@ from autopipe.verification.locate import holder, locate
 from autopipe.verification.step_snapshot import Difference, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
-    from autopipe.module import Pipeline
+    from autopipe.call_signature import CallInputs
+    from autopipe.program_cache import ProgramCache
 
 aten = torch.ops.aten
 
@@ -81,20 +81,34 @@ class Verification:
         return "\n".join(lines)
 
 
-def compare(
-    pipe: Pipeline, args: tuple[Any, ...], kwargs: Mapping[str, Any], tolerance: float | None
-) -> Verification:
+class ComparedPipeline(NamedTuple):
+    """A pipeline, as far as `compare` uses it.
+
+    Attributes:
+        model: the user's module.
+        programs: its programs.
+        run: the pipeline as a function.
+        fresh: returns another pipeline of the same model, without programs.
+    """
+
+    model: nn.Module
+    programs: ProgramCache
+    run: Callable[..., Any]
+    fresh: Callable[[], ComparedPipeline]
+
+
+def compare(pipe: ComparedPipeline, inputs: CallInputs, tolerance: float | None) -> Verification:
     """See `Pipeline.verify`."""
-    leaves, spec = flatten(args, kwargs)
-    captured = pipe._prepare(args, kwargs, leaves, spec, strict=False)[0].split.captured
+    leaves, spec = inputs.leaves, inputs.spec
+    captured = pipe.programs.program_for(inputs, strict=False)[0].split.captured
     notes = []
     with ExitStack() as stack:
         if any(map(is_random, captured.graph_module.graph.nodes)):
             notes.append("random calls were stilled in both: dropout drops nothing")
             stack.enter_context(Still())
-            pipe = type(pipe)(pipe.model, pipe.options)
-        compiled, ready, _ = pipe._prepare(args, kwargs, leaves, spec, strict=False)
-        captured, sizes = compiled.split.captured, ready.program.sizes
+            pipe = pipe.fresh()
+        compiled, program = pipe.programs.program_for(inputs, strict=False)
+        captured, sizes = compiled.split.captured, program.key.sizes
         for node in filter(is_random, captured.graph_module.graph.nodes):
             raise UnsupportedError(
                 "the model draws random numbers that verify cannot still",
@@ -105,7 +119,7 @@ def compare(
             )
         if any(n.target is aten.batch_norm.default for n in captured.graph_module.graph.nodes):
             notes.append("the model's batch norm, too, normalised by micro-batch")
-        deferred = pipe.options.batch_norm == "deferred"
+        deferred = pipe.programs.options.batch_norm == "deferred"
         modules: dict[str, Tensor] = {}
         normalising = MicroBatchNorm(sizes, deferred=deferred)
         own_call = mock.patch.object(pipe.model, "_compiled_call_impl", None)  # `install`
@@ -130,7 +144,7 @@ def compare(
     return Verification(differences, stage, node.name, source_line(node), tuple(notes))
 
 
-def _gathered(pipe: Pipeline) -> torch.device:
+def _gathered(pipe: ComparedPipeline) -> torch.device:
     """The device that the model's tensors share; its first stage's, where they now go, if none.
 
     (The pipeline takes them back to their stages in its next call.)
@@ -139,7 +153,7 @@ def _gathered(pipe: Pipeline) -> torch.device:
     devices = {t.device for t in tensors}
     if len(devices) == 1:
         return next(iter(devices))
-    home = pipe.options.devices[0]
+    home = pipe.programs.options.devices[0]
     for tensor in tensors:
         move(tensor, home)
     return home
@@ -158,7 +172,7 @@ def _checkpointed(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
 
 
 def _observed(
-    pipe: Pipeline, observed: dict[tuple[str, int], Tensor], *args: Any, **kwargs: Any
+    pipe: ComparedPipeline, observed: dict[tuple[str, int], Tensor], *args: Any, **kwargs: Any
 ) -> Any:
     """The pipeline's forward; what its stages send is noted."""
     send = Run.send
@@ -168,7 +182,7 @@ def _observed(
         send(run, what, source, to, m, tensor)
 
     with mock.patch.object(Run, "send", noting):
-        return pipe(*args, **kwargs)
+        return pipe.run(*args, **kwargs)
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from autopipe.passes.ir import InputKind, at_batch
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from autopipe.compiled import Compiled
+    from autopipe.compiled import CompiledModel
 
 
 def locate(
-    compiled: Compiled,
+    compiled: CompiledModel,
     sizes: Sequence[int],
     leaves: Sequence[Any],
     sent: Mapping[tuple[str, int], Tensor],
@@ -51,7 +51,9 @@ def locate(
             else compiled.tensor(i.kind, i.target).detach().clone()
             for i in captured.inputs
         ]
-        run = _Walk(captured.graph_module, m, size, start, sum(sizes), sent, returned)
+        run = _ComparingInterpreter(
+            captured.graph_module, m, size, start, sum(sizes), sent, returned
+        )
         with torch.no_grad():
             run.run(*tensors)
         apart |= run.apart
@@ -69,7 +71,7 @@ def locate(
     return None if first is None else (_stage(compiled, nodes.index(first)), first)
 
 
-def holder(compiled: Compiled, names: Sequence[str]) -> tuple[int | None, fx.Node] | None:
+def holder(compiled: CompiledModel, names: Sequence[str]) -> tuple[int | None, fx.Node] | None:
     """For gradients that differ although the forward does not: where the last of them begins."""
     captured = compiled.split.captured
     targets = {i.name for i in captured.inputs if i.target in names}
@@ -79,11 +81,11 @@ def holder(compiled: Compiled, names: Sequence[str]) -> tuple[int | None, fx.Nod
     return None if last is None else (_stage(compiled, nodes.index(last)), last)
 
 
-def _stage(compiled: Compiled, position: int) -> int | None:
+def _stage(compiled: CompiledModel, position: int) -> int | None:
     return next((s.index for s in compiled.split.stages if position in s.origins), None)
 
 
-class _Walk(fx.Interpreter):
+class _ComparingInterpreter(fx.Interpreter):
     """One micro-batch through the captured graph, compared on the way."""
 
     def __init__(

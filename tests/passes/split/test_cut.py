@@ -1,4 +1,7 @@
-"""The cut in space: nothing lost, nothing twice, and the same bits as the uncut graph."""
+"""The cut in space: nothing lost, nothing twice, and the same bits as the uncut graph.
+
+Covers split/op_groups.py and split/extract_stages.py.
+"""
 
 from __future__ import annotations
 
@@ -220,7 +223,7 @@ def test_more_stages_than_calls() -> None:
     assert "use fewer devices" in str(caught.value)
 
 
-def test_more_stages_than_calls_that_may_be_parted() -> None:
+def test_more_stages_than_groups_of_calls() -> None:
     """Three calls, but the last two are one: a result of several tensors and its unpacking."""
 
     class Largest(nn.Module):
