@@ -15,9 +15,8 @@ from autopipe.parameters import move, parameter
 from autopipe.passes.driver import Lowered, cut_in_time, phases_by_size
 from autopipe.passes.ir import InputKind
 from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
-from autopipe.planning.choice import models_of
 from autopipe.planning.fitting import missing_bytes
-from autopipe.planning.planner import clocks_of, plan
+from autopipe.planning.planner import make_plan, modeled_timers
 from autopipe.progress import silent
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Program
@@ -181,7 +180,7 @@ class CompiledModel:
             InputError: a batch norm would see a single value per channel.
         """
         captured, leaves = self.split.captured, inputs.leaves
-        sizes = microbatch.sizes(inputs.batch, self.options.given.chunks)
+        sizes = microbatch.sizes(inputs.batch, self.options.resolved.chunks)
         parameters = tuple(self._tensor(i) for i in self.parameters)
         tensors = [*(leaves[i.index] for i in self.calls), *parameters]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -223,12 +222,12 @@ class CompiledModel:
                     for size, inputs in zip(dict.fromkeys(key.sizes), key.inputs, strict=True)
                 },
                 devices,
-                self.options.given.remat,
+                self.options.resolved.remat,
                 key.grad,
                 key.expected,
             )
             phased = phases_by_size(request, self._traces, progress)
-            kind = self.options.kind
+            kind = self.options.schedule_kind
             lowered = cut_in_time(phased, key.sizes, devices, kind=kind, progress=progress)
             program = CompiledProgram(key, self._load(lowered, key.sizes), lowered)
             if self.options.limits is not None and key.grad:
@@ -239,11 +238,11 @@ class CompiledModel:
     def plan(self, program: CompiledProgram) -> Plan:
         """The plan of a program: the one it was made from, or else one by the device table."""
         options, sizes = self.options, program.key.sizes
-        clocks = clocks_of(options.models or models_of(options.devices))
-        made = plan(self.model, self.split, program.lowered.phased, sizes, options, clocks)
-        known = options.plan
-        # A measured plan of this very program knows more than the table of devices.
-        return known if known is not None and made.is_of(known) else made
+        timers = modeled_timers(options.device_models)
+        plan = make_plan(self.model, self.split, program.lowered.phased, sizes, options, timers)
+        given = options.plan
+        # The times of a given plan may have been measured on the devices.
+        return given if given is not None and plan.is_of(given) else plan
 
     def _check_limits(self, program: CompiledProgram) -> None:
         """Refuse a batch that needs more memory than the planned one and does not fit."""

@@ -26,8 +26,8 @@ from autopipe.passes.driver import costed, cut_in_space
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
-from autopipe.planning.choice import choose, models_of
-from autopipe.planning.planner import cut_of
+from autopipe.planning.choice import choose
+from autopipe.planning.planner import planned_cut
 from autopipe.progress import Progress
 from autopipe.runtime import microbatch
 from autopipe.runtime.transfer import WorkerDevice
@@ -129,7 +129,7 @@ class ProgramCache:
             models.append(compiled)
             compiled = self._compile(inputs, progress, single=True)
         models.append(compiled)
-        if self._options.is_open and compiled.options.plan is not None:
+        if self._options.needs_planning and compiled.options.plan is not None:
             self._plans.setdefault(self.model.training, compiled.options.plan)
         self._signatures[key.state].add(key.signature)
         self._remember(key)
@@ -146,7 +146,7 @@ class ProgramCache:
         annotated = costed(
             options.capture_request(model, leaves, spec, dims, single=single), progress
         )
-        if not options.is_open:
+        if not options.needs_planning:
             split = self._cut(annotated, options, batch, progress)
             return CompiledModel(model, options, self.workers, split, TraceCache())
         chosen = choose(model, annotated, leaves, batch, options, progress)
@@ -161,15 +161,15 @@ class ProgramCache:
         progress: Callable[[str], None],
     ) -> Split:
         """Cut as a plan says, or else balanced, where nothing is left to choose."""
-        plan, (chunks, remat) = options.plan, options.given
+        plan, (chunks, remat) = options.plan, options.resolved
         sizes = microbatch.sizes(batch, chunks)
-        models = options.models or models_of(options.devices)
-        in_flight = schedule(options.kind, len(models), len(sizes)).in_flight()
+        models = options.device_models
+        in_flight = schedule(options.schedule_kind, len(models), len(sizes)).in_flight()
         objective = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
         return cut_in_space(
             annotated,
             objective,
-            planned=None if plan is None else cut_of(plan),
+            planned=None if plan is None else planned_cut(plan),
             must_fit=plan is not None and plan.training == self.model.training,
             progress=progress,
         )

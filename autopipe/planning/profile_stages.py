@@ -23,7 +23,7 @@ import torch
 
 from autopipe.passes.codegen import HEADER, stage_function
 from autopipe.passes.cost import PhaseSeconds, phase_seconds
-from autopipe.planning.planner import Clock
+from autopipe.planning.planner import StageTimer
 from autopipe.planning.profile_calls import device_name, filled
 from autopipe.runtime import workers
 from autopipe.runtime.backends import backend_of
@@ -48,7 +48,9 @@ COPIES = 5
 """Copies that are timed, for the median."""
 
 
-def measured_clocks(devices: Sequence[torch.device], models: Sequence[Device]) -> tuple[Clock, ...]:
+def measured_timers(
+    devices: Sequence[torch.device], models: Sequence[Device]
+) -> tuple[StageTimer, ...]:
     """A clock for each stage that runs it on the stage's device.
 
     Args:
@@ -63,7 +65,7 @@ def measured_clocks(devices: Sequence[torch.device], models: Sequence[Device]) -
             stopwatch = _Stopwatch(
                 device, workers.cores_per_worker(same) if len(same) > 1 else None, model
             )
-            clocks[device] = Clock(
+            clocks[device] = StageTimer(
                 f"measured on {device_name(device)}",
                 model.link,
                 stopwatch.seconds,
