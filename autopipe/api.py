@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
 from autopipe.module import Pipeline
-from autopipe.options import check
+from autopipe.options import parse_options
 from autopipe.passes.capture import as_module
 from autopipe.passes.driver import costed
 from autopipe.passes.schedule import DEFAULT_KIND
@@ -91,7 +91,7 @@ def compile(
     """
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.load(plan)
-    options = check(
+    options = parse_options(
         devices=devices,
         chunks=chunks,
         schedule=schedule,
@@ -145,7 +145,7 @@ def plan(
     Raises:
         As `compile` does.
     """
-    options = check(
+    options = parse_options(
         devices=devices,
         chunks=chunks,
         schedule=schedule,

@@ -1,4 +1,4 @@
-"""What a pipeline is called within: function transforms, hooks on what autograd saves."""
+"""The modes a pipeline is called in: function transforms, hooks, anomaly detection, autocast."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from torch import Tensor
 
 from autopipe.errors import UnsupportedError
 from autopipe.passes._torch import has_saved_tensor_hooks, has_tangent, in_functorch_transform
+from autopipe.runtime.backends import autocast_types
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
 def refuse_transforms(leaves: Sequence[Any]) -> None:
-    """A pipeline runs kernels; what wraps tensors to see each operator would see none.
+    """Refuse function transforms: they wrap tensors to see operators, a pipeline runs kernels.
+
+    Args:
+        leaves: flattened inputs of a call, or gradients.
 
     Raises:
         UnsupportedError: a call, or a gradient, within torch.func.grad, vmap, jvp and the like.
@@ -35,14 +39,36 @@ def refuse_transforms(leaves: Sequence[Any]) -> None:
 
 @contextmanager
 def plain_autograd() -> Iterator[None]:
-    """For tracing: none of the caller's hooks on saved tensors, no anomaly detection.
+    """Trace without the caller's hooks on saved tensors and without anomaly detection.
 
-    Both would look at fake tensors; the gradients that they are meant for come later.
+    Both would see fake tensors; the gradients that they are meant for come later.
     """
     with ExitStack() as stack:
-        if has_saved_tensor_hooks():  # autograd checks what was changed in place only without hooks
+        if has_saved_tensor_hooks():  # with hooks, autograd does not check for in-place changes
             plain = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
             stack.enter_context(plain)
         if torch.is_anomaly_enabled():
             stack.enter_context(torch.autograd.set_detect_anomaly(False, check_nan=False))
+        yield
+
+
+def autocast_state() -> tuple[tuple[bool, torch.dtype], ...]:
+    """For each device type, whether autocast is on, and its dtype."""
+    return tuple(
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in autocast_types()
+    )
+
+
+@contextmanager
+def restore_autocast(state: Sequence[tuple[bool, torch.dtype]]) -> Iterator[None]:
+    """Run under an earlier autocast state.
+
+    Args:
+        state: what `autocast_state` returned.
+    """
+    with ExitStack() as stack:
+        for kind, (enabled, dtype) in zip(autocast_types(), state, strict=True):
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
         yield

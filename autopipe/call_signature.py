@@ -11,7 +11,7 @@ from autopipe.errors import InputError
 from autopipe.passes.capture import register_dataclasses
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
@@ -23,19 +23,51 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any]
     return pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
 
 
+class CallInputs(NamedTuple):
+    """A call's inputs, flattened.
+
+    Attributes:
+        leaves: tensors and other values.
+        spec: structure of ``(args, kwargs)``.
+        batch_dims: for each leaf the dimension that micro-batches split, or None.
+        batch: number of samples.
+    """
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    batch_dims: tuple[int | None, ...]
+    batch: int
+
+    def static_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The tensors' shapes without their batch dimensions."""
+        return tuple(
+            tuple(n for d, n in enumerate(x.shape) if d != dim)
+            for x, dim in zip(self.leaves, self.batch_dims, strict=True)
+            if isinstance(x, Tensor)
+        )
+
+
 class CallSignature(NamedTuple):
-    """What a call must share with the captured one; sizes are free."""
+    """What a call must share with a captured one; sizes are free.
+
+    Attributes:
+        spec: structure of ``(args, kwargs)``.
+        leaves: dtype and number of dimensions of tensors; ("", repr) of other values.
+    """
 
     spec: pytree.TreeSpec
-    looks: tuple[tuple[Any, Any], ...]
+    leaves: tuple[tuple[Any, Any], ...]
 
     @classmethod
-    def of(cls, leaves: Sequence[Any], spec: pytree.TreeSpec) -> CallSignature:
-        looks = ((x.dtype, x.ndim) if isinstance(x, Tensor) else ("", repr(x)) for x in leaves)
-        return cls(spec, tuple(looks))
+    def of(cls, inputs: CallInputs) -> CallSignature:
+        """The signature of a call."""
+        leaves = (
+            (x.dtype, x.ndim) if isinstance(x, Tensor) else ("", repr(x)) for x in inputs.leaves
+        )
+        return cls(inputs.spec, tuple(leaves))
 
     def __hash__(self) -> int:
-        return hash((str(self.spec), self.looks))
+        return hash((str(self.spec), self.leaves))
 
 
 def other_structure(expected: CallSignature, found: CallSignature) -> InputError:
@@ -57,7 +89,7 @@ def _described(structure: CallSignature) -> str:
 
     shown = [
         Shown(f"{str(a).removeprefix('torch.')} {b}-d" if isinstance(b, int) else b)
-        for a, b in structure.looks
+        for a, b in structure.leaves
     ]
     args, kwargs = pytree.tree_unflatten(shown, structure.spec)
     parts = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]

@@ -1,45 +1,64 @@
-"""One captured model: its stages, and a runnable program per sequence of micro-batch sizes."""
+"""One captured model: its stages, and a runnable program per kind of call."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from autopipe.call_guards import autocast_state, plain_autograd, restore_autocast
 from autopipe.errors import DeviceError, MemoryLimitError
-from autopipe.parameters import move, parameter, replaced
-from autopipe.passes.driver import Lowered, costed, cut_in_space, cut_in_time, phases_by_size
+from autopipe.parameters import move, parameter
+from autopipe.passes.driver import Lowered, cut_in_time, phases_by_size
 from autopipe.passes.ir import InputKind
 from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
-from autopipe.passes.schedule import schedule
-from autopipe.passes.split import objective_of
-from autopipe.planning.choice import choose, models_of
 from autopipe.planning.fitting import missing_bytes
-from autopipe.planning.planner import clocks_of, cut_of, plan
+from autopipe.planning.planner import make_plan, modeled_timers
+from autopipe.progress import silent
 from autopipe.runtime import microbatch
-from autopipe.runtime.backends import autocast_types
 from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load_source
-from autopipe.tensor_meta import differentiated, input_metadata, state_metadata
+from autopipe.tensor_meta import input_metadata, state_metadata, usual_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable
 
-    from torch.utils._pytree import TreeSpec
-
+    from autopipe.call_signature import CallInputs
     from autopipe.options import Options
-    from autopipe.passes.ir import Annotated, Split
+    from autopipe.passes.ir import Input, Split
+    from autopipe.passes.phases import TensorMeta
     from autopipe.planning.plans import Plan
     from autopipe.runtime.transfer import WorkerDevice
+
+
+class ProgramKey(NamedTuple):
+    """Everything that a captured model's program depends on.
+
+    Attributes:
+        sizes: samples in each micro-batch.
+        grad: whether there will be a backward.
+        expected: names of the outputs that will receive a gradient.
+        parameters: for each parameter, whether it requires a gradient, and its dtype.
+        inputs: for each distinct micro-batch size, names and metadata of the call's tensors.
+        autocast: as `call_guards.autocast_state` returns it.
+    """
+
+    sizes: tuple[int, ...]
+    grad: bool
+    expected: frozenset[str]
+    parameters: tuple[tuple[bool, torch.dtype], ...]
+    inputs: tuple[tuple[tuple[str, TensorMeta], ...], ...]
+    autocast: tuple[tuple[bool, torch.dtype], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class CompiledProgram:
     """A program that can run, and the passes' results that it was made from."""
 
+    key: ProgramKey
     program: Program
     lowered: Lowered
 
@@ -51,29 +70,27 @@ class CompiledProgram:
 
     @property
     def differentiable(self) -> frozenset[str]:
+        """Names of the outputs that can receive a gradient."""
         return next(iter(self.lowered.phased.values())).differentiable
 
     @property
     def differentiated(self) -> frozenset[str]:
+        """Names of the outputs that the backward expects a gradient for."""
         return next(iter(self.lowered.phased.values())).differentiated
 
 
-class Compiled:
+class CompiledModel:
     """A model captured in one mode with one structure of inputs, cut into stages.
 
     Args:
         model: the user's module.
-        options: checked.
-        workers: the worker of each stage.
-        leaves: flattened example inputs.
-        spec: their structure.
-        dims: their batch dimensions.
-        batch: their number of samples.
-        progress: told what is being done.
-        single: hold for this one sample only.
+        options: with nothing left to choose.
+        workers: one per stage.
+        split: the stages.
+        traces: what was traced of these stages so far.
 
     Attributes:
-        options: the same, with nothing left open: what was not given was chosen for this batch.
+        expected: names of the outputs that the next call expects gradients for.
     """
 
     def __init__(
@@ -81,56 +98,18 @@ class Compiled:
         model: nn.Module,
         options: Options,
         workers: tuple[WorkerDevice, ...],
-        leaves: Sequence[Any],
-        spec: TreeSpec,
-        dims: Sequence[int | None],
-        batch: int,
-        progress: Callable[[str], None],
-        *,
-        single: bool = False,
+        split: Split,
+        traces: TraceCache,
     ) -> None:
-        for name, tensor in model.named_parameters():
-            if not isinstance(tensor, nn.Parameter):
-                raise replaced(name)
-        self.model = model
-        self.workers = workers
-        request = options.capture_request(model, leaves, spec, dims, single=single)
-        annotated = costed(request, progress)
-        if options.is_open:
-            chosen = choose(model, annotated, leaves, batch, options, progress)
-            self.options = options.planned(chosen.plan)
-            self.split: Split = chosen.split
-        else:
-            self.options, self.split = options, self._cut(annotated, options, batch, progress)
-        captured = self.split.captured
+        self.model, self.options, self.workers, self.split = model, options, workers, split
+        captured = split.captured
         self.parameters = tuple(i for i in captured.inputs if i.kind is InputKind.PARAMETER)
         self.calls = tuple(i for i in captured.inputs if i.kind is InputKind.INPUT)
-        self.expected = differentiated(captured)
+        self.expected = usual_outputs(captured)
         self._fits: dict[int, bool] = {}
-        self._programs: dict[Hashable, CompiledProgram] = {}
-        self._traced = TraceCache()
+        self._programs: dict[ProgramKey, CompiledProgram] = {}
+        self._traces = traces
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
-
-    def _cut(
-        self,
-        annotated: Annotated,
-        options: Options,
-        batch: int,
-        progress: Callable[[str], None],
-    ) -> Split:
-        """Where a plan says, or else balanced; if nothing was left to choose."""
-        plan, (chunks, remat) = options.plan, options.given
-        sizes = microbatch.sizes(batch, chunks)
-        models = options.models or models_of(options.devices)
-        in_flight = schedule(options.kind, len(models), len(sizes)).in_flight()
-        objective = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
-        return cut_in_space(
-            annotated,
-            objective,
-            planned=None if plan is None else cut_of(plan),
-            must_fit=plan is not None and plan.training == self.model.training,
-            progress=progress,
-        )
 
     def fits(self, batch: int) -> bool:
         """Whether the model takes the captured branches for a batch of this size."""
@@ -187,82 +166,99 @@ class Compiled:
             known = self._copies[key] = (tensor._version, tensor, copy)
         return known[2]
 
-    def ready(
-        self,
-        sizes: tuple[int, ...],
-        leaves: Sequence[Any],
-        *,
-        grad: bool,
-        expected: frozenset[str],
-        progress: Callable[[str], None],
+    def program(
+        self, inputs: CallInputs, progress: Callable[[str], None] = silent
     ) -> CompiledProgram:
-        """The program for these sizes, made now or before.
+        """The program for a call like this one, under the current grad and autocast modes.
 
         Args:
-            sizes: samples per micro-batch.
-            leaves: the call's flattened inputs.
-            grad: whether gradients are wanted.
-            expected: names of the outputs that a gradient will come for.
-            progress: told what is being done.
-        """
-        frozen = tuple((p.requires_grad, p.dtype) for p in map(self._parameter, self.parameters))
-        captured = self.split.captured
-        chunks = {size: input_metadata(captured, leaves, size) for size in dict.fromkeys(sizes)}
-        key = (
-            *(sizes, grad, expected, frozen, tuple(tuple(c.items()) for c in chunks.values())),
-            *(
-                (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
-                for d in autocast_types()
-            ),
-        )
-        if key not in self._programs:
-            constant = state_metadata(captured, lambda i: self.tensor(i.kind, i.target))
-            devices = [w.device for w in self.workers]
-            request = PhaseRequest(
-                self.split,
-                {size: constant | chunk for size, chunk in chunks.items()},
-                tuple(devices),
-                self.options.given.remat,
-                grad,
-                expected,
-            )
-            phased = phases_by_size(request, self._traced, progress)
-            kind = self.options.kind
-            lowered = cut_in_time(phased, sizes, devices, kind=kind, progress=progress)
-            ready = CompiledProgram(self._load(lowered, sizes), lowered)
-            if self.options.limits is not None and grad:
-                self._check_limits(ready)
-            self._programs[key] = ready
-        return self._programs[key]
-
-    def plan(self, ready: CompiledProgram) -> Plan:
-        """The plan of a program: what it was planned to take, or is now."""
-        options, sizes = self.options, ready.program.sizes
-        clocks = clocks_of(options.models or models_of(options.devices))
-        made = plan(self.model, self.split, ready.lowered.phased, sizes, options, clocks)
-        known = options.plan
-        # A measured plan of this very program knows more than the table of devices.
-        return known if known is not None and made.is_of(known) else made
-
-    def _check_limits(self, ready: CompiledProgram) -> None:
-        """Another batch than the planned one may need more.
+            inputs: the call.
+            progress: called with what is being done.
 
         Raises:
-            MemoryLimitError: it does.
+            MemoryLimitError: the batch needs more memory than the devices have.
+            InputError: a batch norm would see a single value per channel.
         """
-        stages = enumerate(self.plan(ready).stages)
+        captured, leaves = self.split.captured, inputs.leaves
+        sizes = microbatch.sizes(inputs.batch, self.options.resolved.chunks)
+        parameters = tuple(self._tensor(i) for i in self.parameters)
+        tensors = [*(leaves[i.index] for i in self.calls), *parameters]
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        key = ProgramKey(
+            sizes,
+            grad,
+            self.expected if grad else frozenset(),
+            tuple((p.requires_grad, p.dtype) for p in parameters),
+            tuple(
+                tuple(input_metadata(captured, leaves, size).items())
+                for size in dict.fromkeys(sizes)
+            ),
+            autocast_state(),
+        )
+        return self._program(key, progress)
+
+    def program_for_outputs(
+        self, program: CompiledProgram, names: frozenset[str]
+    ) -> CompiledProgram:
+        """The same program, but for gradients of other outputs; the next call expects these too.
+
+        Args:
+            program: one of this model's.
+            names: of the outputs that receive a gradient.
+        """
+        self.expected = names
+        # A backward runs outside of the call's autocast.
+        with plain_autograd(), restore_autocast(program.key.autocast):
+            return self._program(program.key._replace(expected=names), silent)
+
+    def _program(self, key: ProgramKey, progress: Callable[[str], None]) -> CompiledProgram:
+        if key not in self._programs:
+            state = state_metadata(self.split.captured, self._tensor)
+            devices = tuple(w.device for w in self.workers)
+            request = PhaseRequest(
+                self.split,
+                {
+                    size: state | dict(inputs)
+                    for size, inputs in zip(dict.fromkeys(key.sizes), key.inputs, strict=True)
+                },
+                devices,
+                self.options.resolved.remat,
+                key.grad,
+                key.expected,
+            )
+            phased = phases_by_size(request, self._traces, progress)
+            kind = self.options.schedule_kind
+            lowered = cut_in_time(phased, key.sizes, devices, kind=kind, progress=progress)
+            program = CompiledProgram(key, self._load(lowered, key.sizes), lowered)
+            if self.options.limits is not None and key.grad:
+                self._check_limits(program)
+            self._programs[key] = program
+        return self._programs[key]
+
+    def plan(self, program: CompiledProgram) -> Plan:
+        """The plan of a program: the one it was made from, or else one by the device table."""
+        options, sizes = self.options, program.key.sizes
+        timers = modeled_timers(options.device_models)
+        plan = make_plan(self.model, self.split, program.lowered.phased, sizes, options, timers)
+        given = options.plan
+        # The times of a given plan may have been measured on the devices.
+        return given if given is not None and plan.is_of(given) else plan
+
+    def _check_limits(self, program: CompiledProgram) -> None:
+        """Refuse a batch that needs more memory than the planned one and does not fit."""
+        stages = enumerate(self.plan(program).stages)
         k, stage = max(stages, key=lambda one: missing_bytes(one[1]))
         if missing_bytes(stage) > 0:
             raise MemoryLimitError(
                 f"stage {k} does not fit its device with this batch",
                 expected=f"at most {stage.limit_bytes} bytes",
-                found=f"{stage.memory_bytes} bytes for {sum(ready.program.sizes)} samples",
+                found=f"{stage.memory_bytes} bytes for {sum(program.key.sizes)} samples",
                 remedy="use a smaller batch, or a new pipeline, planned for the largest one",
                 missing_bytes=missing_bytes(stage),
             )
 
-    def _parameter(self, item: Any) -> nn.Parameter:
-        return parameter(self.model, item.target)
+    def _tensor(self, item: Input) -> Tensor:
+        return self.tensor(item.kind, item.target)
 
     def _load(self, lowered: Lowered, sizes: tuple[int, ...]) -> Program:
         generated = lowered.generated

@@ -13,11 +13,11 @@ from autopipe.runtime.executor import Run
 from autopipe.runtime.random import step_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
-    from autopipe.compiled import Compiled, CompiledProgram
+    from autopipe.compiled import CompiledModel, CompiledProgram
     from autopipe.passes.ir import Input
     from autopipe.runtime.memory import SavedBytesCounter
 
@@ -28,7 +28,6 @@ class PipelineCall:
     Args:
         compiled: the captured model.
         ready: the program to run.
-        replan: returns the program for gradients from another set of outputs.
         leaves: the call's flattened inputs.
         memory: counts the bytes saved between forward and backward.
 
@@ -38,13 +37,12 @@ class PipelineCall:
 
     def __init__(
         self,
-        compiled: Compiled,
+        compiled: CompiledModel,
         ready: CompiledProgram,
-        replan: Callable[[frozenset[str]], CompiledProgram],
         leaves: Sequence[Any],
         memory: SavedBytesCounter,
     ) -> None:
-        self.compiled, self.ready, self.replan = compiled, ready, replan
+        self.compiled, self.ready = compiled, ready
         self.leaves, self.memory = leaves, memory
         self.sizes = ready.program.sizes
         self.seed = step_seed() if ready.program.is_random else 0
@@ -104,7 +102,7 @@ class PipelineCall:
             # The program was made for gradients from other outputs. Run the forward of the right
             # one, with the same seed and buffers, once; the next step starts with it.
             run.drop()
-            self.ready = self.replan(pattern)
+            self.ready = self.compiled.program_for_outputs(self.ready, pattern)
             run = self._new_run(self.ready, self._buffers)
             run.execute("forward")
             run.results.clear()

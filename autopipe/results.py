@@ -1,4 +1,4 @@
-"""Put the micro-batches' values together: the model's result, written buffers, input gradients.
+"""Combine the micro-batches' values: the model's result, written buffers, input gradients.
 
 After the forward, in this order:
 
@@ -139,11 +139,11 @@ def run_epilogue(
     epilogue = captured.epilogue
     if epilogue is None:
         return gathered
-    given: dict[str, Any] = {o.name: v for o, v in zip(captured.outputs, gathered, strict=True)}
-    given["batch_size"] = batch
+    known: dict[str, Any] = {o.name: v for o, v in zip(captured.outputs, gathered, strict=True)}
+    known["batch_size"] = batch
     targets = {i.name: i.target for i in captured.inputs if i.kind is InputKind.BUFFER}
-    names = [str(n.target) for n in epilogue.graph.nodes if n.op == "placeholder"]
-    arguments = [given[n] if n in given else buffer(targets[n]) for n in names]
+    wanted = [str(n.target) for n in epilogue.graph.nodes if n.op == "placeholder"]
+    arguments = [known[n] if n in known else buffer(targets[n]) for n in wanted]
     if any("autocast" in n.meta for n in epilogue.graph.nodes):
         found: Sequence[Tensor] = _AutocastInterpreter(epilogue).run(*arguments)
         return found

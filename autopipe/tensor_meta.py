@@ -38,7 +38,7 @@ def state_metadata(captured: Captured, tensor: Callable[[Input], Tensor]) -> dic
     }
 
 
-def differentiated(captured: Captured) -> frozenset[str]:
+def usual_outputs(captured: Captured) -> frozenset[str]:
     """The results for which a gradient will come, if the training loop is the usual one.
 
     A model that returns its own loss gets its gradient there; else any result may get one.
@@ -74,5 +74,5 @@ def training_request(
         tuple(devices),
         tuple(remat),
         grad=True,
-        differentiated=differentiated(captured),
+        differentiated=usual_outputs(captured),
     )

@@ -35,7 +35,7 @@ BATCH, CHUNKS = 8, 4
 def busy(pipe: autopipe.Pipeline, call: tuple[Any, Any], rounds: int = 5) -> list[float]:
     """CPU seconds of each stage in a step."""
     args, kwargs = call
-    _, ready = pipe._compiled_or_raise()
+    _, ready = pipe._programs.last
     names = ready.program.forward[0].__globals__
     spent: dict[int, float] = defaultdict(float)
 

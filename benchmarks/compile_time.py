@@ -47,7 +47,7 @@ def traces(layers: int, stages: int) -> int:
         pipe = autopipe.compile(model, ["cpu"] * stages, 4, kwargs=inputs(8))
     finally:
         phases.trace_joint = trace
-    same = len({s.fingerprint for s in pipe._compiled_or_raise()[0].split.stages})
+    same = len({s.fingerprint for s in pipe._programs.last[0].split.stages})
     print(f"{layers} layers in {stages} stages: {same} different, {len(counted)} traced")
     return len(counted)
 

@@ -15,7 +15,7 @@ import torch
 
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
-from autopipe.options import check
+from autopipe.options import parse_options
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.phase_memory import stage_bytes
 from autopipe.passes.cost.phase_time import phase_seconds
@@ -38,7 +38,7 @@ def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(0, model, args, kwargs)
     annotated = costed(CaptureRequest(model, leaves, spec, dims))
-    options = check(
+    options = parse_options(
         devices=["cpu"] * 2,
         chunks=1,
         schedule="gpipe",

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from autopipe import CostGraph, Partition, partition
-from autopipe.passes.partition.chain_cut import cut
+from autopipe.passes.partition import cut_chain
 
 PROFILES = Path(__file__).parents[1] / "tests" / "data" / "pipedream"
 MODELS = (
@@ -47,7 +47,7 @@ def torchgpipe(costs: list[float], stages: int) -> float:
 
 def contiguous(costs: list[float], stages: int) -> float:
     """The largest stage of the exact contiguous cut."""
-    bounds = [0, *cut(costs, stages), len(costs)]
+    bounds = [0, *cut_chain(costs, stages), len(costs)]
     return max(math.fsum(costs[bounds[k] : bounds[k + 1]]) for k in range(stages))
 
 

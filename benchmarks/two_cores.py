@@ -60,7 +60,7 @@ def chunked(model: Callable[[Any], Any], ids: torch.Tensor) -> Callable[[], floa
 
 def busy_times(pipe: autopipe.Pipeline, step: Callable[[], float]) -> list[float]:
     """Seconds that each stage computes in one step, timed around its generated functions."""
-    _, ready = pipe._compiled_or_raise()
+    _, ready = pipe._programs.last
     spent: dict[int, float] = defaultdict(float)
     names = ready.program.forward[0].__globals__
     originals = {n: f for n, f in names.items() if n.startswith(("F_", "RBW_"))}

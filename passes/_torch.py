@@ -192,12 +192,7 @@ def record_checks_unordered() -> Iterator[None]:
 
 
 def set_traced_call(call: int, stack_trace: str | None) -> None:
-    """While tracing: attribute what is recorded from now on to a call of the traced graph.
-
-    Args:
-        call: position of the call in that graph.
-        stack_trace: of the call.
-    """
+    """While tracing: attribute what follows to the call at a position of the traced graph."""
     if has_preserved_node_meta():
         get_current_meta()["custom"] = {"call": call}
         set_stack_trace([stack_trace] if stack_trace else [])

@@ -189,24 +189,24 @@ def stage_function(stage: StagePhases, phase: str, device: torch.device, name: s
         Python source of the function.
     """
     by_name = {n.name: n for n in stage.graph.nodes}
-    ctx, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
-    count = len(stage.held)
-    held, received = holders[:count], holders[count : count + len(stage.receives)]
-    tangents = holders[count + len(stage.receives) :]
+    ctx, *placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
+    count = len(stage.state)
+    state, received = placeholders[:count], placeholders[count : count + len(stage.receives)]
+    tangents = placeholders[count + len(stage.receives) :]
     saved = [by_name[n] for n in stage.saved]
     results = stage.results()
     own_grads: dict[fx.Node, list[int]] = {}
     if phase == "F":
-        arguments = [*held, *received]
+        arguments = [*state, *received]
         values = [*results["returns"], *results["updates"], *saved]
     else:
-        arguments = [*held, *saved, *tangents]
+        arguments = [*state, *saved, *tangents]
         values = results["sent_grads"]
         for i, node in enumerate(results["own_grads"]):
             own_grads.setdefault(node, []).append(i)
     tangent_names = [f"grad_{n}" for n in stage.tangents]
-    labels = [*stage.held, *stage.receives, *tangent_names]
-    label_of = dict(zip(holders, labels, strict=True))
+    labels = [*stage.state, *stage.receives, *tangent_names]
+    label_of = dict(zip(placeholders, labels, strict=True))
     graph = fx.Graph()
     env = {ctx: graph.placeholder(ctx.name)}
     for node in arguments:

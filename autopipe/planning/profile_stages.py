@@ -23,7 +23,7 @@ import torch
 
 from autopipe.passes.codegen import HEADER, stage_function
 from autopipe.passes.cost import PhaseSeconds, phase_seconds
-from autopipe.planning.planner import Clock
+from autopipe.planning.planner import StageTimer
 from autopipe.planning.profile_calls import device_name, filled
 from autopipe.runtime import workers
 from autopipe.runtime.backends import backend_of
@@ -48,8 +48,10 @@ COPIES = 5
 """Timed copies, of which the median is taken."""
 
 
-def measured_clocks(devices: Sequence[torch.device], models: Sequence[Device]) -> tuple[Clock, ...]:
-    """Clocks that run a stage on its device to get its times.
+def measured_timers(
+    devices: Sequence[torch.device], models: Sequence[Device]
+) -> tuple[StageTimer, ...]:
+    """Timers that run a stage on its device.
 
     Args:
         devices: one per stage.
@@ -57,27 +59,27 @@ def measured_clocks(devices: Sequence[torch.device], models: Sequence[Device]) -
             whole, into R, B and W.
 
     Returns:
-        One clock per stage; stages on the same device share one.
+        One timer per stage; stages on the same device share one.
     """
-    clocks = {}
+    timers = {}
     for device, model in zip(devices, models, strict=True):
-        if device not in clocks:
+        if device not in timers:
             same = [d for d in devices if d == device]
-            timer = _StageTimer(
+            measured = _MeasuredDevice(
                 device, workers.cores_per_worker(same) if len(same) > 1 else None, model
             )
-            clocks[device] = Clock(
+            timers[device] = StageTimer(
                 f"measured on {device_name(device)}",
                 model.link,
-                timer.seconds,
-                timer.copying,
+                measured.seconds,
+                measured.copying,
             )
-    return tuple(clocks[device] for device in devices)
+    return tuple(timers[device] for device in devices)
 
 
 @dataclass
-class _StageTimer:
-    """Times stages on one device; each graph once.
+class _MeasuredDevice:
+    """Measures stages on one device; each graph once.
 
     Attributes:
         device: where the stages run.
@@ -179,7 +181,7 @@ class _Rounds:
         self.stage, self.functions, self.device, self.ahead = stage, functions, device, ahead
         _, *nodes = [n for n in stage.graph.nodes if n.op == "placeholder"]
         holders = [n.meta["val"] for n in nodes]
-        held, received = len(stage.held), len(stage.held) + len(stage.receives)
+        held, received = len(stage.state), len(stage.state) + len(stage.receives)
         self.held = [self._fill(t, 0.02) for t in holders[:held]]
         self.received, self.tangents = holders[held:received], holders[received:]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from autopipe.passes.cost import StageCost, stage_cost
+from autopipe.passes.cost import StageCost, cost_of_stage
 from autopipe.passes.ir import CALLER, InputKind, at_batch
 from autopipe.planning.plan_parts import Boundary, Crossing
 
@@ -109,5 +109,5 @@ def _view(split: Split, stage: StageGraph, device: torch.device, batch: int) -> 
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
         inputs=tuple(BoundaryTensor.of(split.routes[n]) for n in (*stage.lent, *stage.receives)),
         outputs=tuple(BoundaryTensor.of(split.routes[n]) for n in stage.returns),
-        cost=stage_cost(split, stage, batch),
+        cost=cost_of_stage(split, stage, batch),
     )

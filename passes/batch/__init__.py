@@ -1,17 +1,43 @@
-"""TODO."""
+"""Find how every value depends on the batch, and how micro-batch results become the batch's.
+
+In: a captured, normalized graph with the batch dimensions of its inputs.
+Out: the state of every node, and a `CombinedGraph`: outputs with rules of combination (`Combine`),
+and an epilogue that runs once per step on the whole batch's values.
+
+Files, in reading order:
+
+    `lattice`             the states of a value
+    `op_call`             one op, and how its operands' states join
+    `propagate`           state of every node, in one pass over the graph
+    `rules_shape`         rules for views and ops along dimensions; the table of rules
+    `rules_join`          rules for slicing, concatenating, repeating
+    `rules_new`           rules for new tensors
+    `rules_index`         rules for indexing
+    `rules_math`          rules for arithmetic, reductions, products
+    `rules_layers`        rules for convolutions, norms, pooling, embeddings
+    `rules_losses`        rules for losses
+    `slicing`             values sliced by samples, and joined again
+    `numeric_trial`       undecided states tried by running a few samples
+    `backward_trial`      the same for the backward of custom autograd.Functions
+    `decide_states`       whether a trial is needed, and what it decided
+    `partial_reductions`  reductions rewritten into sums per micro-batch
+    `epilogue`            the graph that runs once per step
+    `epilogue_cut`        the captured graph cut at its batch reductions
+    `combine_outputs`     a rule of combination for every result
+"""
 
 from __future__ import annotations
 
 from .combine_outputs import CombinedGraph, combine
+from .decide_states import decide_by_trial
 from .lattice import STATIC, Reduced
-from .numeric_trial import settle
-from .propagate import follow
+from .propagate import propagate_states
 
 __all__ = [
     "STATIC",
     "CombinedGraph",
     "Reduced",
     "combine",
-    "follow",
-    "settle",
+    "decide_by_trial",
+    "propagate_states",
 ]

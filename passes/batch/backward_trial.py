@@ -1,7 +1,7 @@
-"""Whether the backward of a custom autograd.Function keeps samples apart, tried by numbers.
+"""Try on numbers whether the backward of a custom autograd.Function keeps samples apart.
 
-What it returns for a batch must be what it returns for parts of it: put together, for a tensor that
-holds samples, and added up for one that does not.
+The gradients for a batch must equal those for its parts: concatenated for a tensor that holds
+samples, added up for one that does not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from autopipe.passes.graph import is_close
 
 from .lattice import Samples
-from .slicing import cut, put_together
+from .slicing import join_parts, slice_samples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
 
 class TrialRun:
-    """One call of a Function (as the operator that stands for it) with gradients on."""
+    """One application of a Function with gradients enabled.
+
+    Args:
+        call: the op that stands for the Function.
+        tensors: its tensors.
+
+    Attributes:
+        results: of the forward.
+    """
 
     def __init__(self, call: fx.Node, tensors: Sequence[Tensor]) -> None:
         self.leaves = [x.detach() for x in tensors]
@@ -34,7 +42,7 @@ class TrialRun:
             self.results: list[Tensor] = target(self.leaves, *rest)  # type: ignore[operator]
 
     def gradients(self, result: int, tangent: Tensor) -> list[Tensor | None]:
-        """Those of the tensors, for a tangent of one result; None for the others."""
+        """The tensors' gradients for a tangent of one result; None where there is none."""
         root, wanted = self.results[result], [x for x in self.leaves if x.requires_grad]
         if not root.requires_grad or not wanted:
             return [None] * len(self.leaves)
@@ -45,7 +53,7 @@ class TrialRun:
         return [next(found) if x.requires_grad else None for x in self.leaves]
 
 
-def keeps_apart(
+def backward_keeps_apart(
     whole: TrialRun,
     parts: Sequence[TrialRun],
     result: int,
@@ -53,32 +61,33 @@ def keeps_apart(
     states: Sequence[State],
     cuts: Sequence[tuple[int, int]],
 ) -> bool:
-    """Try one result, in which samples lie as in `found`.
+    """Compare the gradients of one result, for all samples and for parts of them.
 
     Args:
-        whole, parts: the call on all samples, and on some each.
-        states: of the tensors that the call is given.
+        whole: the Function on all samples.
+        parts: the Function on each part of the samples.
+        result: position of the result.
+        found: its state.
+        states: of the Function's tensors.
         cuts: (first sample, number of samples) of each part.
     """
     value = whole.results[result]
     generator = torch.Generator(value.device).manual_seed(0)
     tangent = torch.randn(value.shape, dtype=value.dtype, device=value.device, generator=generator)
-    shares = [cut(tangent, found, *c) for c in cuts]
-    given = zip(
+    shares = [slice_samples(tangent, found, *c) for c in cuts]
+    compared = zip(
         states,
         whole.gradients(result, tangent),
         *(p.gradients(result, s) for p, s in zip(parts, shares, strict=True)),
         strict=True,
     )
-    for state, expected, *pieces in given:
+    for state, expected, *pieces in compared:
         here = [p for p in pieces if p is not None]
         if expected is None or len(here) < len(parts):
             if expected is not None or here:
                 return False
             continue
-        joint = (
-            put_together(here, state) if isinstance(state, Samples) else torch.stack(here).sum(0)
-        )
+        joint = join_parts(here, state) if isinstance(state, Samples) else torch.stack(here).sum(0)
         if not is_close(joint, expected):
             return False
     return True

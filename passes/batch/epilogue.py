@@ -1,4 +1,4 @@
-"""The graph that runs once a step, on the whole batch's values; built call by call (`combine`)."""
+"""Build the epilogue: the graph that runs once per step, on the whole batch's values."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 
 class Epilogue:
-    """A graph whose placeholders are named after nodes of the main graph, and ``batch_size``."""
+    """A graph whose placeholders are called ``batch_size``, or as nodes of the captured graph."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.placeholders: dict[str, fx.Node] = {}
 
-    def given(self, node: fx.Node) -> fx.Node:
-        """What stands for a combined value, or for a buffer as it was before the call."""
+    def placeholder_for(self, node: fx.Node) -> fx.Node:
+        """The placeholder for a combined value, or for a buffer as it was before the step."""
         found = self._placeholder(node.name)
         found.meta["val"] = node.meta["val"]
         return found
 
     def batch_size(self) -> fx.Node:
-        """What stands for the number of samples in the whole batch."""
+        """The placeholder for the number of samples in the whole batch."""
         return self._placeholder("batch_size")
 
     def _placeholder(self, name: str) -> fx.Node:
@@ -33,18 +33,22 @@ class Epilogue:
             self.placeholders[name] = self.graph.placeholder(name)
         return self.placeholders[name]
 
-    def copied(self, node: fx.Node, argument: Callable[[fx.Node], Any]) -> fx.Node:
-        """A call of the main graph, its arguments mapped."""
+    def copy_op(self, node: fx.Node, argument: Callable[[fx.Node], Any]) -> fx.Node:
+        """Copy an op of the captured graph, with its arguments mapped by `argument`."""
         new = self.graph.node_copy(node, argument)
         new.meta = dict(node.meta)
         return new
 
-    def finished(
+    def finish(
         self, outputs: Sequence[str], program: Sequence[fx.Node], results: Sequence[fx.Node]
     ) -> fx.GraphModule:
-        """The graph in order: placeholders (the `outputs`, `batch_size`, buffers), then calls.
+        """Put the graph in order: placeholders (outputs, batch size, buffers), then ops.
 
-        Calls follow `program`, and what they need just before them: some may write in place.
+        Args:
+            outputs: names of the captured graph's outputs, in order.
+            program: ops of the epilogue in the order of the captured graph; some write in place.
+                Each comes right after the ops that it needs.
+            results: the nodes that the epilogue returns.
         """
         self.graph.output(tuple(results))
         names = dict.fromkeys([*outputs, "batch_size", *self.placeholders])

@@ -91,7 +91,7 @@ class EpilogueCut:
         if not self._needs_epilogue:
             return None
         program = [self._final[n] for n in self._program if n in self._final]
-        return self._epilogue.finished([o.name for o in self.outputs.values()], program, values)
+        return self._epilogue.finish([o.name for o in self.outputs.values()], program, values)
 
     def state(self, node: fx.Node) -> Any:
         """How a node of the captured graph depends on the batch."""
@@ -109,7 +109,7 @@ class EpilogueCut:
         """
         if node not in self.outputs:
             self.outputs[node] = Output(tensor_spec(node), combine, self._for_buffers)
-            self._final[node] = self._epilogue.given(node)
+            self._final[node] = self._epilogue.placeholder_for(node)
         return self._final[node]
 
     def final_value(self, node: fx.Node) -> fx.Node:
@@ -128,7 +128,7 @@ class EpilogueCut:
                 self._needs_epilogue = True
                 self._final[node] = self._reduced(node, state.how)
             elif isinstance(state, Mixed):
-                tried = "" if state.certain else "; a trial did not show that samples stay apart"
+                tried = "" if state.proven else "; a trial did not show that samples stay apart"
                 refuse(state.node, state.reason + tried)
             else:
                 value = node
@@ -152,12 +152,12 @@ class EpilogueCut:
         If it holds ``outer`` batches in a row, each batch is concatenated by itself:
         (outer·n, …) → (outer, n, …) per micro-batch → (outer, N, …) → (outer·N, …).
         """
-        if state.numbered is not None:
+        if state.index_step is not None:
             refuse(node, "a sample's result depends on its position in the batch")
-        if state.outer == 1:
+        if state.batches == 1:
             return self.output(node, Concatenate(state.dim))
         self._needs_epilogue = True
-        parts = add_call(self.graph, aten.unflatten.int, node, state.dim, [state.outer, -1])
+        parts = add_call(self.graph, aten.unflatten.int, node, state.dim, [state.batches, -1])
         return add_call(
             self._epilogue.graph,
             aten.flatten.using_ints,
@@ -188,7 +188,7 @@ class EpilogueCut:
         """The op itself, in the epilogue."""
         if self.reduces_samples(node):
             refuse(node, "a result is reduced over the batch in a way that has no known sum")
-        return self._epilogue.copied(node, partial(self._argument, node))
+        return self._epilogue.copy_op(node, partial(self._argument, node))
 
     def _argument(self, reader: fx.Node, node: fx.Node) -> Any:
         """What `reader`, copied to the epilogue, reads there instead of `node`."""
@@ -196,7 +196,7 @@ class EpilogueCut:
             return emit_size(node.meta["val"], self._epilogue.batch_size)
         item = self._inputs.get(node.name)
         if node.op == "placeholder" and item is not None and item.kind is InputKind.BUFFER:
-            return self._epilogue.given(node)
+            return self._epilogue.placeholder_for(node)
         later = self._writes.writers_of(node)[-1:]
         if self.state(node) == STATIC and later and self._order[later[0]] > self._order[reader]:
             with self.graph.inserting_before(reader):  # as it is now
@@ -250,8 +250,8 @@ class EpilogueCut:
 
     def _copied_from_buffers(self, node: fx.Node) -> fx.Node:
         if node.op == "placeholder":
-            return self._epilogue.given(node)
-        return self._epilogue.copied(node, self._copied_from_buffers)
+            return self._epilogue.placeholder_for(node)
+        return self._epilogue.copy_op(node, self._copied_from_buffers)
 
 
 def refuse(node: fx.Node, reason: str) -> NoReturn:

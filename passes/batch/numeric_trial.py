@@ -1,11 +1,10 @@
-"""What the graph cannot decide, tried: a batch as a whole against its parts.
+"""Run the captured graph on a few samples to decide states that the rules cannot.
 
-Where tokens are sorted by expert and put back later, or entries are picked by indices that were
-computed, only data can tell whether samples stay apart. `Parts` runs the captured graph beside
-`follow`, once on all samples, and, where a value's samples have been mixed, also on two or
-three parts of them. As soon as a value is again what its parts are when put together, it counts as
-kept apart. Of a custom autograd.Function the gradients are tried too. Random calls draw nothing in
-mixed regions.
+Where tokens are sorted by expert and sorted back, or entries are picked by computed indices, only
+data can tell whether samples stay apart. `NumericTrial` runs the graph beside `propagate_states`,
+once on all samples and, where samples have been mixed, also on two or three parts of them. As soon
+as a value equals its parts joined, its samples count as apart again. The gradients of custom
+autograd.Functions are tried too. Randomness is disabled where samples are mixed.
 """
 
 from __future__ import annotations
@@ -24,61 +23,53 @@ from autopipe.passes.graph import (
     is_inexact,
     is_random,
     is_size,
-    source_line,
     symbolic_size,
     tensors_of,
     written_arguments,
 )
 from autopipe.passes.ir import InputKind, at_batch
 
-from .backward_trial import TrialRun, keeps_apart
-from .lattice import Mixed, Reduced, Samples, batch_dims, factor
-from .propagate import follow
-from .slicing import cut, put_together
+from .backward_trial import TrialRun, backward_keeps_apart
+from .lattice import Mixed, Reduced, Samples, batch_dims, batch_multiple
+from .slicing import join_parts, slice_samples, take_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from autopipe.passes.ir import Input
 
 aten = torch.ops.aten
 
 FEWEST, MOST = 5, 32
-"""Samples that are tried: as many as the example has, within these bounds."""
+"""Bounds for the number of samples that are tried; else as many as the example has."""
 
 IDENTITIES = (aten.dropout.default, aten.alpha_dropout.default, aten.feature_dropout.default)
 
 
-class UnknownError(Exception):
-    """A value cannot be worked out; stands for that value, too."""
+class UnknownValueError(Exception):
+    """A value cannot be computed. The class also stands for such a value."""
 
 
-FAILURES = (UnknownError, RuntimeError, IndexError, ValueError)
+FAILURES = (UnknownValueError, RuntimeError, IndexError, ValueError)
 
 
-class Trust:
-    """For models without weights: what cannot be tried is believed to keep samples apart."""
-
-    def __init__(self) -> None:
-        self.decided: dict[fx.Node, str] = {}
-
-    def step(self, node: fx.Node, state: Any, states: dict[fx.Node, Any]) -> Any:
-        """See `propagate.Trial`."""
-        if not isinstance(state, Mixed) or state.certain:
-            return state
-        for found in _arrangements(node):
-            self.decided[state.node] = "was not tried, the model has no weights"
-            return found
-        return state
-
-
-class Parts:
-    """See the module.
+class NumericTrial:
+    """A trial that compares all samples with parts of them; see the module.
 
     Args:
         graph: normalized.
         inputs: its placeholders.
-        tensor: the value of a placeholder; of an input of the call, at least one sample.
+        tensor: returns a placeholder's value; of an input of the call, at least one sample.
+
+    Attributes:
+        samples: how many are tried.
+        cuts: (first sample, number of samples) of each part.
+        whole: node → its value for all samples, while it is still used.
+        parts: node → its value for each part, where samples are mixed.
+        functions: custom Function → its run on all samples, those on each part, and the states of
+            its tensors.
+        states: node → its state when it was visited.
+        decided: node that mixed samples → what the trial found, for a note.
     """
 
     def __init__(
@@ -86,102 +77,104 @@ class Parts:
     ) -> None:
         self.inputs = {i.name: i for i in inputs}
         self.tensor = tensor
-        given = [tensor(i).shape[i.batch_dim] for i in inputs if i.batch_dim is not None]
-        self.samples = min(max([FEWEST, *given]), MOST)
+        batches = [tensor(i).shape[i.batch_dim] for i in inputs if i.batch_dim is not None]
+        self.samples = min(max([FEWEST, *batches]), MOST)
         a, b = self.samples * 2 // 7, self.samples * 4 // 7
         ends = [0, a, b, self.samples] if self.samples > 6 else [0, 2, self.samples]
         self.cuts = tuple((start, end - start) for start, end in pairwise(ends))
         self.functions: dict[fx.Node, tuple[TrialRun, list[TrialRun], list[Any]]] = {}
         self.whole: dict[fx.Node, Any] = {}
         self.parts: dict[fx.Node, list[Any]] = {}
-        self.found: dict[fx.Node, Any] = {}  # states as of each node's own step
+        self.states: dict[fx.Node, Any] = {}
         self.decided: dict[fx.Node, str] = {}
         order = {n: i for i, n in enumerate(graph.nodes)}
-        self.dying: dict[fx.Node, list[fx.Node]] = {}
+        self.last_uses: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             last = max(node.users, key=order.__getitem__, default=node)
-            self.dying.setdefault(last, []).append(node)
+            self.last_uses.setdefault(last, []).append(node)
 
     def step(self, node: fx.Node, state: Any, states: dict[fx.Node, Any]) -> Any:
-        """See `propagate.Trial`."""
-        self.found[node] = state = self._step(node, state, states)
+        """Decide a node's state; see `NodeTrial`."""
+        self.states[node] = state = self._step(node, state, states)
         return state
 
     def _step(self, node: fx.Node, state: Any, states: Mapping[fx.Node, Any]) -> Any:
         if is_size(node):
             return state
         if node.op == "placeholder":
-            self.whole[node] = self._given(self.inputs[node.name])
+            self.whole[node] = self._example_value(self.inputs[node.name])
             return state
-        apart = isinstance(state, (Mixed, Reduced)) or (
-            isinstance(state, Samples) and state.numbered is not None
+        by_parts = isinstance(state, (Mixed, Reduced)) or (
+            isinstance(state, Samples) and state.index_step is not None
         )
-        if apart or any(n in self.parts for n in node.all_input_nodes):
+        if by_parts or any(n in self.parts for n in node.all_input_nodes):
             self.parts[node] = self._run_parts(node, states, mixed=isinstance(state, Mixed))
         try:
-            self.whole[node] = _run(node, self._known, self.samples)
-        except FAILURES:  # an index, say, which is good for more samples only
-            self.whole[node] = UnknownError
+            self.whole[node] = _run(node, self._whole_value, self.samples)
+        except FAILURES:  # for example an index that is out of range for so few samples
+            self.whole[node] = UnknownValueError
         if node.target is torch.ops.autopipe.function.default:
             self._run_function(node)
-        if isinstance(state, Mixed) and not state.certain:
+        if isinstance(state, Mixed) and not state.proven:
             state = self._decide(node, state)
-        if not isinstance(state, Mixed) and not apart:
+        if not isinstance(state, Mixed) and not by_parts:
             self.parts.pop(node, None)
-        for gone in self.dying.get(node, ()):
+        for gone in self.last_uses.get(node, ()):
             self.whole.pop(gone, None)
             self.parts.pop(gone, None)
         return state
 
-    def _given(self, item: Input) -> Tensor:
+    def _example_value(self, item: Input) -> Tensor:
         value = self.tensor(item).detach()
         if item.batch_dim is None:
             return value.clone() if item.kind is InputKind.BUFFER else value
-        return enough(value, item.batch_dim, self.samples)
+        return take_samples(value, item.batch_dim, self.samples)
 
-    def _known(self, source: fx.Node) -> Any:
+    def _whole_value(self, source: fx.Node) -> Any:
         value = self.whole[source]
-        if value is UnknownError:
-            raise UnknownError
+        if value is UnknownValueError:
+            raise UnknownValueError
         return value
 
-    def _part(self, states: Mapping[fx.Node, Any], n: int, source: fx.Node) -> Any:
-        """What a value is in the n-th part."""
+    def _part_value(self, states: Mapping[fx.Node, Any], n: int, source: fx.Node) -> Any:
+        """A node's value in the n-th part."""
         if source not in self.parts:
-            if isinstance(states[source], Mixed):  # by a write through another name
-                raise UnknownError
-            return cut(self._known(source), self.found[source], *self.cuts[n])
+            if isinstance(states[source], Mixed):  # written through another view
+                raise UnknownValueError
+            return slice_samples(self._whole_value(source), self.states[source], *self.cuts[n])
         value = self.parts[source][n]
-        if value is UnknownError:
-            raise UnknownError
+        if value is UnknownValueError:
+            raise UnknownValueError
         return value
 
     def _run_parts(self, node: fx.Node, states: Mapping[fx.Node, Any], *, mixed: bool) -> list[Any]:
         for source in written_arguments(node):
             if source not in self.parts:
-                whole, state = self.whole[source], self.found[source]
+                whole, state = self.whole[source], self.states[source]
                 self.parts[source] = [
-                    whole if whole is UnknownError else cut(whole, state, *c).clone()
+                    whole if whole is UnknownValueError else slice_samples(whole, state, *c).clone()
                     for c in self.cuts
                 ]
         results = []
         for n, (_, count) in enumerate(self.cuts):
             try:
-                results.append(_run(node, partial(self._part, states, n), count, still=mixed))
+                results.append(
+                    _run(node, partial(self._part_value, states, n), count, no_random=mixed)
+                )
             except FAILURES:
-                results.append(UnknownError)
+                results.append(UnknownValueError)
         return results
 
     def _run_function(self, node: fx.Node) -> None:
-        """Run a custom Function so that its backward can be tried, result by result."""
+        """Run a custom Function with gradients, so that its backward can be tried per result."""
         sources: list[fx.Node] = node.args[0]  # type: ignore[assignment]
-        states = [self.found[s] for s in sources]
+        states = [self.states[s] for s in sources]
         if any(isinstance(s, Mixed) for s in states):
-            return  # which gradient belongs to which sample is not known
+            return  # unknown which gradient belongs to which sample
         try:
-            whole = TrialRun(node, [self._known(s) for s in sources])
+            whole = TrialRun(node, [self._whole_value(s) for s in sources])
             parts = [
-                TrialRun(node, [self._part(self.found, n, s) for s in sources])
+                TrialRun(node, [self._part_value(self.states, n, s) for s in sources])
                 for n in range(len(self.cuts))
             ]
         except FAILURES:
@@ -195,19 +188,19 @@ class Parts:
             return False
         position: Any = node.args[1]
         whole, parts, states = self.functions[call]
-        return not keeps_apart(whole, parts, position, found, states, self.cuts)
+        return not backward_keeps_apart(whole, parts, position, found, states, self.cuts)
 
     def _decide(self, node: fx.Node, state: Mixed) -> Any:
         whole, parts = self.whole[node], self.parts[node]
         if not isinstance(whole, Tensor) or not is_inexact(whole):
             return state
-        if any(p is UnknownError for p in parts):
+        if any(p is UnknownValueError for p in parts):
             return state
-        if _shows_nothing(whole):
+        if _is_uniform(whole):
             return state
-        for found in _arrangements(node):
+        for found in candidate_states(node):
             try:
-                again = put_together(parts, found)
+                again = join_parts(parts, found)
             except RuntimeError:
                 continue
             if is_close(again, whole):
@@ -219,54 +212,22 @@ class Parts:
         return state
 
 
-def settle(
-    graph: fx.Graph,
-    inputs: Sequence[Input],
-    states: dict[fx.Node, Any],
-    results: Iterable[fx.Node],
-    tensor: Callable[[Input], Tensor],
-) -> tuple[dict[fx.Node, Any], list[str]]:
-    """The states after a trial, if one is needed for what the `results` are, and notes of it."""
-    if not any(isinstance(s := states.get(n), Mixed) and not s.certain for n in results):
-        return states, []
-    given = {i.name: tensor(i) for i in inputs}
-    trial: Trust | Parts = Trust()
-    if not any(t.is_meta for t in given.values()):
-        trial = Parts(graph, inputs, lambda item: given[item.name])
-    with torch.no_grad(), torch.random.fork_rng():
-        states = follow(graph, inputs, trial)
-    return states, [
-        f"{n.name} ({source_line(n) or n.target}) {what}" for n, what in trial.decided.items()
-    ]
-
-
-def _arrangements(node: fx.Node) -> list[Samples]:
-    """How samples may lie in a result, judging by its shape; the usual one first."""
+def candidate_states(node: fx.Node) -> list[Samples]:
+    """The states with samples that fit a result's shape; the usual one first."""
     tensors = tensors_of(node)
     if len(tensors) != 1 or not is_inexact(tensors[0]):
         return []
     shape = tuple(map(symbolic_size, tensors[0].shape))
     dims = batch_dims(shape)
-    times = factor(shape[dims[0]]) if len(dims) == 1 else None
+    times = batch_multiple(shape[dims[0]]) if len(dims) == 1 else None
     if times is None:
         return []
     return [Samples(dims[0], 1, times)] + ([Samples(dims[0], times, 1)] if times > 1 else [])
 
 
-def enough(value: Tensor, dim: int, count: int) -> Tensor:
-    """So many samples of those there are; repeated ones are turned, so that all differ."""
-    if value.shape[dim] >= count:
-        return value.narrow(dim, 0, count)
-    samples = []
-    for n in range(count):
-        sample = value.narrow(dim, n % value.shape[dim], 1)
-        turns = n // value.shape[dim]
-        others = [d for d in range(value.dim()) if d != dim and value.shape[d] > 1]
-        samples.append(sample.roll(turns, others[-1]) if turns and others else sample)
-    return torch.cat(samples, dim)
-
-
-def _run(node: fx.Node, value: Callable[[fx.Node], Any], batch: int, *, still: bool = False) -> Any:
+def _run(
+    node: fx.Node, value: Callable[[fx.Node], Any], batch: int, *, no_random: bool = False
+) -> Any:
     """One call; `still`: without drawing random numbers."""
 
     def argument(source: fx.Node) -> Any:
@@ -274,10 +235,10 @@ def _run(node: fx.Node, value: Callable[[fx.Node], Any], batch: int, *, still: b
             at_batch(symbolic_size(source.meta["val"]), batch) if is_size(source) else value(source)
         )
 
-    if still and node.target in IDENTITIES:
+    if no_random and node.target in IDENTITIES:
         return argument(node.all_input_nodes[0])
-    if still and is_random(node):
-        raise UnknownError
+    if no_random and is_random(node):
+        raise UnknownValueError
     args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
     cast = node.meta.get("autocast")
     target: Any = node.target
@@ -285,7 +246,7 @@ def _run(node: fx.Node, value: Callable[[fx.Node], Any], batch: int, *, still: b
         return target(*args, **kwargs)
 
 
-def _shows_nothing(value: Tensor) -> bool:
-    """A constant is the same in any order."""
+def _is_uniform(value: Tensor) -> bool:
+    """Whether all entries are equal, so that their order cannot be seen."""
     finite = value[value.isfinite()]
     return finite.numel() == 0 or bool((finite == finite.flatten()[0]).all())

@@ -63,6 +63,7 @@ class CountedMean(PartialReduction):
     """
 
     def partial_sums(self, graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The sum of the losses, and the sum of the weights of the counted targets."""
         target: Any = node.target
         names = [a.name for a in target._schema.arguments]
         arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
@@ -92,11 +93,13 @@ class Accumulation(PartialReduction):
     """
 
     def base(self, node: fx.Node) -> fx.Node:
+        """The tensor that the op adds to: its first argument."""
         first: Any = node.args[0]
         assert isinstance(first, fx.Node)
         return first
 
     def partial_sums(self, graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The same op on zeros, out of place."""
         with graph.inserting_before(node):
             zeros = add_call(graph, aten.zeros_like.default, self.base(node))
             op = functional_variant(node.target)

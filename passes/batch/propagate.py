@@ -1,8 +1,9 @@
-"""Captured graph → for each of its nodes where the samples of the batch are (`samples`).
+"""Find the state of every node of a captured graph: where the samples of the batch are.
 
-One walk in program order. Calls that write in place change the state of everything that shares
-the memory. What no rule knows, or what depends on indices that only data can tell, is left
-undecided (`Mixed` with certain=False); a `Trial` may then decide by numbers.
+One pass in program order, with one rule per operator (`RULES`). An op that writes in place changes
+the state of every value that shares the memory. Where no rule applies, or where the answer depends
+on the data (indices), the state is `Mixed` with proven=False; a `NodeTrial` may then decide it by
+running the graph on numbers.
 """
 
 from __future__ import annotations
@@ -24,23 +25,28 @@ from autopipe.passes.graph import (
     written_arguments,
 )
 
-from . import rules_index, rules_losses, rules_math, rules_shape
-from . import rules_join as rules_pieces
+from . import (
+    rules_index,
+    rules_join,
+    rules_layers,
+    rules_losses,
+    rules_math,
+    rules_new,
+    rules_shape,
+)
 from .lattice import (
     COUNT_AS_VALUE,
     REDUCED,
     SIZE,
     STATIC,
     Mixed,
-    OpCall,
     Reduced,
     Samples,
     State,
     batch_dims,
-    fits,
-    fresh,
-    join,
+    fits_shape,
 )
+from .op_call import OpCall, join_states, new_tensor_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,37 +55,65 @@ if TYPE_CHECKING:
 
 RULES = (
     rules_shape.RULES
-    | rules_pieces.RULES
+    | rules_join.RULES
+    | rules_new.RULES
     | rules_index.RULES
     | rules_math.RULES
+    | rules_layers.RULES
     | rules_losses.RULES
 )
-SHAPE_ONLY = (rules_index.new, rules_index.like)
-TAKES_SIZES = (
-    rules_shape.TAKES_SIZES
-    | rules_pieces.TAKES_SIZES
-    | rules_index.TAKES_SIZES
-    | rules_math.TAKES_SIZES
+SHAPE_ONLY = (rules_new.new_tensor, rules_new.new_like)
+"""Rules for new tensors: their operands' values do not matter."""
+
+USES_BATCH_SIZE = (
+    rules_shape.USES_BATCH_SIZE
+    | rules_join.USES_BATCH_SIZE
+    | rules_new.USES_BATCH_SIZE
+    | rules_layers.USES_BATCH_SIZE
 )
 
 
-class Trial(Protocol):
-    """Runs the graph beside the walk, on the whole of a small batch and on its parts."""
+class NodeTrial(Protocol):
+    """Runs the graph node by node, on a small batch and on its parts, to decide open states."""
 
     def step(self, node: fx.Node, state: Any, states: dict[fx.Node, Any]) -> Any:
-        """Run one node; returns its state, decided if it was undecided and can be."""
+        """Run one node.
+
+        Args:
+            node: the next one in program order.
+            state: what the rules say of it.
+            states: of the nodes before it.
+
+        Returns:
+            Its state; the same one unless it was undecided and the numbers decide it.
+        """
 
 
-def follow(
-    graph: fx.Graph, inputs: Sequence[Input], trial: Trial | None = None
+def propagate_states(
+    graph: fx.Graph, inputs: Sequence[Input], trial: NodeTrial | None = None
 ) -> dict[fx.Node, Any]:
-    """State of every node, a tuple of states for a node with several results."""
-    walk = _Walk(graph, inputs, trial)
-    return walk.states
+    """Find the state of every node.
+
+    Args:
+        graph: normalized.
+        inputs: its placeholders, with their batch dimensions.
+        trial: decides states that the rules cannot.
+
+    Returns:
+        A state for each node; a tuple of states for a node with several results.
+    """
+    return _StatePropagation(graph, inputs, trial).states
 
 
-class _Walk:
-    def __init__(self, graph: fx.Graph, inputs: Sequence[Input], trial: Trial | None) -> None:
+class _StatePropagation:
+    """One pass over a graph.
+
+    Attributes:
+        states: of the nodes visited so far.
+        owner: the node whose memory a node shows (itself, unless it is a view).
+    """
+
+    def __init__(self, graph: fx.Graph, inputs: Sequence[Input], trial: NodeTrial | None) -> None:
         dims = {i.name: i.batch_dim for i in inputs}
         self.states: dict[fx.Node, Any] = {}
         self.owner = memory_owners(graph)
@@ -88,13 +122,13 @@ class _Walk:
                 dim = dims.get(node.name)
                 self.states[node] = STATIC if dim is None else Samples(dim)
             elif node.op == "call_function":
-                self.states[node] = self.visit(node)
+                self.states[node] = self._visit(node)
             else:
                 continue
             if trial is not None:
                 self.states[node] = trial.step(node, self.states[node], self.states)
 
-    def visit(self, node: fx.Node) -> Any:
+    def _visit(self, node: fx.Node) -> Any:
         if is_size(node):
             return SIZE
         if node.target is operator.getitem:
@@ -103,26 +137,26 @@ class _Walk:
             found = self.states[source]
             return found[position] if isinstance(found, tuple) else found
         call = OpCall(node, self.states)
-        state = checked(call, state_of(call))
+        state = _checked(call, _state_of(call))
         hidden = node.target in HIDDEN_WRITES
         written = REDUCED if hidden or isinstance(state, Reduced) else state
         for target in written_arguments(node):
-            self.write(target, written, call)
+            self._write(target, written, call)
         return state
 
-    def write(self, target: fx.Node, new: Any, call: OpCall) -> None:
-        """What `target` is a view of now holds values in the state `new` too."""
+    def _write(self, target: fx.Node, new: Any, call: OpCall) -> None:
+        """Update the states of all that shares `target`'s memory, after `new` was written there."""
         old, owner = self.states[target], self.owner[target]
         if isinstance(self.states[owner], Mixed):
             return
         if isinstance(old, Mixed):
             new = old
         elif isinstance(self.states[owner], Samples) and not isinstance(old, Samples):
-            new = call.mixed("a part of the batch is written by place")
+            new = call.mixed("a part of the batch is written by position")
         elif new in (old, STATIC) or isinstance(new, tuple):
             return
-        if isinstance(new, Samples) and isinstance(old, Samples) and old.constant:
-            self.vary(owner)
+        if isinstance(new, Samples) and isinstance(old, Samples) and old.uniform:
+            self._mark_varied(owner)
             if new == self.states[target]:
                 return
         if isinstance(new, Samples):
@@ -135,18 +169,23 @@ class _Walk:
                 ok = isinstance(new, Mixed) or not any(batch_dims(s) for s in shapes)
                 self.states[node] = new if ok else call.mixed("a reduction is written to samples")
 
-    def vary(self, owner: fx.Node) -> None:
-        """What shares this memory is no longer the same for all samples."""
+    def _mark_varied(self, owner: fx.Node) -> None:
+        """Record that the values in this memory are no longer the same for all samples."""
         for node, state in self.states.items():
             if self.owner[node] is owner and isinstance(state, Samples):
-                self.states[node] = replace(state, constant=False)
+                self.states[node] = replace(state, uniform=False)
 
 
-def state_of(call: OpCall) -> Any:
-    """The rule's answer for one call, or what holds for every call."""
+def _state_of(call: OpCall) -> Any:
+    """The state of one op's result.
+
+    In this order: a rule for new tensors decides by shape alone. A mixed operand makes the result
+    mixed. Without samples among the operands or in the result's shape, the result is reduced or
+    static as its operands are. Otherwise the operator's rule decides; without one it is undecided.
+    """
     packet = getattr(call.node.target, "overloadpacket", None)
     rule = RULES.get(packet)
-    if rule is None or (rule is rules_math.reduction and "other" in call):
+    if rule is None or (rule is rules_math.reduce_dims and "other" in call):
         tags = getattr(call.node.target, "tags", ())
         rule = rules_math.pointwise if torch.Tag.pointwise in tags or rule else None
     if rule in SHAPE_ONLY:
@@ -155,8 +194,8 @@ def state_of(call: OpCall) -> Any:
     mixed = [s for s in states if isinstance(s, Mixed)]
     reduced = any(isinstance(s, Reduced) for s in states)
     if mixed:
-        first = next((s for s in mixed if s.certain), mixed[0])
-        if reduced and not first.certain and not is_integer(call.node):
+        first = next((s for s in mixed if s.proven), mixed[0])
+        if reduced and not first.proven and not is_integer(call.node):
             floats = [
                 n for n in call.tensors if isinstance(call.states[n], Reduced) and not is_integer(n)
             ]
@@ -168,8 +207,8 @@ def state_of(call: OpCall) -> Any:
     if not batched and not new_dims and not call.uses_batch_size:
         return REDUCED if reduced else STATIC
     if reduced and not batched and new_dims:
-        return join(call, [REDUCED, fresh(call, call.out)])
-    if rule is not None and call.uses_batch_size and rule not in TAKES_SIZES:
+        return join_states(call, [REDUCED, new_tensor_state(call, call.out_shape)])
+    if rule is not None and call.uses_batch_size and rule not in USES_BATCH_SIZE:
         return call.mixed(COUNT_AS_VALUE) if batched or new_dims else REDUCED
     if rule is not None:
         return rule(call)
@@ -178,12 +217,12 @@ def state_of(call: OpCall) -> Any:
     return call.undecided("autopipe does not know how this operator treats the batch")
 
 
-def checked(call: OpCall, state: Any) -> Any:
-    """A state that does not fit the shape it is for is no knowledge."""
+def _checked(call: OpCall, state: Any) -> Any:
+    """`state` if it fits the shape of the op's result; undecided if not, as the rule is wrong."""
     outs = tensors_of(call.node)
     states = state if isinstance(state, tuple) else (state,) * len(outs)
     shapes = [tuple(map(symbolic_size, t.shape)) for t in outs]
-    if all(fits(s, shape) for s, shape in zip(states, shapes, strict=False)):
+    if all(fits_shape(s, shape) for s, shape in zip(states, shapes, strict=False)):
         return state
     return call.undecided("it changes the batch in a way that autopipe cannot follow")
 

@@ -1,4 +1,4 @@
-"""How the batch runs through new tensors and indexing (see `rules_shape`)."""
+"""State rules for indexing (see `rules_shape`)."""
 
 from __future__ import annotations
 
@@ -7,219 +7,185 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from autopipe.passes.graph import is_integer, is_random, is_size
+from autopipe.passes.graph import is_integer
 from autopipe.passes.ir import SUM
 
-from .lattice import (
-    COUNT_AS_VALUE,
-    REDUCED,
-    STATIC,
-    Mixed,
-    Reduced,
-    Samples,
-    State,
-    aligned,
-    batch_dims,
-    depends_on_size,
-    fresh,
-    join,
-)
+from .lattice import REDUCED, STATIC, Mixed, Reduced, Samples, State
+from .op_call import broadcast_state, join_states
 from .partial_reductions import ACCUMULATION
-from .rules_shape import ALONG, PLACES, table
+from .rules_shape import ALONG_BATCH, BY_POSITION, rule_table
 
 if TYPE_CHECKING:
-    from .lattice import OpCall
+    from .op_call import OpCall
 
-OTHERS = "entries are picked from other samples by index"
-
-
-def new(call: OpCall) -> State:
-    """zeros, ones, full, rand, new_zeros: their own shape counts, not what they are modelled on."""
-    return _filled(call, fresh(call, call.out, constant=not is_random(call.node)))
-
-
-def like(call: OpCall) -> State:
-    """zeros_like and the like: only the shape is taken."""
-    state, constant = call.state(call.first), not is_random(call.node)
-    if isinstance(state, Samples):
-        return _filled(call, Samples(state.dim, state.outer, state.inner, constant=constant))
-    return _filled(call, fresh(call, call.out, constant=constant))
-
-
-def _filled(call: OpCall, state: State) -> State:
-    """What is made of numbers given as arguments, of which none may be the number of samples."""
-    values = [call[n] for n in ("fill_value", "low", "high")]
-    if not any(depends_on_size(v) or (isinstance(v, fx.Node) and not is_size(v)) for v in values):
-        return state
-    return REDUCED if state == STATIC else call.mixed(COUNT_AS_VALUE)
-
-
-def scalar(call: OpCall) -> State:
-    """A number as a tensor."""
-    return REDUCED if call.uses_batch_size else STATIC
-
-
-def arange(call: OpCall) -> State:
-    """The numbers of the samples, which only `index` may use."""
-    state = fresh(call, call.out)
-    start, step = call["start"] or 0, call["step"] or 1
-    if not isinstance(state, Samples):
-        return STATIC if not call.uses_batch_size else REDUCED
-    if start == 0 and step == 1:
-        return Samples(0, 1, state.inner, numbered=state.inner)
-    return call.undecided("a sample's result depends on its place in the batch")
-
-
-def among_all(call: OpCall) -> State:
-    """eye, randperm: a new tensor in which samples are not alike."""
-    if batch_dims(call.out):
-        return call.mixed(PLACES)
-    return REDUCED if call.uses_batch_size else STATIC
-
-
-# --------------------------------------------------------------------------------------- indexing
+FROM_OTHERS = "entries are picked from other samples by index"
 
 
 def pointwise_index(call: OpCall) -> State:
-    """gather, scatter: operands of one rank, index by index, entries picked along `dim`."""
+    """gather, scatter: ``out[i, j] = x[i, index[i, j]]`` for operands of one rank and dim = 1.
+
+    The samples may be in any dimension but `dim`; along `dim`, entries of other samples could be
+    picked.
+    """
     nodes = call.tensors
-    state = aligned(call, nodes)
+    state = broadcast_state(call, nodes)
     if call["dim"] is None:
         return call.undecided("it flattens the batch") if isinstance(state, Samples) else state
     own = call["dim"] % call.rank(nodes[0])
     if isinstance(state, Samples) and own != state.dim:
-        fixed = [n for n in nodes if call.rank(n) == len(call.out) and call.state(n) == STATIC]
+        fixed = [
+            n for n in nodes if call.rank(n) == len(call.out_shape) and call.state(n) == STATIC
+        ]
         if any(call.shape(n)[state.dim] != 1 for n in fixed):
-            return call.mixed(PLACES)
+            return call.mixed(BY_POSITION)
     elif isinstance(state, Samples) and call.state(nodes[0]) != STATIC:
-        return call.undecided(OTHERS)
+        return call.undecided(FROM_OTHERS)
     return state
 
 
 def scatter_add(call: OpCall) -> State:
-    """Entries added to those that indices say, along `dim`; scatter_reduce with "sum" is the same.
+    """scatter_add and scatter_reduce with "sum": ``x[index[i, j], j] += src[i, j]`` for dim = 0.
 
-    Added to what holds no samples, they are a sum over the batch.
+    If x holds no samples and src does along `dim`, this is a sum over the batch.
     """
     adds = "reduce" not in call or (call["reduce"] == "sum" and call["include_self"])
     if isinstance(call.state(call["self"]), Samples) or not adds:
         return pointwise_index(call)
-    parts = join(call, [call.state(call["index"]), call.state(call["src"])])
-    if isinstance(parts, Samples):  # along another dimension it would be row by row
-        along = call["dim"] % len(call.out) == parts.dim
-        return Reduced(ACCUMULATION) if along else call.mixed(PLACES)
+    parts = join_states(call, [call.state(call["index"]), call.state(call["src"])])
+    if isinstance(parts, Samples):  # along another dimension each sample writes its own row
+        along = call["dim"] % len(call.out_shape) == parts.dim
+        return Reduced(ACCUMULATION) if along else call.mixed(BY_POSITION)
     return parts
 
 
 def bucketize(call: OpCall) -> State:
-    """Where entries would be put into boundaries, which are the same for all."""
-    return _among(call, call["boundaries"]) or aligned(call, call.tensors)
+    """bucketize: per entry, its position among boundaries that do not depend on the batch."""
+    return _compared_with_all(call, call["boundaries"]) or broadcast_state(call, call.tensors)
 
 
 def searchsorted(call: OpCall) -> State:
-    """Where entries would be put into sorted rows: one row for all, or one for each of theirs."""
-    rows, order = call["sorted_sequence"], call["sorter"]
-    last = call.rank(rows) - 1
-    known = [n for n in (rows, order) if n is not None]
+    """searchsorted: per entry, its position in one sorted row for all, or in its sample's row."""
+    write_rows, order = call["sorted_sequence"], call["sorter"]
+    last = call.rank(write_rows) - 1
+    known = [n for n in (write_rows, order) if n is not None]
     if any(isinstance(s := call.state(n), Samples) and s.dim == last for n in known):
-        return call.mixed(ALONG)
-    own_row = _among(call, rows) if last == 0 else None
-    return own_row or aligned(call, call.tensors)
+        return call.mixed(ALONG_BATCH)
+    own_row = _compared_with_all(call, write_rows) if last == 0 else None
+    return own_row or broadcast_state(call, call.tensors)
 
 
 def isin(call: OpCall) -> State:
-    """Entry by entry, whether it is among others, which are the same for all."""
+    """isin: per entry, whether it is among values that do not depend on the batch."""
     elements = call["elements"]
     own = call.state(elements)
-    return _among(call, call["test_elements"]) or join(call, [own])
+    return _compared_with_all(call, call["test_elements"]) or join_states(call, [own])
 
 
-def _among(call: OpCall, others: fx.Node | None) -> Mixed | None:
-    """What is wrong if every entry is compared with all of `others`: they depend on the batch."""
+def _compared_with_all(call: OpCall, others: fx.Node | None) -> Mixed | None:
+    """The state if every entry is compared with all of `others`, which depend on the batch.
+
+    Returns:
+        None if they do not depend on it.
+    """
     if call.state(others) == STATIC:
         return None
-    certain = not (isinstance(others, fx.Node) and is_integer(others))
-    return call.mixed("every sample is compared with values that depend on others", certain=certain)
+    proven = not (isinstance(others, fx.Node) and is_integer(others))
+    return call.mixed("every sample is compared with values that depend on others", proven=proven)
 
 
 def index_select(call: OpCall) -> State:
-    """Entries of one dimension by a tensor of indices."""
-    table, index = call["self"], call["index"]
-    state, picked = call.state(table), call.state(index)
-    dim = call["dim"] % max(call.rank(table), 1)
-    return _indexed(call, state, {dim: picked}, rank=1, first=dim)
+    """index_select: entries of one dimension by a vector of indices."""
+    indexed, index = call["self"], call["index"]
+    state, picked = call.state(indexed), call.state(index)
+    dim = call["dim"] % max(call.rank(indexed), 1)
+    return _state_after_index(call, state, {dim: picked}, rank=1, first=dim)
 
 
 def index(call: OpCall) -> State:
-    """``x[i, j, :]`` with tensors i, j; also `index_put`, whose result is x again."""
-    return _picked(call, call.state(call["self"]))
+    """``x[i, j, :]`` with tensors i and j."""
+    return _index_state(call, call.state(call["self"]))
 
 
-def _picked(call: OpCall, state: State) -> State:
-    """What an index picks of a tensor in this state."""
-    given = call["indices"]
-    if any(i is not None and i.meta["val"].dtype is torch.bool for i in given):
+def _index_state(call: OpCall, state: State) -> State:
+    """The state of ``x[indices]`` for an x in this state."""
+    indices = call["indices"]
+    if any(i is not None and i.meta["val"].dtype is torch.bool for i in indices):
         return call.undecided("entries are picked by a mask")
-    at = [d for d, i in enumerate(given) if i is not None]
-    rank = max(call.rank(given[d]) for d in at)
+    at = [d for d, i in enumerate(indices) if i is not None]
+    rank = max(call.rank(indices[d]) for d in at)
     picked: dict[int, State] = {}
     for d in at:
-        found = call.state(given[d])
+        found = call.state(indices[d])
         if isinstance(found, Samples):
-            found = found.at(found.dim + rank - call.rank(given[d]))
+            found = found.with_dim(found.dim + rank - call.rank(indices[d]))
         picked[d] = found
     adjacent = at == list(range(at[0], at[-1] + 1))
-    return _indexed(call, state, picked, rank=rank, first=at[0] if adjacent else 0)
+    return _state_after_index(call, state, picked, rank=rank, first=at[0] if adjacent else 0)
 
 
-def _indexed(
+def _state_after_index(
     call: OpCall, state: State, picked: dict[int, State], *, rank: int, first: int
 ) -> State:
-    """Indices of a joint `rank`, for the dimensions in `picked`, whose result begins at `first`."""
+    """The state after indexing.
+
+    Args:
+        call: the op.
+        state: of the indexed tensor.
+        picked: indexed dimension → state of its index, broadcast to `rank` dimensions.
+        rank: of the broadcast indices.
+        first: the dimension of the result where those of the indices begin.
+    """
     own = picked.get(state.dim) if isinstance(state, Samples) else None
     if own is not None and isinstance(state, Samples):
-        if not isinstance(own, Samples) or (1, own.numbered) != (state.outer, state.inner):
-            return call.undecided(OTHERS)
+        if not isinstance(own, Samples) or (1, own.index_step) != (state.batches, state.per_sample):
+            return call.undecided(FROM_OTHERS)
         others = [s for d, s in picked.items() if d != state.dim]
-        found = join(call, [Samples(own.dim, own.outer, own.inner), *others])
+        found = join_states(call, [Samples(own.dim, own.batches, own.per_sample), *others])
     else:
-        found = join(call, picked.values())
+        found = join_states(call, picked.values())
         if isinstance(state, Samples):
             if found != STATIC:
                 return (
-                    join(call, [found])
+                    join_states(call, [found])
                     if isinstance(found, Mixed)
                     else call.undecided("entries are picked by indices that depend on the batch")
                 )
             before = sum(d < state.dim for d in picked)
             shift = rank if first < state.dim else 0
-            return state.at(state.dim - before + shift)
+            return state.with_dim(state.dim - before + shift)
         if state != STATIC:
-            return join(call, [state, found])
-    return found.at(found.dim + first) if isinstance(found, Samples) else found
+            return join_states(call, [state, found])
+    return found.with_dim(found.dim + first) if isinstance(found, Samples) else found
 
 
 def index_put(call: OpCall) -> State:
-    """``x[i, j] = v``: allowed where every sample writes to its own part of x."""
-    table, values = call["self"], call["values"]
-    state = call.state(table)
-    given = [i for i in call["indices"] if i is not None]
-    masks = [i for i in given if i.meta["val"].dtype is torch.bool]
+    """``x[i, j] = v``: every sample must write to its own part of x.
+
+    If x holds no samples, ``x[i, j] += v`` is a sum over the batch.
+    """
+    indexed, values = call["self"], call["values"]
+    state = call.state(indexed)
+    indices = [i for i in call["indices"] if i is not None]
+    masks = [i for i in indices if i.meta["val"].dtype is torch.bool]
     if masks:
-        parts = aligned(call, masks, call.rank(masks[0]))
+        parts = broadcast_state(call, masks, call.rank(masks[0]))
         if call.rank(values) == 0 and call.state(values) == STATIC:
-            at_front = call["indices"][0] is masks[0] and len(given) == 1
-            return join(call, [state, parts]) if at_front else call.undecided("written by a mask")
+            at_front = call["indices"][0] is masks[0] and len(indices) == 1
+            return (
+                join_states(call, [state, parts])
+                if at_front
+                else call.undecided("written by a mask")
+            )
         return call.undecided("entries are written by a mask")
     value = call.state(values)
     if isinstance(value, Samples):
-        value = value.at(value.dim + _index_rank(call) - call.rank(values))
+        value = value.with_dim(value.dim + _index_rank(call) - call.rank(values))
     if not isinstance(state, Samples):
-        joint = join(call, [_picked(call, STATIC), value])
+        joint = join_states(call, [_index_state(call, STATIC), value])
         if isinstance(joint, Samples):
             return Reduced(ACCUMULATION if call["accumulate"] else None)
-        return join(call, [state, joint])
-    joint = join(call, [_picked(call, state), value])
+        return join_states(call, [state, joint])
+    joint = join_states(call, [_index_state(call, state), value])
     return joint if isinstance(joint, Mixed) else state
 
 
@@ -229,18 +195,18 @@ def _index_rank(call: OpCall) -> int:
 
 
 def index_add(call: OpCall) -> State:
-    """Rows added to those that indices say; to what holds no samples, a sum over the batch."""
+    """index_add: ``x[index[i]] += source[i]``; if x holds no samples, a sum over the batch."""
     if isinstance(call.state(call["self"]), Samples):
-        return rows(call)
+        return write_rows(call)
     index, source = call.state(call["index"]), call.state(call["source"])
     if isinstance(index, Samples):
-        index = index.at(call["dim"] % max(len(call.out), 1))
-    parts = join(call, [index, source])
+        index = index.with_dim(call["dim"] % max(len(call.out_shape), 1))
+    parts = join_states(call, [index, source])
     return Reduced(ACCUMULATION) if isinstance(parts, Samples) else parts
 
 
-def rows(call: OpCall) -> State:
-    """Rows along `dim` are changed."""
+def write_rows(call: OpCall) -> State:
+    """index_copy, index_fill: ``x[index[i]] = source[i]`` along `dim`."""
     nodes = call.tensors
     state = call.state(nodes[0])
     dim = call["dim"] % max(call.rank(nodes[0]), 1)
@@ -250,12 +216,12 @@ def rows(call: OpCall) -> State:
         return call.undecided("entries are written to other samples by index")
     if isinstance(state, Samples) and call.state(call["index"]) != STATIC:
         return call.undecided("entries are picked by indices that depend on the batch")
-    return aligned(call, [n for n in nodes if call.rank(n) == call.rank(nodes[0])])
+    return broadcast_state(call, [n for n in nodes if call.rank(n) == call.rank(nodes[0])])
 
 
 def histc(call: OpCall) -> State:
-    """How many entries fall between fixed numbers."""
-    state = join(call, [call.state(call.first)])
+    """histc: counts of entries between fixed bounds, a sum over the batch."""
+    state = join_states(call, [call.state(call.first)])
     if not isinstance(state, Samples):
         return state
     if call["min"] == call["max"]:
@@ -263,14 +229,8 @@ def histc(call: OpCall) -> State:
     return Reduced(SUM)
 
 
-RULES = table(
+RULES = rule_table(
     {
-        new: "zeros ones full empty rand randn randint new_zeros new_ones new_full new_empty"
-        " empty_strided new_empty_strided",
-        like: "zeros_like ones_like full_like empty_like rand_like randn_like randint_like",
-        scalar: "scalar_tensor tensor",
-        arange: "arange",
-        among_all: "eye randperm tril_indices triu_indices linspace",
         pointwise_index: "gather take_along_dim scatter",
         scatter_add: "scatter_add scatter_reduce",
         bucketize: "bucketize",
@@ -280,10 +240,7 @@ RULES = table(
         index: "index _unsafe_index",
         index_put: "index_put _unsafe_index_put _index_put_impl",
         index_add: "index_add",
-        rows: "index_copy index_fill",
+        write_rows: "index_copy index_fill",
         histc: "histc",
     }
 )
-
-TAKES_SIZES = {new, like, scalar, arange, among_all}
-"""Rules that know what the number of samples means where it is an argument."""

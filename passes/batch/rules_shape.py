@@ -1,7 +1,8 @@
-"""How the batch runs through views and what works along dimensions: one rule per kind of call.
+"""State rules for views and for ops that work along dimensions.
 
-A rule takes a `OpCall` (of which no tensor is `Mixed`) and gives the state of the result, or of
-each result. `follow` checks what it gives against the result's shape.
+A rule takes an `OpCall`, none of whose tensors is `Mixed`, and returns the state of the result, or
+a tuple of states for several results. `propagate_states` checks it against the result's shape. A
+line of a rule table gives a rule and the names of its operators.
 """
 
 from __future__ import annotations
@@ -13,46 +14,47 @@ from torch import fx
 
 from autopipe.passes.graph import is_integer, symbolic_size, tensors_of
 
-from .lattice import STATIC, Samples, State, aligned, alone, fresh, join, reshaped
+from .lattice import STATIC, Samples, State
+from .op_call import broadcast_state, first_operand_state, join_states, new_tensor_state, view_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from .lattice import OpCall
+    from .op_call import OpCall
 
 aten = torch.ops.aten
 
-ALONG = "it works along the batch"
-PLACES = "a part of the batch is picked by place"
+ALONG_BATCH = "it works along the batch"
+BY_POSITION = "a part of the batch is picked by position"
 
 
 def reshape(call: OpCall) -> State:
-    """view, flatten, squeeze and all that keep the elements in order."""
+    """view, flatten, squeeze and other views that keep the row-major order."""
     state = call.state(call.first)
     if not isinstance(state, Samples):
         return state
-    return reshaped(call, state, call.shape(call.first), call.out)
+    return view_state(call, state, call.shape(call.first), call.out_shape)
 
 
 def reshape_each(call: OpCall) -> State | tuple[State, ...]:
-    """atleast_2d and the like, of one tensor or of several."""
+    """atleast_1d, _2d and _3d, of one tensor or of several."""
     states: list[State] = []
     for node, out in zip(call.tensors, tensors_of(call.node), strict=True):
         state, shape = call.state(node), tuple(map(symbolic_size, out.shape))
         if isinstance(state, Samples):
-            state = reshaped(call, state, call.shape(node), shape)
+            state = view_state(call, state, call.shape(node), shape)
         states.append(state)
     return tuple(states) if isinstance(call.node.meta["val"], (tuple, list)) else states[0]
 
 
 def expand(call: OpCall) -> State:
-    """New dimensions and repeated ones; a static tensor may be expanded to the batch."""
+    """New dimensions in front and repeated ones; a static tensor may be expanded to the batch."""
     node = call.first
     state = call.state(node)
     if isinstance(state, Samples):
-        return state.at(state.dim + len(call.out) - call.rank(node))
-    alike = fresh(call, call.out, constant=True)
-    return alike if state == STATIC else join(call, [state, alike])
+        return state.with_dim(state.dim + len(call.out_shape) - call.rank(node))
+    alike = new_tensor_state(call, call.out_shape, uniform=True)
+    return alike if state == STATIC else join_states(call, [state, alike])
 
 
 def broadcast_tensors(call: OpCall) -> tuple[State, ...]:
@@ -61,34 +63,41 @@ def broadcast_tensors(call: OpCall) -> tuple[State, ...]:
     for node in call.tensors:
         state = call.state(node)
         if isinstance(state, Samples):
-            states.append(state.at(state.dim + len(call.out) - call.rank(node)))
+            states.append(state.with_dim(state.dim + len(call.out_shape) - call.rank(node)))
         else:
-            states.append(join(call, [state, fresh(call, call.out, constant=True)]))
+            states.append(
+                join_states(call, [state, new_tensor_state(call, call.out_shape, uniform=True)])
+            )
     return tuple(states)
 
 
-def rearrange(call: OpCall) -> State:
-    """Permutations of dimensions: where a dimension goes is tried on sizes that tell them apart."""
+def permute_dims(call: OpCall) -> State:
+    """Permutations of dimensions.
+
+    Where a dimension goes is read off a meta tensor whose sizes are all different.
+    """
     state = call.state(call.first)
     if not isinstance(state, Samples):
         return state
     marked = torch.empty([d + 2 for d in range(call.rank(call.first))], device="meta")
     target: Any = call.node.target
     moved = target(marked, *call.node.args[1:], **call.node.kwargs)
-    return state.at(list(moved.shape).index(state.dim + 2))
+    return state.with_dim(list(moved.shape).index(state.dim + 2))
 
 
-def along(call: OpCall) -> State:
-    """What works along some dimensions and keeps the others: softmax, cumsum, sort, flip, fft."""
+def along_dims(call: OpCall) -> State:
+    """Ops along the named dimensions that keep all others: softmax, cumsum, sort, flip, fft."""
     node = call.first
-    state = aligned(call, call.tensors)
-    if isinstance(state, Samples) and state.dim in _dims(call, max(map(call.rank, call.tensors))):
-        return call.mixed(ALONG, certain=not (is_integer(node) and is_integer(call.node)))
+    state = broadcast_state(call, call.tensors)
+    if isinstance(state, Samples) and state.dim in _named_dims(
+        call, max(map(call.rank, call.tensors))
+    ):
+        return call.mixed(ALONG_BATCH, proven=not (is_integer(node) and is_integer(call.node)))
     return state
 
 
-def _dims(call: OpCall, rank: int) -> set[int]:
-    """The dimensions that a call names; all of them where it names none."""
+def _named_dims(call: OpCall, rank: int) -> set[int]:
+    """The dimensions that an op names; all of them if it names none."""
     named = next((call[n] for n in ("dim", "dims", "axis", "dimension") if n in call), None)
     if named is None or named == []:
         return set(range(rank))
@@ -96,35 +105,39 @@ def _dims(call: OpCall, rank: int) -> set[int]:
 
 
 def last_dims(count: int) -> Callable[[OpCall], State]:
-    """What works on the last `count` dimensions: pooling, matrix factorisations, padding."""
+    """A rule for ops on the last `count` dimensions: pooling, matrix factorisations."""
 
     def rule(call: OpCall) -> State:
-        state = alone(call)
+        state = first_operand_state(call)
         if isinstance(state, Samples) and state.dim >= call.rank(call.first) - count:
-            return call.mixed(ALONG)
+            return call.mixed(ALONG_BATCH)
         return state
 
     return rule
 
 
 def pad(call: OpCall) -> State:
-    """Values put around the last dimensions; an amount of nothing leaves a dimension alone."""
+    """Padding of the last dimensions; an amount of 0 leaves a dimension alone."""
     amounts: Any = call["pad"] or call["padding"] or ()
-    state = join(call, [call.state(call.first)])
+    state = join_states(call, [call.state(call.first)])
     if isinstance(state, Samples):
         n = 2 * (call.rank(call.first) - 1 - state.dim)  # the last dimension's stand first
         if any(isinstance(a, fx.Node) or a for a in amounts[n : n + 2]):
-            return call.mixed("it works along the batch")
+            return call.mixed(ALONG_BATCH)
     return state
 
 
 def _packets(names: Iterable[str]) -> list[Any]:
-    """Operators by name; those that this torch does not have are left out."""
+    """Operators by name, without those that this version of torch lacks."""
     return [getattr(aten, n) for n in names if hasattr(aten, n)]
 
 
-def table(groups: dict[Callable[[OpCall], Any], str]) -> dict[Any, Callable[[OpCall], Any]]:
-    """operator → rule, from rule → the names of operators (also their in-place forms)."""
+def rule_table(groups: dict[Callable[[OpCall], Any], str]) -> dict[Any, Callable[[OpCall], Any]]:
+    """Build operator → rule from rule → operator names, in-place variants included.
+
+    Args:
+        groups: for each rule the names of its operators, separated by spaces.
+    """
     return {
         packet: rule
         for rule, names in groups.items()
@@ -133,16 +146,18 @@ def table(groups: dict[Callable[[OpCall], Any], str]) -> dict[Any, Callable[[OpC
     }
 
 
-RULES = table(
+RULES = rule_table(
     {
         reshape: "view reshape _unsafe_view flatten unflatten squeeze unsqueeze ravel view_as"
         " reshape_as _reshape_alias view_copy squeeze_copy unsqueeze_copy",
         reshape_each: "atleast_1d atleast_2d atleast_3d",
         expand: "expand expand_as broadcast_to",
         broadcast_tensors: "broadcast_tensors",
-        rearrange: "permute transpose t numpy_T mT mH adjoint movedim moveaxis swapaxes swapdims",
-        along: "softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod logcumsumexp"
-        " cummax cummin sort argsort topk flip roll fft_fft fft_ifft fft_rfft fft_irfft fft_fft2"
+        permute_dims: "permute transpose t numpy_T mT mH adjoint movedim moveaxis swapaxes"
+        " swapdims",
+        along_dims: "softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod"
+        " logcumsumexp cummax cummin sort argsort topk flip roll"
+        " fft_fft fft_ifft fft_rfft fft_irfft fft_fft2"
         " fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfft"
         " fft_ihfft fft_fftshift fft_ifftshift glu diff _fft_r2c _fft_c2r _fft_c2c softmin unfold"
         " trapezoid cumulative_trapezoid gradient",
@@ -151,5 +166,5 @@ RULES = table(
     }
 )
 
-TAKES_SIZES = {reshape, expand}
-"""Rules that know what the number of samples means where it is an argument."""
+USES_BATCH_SIZE = {reshape, expand}
+"""Rules that handle a batch size among the arguments themselves."""

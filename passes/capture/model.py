@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from autopipe.errors import CaptureError, UnsupportedError
 from autopipe.passes._torch import free_unbacked_symbols
-from autopipe.passes.batch import STATIC, Reduced, combine, follow, settle
+from autopipe.passes.batch import STATIC, Reduced, combine, decide_by_trial, propagate_states
 from autopipe.passes.graph import in_batch_symbol
 from autopipe.passes.ir import (
     SINGLE_SAMPLE,
@@ -179,7 +179,7 @@ def _combine_many(
     )
     wanted = [*results_of(graph), *updates.values()]
     value = _values(trace, request.leaves)
-    states, notes = settle(graph, inputs, follow(graph, inputs), wanted, value)
+    states, notes = decide_by_trial(graph, inputs, propagate_states(graph, inputs), wanted, value)
     states |= {n: Reduced(how) for n, how in reductions.items()}
     _mark_static(states)
     out_reduce = request.out_reduce

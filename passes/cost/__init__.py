@@ -25,7 +25,7 @@ from .node_costs import CallSeconds, annotate, call_seconds, recomputed_calls
 from .peak_memory import stage_peak_bytes
 from .phase_memory import StageBytes, stage_bytes
 from .phase_time import PhaseSeconds, phase_seconds
-from .stage_cost import StageCost, stage_cost
+from .stage_cost import StageCost, cost_of_stage
 
 __all__ = [
     "BoundCall",
@@ -35,11 +35,11 @@ __all__ = [
     "StageCost",
     "annotate",
     "call_seconds",
+    "cost_of_stage",
     "operand_values",
     "phase_seconds",
     "recomputed_calls",
     "stage_bytes",
-    "stage_cost",
     "stage_peak_bytes",
     "tensor_leaves",
     "tensor_operands",

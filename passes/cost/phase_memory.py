@@ -59,15 +59,15 @@ def stage_bytes(stage: StagePhases) -> StageBytes:
 @cache_per_graph
 def _stage_bytes(stage: StagePhases) -> tuple[Any, ...]:
     """`StageBytes` without names, since identical stages share a graph but not their names."""
-    _, *holders = [n for n in stage.graph.nodes if n.op == "placeholder"]
-    own_state, rest = holders[: len(stage.held)], holders[len(stage.held) :]
+    _, *placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
+    state, rest = placeholders[: len(stage.state)], placeholders[len(stage.state) :]
     received, tangents = rest[: len(stage.receives)], rest[len(stage.receives) :]
     results = stage.results()
     by_name = {n.name: n for n in stage.graph.nodes}
     saved = [by_name[name] for name in stage.saved]
     forward = [n for n in stage.graph.nodes if stage.phase_of.get(n.name) == "F"]
     backward = [n for n in stage.graph.nodes if stage.phase_of.get(n.name, "F") != "F"]
-    ignored = {storage_id(t) for n in own_state for t in _tensors(n)}
+    ignored = {storage_id(t) for n in state for t in _tensors(n)}
     forward_results = [*results["returns"], *results["updates"], *saved]
     sent, own = results["sent_grads"], results["own_grads"]
     sums = sum(_sizes([n for n in own if isinstance(n, fx.Node)], ignored).values())

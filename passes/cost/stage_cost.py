@@ -62,7 +62,7 @@ class StageCost:
     recompute_seconds: float
 
 
-def stage_cost(
+def cost_of_stage(
     split: Split,
     stage: StageGraph,
     batch: int,

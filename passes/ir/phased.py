@@ -41,15 +41,15 @@ class RandomDraw(NamedTuple):
 class StagePhases:
     """One stage at one micro-batch size: a pure joint graph, and the phase of each node.
 
-    The graph's placeholders are, in order: the runtime's `ctx`, `held`, `receives`, and one tangent
-    per name in `tangents`. Its results are, in order: `returns`, one new value per name in
+    The graph's placeholders are, in order: the runtime's `ctx`, `state`, `receives`, and one
+    tangent per name in `tangents`. Its results are, in order: `returns`, one new value per name in
     `updates`, one gradient per name in `own_grads`, one per name in `sent_grads`.
 
     `codegen` writes a function per phase group (R, B and W are one where the schedule runs them
     together). It takes `ctx` and a list of tensors, which it empties, and returns a list::
 
-        F_{index}_b{size}(ctx, [*held, *receives]) -> [*returns, *updates, *saved]
-        RBW_{index}_b{size}(ctx, [*held, *saved, *tangents]) -> [*sent_grads]
+        F_{index}_b{size}(ctx, [*state, *receives]) -> [*returns, *updates, *saved]
+        RBW_{index}_b{size}(ctx, [*state, *saved, *tangents]) -> [*sent_grads]
 
     A backward passes the gradients in `own_grads` to ``ctx.accumulate(position, gradient)``. For
     ``mse_loss(c(relu(b(tanh(a(x))))), y)`` with linear layers a, b, c, a layer per stage,
@@ -73,7 +73,7 @@ class StagePhases:
         graph: joint forward and backward; pure except for random draws and caches of kernels.
         phase_of: node name → "F", "R", "B" or "W"; placeholders and the output have none.
         saved: values that F saves for the other phases (received values among them).
-        held: the stage's parameters, buffers and constants, then its copies of shared parameters.
+        state: the stage's parameters, buffers and constants, then its copies of shared parameters.
         receives: values that arrive with every micro-batch.
         tangents: values whose gradients arrive with every micro-batch.
         returns: values that the stage sends to other stages or to the caller.
@@ -88,7 +88,7 @@ class StagePhases:
     graph: fx.Graph
     phase_of: Mapping[str, str]
     saved: tuple[str, ...]
-    held: tuple[str, ...]
+    state: tuple[str, ...]
     receives: tuple[str, ...]
     tangents: tuple[str, ...]
     returns: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""`Split`, the cut in space: the graphs of stages, and the routes between them (see `ir`)."""
+"""`Split`, the cut in space: the stages' forward graphs and the routes of values between them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from autopipe.passes.remat_policies import RematPolicy
 
 CALLER = -1
-"""The "stage" that model inputs come from: whoever calls the pipeline."""
+"""The "stage" number of the pipeline's caller, where inputs come from and outputs go to."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """A value that more than one party knows: who makes it, who needs it.
+    """A value that crosses stage boundaries: where it comes from and which stages receive it.
 
     Attributes:
-        spec: its looks.
-        kind: "activation" (made by a stage), "input" (a tensor of the call) or "parameter" (held
-            by `source`, lent to other stages once a step).
-        source: the stage that makes or holds it, or `CALLER`.
+        spec: its name, shape and dtype.
+        kind: "activation" (computed by a stage), "input" (a tensor that the caller passes) or
+            "parameter" (owned by stage `source`, copied to the consumers once a step).
+        source: the stage that computes or owns it, or `CALLER`.
         consumers: the stages that receive it, ascending.
-        output: position among the pipeline's outputs, or None.
+        output: its position among the pipeline's outputs; None if it is not one.
     """
 
     spec: TensorSpec
@@ -47,20 +47,27 @@ class Route:
 
     @property
     def holders(self) -> tuple[int, ...]:
-        """All stages that know the value, ascending; the caller is not one."""
+        """All stages that have the value, ascending; the caller does not count."""
         return self.consumers if self.source == CALLER else (self.source, *self.consumers)
 
     def gradient_from(self, stage: int) -> int | None:
-        """The stage whose running gradient sum `stage` adds its own share to, if any.
+        """The stage that sends `stage` the sum of later stages' gradients; None if there is none.
 
-        Shares are summed from the last holder to the first: the order in which autograd visits
-        the consumers of a value in the whole graph.
+        Each holder adds its own gradient to the sum, from the last holder to the first: the order
+        in which autograd visits the consumers of a value in the whole graph.
+
+        Args:
+            stage: one of the holders.
         """
         later = [k for k in self.holders if k > stage]
         return later[0] if later else None
 
     def gradient_to(self, stage: int) -> int | None:
-        """The party that takes the sum over from `stage`; None if it stays there."""
+        """The stage (or `CALLER`) that `stage` sends the gradient sum to; None if it stays there.
+
+        Args:
+            stage: one of the holders.
+        """
         earlier = [k for k in self.holders if k < stage]
         if earlier:
             return earlier[-1]
@@ -71,12 +78,32 @@ class Route:
 class StageGraph:
     """One stage's forward, with an explicit signature.
 
-    graph_module: placeholders `held`, `lent`, `receives`; returns `returns`, all in order.
-    held: the stage's own parameters, buffers and constants.
-    lent: parameters that an earlier stage holds, once a step.
-    receives: values that come with every micro-batch.
-    origins: for each node of its graph, its position in the captured graph (-1: none).
-    fingerprint: equal for stages whose graphs make the same calls.
+    The graph takes `held`, `lent` and `receives`, in this order, and returns `returns`::
+
+        stage(*held, *lent, *receives) -> [*returns]
+
+    For three linear layers a, b, c with tanh and relu between them, a loss against `y` in the last
+    stage, and one layer per stage::
+
+        Stage0(p_a_weight, p_a_bias, x) -> [tanh]
+        Stage1(p_b_weight, p_b_bias, tanh) -> [relu]
+        Stage2(p_c_weight, p_c_bias, y, relu) -> [mse_loss]
+
+    If layers a and c shared their weight, stage 0 would own it and stage 2 get a copy::
+
+        Stage2(p_c_bias, p_a_weight, y, relu) -> [mse_loss]
+
+    Tracing it with its backward gives `StagePhases`, which shows the functions that are generated.
+
+    Attributes:
+        index: the stage's number.
+        graph_module: the forward.
+        held: parameters that the stage owns, buffers and constants.
+        lent: names of shared parameters that an earlier stage owns; copied from there once a step.
+        receives: names of values that arrive with every micro-batch.
+        returns: names of values that other stages or the caller need.
+        origins: for each node of its graph, its position in the captured graph (-1: none).
+        fingerprint: equal for stages whose graphs are the same program.
     """
 
     index: int
@@ -90,7 +117,7 @@ class StageGraph:
 
     @property
     def signature(self) -> list[str]:
-        """Names of the graph's placeholders."""
+        """Names of the graph's placeholders, in order."""
         return [*(i.name for i in self.held), *self.lent, *self.receives]
 
 
@@ -134,9 +161,14 @@ class StageEstimates:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """K stage graphs, the routes of the values between them, and what the cut was chosen by.
+    """K stage graphs, the routes of the values between them, and the estimates of the cut.
 
-    duplicated: the ops that several stages compute, by name, and which stages do.
+    Attributes:
+        annotated: the whole program, its ops in an order in which stages follow one another.
+        stages: the stage graphs.
+        routes: the values that cross between stages, or between a stage and the caller, by name.
+        estimates: estimated time and memory of the stages.
+        duplicated: the ops that several stages compute, by name, and which stages do.
     """
 
     annotated: Annotated
@@ -151,16 +183,16 @@ class Split:
 
     @cached_property
     def calls(self) -> tuple[tuple[fx.Node, ...], ...]:
-        """For each stage the calls it makes, as nodes of the captured graph.
+        """For each stage its ops, as nodes of the captured graph.
 
-        (Not by name: in its own graph a stage works out sizes, which may take the names of calls.)
+        (Not by name: sizes that a stage computes in its own graph may take the names of ops.)
         """
         nodes = list(self.captured.graph_module.graph.nodes)
         return tuple(tuple(nodes[i] for i in s.origins if i >= 0) for s in self.stages)
 
     @property
     def firsts(self) -> tuple[str | None, ...]:
-        """The first call of each stage that no stage before makes as well; None: it has no call."""
+        """The first op of each stage that no earlier stage computes as well; None: it has none."""
         own = (
             (n.name for n in calls if self.duplicated.get(n.name, (k,))[0] == k)
             for k, calls in enumerate(self.calls)

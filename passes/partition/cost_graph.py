@@ -1,4 +1,4 @@
-"""A graph with costs, as the partitioner reads it: a measured profile or a captured model."""
+"""`CostGraph`: the input of the partitioner, from a measured profile or a captured model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EDGE = r"\t(\S+) -- (\S+)"
 
 @dataclass(frozen=True)
 class CostGraph:
-    """A directed acyclic graph with a cost on every node; nodes are known by their index.
+    """A directed acyclic graph with a cost on every node; a node is its index.
 
     Attributes:
         names: N distinct node names.
@@ -43,10 +43,14 @@ class CostGraph:
         """Read a profile measured by PipeDream (arXiv 1806.03377; its ``graph.txt`` files).
 
         Times are milliseconds in the file and seconds here. Nodes described as ``Input...`` cost
-        nothing: theirs is the time to load data. Several output sizes ``[a; b]`` are added up.
+        0: their time is that of loading data. Several output sizes ``[a; b]`` are summed.
+
+        Args:
+            path: of the file.
 
         Raises:
-            PartitionError: a line that is neither node nor edge, a name given twice or never.
+            PartitionError: a line that is neither node nor edge, a name listed twice, or an edge of
+                an unknown node.
             OSError: the file cannot be read.
         """
         index: dict[str, int] = {}
@@ -69,7 +73,7 @@ class CostGraph:
                 _malformed(source, line)
             seconds.append(0.0 if node["what"].startswith("Input") else milliseconds / 1000)
             nbytes.append(sum(sizes))
-        for source, line in lines:  # once more: an edge may stand before its nodes
+        for source, line in lines:  # a second pass: an edge may precede its nodes
             if line.startswith("\t"):
                 if (edge := re.fullmatch(_EDGE, line)) is None:
                     _malformed(source, line)
@@ -84,71 +88,73 @@ class CostGraph:
         """Check lengths, ranges and values, and that there is no cycle.
 
         Raises:
-            PartitionError: naming the node concerned.
+            PartitionError: naming the node.
         """
         N = len(self.names)
         for name, count in Counter(self.names).items():
             if count > 1:
                 raise PartitionError(f"{count} nodes have the same name", node=name)
-        facts: dict[str, Sequence[float] | None] = {
+        fields: dict[str, Sequence[float] | None] = {
             "seconds": self.seconds,
             "nbytes": self.nbytes,
             "parameter_nbytes": self.parameter_nbytes,
         }
-        for what, values in facts.items():
+        for field, values in fields.items():
             if values is None:
                 continue
             if len(values) != N:
-                raise PartitionError(f"{len(values)} {what} for {N} names")
+                raise PartitionError(f"{len(values)} {field} for {N} names")
             for name, value in zip(self.names, values, strict=True):
                 if not 0 <= value < math.inf:
-                    problem = f"{what} must be finite and >= 0"
+                    problem = f"{field} must be finite and >= 0"
                     raise PartitionError(problem, node=name, found=str(value))
         for edge in self.edges:
             if not all(0 <= end < N for end in edge):
-                raise PartitionError(f"an edge of {N} nodes leaves the graph", found=str(edge))
+                raise PartitionError(
+                    f"an edge names a node outside the graph of {N} nodes", found=str(edge)
+                )
         ready = set(self._kahn())
         if len(ready) < N:
             cycle = " -> ".join(self.names[node] for node in self._cycle(ready))
             raise PartitionError("the graph has a cycle", found=cycle)
 
     def order(self) -> tuple[int, ...]:
-        """The topological order that is cut, as node indices: Kahn's, newest ready node first.
+        """The topological order that is cut first, as node indices: Kahn's, newest ready node next.
 
-        A stack follows one branch to its end before it starts the next, so a cut crosses few
-        values. Equal graphs have equal orders.
+        A stack follows one branch to its end before it starts the next, so few values cross a cut.
+        Deterministic: equal graphs have equal orders.
 
         Raises:
-            PartitionError: the graph is not sound (see `verify`).
+            PartitionError: the graph is not valid (see `verify`).
         """
         self.verify()
         return tuple(self._kahn())
 
     def _kahn(self) -> list[int]:
-        waits = [0] * len(self.names)
+        missing = [0] * len(self.names)
         consumers: list[list[int]] = [[] for _ in self.names]
         for producer, consumer in self.edges:
-            waits[consumer] += 1
+            missing[consumer] += 1
             consumers[producer].append(consumer)
-        ready = [node for node, count in enumerate(waits) if count == 0]
+        ready = [node for node, count in enumerate(missing) if count == 0]
         order = []
         while ready:
             node = ready.pop()
             order.append(node)
             for consumer in consumers[node]:
-                waits[consumer] -= 1
-                if waits[consumer] == 0:
+                missing[consumer] -= 1
+                if missing[consumer] == 0:
                     ready.append(consumer)
         return order
 
     def _cycle(self, ready: set[int]) -> list[int]:
-        """One cycle, its first node again at the end; the nodes not in `ready` wait for one."""
-        awaited = {b: a for a, b in self.edges if a not in ready and b not in ready}
+        """One cycle, with its first node again at the end, among the nodes not in `ready`."""
+        producer_of = {b: a for a, b in self.edges if a not in ready and b not in ready}
         seen: dict[int, None] = {}
-        node = next(iter(awaited))
+        node = next(iter(producer_of))
         while node not in seen:
             seen[node] = None
-            node = awaited[node]
+            node = producer_of[node]
         path = list(seen)
         return [node, *reversed(path[path.index(node) :])]
 

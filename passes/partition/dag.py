@@ -1,7 +1,6 @@
-"""The partitioner's problem in integers: a DAG in topological order with a cost on every node.
+"""A DAG in topological order with an integer cost on every node: what the search works on.
 
-Costs are floats scaled by one power of two (`chain_cut.integers`), so every comparison is exact
-and a proof is a proof. This file knows no torch.
+Costs are floats scaled by one power of two (`scaled_integers`), so every comparison is exact.
 """
 
 from __future__ import annotations
@@ -26,7 +25,12 @@ class Dag:
 
     @classmethod
     def of(cls, costs: Sequence[int], edges: Iterable[tuple[int, int]]) -> Dag:
-        """A graph of N costs and of edges (a, b) with a < b; those given twice count once."""
+        """Build a graph.
+
+        Args:
+            costs: N costs.
+            edges: (a, b) pairs with a < b; repeated pairs count once.
+        """
         before: list[set[int]] = [set() for _ in costs]
         after: list[set[int]] = [set() for _ in costs]
         for a, b in edges:
@@ -37,39 +41,39 @@ class Dag:
 
     @property
     def size(self) -> int:
-        """Nodes and edges: what it costs to look at everything once."""
+        """Number of nodes and edges."""
         return len(self.costs) + sum(map(len, self.after))
 
     @property
     def is_chain(self) -> bool:
-        """Whether there is one topological order only: each node depends on the one before it."""
+        """Whether there is only one topological order: each node depends on the one before it."""
         return all(v in self.after[v - 1] for v in range(1, len(self.costs)))
 
     def reversed(self) -> Dag:
-        """The same graph from its end; node v becomes node N - 1 - v.
+        """The graph with its edges reversed; node v becomes node N - 1 - v.
 
-        A cut of one into K stages, read backwards, is a cut of the other.
+        A cut of one into K stages, read backward, is a cut of the other.
         """
         last = len(self.costs) - 1
 
-        def turn(neighbours: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        def reverse(neighbours: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
             return tuple(tuple(last - v for v in reversed(of)) for of in reversed(neighbours))
 
-        return Dag(self.costs[::-1], turn(self.after), turn(self.before))
+        return Dag(self.costs[::-1], reverse(self.after), reverse(self.before))
 
     def with_twins_ordered(self) -> Dag:
-        """The same graph, nodes of equal cost and equal neighbours in a row, one after the other.
+        """The graph with an edge from each node to its next twin: equal cost, equal neighbours.
 
-        Twins can change places in any cut, so one of the best keeps them in order. N! equal orders
+        Twins can be swapped in any cut, so some best cut keeps them in order. N! equivalent orders
         of N twins become one.
         """
         twins: dict[tuple[int, tuple[int, ...], tuple[int, ...]], int] = {}
-        more = []
+        extra = []
         for v, key in enumerate(zip(self.costs, self.before, self.after, strict=True)):
             if key in twins:
-                more.append((twins[key], v))
+                extra.append((twins[key], v))
             twins[key] = v
-        if not more:
+        if not extra:
             return self
         edges = [(a, b) for a, after in enumerate(self.after) for b in after]
-        return Dag.of(self.costs, [*edges, *more])
+        return Dag.of(self.costs, [*edges, *extra])

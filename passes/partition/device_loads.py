@@ -1,7 +1,8 @@
-"""Stages on devices that differ: in speed, in memory, in what they keep per parameter.
+"""Times and bytes of N items in a row on K devices that may differ.
 
-The order of the devices is fixed: stage k is on device k. What the items in a row take of each is
-plain arrays of integers, several for a stage that may run in several ways; `contiguous` cuts them.
+The order of the devices is fixed: stage k is on device k. All numbers are integers. A stage may
+have several options (rematerialization policies, for example), each with its own times and bytes.
+`hetero_cut` cuts the row.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from operator import mul
 
 from autopipe.errors import OptionError
 
-from .chain_cut import integers
+from .scaled_integers import to_integers, unit_of
 
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """What one stage runs on.
+    """The device of one stage.
 
     Attributes:
         speed: the graph's times are divided by it, > 0.
         seconds: forward + backward time of each node on this device, N values >= 0; None: the
             graph's times by `speed`.
-        memory_bytes: what a stage may keep here; None: no limit.
-        parameter_factor: bytes kept for each byte of parameters: 1 for them alone, 4 with gradients
-            and two moments of an optimizer.
-        in_flight: micro-batches of which activations are kept at once: M under GPipe, min(K - k, M)
-            in stage k under 1F1B.
+        memory_bytes: memory for one stage; None: no limit.
+        parameter_factor: bytes stored for each byte of parameters: 1 for parameters alone, 4 with
+            gradients and two optimizer moments.
+        in_flight: number of micro-batches whose activations are stored at once: M under GPipe,
+            min(K - k, M) in stage k under 1F1B.
     """
 
     speed: float = 1.0
@@ -43,69 +44,75 @@ class DeviceSpec:
     def verify(self, nodes: int) -> None:
         """Check ranges and lengths.
 
+        Args:
+            nodes: N, the number of nodes of the graph.
+
         Raises:
             OptionError: naming the field.
         """
         factor, memory = self.parameter_factor, self.memory_bytes
-        own = nodes if self.seconds is None else len(self.seconds)
-        facts: list[tuple[str, bool, str, float | None]] = [
+        count = nodes if self.seconds is None else len(self.seconds)
+        checks: list[tuple[str, bool, str, float | None]] = [
             ("speed", 0 < self.speed < math.inf, "finite, > 0", self.speed),
             ("memory_bytes", memory is None or memory >= 0, "bytes >= 0", memory),
             ("parameter_factor", 0 <= factor < math.inf, "finite, >= 0", factor),
             ("in_flight", self.in_flight >= 0, "micro-batches >= 0", self.in_flight),
-            ("seconds", own == nodes, f"{nodes} values", own),
+            ("seconds", count == nodes, f"{nodes} values", count),
         ]
-        for what, right, expected, value in facts:
-            if not right:
-                raise OptionError(f"`{what}` of a device", expected=expected, found=f"{value}")
+        for name, valid, expected, value in checks:
+            if not valid:
+                raise OptionError(f"`{name}` of a device", expected=expected, found=f"{value}")
 
 
 @dataclass(frozen=True)
-class Value:
-    """What a stage must fetch, or hold a copy of, if it uses it and an item before it made it.
+class BoundaryValue:
+    """A value that a stage must receive, or store a copy of, if an earlier stage has it first.
 
     Attributes:
-        made: the item that makes it; -1: it is there before all items.
-        uses: the later items that use it, ascending.
+        producer: the item that computes it (of a parameter: that uses it first); -1: it exists
+            before all items.
+        consumers: the later items that use it, ascending.
     """
 
-    made: int
-    uses: tuple[int, ...]
+    producer: int
+    consumers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Loads:
-    """Times and bytes of N items in a row on each of K devices, in integers: A >= K rows.
+class DeviceLoads:
+    """Times and bytes of N items in a row on each of K devices, in integers, for A >= K options.
 
-    A stage takes the sums of its items' rows, and for each value that one of its items uses and
-    that was made before its first item, once, that value's time and bytes. Of several rows it
-    takes the one of least time among those that keep their limits; the first of several; if none
-    does, the one that misses its limit by least. (Rows that are equal may be one object; then they
-    are looked at once.)
+    An option is one way to run a stage. The cost of a stage under an option is the sum over its
+    items, plus, once for each value that one of its items uses and that was computed before its
+    first item, the value's receive time and copy bytes. A stage takes its fastest option among
+    those that keep their byte limits, the first of several; if none does, the option that is over
+    its limit by least. (Options with equal numbers may share the tuples; shared tuples are
+    processed once.)
 
     Attributes:
         times: A times N costs, in one unit for all.
-        unit: seconds.
-        nbytes: A times N bytes, each row in a unit of its own.
-        limits: of the sums of rows of `nbytes`; None: no limit.
-        grains: for each row of `nbytes`, how many of its units are a byte.
-        values: V values that more than one item knows.
-        fetching: A times V costs of fetching them, in the unit of `times`; or empty: no cost.
-        copies: A times V sizes of them, in the unit of the row of `nbytes`; or empty: nothing.
-        names: of the items, for messages.
-        ways: for each of K stages its rows, at least one; empty: row k is that of stage k.
+        unit: seconds of one unit of `times`.
+        nbytes: A times N memory costs, in byte units of each option's own.
+        byte_limits: A limits on sums of `nbytes`, in the same units; None: no limit.
+        units_per_byte: A integers: how many byte units of an option make one byte.
+        values: V values that more than one item uses.
+        receive_times: A times V costs to receive them, in the unit of `times`; empty: free.
+        copy_bytes: A times V sizes of their copies, in byte units; empty: no memory.
+        item_names: names of the items for messages; may be empty.
+        stage_options: for each of K stages the numbers of its options, at least one; empty: stage k
+            has option k alone.
     """
 
     times: tuple[Sequence[int], ...]
     unit: Fraction
     nbytes: tuple[Sequence[int], ...]
-    limits: tuple[int | None, ...]
-    grains: tuple[int, ...]
-    values: tuple[Value, ...] = ()
-    fetching: tuple[Sequence[int], ...] = ()
-    copies: tuple[Sequence[int], ...] = ()
-    names: tuple[str, ...] = ()
-    ways: tuple[tuple[int, ...], ...] = ()
+    byte_limits: tuple[int | None, ...]
+    units_per_byte: tuple[int, ...]
+    values: tuple[BoundaryValue, ...] = ()
+    receive_times: tuple[Sequence[int], ...] = ()
+    copy_bytes: tuple[Sequence[int], ...] = ()
+    item_names: tuple[str, ...] = ()
+    stage_options: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(
@@ -114,132 +121,162 @@ class Loads:
         seconds: Sequence[float],
         parameters: Sequence[int],
         activations: Sequence[int],
-    ) -> Loads:
-        """The loads of N nodes, in the order given; sizes in bytes.
+    ) -> DeviceLoads:
+        """The loads of N nodes in a given order, one option per device.
+
+        Args:
+            devices: K devices.
+            seconds: N times.
+            parameters: N sizes of parameters, in bytes.
+            activations: N sizes of outputs, in bytes.
 
         Raises:
             OptionError: a device with a value out of range, or of the wrong length.
         """
-        rows: list[tuple[list[int], Fraction]] = []
+        scaled: list[tuple[list[int], Fraction]] = []
         for device in devices:
             device.verify(len(seconds))
             own = seconds if device.seconds is None else device.seconds
-            costs = integers("seconds", own)
+            costs = to_integers("seconds", own)
             unit = unit_of(own, costs)
-            rows.append((costs, unit / Fraction(device.speed) if device.seconds is None else unit))
-        common = math.lcm(*(unit.denominator for _, unit in rows))
+            unit = unit / Fraction(device.speed) if device.seconds is None else unit
+            scaled.append((costs, unit))
+        common = math.lcm(*(unit.denominator for _, unit in scaled))
         times = tuple(
             tuple(cost * factor for cost in costs)
-            for costs, unit in rows
+            for costs, unit in scaled
             for factor in [unit.numerator * (common // unit.denominator)]
         )
-        nbytes, limits, grains = [], [], []
+        nbytes, limits, units_per_byte = [], [], []
         for device in devices:
-            factor, grain = float(device.parameter_factor).as_integer_ratio()
+            factor, units = float(device.parameter_factor).as_integer_ratio()
             pairs = zip(parameters, activations, strict=True)
-            nbytes.append(tuple(p * factor + a * grain * device.in_flight for p, a in pairs))
-            limits.append(None if device.memory_bytes is None else device.memory_bytes * grain)
-            grains.append(grain)
-        return cls(times, Fraction(1, common), tuple(nbytes), tuple(limits), tuple(grains))
+            nbytes.append(tuple(p * factor + a * units * device.in_flight for p, a in pairs))
+            limits.append(None if device.memory_bytes is None else device.memory_bytes * units)
+            units_per_byte.append(units)
+        return cls(times, Fraction(1, common), tuple(nbytes), tuple(limits), tuple(units_per_byte))
+
+    @classmethod
+    def of_equal_devices(cls, costs: Sequence[int], stages: int) -> DeviceLoads:
+        """The loads of N items on K equal devices without memory limits.
+
+        Args:
+            costs: N integers; the unit of time is that of one of them.
+            stages: K.
+        """
+        nbytes: Sequence[int] = (0,) * len(costs)
+        unlimited = (None,) * stages
+        return cls((costs,) * stages, Fraction(1), (nbytes,) * stages, unlimited, (1,) * stages)
 
     @cached_property
-    def rows(self) -> tuple[tuple[int, ...], ...]:
-        """For each stage the rows that it may take."""
-        return self.ways or tuple((row,) for row in range(len(self.times)))
+    def options(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage the numbers of its options."""
+        return self.stage_options or tuple((option,) for option in range(len(self.times)))
 
     @cached_property
-    def least_times(self) -> tuple[Sequence[int], ...]:
-        """For each stage the least times of the items, whatever it takes of memory."""
+    def min_times(self) -> tuple[Sequence[int], ...]:
+        """For each stage the minimum over its options of each item's time, ignoring memory."""
         found: dict[tuple[int, ...], Sequence[int]] = {}
-        for rows in self.rows:
-            times = list({id(self.times[row]): self.times[row] for row in rows}.values())
+        for options in self.options:
+            times = list({id(self.times[one]): self.times[one] for one in options}.values())
             key = tuple(map(id, times))
             if key not in found:
                 columns = zip(*times, strict=True)
                 found[key] = times[0] if len(times) == 1 else tuple(map(min, columns))
         return tuple(
-            found[tuple({id(self.times[row]): None for row in rows})] for rows in self.rows
+            found[tuple({id(self.times[one]): None for one in options})] for options in self.options
         )
 
     @property
-    def bound(self) -> int:
-        """A time that the largest stage of no cut is below, whatever the order and the limits.
+    def lower_bound(self) -> int:
+        """A time that the largest stage of no cut is below, for any order and without limits.
 
-        The largest over items of their least time; and, as T sum(w) >= sum over stages of w times
-        stage time, for any weights w >= 0 of the devices, the sum over items of their least
-        weighted time over sum(w). Weights as the devices' speeds on the whole are about best.
+        The larger of two bounds: the largest over items of their minimal time; and, since
+        T sum(w) >= sum over stages of w times stage time for any weights w >= 0 of the devices, the
+        sum over items of their minimal weighted time, over sum(w). Weights equal to the devices'
+        overall speeds are about best.
         """
-        rows = list({id(row): row for row in self.least_times}.values())
-        if not (whole := min(sum(row) for row in rows)):
+        rows = list({id(row): row for row in self.min_times}.values())
+        if not (fastest := min(sum(row) for row in rows)):
             return 0
-        weights = {id(row): (whole << 64) // sum(row) for row in rows}
+        weights = {id(row): (fastest << 64) // sum(row) for row in rows}
         own = list(weights.values())
         least: list[int] = [min(column) for column in zip(*rows, strict=True)]
         total: int = sum(min(map(mul, column, own)) for column in zip(*rows, strict=True))
-        return max(-(-total // sum(weights[id(row)] for row in self.least_times)), *least)
+        return max(-(-total // sum(weights[id(row)] for row in self.min_times)), *least)
 
     @cached_property
-    def waiting(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """For each position 0..N - 1 the values made before it and used from it on.
+    def incoming(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """For each position 0..N - 1 the values computed before it and used at or after it.
 
-        Each with the first item from there on that uses it: (item, value), ascending.
+        Each as (first item from there on that uses it, number of the value), ascending.
         """
         found: list[list[tuple[int, int]]] = [[] for _ in self.times[0]]
         for v, value in enumerate(self.values):
-            for before, use in pairwise((value.made, *value.uses)):
+            for before, use in pairwise((value.producer, *value.consumers)):
                 for position in range(before + 1, use + 1):
                     found[position].append((use, v))
         return tuple(tuple(sorted(each)) for each in found)
 
-    def chosen(self, starts: Sequence[int]) -> tuple[int, ...]:
-        """The row that each stage of a cut takes."""
+    def chosen_options(self, starts: Sequence[int]) -> tuple[int, ...]:
+        """The option that each stage of a cut takes.
+
+        Args:
+            starts: the K - 1 items at which stages 1..K-1 start.
+        """
         bounds = list(pairwise([0, *starts, len(self.times[0])]))
         found = []
-        for rows, (a, b) in zip(self.rows, bounds, strict=True):
-            sizes = {row: self._sum(self.nbytes, self.copies, row, a, b) for row in rows}
-            over = {row: self._over(row, size) for row, size in sizes.items()}
-            fitting = [row for row in rows if not over[row]]
-            times = {row: self._sum(self.times, self.fetching, row, a, b) for row in fitting}
-            found.append(min(times or over, key=(times or over).__getitem__))
+        for options, (a, b) in zip(self.options, bounds, strict=True):
+            sizes = {one: self._sum(self.nbytes, self.copy_bytes, one, a, b) for one in options}
+            excess = {one: self._excess_bytes(one, size) for one, size in sizes.items()}
+            fitting = [one for one in options if not excess[one]]
+            times = {one: self._sum(self.times, self.receive_times, one, a, b) for one in fitting}
+            found.append(min(times or excess, key=(times or excess).__getitem__))
         return tuple(found)
 
     def stage_bytes(self, starts: Sequence[int]) -> tuple[int, ...]:
-        """Bytes that each stage of a cut keeps, rounded up."""
-        sums = self._sums(self.nbytes, self.copies, starts)
-        grains = [self.grains[row] for row in self.chosen(starts)]
-        return tuple(-(-size // grain) for size, grain in zip(sums, grains, strict=True))
+        """Memory of each stage of a cut, in bytes, rounded up.
+
+        Args:
+            starts: the K - 1 items at which stages 1..K-1 start.
+        """
+        sums = self._stage_sums(self.nbytes, self.copy_bytes, starts)
+        units = [self.units_per_byte[option] for option in self.chosen_options(starts)]
+        return tuple(-(-size // unit) for size, unit in zip(sums, units, strict=True))
 
     def stage_times(self, starts: Sequence[int]) -> tuple[int, ...]:
-        """The time of each stage of a cut."""
-        return tuple(self._sums(self.times, self.fetching, starts))
+        """The time of each stage of a cut, in `unit`.
 
-    def _over(self, row: int, size: int) -> Fraction:
-        """By how many bytes a sum of a row of `nbytes` is above its limit."""
-        limit = self.limits[row]
-        return Fraction(0 if limit is None else max(0, size - limit), self.grains[row])
+        Args:
+            starts: the K - 1 items at which stages 1..K-1 start.
+        """
+        return tuple(self._stage_sums(self.times, self.receive_times, starts))
 
-    def _sums(
-        self, rows: Sequence[Sequence[int]], more: Sequence[Sequence[int]], starts: Sequence[int]
+    def _excess_bytes(self, option: int, size: int) -> Fraction:
+        """By how many bytes a sum of `nbytes` is above the option's limit."""
+        limit = self.byte_limits[option]
+        excess = 0 if limit is None else max(0, size - limit)
+        return Fraction(excess, self.units_per_byte[option])
+
+    def _stage_sums(
+        self,
+        per_item: Sequence[Sequence[int]],
+        per_value: Sequence[Sequence[int]],
+        starts: Sequence[int],
     ) -> list[int]:
-        """What the stages take of their rows."""
+        """For each stage the sum of its chosen option."""
         bounds = pairwise([0, *starts, len(self.times[0])])
-        chosen = zip(self.chosen(starts), bounds, strict=True)
-        return [self._sum(rows, more, row, a, b) for row, (a, b) in chosen]
+        chosen = zip(self.chosen_options(starts), bounds, strict=True)
+        return [self._sum(per_item, per_value, option, a, b) for option, (a, b) in chosen]
 
     def _sum(
         self,
-        rows: Sequence[Sequence[int]],
-        more: Sequence[Sequence[int]],
-        row: int,
+        per_item: Sequence[Sequence[int]],
+        per_value: Sequence[Sequence[int]],
+        option: int,
         a: int,
         b: int,
     ) -> int:
-        """Of a row over a stage, and of what it adds for values that it receives."""
-        received = [v for use, v in self.waiting[a] if use < b] if more else []
-        return sum(rows[row][a:b]) + sum(more[row][v] for v in received)
-
-
-def unit_of(values: Sequence[float], costs: Sequence[int]) -> Fraction:
-    """What one unit of `costs`, the same values as integers, is."""
-    pairs = zip(values, costs, strict=True)
-    return next((Fraction(value) / cost for value, cost in pairs if cost), Fraction(1))
+        """The sum of an option over items a..b-1 and over the values that they receive."""
+        received = [v for use, v in self.incoming[a] if use < b] if per_value else []
+        return sum(per_item[option][a:b]) + sum(per_value[option][v] for v in received)

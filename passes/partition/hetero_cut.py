@@ -1,16 +1,17 @@
-"""The exact cut of items in a row over devices that differ, with what crosses its boundaries.
+"""Cut N items in a row over K devices that may differ. Exact.
 
-Any beginning of a run that fits a device fits it too, so a stage that starts at item i may end at
-every position up to some reach(i): of several ways to run a stage, that of the one that reaches
-furthest within the time and its limit of bytes. So the cut and the ways are chosen at once. A run
-that starts later may have more to fetch, so reach need not grow with i. For a limit T of the
-stages' times the cuts are found stage by stage, from the last one on: of all ends within the reach
-the one of least crossing, in a stack of minima. Only starts are looked at from which both ends of
-the row could be reached if nothing were fetched: near the optimum these are few, so a search takes
-about O(N), not O(N K).
+If a stage fits a device, so does every beginning of it. So a stage that starts at item i may end at
+every position up to some reach(i), the farthest reach of its options within the time and their
+memory; the cut and the options are chosen together. A stage that starts later may have more to
+receive, so reach need not grow with i.
 
-The optimum is the least T for which there is a cut: bisection, in which each search that finds
-nothing tells the next T at which any reach grows.
+For a limit T on the stages' times, cuts are searched stage by stage, from the last one: of all ends
+within reach, the one with the least crossing, found in a stack of minima. Only starts are visited
+from which both ends of the row could be reached if receiving were free. Near the optimum these are
+few, so a search takes about O(N), not O(N K).
+
+The optimum is the smallest T that has a cut, found by bisection; each failed search returns the
+next T at which some reach grows.
 """
 
 from __future__ import annotations
@@ -23,35 +24,35 @@ from typing import NamedTuple
 
 from autopipe.errors import PartitionError
 
-from .device_loads import Loads
-from .stage_reach import Ways, ways_of
+from .device_loads import DeviceLoads
+from .stage_reach import StageOptions, options_of_stages
 
 
-def cut_on(
-    loads: Loads, crossing: Sequence[int] | None = None, slack: float = 0.0
+def cut_for_devices(
+    loads: DeviceLoads, crossing: Sequence[int] | None = None, slack: float | Fraction = 0.0
 ) -> tuple[int, ...]:
-    """Cut N items in a row into a stage of at least one item for each device. Exact.
+    """Cut N items into one stage of at least one item for each device; the largest is minimal.
 
-    (Over the cuts and the rows that their stages may take.)
-
-    Among the cuts whose largest stage is at most (1 + slack) times the least possible, one with the
-    least sum of `crossing` is taken; among those, one whose largest stage is within 1/1024 of the
-    optimum of the least possible; among those, the one whose positions come first.
+    Exact, over all cuts and all options of their stages. Among the cuts whose largest stage is at
+    most (1 + slack) times the optimum, one with the least sum of `crossing` is taken; among those,
+    one whose largest stage is within 1/1024 of the optimum of the least possible; among those, the
+    one whose positions come first.
 
     Args:
         loads: N items on K devices.
         crossing: N + 1 costs >= 0 of a boundary at each position; the ends are ignored.
-        slack: how much of the least largest stage time may be given for less crossing.
+        slack: how far the largest stage may be above the optimum, as a fraction of it, for less
+            crossing.
 
     Returns:
         The K - 1 items at which stages 1..K-1 start, increasing.
 
     Raises:
-        PartitionError: no cut keeps the devices' limits; it names a stage, and says how many bytes
-            are missing there.
+        PartitionError: no cut keeps the devices' limits; it names a stage, and how many bytes are
+            missing there.
     """
-    rows = ways_of(loads)
-    starts, high = _optimum(loads, rows)
+    stages = options_of_stages(loads)
+    starts, optimum = _optimal_cut(loads, stages)
     if crossing is None:
         return tuple(starts)
 
@@ -59,116 +60,126 @@ def cut_on(
         return sum(crossing[p] for p in search(limit))
 
     def search(limit: int) -> list[int]:
-        return _least(rows, limit, crossing).starts or starts
+        return _least_crossing_cut(stages, limit, crossing).starts or starts
 
-    widest = max(high, min(math.floor(high * (1 + Fraction(slack))), max(r.most for r in rows)))
+    most = min(math.floor(optimum * (1 + Fraction(slack))), max(each.max_time for each in stages))
+    widest = max(optimum, most)
     least = weight(widest)
-    limits = range(high, widest, high // 1024 + 1)
+    limits = range(optimum, widest, optimum // 1024 + 1)
     tight = bisect_left(limits, True, key=lambda limit: weight(limit) == least)
     return tuple(search([*limits[tight : tight + 1], widest][0]))
 
 
-def has_cut(loads: Loads, limit: int) -> bool:
-    """Whether some cut keeps the devices' limits, and all its stages a time."""
-    return _least(ways_of(loads), limit, [0] * (len(loads.times[0]) + 1)).starts is not None
+def has_cut_within(loads: DeviceLoads, limit: int) -> bool:
+    """Whether some cut keeps the devices' memory limits and every stage within a time.
+
+    Args:
+        loads: N items on K devices.
+        limit: a time, in the unit of `loads`.
+    """
+    no_crossing = [0] * (len(loads.times[0]) + 1)
+    return _least_crossing_cut(options_of_stages(loads), limit, no_crossing).starts is not None
 
 
-def _optimum(loads: Loads, rows: Sequence[Ways]) -> tuple[list[int], int]:
-    """A cut whose largest stage is as small as can be, and its time."""
-    nothing, end = [0] * (rows[0].items + 1), max(row.most for row in rows)
-    limit = low = _filled(rows, end)
+def _optimal_cut(loads: DeviceLoads, stages: Sequence[StageOptions]) -> tuple[list[int], int]:
+    """A cut with the smallest largest stage, and that time."""
+    no_crossing, end = [0] * (stages[0].items + 1), max(each.max_time for each in stages)
+    limit = low = _min_time_filled(stages, end)
     step = max(1, low >> 10)
-    while (found := _least(rows, limit, nothing)).starts is None:
+    while (found := _least_crossing_cut(stages, limit, no_crossing)).starts is None:
         if limit >= end:
-            raise _does_not_fit(loads, rows, end)
-        low = found.beyond
+            raise _does_not_fit(loads, stages, end)
+        low = found.next_limit
         limit = min(end, max(low, limit + step))
         step *= 4
     starts = found.starts
     high = max(loads.stage_times(starts))
     while low < high:
-        found = _least(rows, (low + high) // 2, nothing)
+        found = _least_crossing_cut(stages, (low + high) // 2, no_crossing)
         if found.starts is None:
-            low = found.beyond
+            low = found.next_limit
         else:
             starts = found.starts
             high = max(loads.stage_times(starts))
     return starts, high
 
 
-def _filled(rows: Sequence[Ways], high: int) -> int:
-    """The least time within which stages filled from the left hold all.
+def _min_time_filled(stages: Sequence[StageOptions], high: int) -> int:
+    """The smallest time within which stages filled from the left hold all items.
 
-    (If stages may be empty and nothing is fetched: no cut has a smaller largest stage.)
+    A lower bound on every cut: here stages may be empty and receiving is free.
     """
-    low, N = 0, rows[0].items
+    low, N = 0, stages[0].items
     while low < high:
         limit = (low + high) // 2
-        at, beyond = 0, high
-        for row in rows:
-            to = row.far(at, limit)
-            if to < N and (grown := row.beyond(at, to + 1, limit, alone=True)) is not None:
-                beyond = min(beyond, grown)
-            at = to
+        at, next_limit = 0, high
+        for stage in stages:
+            end = stage.farthest_end(at, limit)
+            if end < N and (time := stage.next_time(at, end + 1, limit, receive=False)) is not None:
+                next_limit = min(next_limit, time)
+            at = end
         if at == N:
             high = limit
         else:
-            low = max(beyond, limit + 1)
+            low = max(next_limit, limit + 1)
     return high
 
 
-class _Found(NamedTuple):
-    """Where stages 1..K-1 start, or None; then `beyond` is the least time that may change that."""
+class _CutSearch(NamedTuple):
+    """The starts of stages 1..K-1, or None; then `next_limit` is the next limit worth trying."""
 
     starts: list[int] | None
-    beyond: int
+    next_limit: int
 
 
-def _windows(rows: Sequence[Ways], limit: int) -> tuple[list[int], list[int], int]:
-    """Between which items each stage starts (the last entry: the end), and when that may change.
+def _start_windows(stages: Sequence[StageOptions], limit: int) -> tuple[list[int], list[int], int]:
+    """The first and last item at which each stage may start (the last entry: the end of the row).
 
-    From an item out of its window one of the ends could not be reached, even if nothing had to be
-    fetched.
+    From an item outside its window, one end of the row cannot be reached even if receiving is free.
+    Also the least larger limit that may change the windows.
     """
-    K, N = len(rows), rows[0].items
-    low, high = [N], [0]
-    beyond: list[int | None] = []
-    for k, row in enumerate(rows[:-1]):
-        to = row.far(high[-1], limit)
-        if to < N:
-            beyond.append(row.beyond(high[-1], to + 1, limit, alone=True))
-        high.append(min(to, N - (K - 1 - k)))
+    K, N = len(stages), stages[0].items
+    first, last = [N], [0]
+    times: list[int | None] = []
+    for k, stage in enumerate(stages[:-1]):
+        end = stage.farthest_end(last[-1], limit)
+        if end < N:
+            times.append(stage.next_time(last[-1], end + 1, limit, receive=False))
+        last.append(min(end, N - (K - 1 - k)))
     for k in range(K - 1, -1, -1):
-        start = rows[k].near(low[-1], limit)
+        start = stages[k].earliest_start(first[-1], limit)
         if start:
-            beyond.append(rows[k].beyond(start - 1, low[-1], limit, alone=True))
-        low.append(max(start, k))
-    return low[::-1], [*high, N], min((t for t in beyond if t is not None), default=limit + 1)
+            times.append(stages[k].next_time(start - 1, first[-1], limit, receive=False))
+        first.append(max(start, k))
+    next_limit = min((time for time in times if time is not None), default=limit + 1)
+    return first[::-1], [*last, N], next_limit
 
 
-def _least(rows: Sequence[Ways], limit: int, weights: Sequence[int]) -> _Found:
-    """The cut of least weight whose stages are all within a limit; the first of several.
+def _least_crossing_cut(
+    stages: Sequence[StageOptions], limit: int, crossing: Sequence[int]
+) -> _CutSearch:
+    """The cut with the least crossing whose stages are all within a limit; the first of several.
 
-    `least[i]` is the weight of cutting items i.. into the stages from k on. Ends of stage k whose
-    weight is less than that of all nearer ends are in a stack, the nearest on top: so the best end
-    within a reach is found by bisection.
+    `least[i]` is the crossing of cutting the items from i into the stages from k on. The ends of
+    stage k that have less crossing than every nearer end are on a stack, the nearest on top, so the
+    best end within a reach is found by bisection.
     """
-    N = rows[0].items
-    low, high, beyond = _windows(rows, limit)
-    known: dict[int, dict[int, int]] = {id(row): {} for row in rows}
+    N = stages[0].items
+    first, last, next_limit = _start_windows(stages, limit)
+    reaches: dict[int, dict[int, int]] = {id(stage): {} for stage in stages}
     least: list[int | None] = [0]
     choices: list[list[int]] = []
-    for k in range(len(rows) - 1, -1, -1):
-        row, reach = rows[k], known[id(rows[k])]
+    for k in range(len(stages) - 1, -1, -1):
+        stage, reach = stages[k], reaches[id(stages[k])]
         ends: list[int] = []  # negative, so that they ascend
         minima: list[int] = []
-        longer: list[int | None] = []
+        with_stage: list[int | None] = []
         choice: list[int] = []
-        end, nearest = high[k + 1], low[k + 1]
-        for start in range(high[k], low[k] - 1, -1):
+        end, nearest = last[k + 1], first[k + 1]
+        for start in range(last[k], first[k] - 1, -1):
             while end > start and end >= nearest:
                 if (rest := least[end - nearest]) is not None:
-                    weight = rest + (weights[end] if end < N else 0)
+                    weight = rest + (crossing[end] if end < N else 0)
                     while minima and minima[-1] >= weight:
                         minima.pop()
                         ends.pop()
@@ -176,53 +187,55 @@ def _least(rows: Sequence[Ways], limit: int, weights: Sequence[int]) -> _Found:
                     ends.append(-end)
                 end -= 1
             if start not in reach:
-                reach[start] = row.reach(start, limit)
+                reach[start] = stage.reach(start, limit)
             at = bisect_left(ends, -reach[start])
-            longer.append(minima[at] if at < len(ends) else None)
+            with_stage.append(minima[at] if at < len(ends) else None)
             choice.append(-ends[at] if at < len(ends) else 0)
-        least = longer[::-1]
+        least = with_stage[::-1]
         choices.append(choice[::-1])
         if all(rest is None for rest in least):
-            return _Found(None, _grown(rows, known, limit, beyond))
+            return _CutSearch(None, _next_limit(stages, reaches, limit, next_limit))
     starts = [0]
     for k, choice in enumerate(reversed(choices)):
-        starts.append(choice[starts[-1] - low[k]])
-    return _Found(starts[1:-1], limit)
+        starts.append(choice[starts[-1] - first[k]])
+    return _CutSearch(starts[1:-1], limit)
 
 
-def _grown(rows: Sequence[Ways], known: dict[int, dict[int, int]], limit: int, beyond: int) -> int:
-    """The least time above a limit at which some stage reaches further; `beyond` is another."""
-    times: list[int | None] = [beyond] if beyond > limit else []
-    for row in {id(row): row for row in rows}.values():
-        pairs = [(start, stop) for start, stop in known[id(row)].items() if stop < row.items]
-        times += [row.beyond(start, stop + 1, limit, alone=False) for start, stop in pairs]
+def _next_limit(
+    stages: Sequence[StageOptions], reaches: dict[int, dict[int, int]], limit: int, other: int
+) -> int:
+    """The least time above a limit at which some stage reaches farther; `other` is a candidate."""
+    times: list[int | None] = [other] if other > limit else []
+    for stage in {id(stage): stage for stage in stages}.values():
+        pairs = [(start, end) for start, end in reaches[id(stage)].items() if end < stage.items]
+        times += [stage.next_time(start, end + 1, limit, receive=True) for start, end in pairs]
     return min((time for time in times if time is not None), default=limit + 1)
 
 
-def _does_not_fit(loads: Loads, rows: Sequence[Ways], end: int) -> PartitionError:
-    """Which stage, and how much is missing there, when stages are filled one after the other."""
-    N, K, at = len(loads.times[0]), len(rows), 0
-    for k, row in enumerate(rows):
-        last = k == K - 1
-        to = row.reach(at, end)
-        to = to if last else min(to, N - (K - 1 - k))  # the stages after this one need items
-        if to == at or (last and to < N):
-            stop = N if last else at + 1
-            needs = [
-                (-(-(way.bytes(at, stop) - way.limit) // way.grain), way.limit // way.grain)
-                for way in row.rows
-                if way.limit is not None
-            ]
-            missing, have = min(needs)
+def _does_not_fit(loads: DeviceLoads, stages: Sequence[StageOptions], time: int) -> PartitionError:
+    """The first stage that does not fit, and its missing bytes, if stages are filled in turn."""
+    N, K, at = len(loads.times[0]), len(stages), 0
+    for k, stage in enumerate(stages):
+        is_last = k == K - 1
+        end = stage.reach(at, time)
+        end = end if is_last else min(end, N - (K - 1 - k))  # later stages need items
+        if end == at or (is_last and end < N):
+            stop = N if is_last else at + 1
+            needs = []
+            for option in stage.options:
+                if (limit := option.byte_limit) is not None:
+                    units = option.units_per_byte
+                    needs.append((-(-(option.memory(at, stop) - limit) // units), limit // units))
+            missing, available = min(needs)
             what = f"items {at} to {stop - 1} of {N}"
-            if loads.names:
-                what = f"calls {loads.names[at]} to {loads.names[stop - 1]}"
+            if loads.item_names:
+                what = f"ops {loads.item_names[at]} to {loads.item_names[stop - 1]}"
             return PartitionError(
                 f"stage {k} does not fit its device: {missing} bytes are missing",
-                expected=f"{have + missing} bytes for {what}",
-                found=f"{have} bytes",
+                expected=f"{available + missing} bytes for {what}",
+                found=f"{available} bytes",
                 remedy="give that stage more memory, keep fewer micro-batches in flight, or use "
                 "more devices",
             )
-        at = to
+        at = end
     raise AssertionError("filling found a cut that the search did not")

@@ -1,20 +1,20 @@
-"""Is there a cut into K stages, none above a limit? A search over the ideals of the DAG.
+"""Search the ideals of a DAG for a cut into K stages, none above a limit.
 
 Minimising the largest stage over all convex cuts is the simple assembly line balancing problem of
 type 2 (SALBP-2), and for a given limit T it is SALBP-1. Its dynamic programme (Held, Karp and
 Shareshian, "Assembly-line balancing: dynamic programming with precedence constraints", Operations
-Research 1963) goes over ideals: sets of nodes that hold the producers of each of their nodes. What
-matters of the way to an ideal is (stages used, load of the open stage), of which the least in
-lexicographic order is best. Both are one integer here, the clock: stages used times T plus load.
+Research 1963) visits ideals: sets of nodes that contain the producers of each of their nodes. Of
+the path to an ideal only (stages used, load of the open stage) matters, and the lexicographically
+least is best. Here both are one integer, the clock: stages used times T plus load.
 
-Exact: without a bound on the width every ideal is seen that could lead to a cut. Left out are
+Exact: without a bound on the width, every ideal that could lead to a cut is visited. Pruned are
 
 - opening a stage while a node still fits into the open one (Jackson, "A computing procedure for a
   line balancing problem", Management Science 1956: some best cut fills every stage maximally);
-- states whose idle time is more than K stages of T leave over;
-- states that owe a node which, with all that depends on it, no longer fits in the stages left.
+- states whose idle time is more than K stages of T leave;
+- states that lack a node which, with all its descendants, no longer fits in the stages left.
 
-With a bound on the width it is a beam search: the states with the least idle time stay.
+With a bound on the width it is a beam search that keeps the states with the least idle time.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from operator import or_
 from .dag import Dag
 
 PRICE_NODES = 1024
-"""What so many nodes more add to the price of a step: sets get longer."""
+"""Every so many nodes, a step counts once more: sets get longer."""
 
 _State = tuple[int, int, int, int, int]
 """(clock, idle, ready nodes as a bit set, index of the state before it, node added)"""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found.
+class IdealSearchResult:
+    """Result of `search_ideals`.
 
     Attributes:
         order: a topological order whose contiguous cuts keep the limit, or None.
-        complete: nothing was left out, so that no order means that no cut keeps the limit.
-        steps: what it cost, in nodes looked at.
+        complete: nothing that could lead to a cut was pruned: without an order, no cut keeps the
+            limit.
+        steps: work done, in nodes looked at.
     """
 
     order: tuple[int, ...] | None
@@ -50,15 +51,15 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Side:
-    """A graph as seen from one end, as the search needs it.
+class SearchGraph:
+    """A graph, or its reverse, with the node sets that the search needs.
 
     Attributes:
         dag: N nodes; the sum of their costs > 0.
-        tails: for each node at most the cost of itself and all that depends on it.
-        bits: for each node the set that holds it alone. Sets are bits of integers.
+        tails: for each node at most the cost of it and all its descendants.
+        bits: for each node the set with only that node. Sets are bits of integers.
         before: for each node the set of its producers.
-        free: the set of the nodes that cost nothing.
+        free: the set of the nodes of cost 0.
     """
 
     dag: Dag
@@ -68,7 +69,7 @@ class Side:
     free: int
 
     @classmethod
-    def of(cls, dag: Dag, tails: tuple[int, ...]) -> Side:
+    def of(cls, dag: Dag, tails: tuple[int, ...]) -> SearchGraph:
         """The graph with its sets, O(N^2) bits."""
         bits = tuple(1 << v for v in range(len(dag.costs)))
         before = tuple(sum(bits[p] for p in producers) for producers in dag.before)
@@ -76,25 +77,27 @@ class Side:
         return cls(dag, tails, bits, before, free)
 
 
-def search(side: Side, stages: int, limit: int, *, width: int | None, steps: int) -> Found:
-    """Look for a cut of a graph into at most `stages` stages of at most `limit`.
+def search_ideals(
+    graph: SearchGraph, stages: int, limit: int, *, width: int | None, steps: int
+) -> IdealSearchResult:
+    """Search a cut of a graph into at most K stages of at most `limit`.
 
-    (A cut into fewer is also one into K, as long as there are K nodes: any stage can be parted.)
+    (A cut into fewer stages is enough: with K nodes or more, some stage can be split.)
 
     Args:
-        side: N nodes, from one end.
+        graph: N nodes.
         stages: K >= 1.
         limit: T, at least the largest cost.
-        width: ideals kept among those of one size; None keeps all.
-        steps: the search gives up when it has looked at this many nodes; a node of a graph with
-            thousands counts more than once, as its sets are long.
+        width: how many ideals of one size are kept; None: all.
+        steps: the search stops after looking at this many nodes; in a graph with thousands, a node
+            counts more than once, as its sets are long.
     """
-    bits, before, free = side.bits, side.before, side.free
-    costs, after, N = side.dag.costs, side.dag.after, len(side.bits)
-    spare = stages * limit - sum(costs)
-    due = _due(side, stages, limit)
-    if due is None or spare < 0:
-        return Found(None, True, N)
+    bits, before, free = graph.bits, graph.before, graph.free
+    costs, after, N = graph.dag.costs, graph.dag.after, len(graph.bits)
+    idle_budget = stages * limit - sum(costs)
+    due = _due(graph, stages, limit)
+    if due is None or idle_budget < 0:
+        return IdealSearchResult(None, True, N)
     price, spent, complete = 1 + N // PRICE_NODES, N, True
     trail: list[tuple[int, int]] = []
     start = sum(bit for bit, producers in zip(bits, before, strict=True) if not producers)
@@ -107,22 +110,22 @@ def search(side: Side, stages: int, limit: int, *, width: int | None, steps: int
         level = {}
         for done, (clock, idle, ready, parent, added) in states:
             if spent > steps:
-                return Found(None, False, spent)
+                return IdealSearchResult(None, False, spent)
             here = len(trail)
             trail.append((parent, added))
             load = clock % limit
-            room = limit - load if load or not clock else 0
+            remaining = limit - load if load or not clock else 0
             fits = [rest & -rest] if (rest := ready & free) else []
             rest = 0 if rest else ready
             while rest:
                 bit = rest & -rest
                 rest ^= bit
                 spent += price
-                if costs[bit.bit_length() - 1] <= room:
+                if costs[bit.bit_length() - 1] <= remaining:
                     fits.append(bit)
             if not fits:  # open a stage
-                clock, idle, rest = clock + room, idle + room, ready
-                if idle > spare or due[clock // limit - 1] & ~done:
+                clock, idle, rest = clock + remaining, idle + remaining, ready
+                if idle > idle_budget or due[clock // limit - 1] & ~done:
                     continue
                 while rest:
                     bit = rest & -rest
@@ -140,18 +143,18 @@ def search(side: Side, stages: int, limit: int, *, width: int | None, steps: int
                         open_to |= bits[u]
                 level[now] = (then, idle, open_to, here, v)
     if not level:
-        return Found(None, complete, spent)
+        return IdealSearchResult(None, complete, spent)
     ((_, _, _, parent, added),) = level.values()
-    return Found(_way(trail, parent, added), True, spent)
+    return IdealSearchResult(_path(trail, parent, added), True, spent)
 
 
-def _due(side: Side, stages: int, limit: int) -> list[int] | None:
-    """For each stage the nodes, as a set, that must be in it or in one before it.
+def _due(graph: SearchGraph, stages: int, limit: int) -> list[int] | None:
+    """For each stage the set of nodes that must be in it or in an earlier one.
 
-    None if some node cannot be in any.
+    None: some node cannot be in any stage.
     """
     due = [0] * stages
-    for bit, tail in zip(side.bits, side.tails, strict=True):
+    for bit, tail in zip(graph.bits, graph.tails, strict=True):
         last = stages - max(1, -(-tail // limit))
         if last < 0:
             return None
@@ -159,7 +162,7 @@ def _due(side: Side, stages: int, limit: int) -> list[int] | None:
     return list(accumulate(due, or_))
 
 
-def _way(trail: Sequence[tuple[int, int]], parent: int, added: int) -> tuple[int, ...]:
+def _path(trail: Sequence[tuple[int, int]], parent: int, added: int) -> tuple[int, ...]:
     """The nodes in the order in which they were added."""
     order = [added]
     while parent > 0:  # state 0 is the empty set

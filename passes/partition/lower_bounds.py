@@ -1,12 +1,12 @@
 """Lower bounds on the largest stage that hold for every cut of a DAG into K stages.
 
-`simple_bound` needs the costs alone. The others are destructive (Klein and Scholl, "Computing lower
-bounds by destructive improvement", EJOR 1999): they suppose a limit T and refute it, and the bound
-is the least T that is not refuted.
+`simple_bound` needs only the costs. The others are destructive (Klein and Scholl, "Computing lower
+bounds by destructive improvement", EJOR 1999): they assume a limit T and try to refute it, and the
+bound is the least T that is not refuted.
 
-- Heads and tails: what a node needs, with all that it depends on, fills whole stages before it;
-  likewise behind it. So each node has an earliest and a latest stage, and the nodes that must be
-  within some run of stages must fit into them.
+- Heads and tails: a node with all its ancestors fills whole stages up to it, and with all its
+  descendants from it on. So each node has an earliest and a latest stage, and the nodes that must
+  lie within some run of stages must fit into them.
 - Bin packing: K bins of T must hold all costs, order or not (Martello and Toth's L2, "Lower bounds
   and reduction procedures for the bin packing problem", Discrete Applied Mathematics 1990; Fekete
   and Schepers' dual feasible functions, "New classes of fast lower bounds for bin packing
@@ -25,21 +25,25 @@ import numpy as np
 from .dag import Dag
 
 CLOSURE_NODES = 16_384
-"""Up to so many nodes heads and tails count all ancestors and descendants (N^2 bits: 32 MiB); for
-more nodes, those along the longest path only."""
+"""Up to this many nodes, heads and tails count all ancestors and descendants (N^2 bits: 32 MiB);
+for more nodes, only those along the longest path."""
 
 INTERVAL_STAGES = 512
-"""Up to so many stages every run of stages is looked at (K^2 sums)."""
+"""Up to this many stages, every run of stages is checked (K^2 sums)."""
 
 FUNCTIONS = 16
 """Dual feasible functions tried."""
 
 
 def simple_bound(costs: Sequence[int], stages: int) -> int:
-    """The largest of: mean stage; largest cost; what must come together.
+    """The largest of: mean stage; largest cost; costs that must share a stage.
 
-    Of the K j + 1 largest costs some stage has at least j + 1, which are at least the j + 1 least
-    of them.
+    Of the K j + 1 largest costs, some stage has at least j + 1; together they cost at least as much
+    as the j + 1 smallest of them.
+
+    Args:
+        costs: N costs >= 0.
+        stages: K.
     """
     bound, sums = -(-sum(costs) // stages), list(accumulate(sorted(costs, reverse=True), initial=0))
     for j, end in enumerate(range(1, len(sums), stages)):
@@ -49,15 +53,15 @@ def simple_bound(costs: Sequence[int], stages: int) -> int:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What refutes limits on the largest stage of a DAG cut into K stages.
+    """Refutes limits on the largest stage of a DAG cut into K stages.
 
     Attributes:
         stages: K.
         costs: N costs, largest first.
-        heads: for each node at most the cost of itself and all that it depends on.
-        tails: for each node at most the cost of itself and all that depends on it.
-        shift: the costs in `units` are those of the nodes over 2**shift, rounded down.
-        units: see `shift`.
+        heads: for each node at most the cost of it and all its ancestors.
+        tails: for each node at most the cost of it and all its descendants.
+        shift: `units` are the costs divided by 2**shift, rounded down.
+        units: for each node, in the order of the graph.
     """
 
     stages: int
@@ -77,10 +81,11 @@ class Bounds:
         return cls(stages, tuple(sorted(dag.costs, reverse=True)), heads, tails, shift, units)
 
     def least(self, low: int, high: int) -> int:
-        """A T, low <= T <= high, such that no cut has a largest stage below T.
+        """A T, low <= T <= high, such that no cut has a largest stage below T; found to 2**-24.
 
-        No cut is below `low` >= the largest cost, > 0, and whether one is at `high` is not asked.
-        Found to 2**-24.
+        Args:
+            low: a lower bound, > 0, at least the largest cost.
+            high: not tested itself.
         """
         while high - low > low >> 24:
             limit = (low + high) // 2
@@ -91,13 +96,17 @@ class Bounds:
         return low
 
     def refutes(self, limit: int) -> bool:
-        """Whether no cut can keep a limit >= the largest cost, > 0."""
-        return self._too_early(limit) or any(
+        """Whether it is shown that no cut keeps a limit.
+
+        Args:
+            limit: > 0, at least the largest cost.
+        """
+        return self._stages_conflict(limit) or any(
             bins > self.stages for bins in bins_needed(self.costs, limit)
         )
 
-    def _too_early(self, limit: int) -> bool:
-        """Is a node's latest stage before its earliest, or a run of stages overfull?"""
+    def _stages_conflict(self, limit: int) -> bool:
+        """Whether a node's latest stage is before its earliest, or a run of stages is overfull."""
         K = self.stages
         first = [max(1, -(-head // limit)) - 1 for head in self.heads]
         last = [K - max(1, -(-tail // limit)) for tail in self.tails]
@@ -115,7 +124,7 @@ class Bounds:
 
 
 def _tails(dag: Dag, units: Sequence[int], shift: int) -> tuple[int, ...]:
-    """For each node at most the cost of itself and all that depends on it."""
+    """For each node at most the cost of it and all its descendants."""
     N = len(dag.costs)
     if N > CLOSURE_NODES:
         longest = [0] * N
@@ -137,7 +146,12 @@ def _tails(dag: Dag, units: Sequence[int], shift: int) -> tuple[int, ...]:
 
 
 def bins_needed(costs: Sequence[int], limit: int) -> Iterator[int]:
-    """Lower bounds on the number of bins of `limit` that hold `costs` (largest first)."""
+    """Lower bounds on the number of bins that hold all costs.
+
+    Args:
+        costs: largest first.
+        limit: size of a bin.
+    """
     upward = costs[::-1]
     sums = list(accumulate(upward, initial=0))
     N = len(costs)

@@ -1,4 +1,4 @@
-"""The cheapest cut of a small network (Edmonds and Karp, JACM 19(2), 1972). No torch."""
+"""Minimum cut of a small network (Edmonds and Karp, JACM 19(2), 1972)."""
 
 from __future__ import annotations
 
@@ -7,37 +7,40 @@ from collections import deque
 from collections.abc import Hashable, Mapping
 
 Edge = tuple[Hashable, Hashable]
+"""(from, to)."""
 
 
-def source_side(edges: Mapping[Edge, float], source: Hashable, sink: Hashable) -> set[Hashable]:
-    """The nodes on the source's side of a cut of least capacity; of several the fewest.
+def min_cut_source_side(
+    edges: Mapping[Edge, float], source: Hashable, sink: Hashable
+) -> set[Hashable]:
+    """The nodes on the source's side of a minimum cut; of several cuts, the one with fewest nodes.
 
     Args:
-        edges: (from, to) → capacity >= 0, infinite where it may not be cut.
-        source: not parted from everything by infinite edges.
+        edges: (from, to) → capacity >= 0, infinite where the edge must not be cut.
+        source: some edge of finite capacity must lie on each of its paths to the sink.
         sink: the other end.
     """
-    left: dict[Hashable, dict[Hashable, float]] = {source: {}, sink: {}}
+    residual: dict[Hashable, dict[Hashable, float]] = {source: {}, sink: {}}
     for (a, b), capacity in edges.items():
-        left.setdefault(a, {})[b] = left.get(a, {}).get(b, 0.0) + capacity
-        left.setdefault(b, {}).setdefault(a, 0.0)
+        residual.setdefault(a, {})[b] = residual.get(a, {}).get(b, 0.0) + capacity
+        residual.setdefault(b, {}).setdefault(a, 0.0)
     while True:
-        came: dict[Hashable, Hashable] = {source: source}
+        previous: dict[Hashable, Hashable] = {source: source}
         queue = deque([source])
-        while queue and sink not in came:
+        while queue and sink not in previous:
             node = queue.popleft()
-            for other, room in left[node].items():
-                if room > 0 and other not in came:
-                    came[other] = node
+            for other, capacity in residual[node].items():
+                if capacity > 0 and other not in previous:
+                    previous[other] = node
                     queue.append(other)
-        if sink not in came:
-            return set(came)
+        if sink not in previous:
+            return set(previous)
         path, node = [], sink
         while node != source:
-            path.append((came[node], node))
-            node = came[node]
-        flow = min(left[a][b] for a, b in path)
-        assert flow < math.inf, "the source cannot be parted from the sink"
+            path.append((previous[node], node))
+            node = previous[node]
+        flow = min(residual[a][b] for a, b in path)
+        assert flow < math.inf, "source and sink cannot be separated"
         for a, b in path:
-            left[a][b] -= flow
-            left[b][a] += flow
+            residual[a][b] -= flow
+            residual[b][a] += flow

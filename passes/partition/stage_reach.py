@@ -1,4 +1,4 @@
-"""How far a stage can reach that starts at some item, within a time and its device's limit."""
+"""How far a stage that starts at a given item can reach within a time and its device's memory."""
 
 from __future__ import annotations
 
@@ -9,157 +9,188 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from .device_loads import Loads
+from .device_loads import DeviceLoads
 
-Waiting = Sequence[Sequence[tuple[int, int]]]
+Incoming = Sequence[Sequence[tuple[int, int]]]
+"""See `DeviceLoads.incoming`."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one way to run a stage makes of the items, as sums up to positions."""
+class OptionSums:
+    """One option of a stage (a way to run it), as prefix sums over the items.
 
-    times: Sequence[int]
-    kept: Sequence[int]
-    limit: int | None
-    fetching: Sequence[int]
-    copies: Sequence[int]
-    waiting: Waiting
-    grain: int
+    Attributes:
+        time_sums: N + 1 prefix sums of times.
+        byte_sums: N + 1 prefix sums of memory; of no use without a limit.
+        byte_limit: see `DeviceLoads.byte_limits`.
+        receive_times: of each value; empty: free.
+        copy_bytes: of each value; empty: no memory.
+        incoming: the values that stages receive, by start; empty if they cost nothing.
+        units_per_byte: see `DeviceLoads`.
+    """
+
+    time_sums: Sequence[int]
+    byte_sums: Sequence[int]
+    byte_limit: int | None
+    receive_times: Sequence[int]
+    copy_bytes: Sequence[int]
+    incoming: Incoming
+    units_per_byte: int
 
     @property
-    def most(self) -> int:
-        """A time that no stage is above."""
-        return self.times[-1] + sum(self.fetching)
+    def max_time(self) -> int:
+        """An upper bound on the time of a stage."""
+        return self.time_sums[-1] + sum(self.receive_times)
 
-    def far(self, start: int, limit: int) -> int:
-        """Where a stage ends at most, whatever it fetches; `start`: not even one item fits."""
-        stop = bisect_right(self.times, self.times[start] + limit, start) - 1
-        if self.limit is not None and stop > start:
-            stop = min(stop, bisect_right(self.kept, self.kept[start] + self.limit, start) - 1)
-        return stop
+    def farthest_end(self, start: int, limit: int) -> int:
+        """The last possible end of a stage if receiving is free; `start`: no item fits.
 
-    def near(self, end: int, limit: int) -> int:
-        """Where a stage that ends at `end` starts at least, whatever it fetches."""
-        start = bisect_left(self.times, self.times[end] - limit)
-        if self.limit is not None:
-            start = max(start, bisect_left(self.kept, self.kept[end] - self.limit))
+        Args:
+            start: the first item of the stage.
+            limit: on its time.
+        """
+        end = bisect_right(self.time_sums, self.time_sums[start] + limit, start) - 1
+        if self.byte_limit is not None and end > start:
+            most = self.byte_sums[start] + self.byte_limit
+            end = min(end, bisect_right(self.byte_sums, most, start) - 1)
+        return end
+
+    def earliest_start(self, end: int, limit: int) -> int:
+        """The first possible start of a stage that ends at `end` if receiving is free.
+
+        Args:
+            end: the item after the stage.
+            limit: on its time.
+        """
+        start = bisect_left(self.time_sums, self.time_sums[end] - limit)
+        if self.byte_limit is not None:
+            least = self.byte_sums[end] - self.byte_limit
+            start = max(start, bisect_left(self.byte_sums, least))
         return start
 
     def reach(self, start: int, limit: int) -> int:
-        """Where the longest stage that starts at an item ends; `start`: there is none."""
-        stop = self.far(start, limit)
-        if not self.waiting:
-            return stop
-        time, space = limit, self.limit
-        for use, value in self.waiting[start]:
-            if use >= stop:
+        """The end of the longest stage that starts at an item; `start`: there is none.
+
+        Args:
+            start: the first item of the stage.
+            limit: on its time, with what it receives.
+        """
+        end = self.farthest_end(start, limit)
+        if not self.incoming:
+            return end
+        time, space = limit, self.byte_limit
+        for use, value in self.incoming[start]:
+            if use >= end:
                 break
-            time -= self.fetching[value] if self.fetching else 0
-            end = bisect_right(self.times, self.times[start] + time, use) - 1
-            if space is not None and self.copies:
-                space -= self.copies[value]
-                end = min(end, bisect_right(self.kept, self.kept[start] + space, use) - 1)
-            stop = min(stop, max(use, end))
-        return stop
+            time -= self.receive_times[value] if self.receive_times else 0
+            stop = bisect_right(self.time_sums, self.time_sums[start] + time, use) - 1
+            if space is not None and self.copy_bytes:
+                space -= self.copy_bytes[value]
+                most = self.byte_sums[start] + space
+                stop = min(stop, bisect_right(self.byte_sums, most, use) - 1)
+            end = min(end, max(use, stop))
+        return end
 
     def time(self, start: int, end: int) -> int:
-        """Of a stage."""
-        return self.times[end] - self.times[start] + self._more(self.fetching, start, end)
+        """Time of the stage of items start..end-1, with what it receives."""
+        received = self._received(self.receive_times, start, end)
+        return self.time_sums[end] - self.time_sums[start] + received
 
-    def bytes(self, start: int, end: int) -> int:
-        """Of a stage."""
-        return self.kept[end] - self.kept[start] + self._more(self.copies, start, end)
+    def memory(self, start: int, end: int) -> int:
+        """Memory of the stage of items start..end-1, with copies, in byte units."""
+        received = self._received(self.copy_bytes, start, end)
+        return self.byte_sums[end] - self.byte_sums[start] + received
 
-    def fits(self, start: int, end: int) -> bool:
-        """Whether a stage keeps the limit of its bytes."""
-        return self.limit is None or self.bytes(start, end) <= self.limit
-
-    def _more(self, of: Sequence[int], start: int, end: int) -> int:
-        if not of or not self.waiting:
+    def _received(self, per_value: Sequence[int], start: int, end: int) -> int:
+        if not per_value or not self.incoming:
             return 0
-        return sum(of[value] for use, value in self.waiting[start] if use < end)
+        return sum(per_value[value] for use, value in self.incoming[start] if use < end)
 
 
 @dataclass(frozen=True)
-class Ways:
-    """The ways in which one device (or several that are alike) may run a stage.
+class StageOptions:
+    """The options of one stage, or of several stages that are alike.
 
-    A stage may end wherever it may in one of them: as far as in the one that reaches furthest.
+    A stage may end wherever one of its options allows, so its reach is that of the option that
+    reaches farthest. Methods are as those of `OptionSums`.
     """
 
-    rows: Sequence[Row]
+    options: Sequence[OptionSums]
 
     @cached_property
     def items(self) -> int:
         """N."""
-        return len(self.rows[0].times) - 1
+        return len(self.options[0].time_sums) - 1
 
     @cached_property
-    def most(self) -> int:
-        """A time that no stage is above."""
-        return max(row.most for row in self.rows)
+    def max_time(self) -> int:
+        """An upper bound on the time of a stage."""
+        return max(option.max_time for option in self.options)
 
-    def far(self, start: int, limit: int) -> int:
-        """Where a stage ends at most, whatever it fetches; `start`: not even one item fits."""
-        return max(start, *(row.far(start, limit) for row in self.rows))
+    def farthest_end(self, start: int, limit: int) -> int:
+        """The last possible end of a stage if receiving is free; `start`: no item fits."""
+        return max(start, *(option.farthest_end(start, limit) for option in self.options))
 
-    def near(self, end: int, limit: int) -> int:
-        """Where a stage that ends at `end` starts at least, whatever it fetches."""
-        return min(row.near(end, limit) for row in self.rows)
+    def earliest_start(self, end: int, limit: int) -> int:
+        """The first possible start of a stage that ends at `end` if receiving is free."""
+        return min(option.earliest_start(end, limit) for option in self.options)
 
     def reach(self, start: int, limit: int) -> int:
-        """Where the longest stage that starts at an item ends; `start`: there is none."""
-        return max(start, *(row.reach(start, limit) for row in self.rows))
+        """The end of the longest stage that starts at an item; `start`: there is none."""
+        return max(start, *(option.reach(start, limit) for option in self.options))
 
-    def beyond(self, start: int, end: int, limit: int, *, alone: bool) -> int | None:
-        """The least time above a limit that a stage takes in some way; None: it takes no more.
+    def next_time(self, start: int, end: int, limit: int, *, receive: bool) -> int | None:
+        """The least time above a limit that an option takes for a stage; None: none is above.
 
         Args:
-            start: of the stage.
-            end: of the stage.
+            start: the first item of the stage.
+            end: the item after it.
             limit: a time.
-            alone: whatever it fetches.
+            receive: count the time to receive values.
         """
         times = [
-            row.times[end] - row.times[start] if alone else row.time(start, end)
-            for row in self.rows
+            option.time(start, end) if receive else option.time_sums[end] - option.time_sums[start]
+            for option in self.options
         ]
         return min((time for time in times if time > limit), default=None)
 
 
-def ways_of(loads: Loads) -> list[Ways]:
-    """For each stage; those that are alike are one object."""
-    rows = _rows_of(loads)
-    made: dict[tuple[int, ...], Ways] = {}
+def options_of_stages(loads: DeviceLoads) -> list[StageOptions]:
+    """For each stage its options; stages with the same options share one object."""
+    sums = _option_sums(loads)
+    shared: dict[tuple[int, ...], StageOptions] = {}
     found = []
-    for numbers in loads.rows:
-        own = list({id(rows[row]): rows[row] for row in numbers}.values())
-        found.append(made.setdefault(tuple(map(id, own)), Ways(own)))
+    for numbers in loads.options:
+        own = list({id(sums[option]): sums[option] for option in numbers}.values())
+        found.append(shared.setdefault(tuple(map(id, own)), StageOptions(own)))
     return found
 
 
-def _rows_of(loads: Loads) -> list[Row]:
-    """Those that are alike are one object."""
-    made: dict[tuple[int | None, ...], Row] = {}
+def _option_sums(loads: DeviceLoads) -> list[OptionSums]:
+    """For each option its sums; options with the same numbers share one object."""
+    shared: dict[tuple[int | None, ...], OptionSums] = {}
     sums: dict[int, Sequence[int]] = {}
-    rows = []
-    for k, limit in enumerate(loads.limits):
-        fetching: Sequence[int] = loads.fetching[k] if loads.fetching else ()
-        copies: Sequence[int] = loads.copies[k] if loads.copies and limit is not None else ()
-        fetching = fetching if any(fetching) else ()
-        parts = (loads.times[k], loads.nbytes[k] if limit is not None else (), fetching, copies)
-        key = (limit, loads.grains[k], *(id(part) if len(part) else None for part in parts))
-        if key not in made:
+    found = []
+    for k, limit in enumerate(loads.byte_limits):
+        receive: Sequence[int] = loads.receive_times[k] if loads.receive_times else ()
+        copies: Sequence[int] = (
+            loads.copy_bytes[k] if loads.copy_bytes and limit is not None else ()
+        )
+        receive = receive if any(receive) else ()
+        parts = (loads.times[k], loads.nbytes[k] if limit is not None else (), receive, copies)
+        units = loads.units_per_byte[k]
+        key = (limit, units, *(id(part) if len(part) else None for part in parts))
+        if key not in shared:
             for part in parts[:2]:
                 if id(part) not in sums:
-                    sums[id(part)] = _summed(part)
-            waiting: Waiting = loads.waiting if fetching or copies else ()
-            first, second = (sums[id(part)] for part in parts[:2])
-            made[key] = Row(first, second, limit, fetching, copies, waiting, loads.grains[k])
-        rows.append(made[key])
-    return rows
+                    sums[id(part)] = _prefix_sums(part)
+            incoming: Incoming = loads.incoming if receive or copies else ()
+            times, nbytes = (sums[id(part)] for part in parts[:2])
+            shared[key] = OptionSums(times, nbytes, limit, receive, copies, incoming, units)
+        found.append(shared[key])
+    return found
 
 
-def _summed(values: Sequence[int]) -> Sequence[int]:
+def _prefix_sums(values: Sequence[int]) -> Sequence[int]:
     found = list(accumulate(values, initial=0))
     return array("q", found) if found[-1] < 1 << 62 else found

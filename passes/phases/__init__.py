@@ -12,10 +12,12 @@ Out: `Phased`: for each stage a pure joint graph and the phase of each call.
 Read the files in this order:
 
     `request`             the arguments as one value; the cache of traced stages
-    `cut`                 Split -> Phased: trace every stage, cut joint graphs into F, R, B and W
+    `cut`                 Split -> Phased: trace every stage, cut its joint graph
     `joint_trace`         one stage graph -> its joint forward and backward graph
+    `stage_runner`        runs a stage graph on fake tensors while it is traced
     `lower_random`        random calls become keyed draws of the runtime's `ctx`; other clean-up
     `function_constants`  constants that a custom autograd.Function creates
+    `assign_phases`       one joint graph -> F, R, B and W, by reachability
     `select_saved`        which values F saves for the backward, by policy
     `rematerialize`       rewrite a joint graph so that it recomputes what F did not save
 """

@@ -1,27 +1,18 @@
-"""Split -> Phased: cut each stage's joint graph into the phases F, R, B and W (cut in time).
+"""Split -> Phased: trace every stage and cut its joint graph into phases (cut in time).
 
-    F  forward: what the stage's results and the new values of its buffers need
-    R  recompute: what the backward needs, depends on no tangent, and F did not save
-    B  backward: what the gradients of received values need; earlier stages wait for these
-    W  weights: the rest, gradients of the stage's own parameters; no stage waits for these
-
-All four follow from reachability in one graph. The only choice is what F saves, which the stage's
-rematerialization policy makes (`select_saved`). A call that R recomputes is in the graph twice, so
-that every node belongs to one phase.
+A walk from the first stage to the last finds the metadata of all values between stages. A walk back
+traces each stage with the gradients that it receives. Identical stages are traced once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from operator import getitem
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import fx
 
 from autopipe.errors import InputError
-from autopipe.passes._torch import storage_id_of
 from autopipe.passes.graph import source_line, tensor_spec
 from autopipe.passes.ir import (
     Captured,
@@ -30,17 +21,13 @@ from autopipe.passes.ir import (
     StageGraph,
     StagePhases,
     at_batch,
-    results_of,
 )
 
-from .joint_trace import JointGraph, TensorMeta, forward_metadata, trace_joint
-from .rematerialize import JointRewriter
-from .select_saved import select_saved
+from .assign_phases import cut_joint
+from .joint_trace import TensorMeta, forward_metadata, trace_joint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
-
-    from autopipe.passes.remat_policies import RematPolicy
 
     from .request import PhaseRequest, TraceCache
 
@@ -98,7 +85,7 @@ def received_strides(phased: Phased) -> dict[tuple[str, int], tuple[int, ...]]:
     strides = {}
     for stage in phased.stages:
         _, *placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
-        arriving = placeholders[len(stage.held) :]
+        arriving = placeholders[len(stage.state) :]
         messages = [*stage.receives, *(f"grad {n}" for n in stage.tangents)]
         for message, node in zip(messages, arriving, strict=True):
             strides[message, stage.index] = node.meta["val"].stride()
@@ -205,11 +192,11 @@ def _with_names_of(
     stage: StageGraph, core: StagePhases, captured: Captured, tangents: Sequence[str]
 ) -> StagePhases:
     """Give a cut stage the names of `stage`, which is identical to the one that was traced."""
-    rename = dict(zip(core.held + core.receives, stage.signature, strict=True))
+    rename = dict(zip(core.state + core.receives, stage.signature, strict=True))
     return dataclasses.replace(
         core,
         index=stage.index,
-        held=tuple(stage.signature[: len(core.held)]),
+        state=tuple(stage.signature[: len(core.state)]),
         receives=stage.receives,
         tangents=tuple(tangents),
         returns=stage.returns,
@@ -220,84 +207,3 @@ def _with_names_of(
             d._replace(call=captured.original_position(stage.origins[d.call])) for d in core.draws
         ),
     )
-
-
-def cut_joint(
-    stage: StageGraph, joint: JointGraph, policy: RematPolicy, device: torch.device
-) -> StagePhases:
-    """Cut one joint graph into F, R, B and W by reachability.
-
-    Args:
-        stage: gives the names.
-        joint: its joint graph.
-        policy: chooses what F saves.
-        device: for which it was traced.
-
-    Returns:
-        The cut stage, without names of tangents. The `call` of its draws is still a position in the
-        stage graph.
-    """
-    ctx, *placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
-    names = stage.signature
-    count = len(names) - len(stage.receives)
-    held, rest = placeholders[:count], placeholders[count:]
-    received, tangents = rest[: len(stage.receives)], rest[len(stage.receives) :]
-    results = results_of(joint.graph)
-    forward_results = len(stage.returns) + len(joint.updates)
-    forward = _ancestors(results[:forward_results])
-    forward |= {n for n in joint.graph.nodes if n.target is getitem and n.args[0] in forward}
-    backward = _descendants(tangents)
-    saved = set(received)
-    if tangents:
-        saved = select_saved(
-            joint.graph, policy, forward, backward, held, received, forward_results
-        )
-    forward |= _ancestors(list(saved))
-    written = [held[i] for i in joint.updates]
-    written_storages = {storage_id_of(n) for n in written}
-    saved = {n for n in saved if n in received or storage_id_of(n) not in written_storages}
-    rewriter = JointRewriter(forward, backward, saved)
-    rewriter.write_placeholders([ctx, *held], received, tangents, written)
-    graph = rewriter.write_calls(joint.graph, results[:forward_results], results[forward_results:])
-    own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
-    awaited = _ancestors(results_of(graph)[forward_results + len(own_grads) :])
-    return StagePhases(
-        index=stage.index,
-        graph=graph,
-        phase_of=rewriter.phase_of
-        | {n.name: "B" for n in awaited if rewriter.phase_of.get(n.name) == "W"},
-        saved=tuple(rewriter.saved_names),
-        held=tuple(names[:count]),
-        receives=stage.receives,
-        tangents=(),
-        returns=stage.returns,
-        updates=tuple(names[i] for i in joint.updates),
-        own_grads=own_grads,
-        sent_grads=tuple(names[i] for i in joint.grads if i >= len(stage.held)),
-        draws=joint.draws,
-        device=device,
-    )
-
-
-def _ancestors(results: Sequence[Any]) -> set[fx.Node]:
-    """The calls and placeholders that `results` depend on, themselves included."""
-    found: set[fx.Node] = set()
-    todo = [r for r in results if isinstance(r, fx.Node)]
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(node.all_input_nodes)
-    return found
-
-
-def _descendants(sources: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes that depend on `sources`, themselves included."""
-    found: set[fx.Node] = set()
-    todo = list(sources)
-    while todo:
-        node = todo.pop()
-        if node not in found and node.op != "output":
-            found.add(node)
-            todo.extend(node.users)
-    return found

@@ -16,31 +16,28 @@ alias an input. Both are known here, so its parts are used directly.)
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
 from autopipe.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FunctionalTensorMode,
-    autocast_device_types,
     from_functional,
     make_fx,
     preserve_node_meta,
     record_checks_unordered,
-    set_traced_call,
     to_functional,
 )
-from autopipe.passes.graph import source_line, static_fake_mode
+from autopipe.passes.graph import static_fake_mode
 
 from .function_constants import inline_constants, watch_constants
 from .lower_random import lower_joint_graph
+from .stage_runner import run_on_device, uncached_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +81,7 @@ class TensorMeta(NamedTuple):
 class JointGraph:
     """A traced stage: its forward and backward as one pure graph.
 
-    Placeholders: the runtime's `ctx`, the stage's state (`held`: parameters, buffers, constants),
+    Placeholders: the runtime's `ctx`, the stage's state (parameters, buffers, constants),
     received values, tangents. Results: returned values, new values of buffers, gradients.
 
     Attributes:
@@ -114,7 +111,7 @@ def forward_metadata(
     with (
         static_fake_mode(),
         record_checks_unordered(),
-        _uncached_autocast(),
+        uncached_autocast(),
         torch.set_grad_enabled(grad),
     ):
         plain = [meta.fake(device) for meta in inputs]
@@ -123,7 +120,7 @@ def forward_metadata(
                 to_functional(x).requires_grad_(meta.requires_grad)
                 for x, meta in zip(plain, inputs, strict=True)
             ]
-            results = _run(stage, leaves, device)
+            results = run_on_device(stage, leaves, device)
             return tuple(
                 TensorMeta.of(from_functional(r))._replace(requires_grad=grad and r.requires_grad)
                 for r in results
@@ -170,7 +167,7 @@ def trace_joint(
                 for i, x in enumerate(outer)
             ]
             with torch.set_grad_enabled(grad):
-                results = _run(stage, leaves, device)
+                results = run_on_device(stage, leaves, device)
             gradients: list[tuple[int, Tensor | None]] = []
             if arriving and wanted:
                 values = {"return": results, "input": leaves}
@@ -195,7 +192,7 @@ def trace_joint(
         static_fake_mode(),
         record_checks_unordered(),
         preserve_node_meta(),
-        _uncached_autocast(),
+        uncached_autocast(),
         watch_constants(stage),
     ):
         primals = [meta.fake(device) for meta in inputs]
@@ -225,93 +222,3 @@ def _gradients(
 def _resolved(tensor: Tensor) -> Tensor:
     """Materialize lazy conjugation and negation, which `TensorMeta` does not describe."""
     return tensor.resolve_conj().resolve_neg()
-
-
-def _run(stage: StageGraph, inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Run a stage graph on `device` and attribute what is recorded to the call that causes it."""
-    env: dict[fx.Node, Any] = {}
-    attributed: set[Any] = set()
-    source = iter(inputs)
-    for position, node in enumerate(stage.graph_module.graph.nodes):
-        if node.op == "placeholder":
-            env[node] = next(source)
-        elif node.op == "output":
-            return [env[n] for n in node.args[0]]
-        else:
-            origin = (position, node.meta.get("stack_trace"))
-            set_traced_call(*origin)
-            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            with _region(node, device):
-                env[node] = _call(
-                    node, _replace_devices(args, device), _on_device(node, kwargs, device)
-                )
-            for tensor in pytree.tree_leaves(env[node]):
-                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                    _attribute_backward(tensor.grad_fn, origin, attributed)
-    raise AssertionError("a graph without output")
-
-
-def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    target: Any = node.target
-    if getattr(target, "overloadpacket", None) is aten.randint_like:
-        # torch's Python function passes no gradient, but the overload would ask for one.
-        args = pytree.tree_map_only(Tensor, Tensor.detach, args)
-    try:
-        return target(*args, **kwargs)
-    except (DynamicOutputShapeException, DataDependentOutputException) as error:
-        raise CaptureError(
-            "a shape that depends on the values of tensors cannot be pipelined",
-            node=node.name,
-            source=source_line(node),
-            found=str(target),
-            remedy="keep the shape and mask instead: torch.where(mask, x, 0) for x[mask]",
-        ) from error
-
-
-def _attribute_backward(function: Any, origin: tuple[int, str | None], seen: set[Any]) -> None:
-    """Attribute what autograd's new functions will record to the call that created them."""
-    todo = [function]
-    while todo:
-        top = todo.pop()
-        if top is not None and top not in seen:
-            seen.add(top)
-            top.register_prehook(lambda _: set_traced_call(*origin))
-            todo += [f for f, _ in top.next_functions]
-
-
-def _region(node: fx.Node, device: torch.device) -> Any:
-    """Return the autocast region that a call was captured in, for the stage's device."""
-    if "autocast" not in node.meta:
-        return nullcontext()
-    _, dtype, enabled, _ = node.meta["autocast"]
-    return torch.autocast(device.type, dtype, enabled, cache_enabled=False)
-
-
-def _replace_devices(value: Any, device: torch.device) -> Any:
-    """Replace every device in some arguments by `device`."""
-    return pytree.tree_map(lambda v: device if isinstance(v, torch.device) else v, value)
-
-
-def _on_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Replace the devices in keyword arguments; give a factory that names none its device."""
-    kwargs = _replace_devices(kwargs, device)
-    if kwargs.get("device") is None and _is_factory(node.target):
-        kwargs["device"] = device
-    return kwargs
-
-
-def _is_factory(target: Any) -> bool:
-    """Whether a call such as arange creates tensors on the default device if it names none."""
-    schema = getattr(target, "_schema", None)
-    if schema is None or not any(a.name == "device" for a in schema.arguments):
-        return False
-    return not any("Tensor" in str(a.type) for a in schema.arguments)
-
-
-def _uncached_autocast() -> Any:
-    """While tracing under autocast: keep fake casts of parameters out of its cache."""
-    for kind in autocast_device_types():
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            return torch.autocast(kind, dtype=dtype, cache_enabled=False)
-    return nullcontext()

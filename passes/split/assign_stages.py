@@ -1,7 +1,7 @@
 """Assign ops to stages: the exact cut of the captured order, or of a better one.
 
 The captured order is kept where its best cut is near the lower bound on all convex cuts: it reads
-better, and gradients are summed in it. Else other orders are searched (`partition.solve`), each is
+better, and gradients are summed in it. Else other orders are searched (`search_orders`), each is
 cut exactly for what its stages cost, and one is taken if it is better by more than `SLACK`.
 """
 
@@ -15,14 +15,21 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from autopipe.errors import PartitionError
-from autopipe.passes.partition import alternatives, bottleneck, cut_on, has_cut, solve
+from autopipe.passes.partition import (
+    alternative_orders,
+    crossing_at,
+    cut_for_devices,
+    has_cut_within,
+    min_bottleneck,
+    search_orders,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import fx
 
-    from autopipe.passes.partition import Loads
+    from autopipe.passes.partition import DeviceLoads
 
     from .op_groups import OpGroups
     from .stage_loads import OrderedOps
@@ -63,7 +70,7 @@ def assign_stages(groups: OpGroups) -> StageAssignment:
     """
     ordered, captured = groups.in_order(), range(len(groups.starts))
     loads = ordered.loads()
-    low = loads.bound
+    low = loads.lower_bound
     best: list[tuple[int, Sequence[int], OrderedOps]] = []
     failed = None
     try:
@@ -84,28 +91,29 @@ def assign_stages(groups: OpGroups) -> StageAssignment:
         raise failed
     least = min(found[0] for found in best)
     _, chosen, ordered = next(found for found in best if found[0] <= least * (1 + SLACK))
-    starts = cut_on(ordered.loads(), crossing_at(ordered), SLACK)
+    starts = cut_for_devices(ordered.loads(), _crossing(ordered), SLACK)
     return StageAssignment(groups.stage_of(chosen, starts), float(low * loads.unit))
 
 
-def _largest(loads: Loads) -> int:
+def _largest(loads: DeviceLoads) -> int:
     """Time of the largest stage of the best cut."""
-    return max(loads.stage_times(cut_on(loads)))
+    return max(loads.stage_times(cut_for_devices(loads)))
 
 
-def _orders(groups: OpGroups, loads: Loads) -> tuple[int, list[tuple[int, ...]]]:
+def _orders(groups: OpGroups, loads: DeviceLoads) -> tuple[int, list[tuple[int, ...]]]:
     """A lower bound on all convex cuts, and orders that may have a good one."""
-    K, N = len(loads.least_times), len(groups.starts)
-    rows = list({id(row): row for row in loads.least_times}.values())
+    K, N = len(loads.min_times), len(groups.starts)
+    rows = list({id(row): row for row in loads.min_times}.values())
     costs = [min(column) for column in zip(*rows, strict=True)]
     dag = groups.dag(costs)
     if not any(costs):
-        return loads.bound, []
-    low, high, found = loads.bound, bottleneck(list(accumulate(costs, initial=0)), K), []
+        return loads.lower_bound, []
+    low, high, found = loads.lower_bound, min_bottleneck(list(accumulate(costs, initial=0)), K), []
     if high > low * (1 + SLACK):  # else transfers are what makes the cut bad, not the order
-        solved = solve(dag, K)
-        low, high, found = max(low, solved.low), solved.high, [*reversed(solved.orders[1:])]
-    found += alternatives(dag, K, high)
+        searched = search_orders(dag, K)
+        low, high = max(low, searched.lower_bound), searched.bottleneck
+        found = [*reversed(searched.orders[1:])]
+    found += alternative_orders(dag, K, high)
     return low, found[: max(1, ORDER_STEPS // N)]
 
 
@@ -117,22 +125,20 @@ def _better_cut(
     loads = ordered.loads()
     if high is not None:
         wanted = math.ceil(high / (1 + SLACK)) - 1
-        return (_largest(loads), order, ordered) if has_cut(loads, wanted) else None
+        return (_largest(loads), order, ordered) if has_cut_within(loads, wanted) else None
     try:
         return _largest(loads), order, ordered
     except PartitionError:
         return None
 
 
-def crossing_at(ordered: OrderedOps) -> list[int]:
-    """Bytes that cross each position 0..N of the groups: tensors computed before and used after."""
-    change = [0] * (len(ordered.starts) + 2)
+def _crossing(ordered: OrderedOps) -> list[int]:
+    """Bytes of the tensors that cross each position 0..N of the groups."""
     group_of = ordered.group_of
+    lifetimes = []
     for node, group in group_of.items():
         if isinstance(node.meta.get("val"), Tensor):
             last = max((group_of[u] for u in node.users if u in group_of), default=group)
             if last > group:
-                nbytes = ordered.costs.nbytes(node)
-                change[group + 1] += nbytes
-                change[last + 1] -= nbytes
-    return list(accumulate(change))[: len(ordered.starts) + 1]
+                lifetimes.append((ordered.costs.nbytes(node), group, last))
+    return crossing_at(lifetimes, len(ordered.starts))

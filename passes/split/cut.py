@@ -76,7 +76,7 @@ def split(
         assignment, bound = _improved(groups, chosen.stage_of), chosen.lower_bound
     else:
         loads = groups.in_order().loads()
-        bound = float(loads.bound * loads.unit)
+        bound = float(loads.lower_bound * loads.unit)
     result = _extracted(costs, assignment, bound)
     graph = result.captured.graph_module.graph
     if planned is not None and must_fit and fingerprint(graph) != planned.graph:

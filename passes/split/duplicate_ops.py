@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from autopipe.passes._torch import storage_id_of
 from autopipe.passes.graph import has_side_effect, is_random, is_size, written_arguments
 from autopipe.passes.ir import InputKind
-from autopipe.passes.partition import Edge, source_side
+from autopipe.passes.partition import Edge, min_cut_source_side
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,7 +123,7 @@ def _cheapest(
                 edges[(node, "computed"), (source, "available")] = math.inf
                 todo += [source] if source not in seen else []
                 seen.add(source)
-    side = source_side(edges, "source", "sink")
+    side = min_cut_source_side(edges, "source", "sink")
     return [node for node in costs.ops if (node, "computed") in side]
 
 

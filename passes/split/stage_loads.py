@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, fx
 
 from autopipe.passes.graph import is_size
-from autopipe.passes.partition import Loads, Value
+from autopipe.passes.partition import BoundaryValue, DeviceLoads
 
 from .op_costs import OpCosts, activation_bytes
 
@@ -44,7 +44,7 @@ class OrderedOps:
     ops: Sequence[fx.Node]
     starts: Sequence[int]
 
-    def loads(self) -> Loads:
+    def loads(self) -> DeviceLoads:
         """The cost tables of the groups, on the objective's devices."""
         objective = self.costs.objective
         values = self._shared_values()
@@ -65,17 +65,17 @@ class OrderedOps:
             for n, policy in nbytes
         }
         numbers = iter(range(len(rows)))
-        return Loads(
+        return DeviceLoads(
             times=tuple(times[key] for key in keys),
             unit=1 / Fraction(grid),
             nbytes=tuple(nbytes[key] for key in saving),
-            limits=tuple(self._limit(*row) for row in rows),
-            grains=(1,) * len(rows),
+            byte_limits=tuple(self._limit(*row) for row in rows),
+            units_per_byte=(1,) * len(rows),
             values=tuple(use for use, _ in values),
-            fetching=tuple(receiving[objective.devices[k].link] for k, _ in rows),
-            copies=tuple(copies[key] for key in saving),
-            names=tuple(self.ops[start].name for start in self.starts),
-            ways=tuple(
+            receive_times=tuple(receiving[objective.devices[k].link] for k, _ in rows),
+            copy_bytes=tuple(copies[key] for key in saving),
+            item_names=tuple(self.ops[start].name for start in self.starts),
+            stage_options=tuple(
                 tuple(next(numbers) for _ in objective.policies(k)) for k in range(objective.stages)
             ),
         )
@@ -130,7 +130,7 @@ class OrderedOps:
                     uses.append(group)
         return found
 
-    def _shared_values(self) -> list[tuple[Value, IncomingValue]]:
+    def _shared_values(self) -> list[tuple[BoundaryValue, IncomingValue]]:
         """The values that groups use after the one that computes them, or first uses their state.
 
         (An input of the model is there before all groups.)
@@ -145,5 +145,5 @@ class OrderedOps:
                 source = uses[0] if self.costs.incoming(node).is_state else -1
             later = tuple(use for use in uses if use > source)
             if later:
-                found.append((Value(source, later), self.costs.incoming(node)))
+                found.append((BoundaryValue(source, later), self.costs.incoming(node)))
         return found

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 from autopipe.errors import StageError, VerifyError
 from autopipe.passes.codegen import Generated, codegen
 from autopipe.passes.ir.phased import StagePhases
+from autopipe.passes.ir.split import CALLER
 from autopipe.passes.schedule.build import schedule
+from autopipe.runtime import executor
 from autopipe.runtime.executor import Run
 from autopipe.runtime.load import load_source
 from autopipe.runtime.random import MicroBatchContext
@@ -185,6 +187,12 @@ def program(*, chunks: int = 3, grad: bool = True) -> str:
 
 def functions(source: str) -> dict[str, ast.FunctionDef]:
     return {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
+
+
+def test_the_caller_has_the_same_number_in_the_text_and_in_the_runtime() -> None:
+    """The runtime imports no pass, so both define it."""
+    assert executor.CALLER == CALLER
+    assert f", {CALLER}, m, results[" in program()
 
 
 def test_the_text_needs_torch_and_a_run_only() -> None:

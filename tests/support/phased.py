@@ -41,7 +41,7 @@ def parts(stage: StagePhases) -> dict[str, list[fx.Node]]:
     """The graph's placeholders by group; results stand in `stage.results()`."""
     ctx, *rest = [n for n in stage.graph.nodes if n.op == "placeholder"]
     groups: dict[str, list[fx.Node]] = {"ctx": [ctx]}
-    for group in ("held", "receives", "tangents"):
+    for group in ("state", "receives", "tangents"):
         count = len(getattr(stage, group))
         groups[group], rest = rest[:count], rest[count:]
     assert rest == []

@@ -165,7 +165,7 @@ def test_a_backward_that_fails() -> None:
     pipe = autopipe.compile(model, 3, 4)
     index = torch.zeros(8, dtype=torch.long)
     out = pipe(x, index)
-    _, ready = pipe._compiled_or_raise()
+    _, ready = pipe._programs.last
     names = ready.program.backward[0].__globals__
     original = names["RBW_1_b2"]
 

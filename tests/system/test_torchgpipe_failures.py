@@ -235,7 +235,7 @@ def replace(
     pipe: autopipe.Pipeline, prefix: str, function: Callable[..., Any]
 ) -> Callable[[], Any]:
     """Replace a generated function until the returned one is called."""
-    _, ready = pipe._compiled_or_raise()
+    _, ready = pipe._programs.last
     names = ready.program.forward[0].__globals__
     (name,) = [n for n in names if n.startswith(f"{prefix}_b")]
     original = names[name]

@@ -1,5 +1,7 @@
 """How micro-batch results become the batch's: every rule against eager on the whole batch.
 
+Covers batch/combine_outputs.py, batch/epilogue_cut.py and batch/rules_losses.py.
+
 A batch of seven in three micro-batches (3, 2, 2), two stages, double precision: a mean of means,
 or a mean over what is not ignored, would be off in the first digit.
 """

@@ -1,4 +1,7 @@
-"""Results that are written to in place: losses collected in a tensor, added up, scaled, masked."""
+"""Results that are written in place: losses collected in a tensor, added up, scaled, masked.
+
+Covers batch/epilogue.py and batch/epilogue_cut.py.
+"""
 
 from __future__ import annotations
 

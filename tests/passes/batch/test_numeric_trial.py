@@ -1,4 +1,8 @@
-"""What the graph cannot decide is tried on some samples, as a whole against in parts."""
+"""Where the rules cannot decide, a few samples are run as a whole and in parts.
+
+Covers batch/numeric_trial.py, batch/decide_states.py, batch/slicing.py and, with
+`tests/passes/ops/test_autograd_function.py`, batch/backward_trial.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What mixes samples is refused; what only looks like it agrees with eager on the whole batch."""
+"""Models that mix samples are refused; those that only seem to agree with eager.
+
+Covers batch/propagate.py, batch/lattice.py, batch/op_call.py and the rules: batch/rules_shape.py,
+batch/rules_join.py, batch/rules_new.py, batch/rules_index.py, batch/rules_math.py and
+batch/rules_layers.py (every operator by itself: `tests/system/test_operators.py`).
+"""
 
 from __future__ import annotations
 

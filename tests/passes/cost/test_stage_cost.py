@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from autopipe.passes.cost.node_costs import annotate, call_seconds
-from autopipe.passes.cost.stage_cost import stage_cost
+from autopipe.passes.cost.stage_cost import cost_of_stage
 from autopipe.passes.devices import DEFAULT, DEVICES
 from autopipe.passes.ir.phased import StagePhases
 from autopipe.passes.ir.split import Split
@@ -46,7 +46,7 @@ def test_flops_of_stages_are_those_of_their_joint_graphs(name: str) -> None:
     with sdpa_kernel(SDPBackend.MATH):
         phased = phased_of(cut, model, SIZE, inputs(SIZE), remat="full")
     for stage, phases in zip(cut.stages, phased.stages, strict=True):
-        cost = stage_cost(cut, stage, SIZE)
+        cost = cost_of_stage(cut, stage, SIZE)
         assert at_batch(cost.flops, SIZE) == counted(phases, "F")
         # A product that lays its argument out anew counts as run again, if that is all that is.
         again = at_batch(cost.recompute_flops, SIZE) - counted(phases, "R")
@@ -63,7 +63,7 @@ def test_recomputing_leaves_out_what_nobody_reads() -> None:
     cut = split_of(
         nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)), 1, torch.ones(4, 6)
     )
-    cost = stage_cost(cut, cut.stages[0], 4)
+    cost = cost_of_stage(cut, cut.stages[0], 4)
     assert at_batch(cost.flops, 4) == 4 * 2 * (6 * 10 + 10 * 3)
     assert at_batch(cost.recompute_flops, 4) == 4 * 2 * (6 * 10)
     assert 0 < cost.recompute_seconds < cost.forward_seconds
@@ -86,7 +86,7 @@ def transformer_l(layers: int, stages: int) -> Split:
 def test_parameter_memory_is_gpipes(layers: int) -> None:
     """12 bytes a parameter: its value and eight bytes of optimizer state."""
     cut = transformer_l(layers, 1)
-    cost = stage_cost(cut, cut.stages[0], 1)
+    cost = cost_of_stage(cut, cut.stages[0], 1)
     nbytes = cost.parameter_bytes + cost.optimizer_bytes
     assert nbytes == 12 * (layers * (4 * 2048**2 + 2 * 2048 * 8192) + 2 * 32000 * 2048)
     assert f"{nbytes / 2**30:.2f}" == TABLE_1[layers]
@@ -96,8 +96,8 @@ def test_parameter_memory_is_gpipes(layers: int) -> None:
 def test_parameters_are_shared_out_over_stages() -> None:
     whole = transformer_l(3, 1)
     parts = transformer_l(3, 3)
-    (one,) = (stage_cost(whole, s, 1) for s in whole.stages)
-    three = [stage_cost(parts, s, 1) for s in parts.stages]
+    (one,) = (cost_of_stage(whole, s, 1) for s in whole.stages)
+    three = [cost_of_stage(parts, s, 1) for s in parts.stages]
     for fact in ("parameter_bytes", "gradient_bytes", "optimizer_bytes"):
         assert sum(getattr(c, fact) for c in three) == getattr(one, fact)
         assert all(getattr(c, fact) > 0 for c in three)
@@ -107,18 +107,18 @@ def test_frozen_parameters_have_no_gradient_and_no_state() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
     model[0].requires_grad_(False)
     cut = split_of(model, 1, torch.randn(2, 4))
-    cost = stage_cost(cut, cut.stages[0], 2)
+    cost = cost_of_stage(cut, cut.stages[0], 2)
     assert cost.parameter_bytes == 4 * (16 + 4 + 16)
     assert cost.gradient_bytes == 4 * 16
     assert cost.optimizer_bytes == 8 * 16
-    assert stage_cost(cut, cut.stages[0], 2, state_bytes=4).optimizer_bytes == 4 * 16
+    assert cost_of_stage(cut, cut.stages[0], 2, state_bytes=4).optimizer_bytes == 4 * 16
 
 
 def test_a_shared_parameter_is_held_once_and_lent() -> None:
     model, inputs = MODELS["tied"].make()
     args, kwargs = inputs(4)
     cut = split_of(model, 3, *args, **kwargs)
-    costs = [stage_cost(cut, s, 2) for s in cut.stages]
+    costs = [cost_of_stage(cut, s, 2) for s in cut.stages]
     assert sum(c.parameter_bytes for c in costs) == sum(
         p.numel() * p.itemsize for p in model.parameters()
     )
@@ -129,7 +129,7 @@ def test_a_shared_parameter_is_held_once_and_lent() -> None:
 
 def test_half_precision_has_state_per_element() -> None:
     cut = split_of(nn.Linear(4, 4, bias=False).half(), 1, torch.randn(2, 4, dtype=torch.half))
-    cost = stage_cost(cut, cut.stages[0], 2)
+    cost = cost_of_stage(cut, cut.stages[0], 2)
     assert (cost.parameter_bytes, cost.gradient_bytes, cost.optimizer_bytes) == (32, 32, 128)
 
 
@@ -140,7 +140,7 @@ def test_seconds_of_a_stage_are_its_calls() -> None:
     _, _, annotated = known("unet")
     cut = split(annotated, objective_for(STAGES, SIZE))
     for stage, own in zip(cut.stages, cut.calls, strict=True):
-        cost = stage_cost(cut, stage, SIZE)
+        cost = cost_of_stage(cut, stage, SIZE)
         times = [call_seconds(annotated.costs[n.name], DEFAULT, SIZE) for n in own]
         assert cost.seconds == pytest.approx(sum(t.forward + t.backward for t in times))
         assert cost.seconds == pytest.approx(cost.forward_seconds + cost.backward_seconds)
@@ -151,7 +151,7 @@ def test_a_stage_is_faster_on_a_gpu() -> None:
     cut = transformer_l(3, 3)
 
     def time(name: str) -> float:
-        return stage_cost(cut, cut.stages[1], 4, DEVICES[name]).seconds
+        return cost_of_stage(cut, cut.stages[1], 4, DEVICES[name]).seconds
 
     assert time("h100") < time("a100-80gb") < time("cpu-core")
 

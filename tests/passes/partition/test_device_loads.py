@@ -14,8 +14,8 @@ import pytest
 from autopipe.errors import OptionError, PartitionError, VerifyError
 from autopipe.passes.partition.api import partition
 from autopipe.passes.partition.cost_graph import CostGraph
-from autopipe.passes.partition.device_loads import DeviceSpec, Loads
-from autopipe.passes.partition.hetero_cut import cut_on
+from autopipe.passes.partition.device_loads import DeviceLoads, DeviceSpec
+from autopipe.passes.partition.hetero_cut import cut_for_devices
 
 # ------------------------------------------------------------------------------------ the oracle
 
@@ -75,23 +75,23 @@ def test_cuts_on_devices_are_optimal() -> None:
     possible = 0
     for devices, seconds, parameters, activations in problems(seed=0, count=1500):
         N, K = len(seconds), len(devices)
-        loads = Loads.of(devices, seconds, parameters, activations)
+        loads = DeviceLoads.of(devices, seconds, parameters, activations)
         cuts = [
             c for c in combinations(range(1, N), K - 1) if fits(devices, parameters, activations, c)
         ]
         if not cuts:
             with pytest.raises(PartitionError, match=r"stage \d does not fit its device"):
-                cut_on(loads)
+                cut_for_devices(loads)
             continue
         possible += 1
         times = {c: max(stage_times(devices, seconds, c)) for c in cuts}
         best = min(times.values())
-        assert times[cut_on(loads)] == best
-        assert loads.bound * loads.unit <= best
+        assert times[cut_for_devices(loads)] == best
+        assert loads.lower_bound * loads.unit <= best
         crossing = [(7 * p * p + 3) % 10 for p in range(N + 1)]
         for slack in (0.0, 0.25):
             within = [c for c in cuts if times[c] <= best * (1 + Fraction(slack))]
-            starts = cut_on(loads, crossing, slack)
+            starts = cut_for_devices(loads, crossing, slack)
             assert starts in within
             weights = [sum(crossing[p] for p in c) for c in within]
             assert sum(crossing[p] for p in starts) == min(weights)
@@ -99,45 +99,51 @@ def test_cuts_on_devices_are_optimal() -> None:
 
 
 def test_a_device_twice_as_fast_takes_twice_as_much() -> None:
-    loads = Loads.of([DeviceSpec(speed=2.0), DeviceSpec()], [1.0] * 6, [0] * 6, [0] * 6)
-    assert cut_on(loads) == (4,)
-    assert loads.bound * loads.unit == 2
+    loads = DeviceLoads.of([DeviceSpec(speed=2.0), DeviceSpec()], [1.0] * 6, [0] * 6, [0] * 6)
+    assert cut_for_devices(loads) == (4,)
+    assert loads.lower_bound * loads.unit == 2
     assert [time * loads.unit for time in loads.stage_times((4,))] == [2, 2]
 
 
 def test_times_of_a_device_take_the_place_of_the_graphs() -> None:
     slow_first = DeviceSpec(seconds=(9.0, 1.0, 1.0, 1.0))
-    loads = Loads.of([DeviceSpec(), slow_first], [1.0] * 4, [0] * 4, [0] * 4)
-    assert cut_on(loads) == (2,)
-    assert cut_on(Loads.of([slow_first, DeviceSpec()], [1.0] * 4, [0] * 4, [0] * 4)) == (1,)
+    loads = DeviceLoads.of([DeviceSpec(), slow_first], [1.0] * 4, [0] * 4, [0] * 4)
+    assert cut_for_devices(loads) == (2,)
+    assert cut_for_devices(
+        DeviceLoads.of([slow_first, DeviceSpec()], [1.0] * 4, [0] * 4, [0] * 4)
+    ) == (1,)
 
 
 def test_memory_is_parameters_by_a_factor_and_activations_in_flight() -> None:
     device = DeviceSpec(parameter_factor=4.0, in_flight=3, memory_bytes=100)
-    loads = Loads.of([device, DeviceSpec()], [1.0] * 4, [10, 10, 0, 0], [5, 5, 5, 5])
+    loads = DeviceLoads.of([device, DeviceSpec()], [1.0] * 4, [10, 10, 0, 0], [5, 5, 5, 5])
     assert loads.stage_bytes((1,)) == (4 * 10 + 3 * 5, 10 + 15)
-    assert cut_on(loads) == (1,)  # two nodes would be 110 bytes
+    assert cut_for_devices(loads) == (1,)  # two nodes would be 110 bytes
     roomy = dataclasses.replace(device, memory_bytes=110)
-    assert cut_on(Loads.of([roomy, DeviceSpec()], [1.0] * 4, [10, 10, 0, 0], [5] * 4)) == (2,)
+    assert cut_for_devices(
+        DeviceLoads.of([roomy, DeviceSpec()], [1.0] * 4, [10, 10, 0, 0], [5] * 4)
+    ) == (2,)
 
 
 def test_bytes_are_rounded_up() -> None:
-    loads = Loads.of([DeviceSpec(parameter_factor=0.5)], [1.0], [3], [0])
+    loads = DeviceLoads.of([DeviceSpec(parameter_factor=0.5)], [1.0], [3], [0])
     assert loads.stage_bytes(()) == (2,)
 
 
 def test_what_is_missing_is_said_by_stage() -> None:
     small, tiny = DeviceSpec(memory_bytes=20), DeviceSpec(memory_bytes=4)
     with pytest.raises(PartitionError, match="stage 1 does not fit its device: 15 bytes") as error:
-        cut_on(Loads.of([small, small], [1.0] * 11, [5] * 11, [0] * 11))
+        cut_for_devices(DeviceLoads.of([small, small], [1.0] * 11, [5] * 11, [0] * 11))
     assert (error.value.expected, error.value.found) == (
         "35 bytes for items 4 to 10 of 11",
         "20 bytes",
     )
     with pytest.raises(PartitionError, match="stage 0 does not fit its device: 1 bytes"):
-        cut_on(Loads.of([tiny, DeviceSpec()], [1.0] * 3, [5] * 3, [0] * 3))
+        cut_for_devices(DeviceLoads.of([tiny, DeviceSpec()], [1.0] * 3, [5] * 3, [0] * 3))
     with pytest.raises(PartitionError, match="stage 1 does not fit its device: 1 bytes"):
-        cut_on(Loads.of([DeviceSpec(), tiny, DeviceSpec()], [1.0] * 3, [5] * 3, [0] * 3))
+        cut_for_devices(
+            DeviceLoads.of([DeviceSpec(), tiny, DeviceSpec()], [1.0] * 3, [5] * 3, [0] * 3)
+        )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def test_what_is_missing_is_said_by_stage() -> None:
 )
 def test_devices_that_are_none_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        Loads.of([DeviceSpec(**change)], [1.0, 1.0], [0, 0], [0, 0])
+        DeviceLoads.of([DeviceSpec(**change)], [1.0, 1.0], [0, 0], [0, 0])
 
 
 # ------------------------------------------------------------------------------------- partition

@@ -1,4 +1,7 @@
-"""Cuts with values that stages fetch and hold copies of, against brute force over all cuts."""
+"""Cuts with values that stages receive and store copies of, against brute force over all cuts.
+
+Covers partition/stage_reach.py.
+"""
 
 from __future__ import annotations
 
@@ -13,50 +16,50 @@ from typing import Any
 import pytest
 
 from autopipe.errors import PartitionError
-from autopipe.passes.partition.device_loads import Loads, Value
-from autopipe.passes.partition.hetero_cut import cut_on, has_cut
+from autopipe.passes.partition.device_loads import BoundaryValue, DeviceLoads
+from autopipe.passes.partition.hetero_cut import cut_for_devices, has_cut_within
 
 
-def problem(generator: random.Random) -> Loads:
+def problem(generator: random.Random) -> DeviceLoads:
     N = generator.randint(1, 9)
     K = generator.randint(1, min(4, N))
     values = []
     for _ in range(generator.randint(0, 6)):
         made = generator.randint(-1, N - 1)
         if later := [item for item in range(made + 1, N) if generator.random() < 0.4]:
-            values.append(Value(made, tuple(later)))
+            values.append(BoundaryValue(made, tuple(later)))
 
     def row(count: int, most: int) -> tuple[int, ...]:
         return tuple(generator.choice([0, generator.randint(0, most)]) for _ in range(count))
 
     kinds = [(row(N, 20), row(N, 9), row(len(values), 15), row(len(values), 9)) for _ in range(2)]
     chosen = [generator.choice(kinds) for _ in range(K)]
-    return Loads(
+    return DeviceLoads(
         times=tuple(kind[0] for kind in chosen),
         unit=Fraction(1),
         nbytes=tuple(kind[1] for kind in chosen),
-        limits=tuple(generator.choice([None, generator.randint(5, 60)]) for _ in range(K)),
-        grains=(1,) * K,
+        byte_limits=tuple(generator.choice([None, generator.randint(5, 60)]) for _ in range(K)),
+        units_per_byte=(1,) * K,
         values=tuple(values),
-        fetching=tuple(kind[2] for kind in chosen),
-        copies=tuple(kind[3] for kind in chosen),
+        receive_times=tuple(kind[2] for kind in chosen),
+        copy_bytes=tuple(kind[3] for kind in chosen),
     )
 
 
-def stages(loads: Loads, starts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Time and bytes of each stage, by what `Loads` says of them."""
+def stages(loads: DeviceLoads, starts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Time and bytes of each stage, by what `DeviceLoads` says of them."""
     for k, (a, b) in enumerate(pairwise([0, *starts, len(loads.times[0])])):
         received = [
             v
             for v, value in enumerate(loads.values)
-            if value.made < a and any(a <= use < b for use in value.uses)
+            if value.producer < a and any(a <= use < b for use in value.consumers)
         ]
-        seconds = sum(loads.times[k][a:b]) + sum(loads.fetching[k][v] for v in received)
-        yield seconds, sum(loads.nbytes[k][a:b]) + sum(loads.copies[k][v] for v in received)
+        seconds = sum(loads.times[k][a:b]) + sum(loads.receive_times[k][v] for v in received)
+        yield seconds, sum(loads.nbytes[k][a:b]) + sum(loads.copy_bytes[k][v] for v in received)
 
 
-def fits(loads: Loads, starts: Sequence[int]) -> bool:
-    pairs = zip(stages(loads, starts), loads.limits, strict=True)
+def fits(loads: DeviceLoads, starts: Sequence[int]) -> bool:
+    pairs = zip(stages(loads, starts), loads.byte_limits, strict=True)
     return all(limit is None or size <= limit for (_, size), limit in pairs)
 
 
@@ -69,23 +72,23 @@ def test_cuts_with_transfers_are_optimal() -> None:
         cuts = [c for c in combinations(range(1, N), K - 1) if fits(loads, c)]
         if not cuts:
             with pytest.raises(PartitionError, match=r"stage \d does not fit its device"):
-                cut_on(loads)
+                cut_for_devices(loads)
             continue
         possible += 1
         times = {c: max(seconds for seconds, _ in stages(loads, c)) for c in cuts}
         best = min(times.values())
-        starts = cut_on(loads)
+        starts = cut_for_devices(loads)
         assert starts in cuts
         assert times[starts] == best
-        assert loads.bound <= best
+        assert loads.lower_bound <= best
         assert max(loads.stage_times(starts)) == best
         assert loads.stage_bytes(starts) == tuple(size for _, size in stages(loads, starts))
-        fetched += best > loads.bound
+        fetched += best > loads.lower_bound
         crossing = [generator.randint(0, 3) for p in range(N + 1)]
         weights = {c: sum(crossing[p] for p in c) for c in cuts}
         for slack in (0.0, 0.3):
             within = [c for c in cuts if times[c] <= best * (1 + Fraction(slack))]
-            starts = cut_on(loads, crossing, slack)
+            starts = cut_for_devices(loads, crossing, slack)
             assert starts in within
             least = min(weights[c] for c in within)
             assert weights[starts] == least
@@ -95,12 +98,19 @@ def test_cuts_with_transfers_are_optimal() -> None:
     assert fetched > 500
 
 
-def with_ways(loads: Loads, generator: random.Random) -> Loads:
+def with_ways(loads: DeviceLoads, generator: random.Random) -> DeviceLoads:
     """The same with up to three rows for each stage, the first of which are the stage's own."""
     N, V = len(loads.times[0]), len(loads.values)
     parts: dict[str, list[Any]] = {
         name: [*getattr(loads, name)]
-        for name in ("times", "nbytes", "limits", "grains", "fetching", "copies")
+        for name in (
+            "times",
+            "nbytes",
+            "byte_limits",
+            "units_per_byte",
+            "receive_times",
+            "copy_bytes",
+        )
     }
     ways = []
     for k in range(len(loads.times)):
@@ -110,20 +120,22 @@ def with_ways(loads: Loads, generator: random.Random) -> Loads:
             grain = generator.choice([1, 2])
             parts["times"].append(tuple(generator.randint(0, 20) for _ in range(N)))
             parts["nbytes"].append(tuple(grain * generator.randint(0, 9) for _ in range(N)))
-            parts["limits"].append(generator.choice([None, grain * generator.randint(0, 40)]))
-            parts["grains"].append(grain)
-            parts["fetching"].append(generator.choice(loads.fetching))
-            parts["copies"].append(tuple(generator.randint(0, 9) for _ in range(V)))
+            parts["byte_limits"].append(generator.choice([None, grain * generator.randint(0, 40)]))
+            parts["units_per_byte"].append(grain)
+            parts["receive_times"].append(generator.choice(loads.receive_times))
+            parts["copy_bytes"].append(tuple(generator.randint(0, 9) for _ in range(V)))
         generator.shuffle(rows)
         ways.append(tuple(rows))
-    return replace(loads, ways=tuple(ways), **{n: tuple(part) for n, part in parts.items()})
-
-
-def of_rows(loads: Loads, rows: Sequence[int]) -> Loads:
-    """Where each stage has one row."""
-    names = ("times", "nbytes", "limits", "grains", "fetching", "copies")
     return replace(
-        loads, ways=(), **{n: tuple(getattr(loads, n)[row] for row in rows) for n in names}
+        loads, stage_options=tuple(ways), **{n: tuple(part) for n, part in parts.items()}
+    )
+
+
+def of_rows(loads: DeviceLoads, rows: Sequence[int]) -> DeviceLoads:
+    """Where each stage has one row."""
+    names = ("times", "nbytes", "byte_limits", "units_per_byte", "receive_times", "copy_bytes")
+    return replace(
+        loads, stage_options=(), **{n: tuple(getattr(loads, n)[row] for row in rows) for n in names}
     )
 
 
@@ -133,9 +145,9 @@ def test_cut_and_ways_are_optimal_together() -> None:
     possible = mixed = only = 0
     for _ in range(1500):
         loads = with_ways(problem(generator), generator)
-        N, K = len(loads.times[0]), len(loads.ways)
+        N, K = len(loads.times[0]), len(loads.stage_options)
         found: dict[tuple[int, ...], int] = {}
-        for rows in product(*loads.ways):
+        for rows in product(*loads.stage_options):
             single = of_rows(loads, rows)
             for cut in combinations(range(1, N), K - 1):
                 if fits(single, cut):
@@ -143,28 +155,28 @@ def test_cut_and_ways_are_optimal_together() -> None:
                     found[cut] = min(largest, found.get(cut, largest))
         if not found:
             with pytest.raises(PartitionError, match=r"stage \d does not fit its device"):
-                cut_on(loads)
+                cut_for_devices(loads)
             continue
         possible += 1
         best = min(found.values())
-        assert loads.bound <= best
-        starts = cut_on(loads)
+        assert loads.lower_bound <= best
+        starts = cut_for_devices(loads)
         assert found[starts] == best
-        chosen = loads.chosen(starts)
-        assert all(row in rows for row, rows in zip(chosen, loads.ways, strict=True))
+        chosen = loads.chosen_options(starts)
+        assert all(row in rows for row, rows in zip(chosen, loads.stage_options, strict=True))
         single = of_rows(loads, chosen)
         assert fits(single, starts)
         assert loads.stage_times(starts) == single.stage_times(starts)
         assert loads.stage_bytes(starts) == single.stage_bytes(starts)
         assert max(loads.stage_times(starts)) == best
-        assert has_cut(loads, best)
-        assert not best or not has_cut(loads, best - 1)
+        assert has_cut_within(loads, best)
+        assert not best or not has_cut_within(loads, best - 1)
         mixed += len(set(chosen) - set(range(K))) > 0
         alone = [c for c in found if fits(of_rows(loads, range(K)), c)]
         only += not alone
         crossing = [generator.randint(0, 3) for _ in range(N + 1)]
         within = [c for c, seconds in found.items() if seconds <= best * (1 + Fraction(0.3))]
-        tried = cut_on(loads, crossing, 0.3)
+        tried = cut_for_devices(loads, crossing, 0.3)
         assert tried in within
         weights = {c: sum(crossing[p] for p in c) for c in within}
         assert weights[tried] == min(weights.values())
@@ -174,18 +186,20 @@ def test_cut_and_ways_are_optimal_together() -> None:
 
 
 def test_of_several_ways_that_do_not_fit_the_nearest_is_named() -> None:
-    loads = Loads(((1, 1), (2, 2)), Fraction(1), ((5, 5), (4, 4)), (9, 6), (1, 1), ways=((0, 1),))
+    loads = DeviceLoads(
+        ((1, 1), (2, 2)), Fraction(1), ((5, 5), (4, 4)), (9, 6), (1, 1), stage_options=((0, 1),)
+    )
     with pytest.raises(PartitionError, match="stage 0 does not fit its device: 1 bytes") as error:
-        cut_on(loads)
+        cut_for_devices(loads)
     assert error.value.expected == "10 bytes for items 0 to 1 of 2"
-    assert loads.chosen(()) == (0,)
+    assert loads.chosen_options(()) == (0,)
 
 
 def test_the_items_of_what_does_not_fit_are_named() -> None:
-    loads = Loads(((1, 1),), Fraction(1), ((5, 5),), (9,), (1,), names=("first", "last"))
+    loads = DeviceLoads(((1, 1),), Fraction(1), ((5, 5),), (9,), (1,), item_names=("first", "last"))
     with pytest.raises(PartitionError, match="stage 0 does not fit its device: 1 bytes") as error:
-        cut_on(loads)
-    assert error.value.expected == "10 bytes for calls first to last"
+        cut_for_devices(loads)
+    assert error.value.expected == "10 bytes for ops first to last"
 
 
 @pytest.mark.parametrize("limited", [False, True])
@@ -198,23 +212,23 @@ def test_sixty_thousand_items_in_128_stages(limited: bool) -> None:
     N = 36 * layers
     generator = random.Random(0)
     layer = [generator.randrange(1 << 30) for _ in range(36)]
-    values = [Value(item, (item + 1,)) for item in range(N - 1)]
-    values.append(Value(-1, tuple(range(5, N, 36))))
+    values = [BoundaryValue(item, (item + 1,)) for item in range(N - 1)]
+    values.append(BoundaryValue(-1, tuple(range(5, N, 36))))
     time_row, byte_row = tuple(layer * layers), (1000,) * N
     fetching = tuple(generator.randrange(1 << 28) for _ in values)
-    loads = Loads(
+    loads = DeviceLoads(
         times=(time_row,) * K,
         unit=Fraction(1),
         nbytes=(byte_row,) * K,
-        limits=tuple(1000 * (N // K + 40) + 100 * k if limited else None for k in range(K)),
-        grains=(1,) * K,
+        byte_limits=tuple(1000 * (N // K + 40) + 100 * k if limited else None for k in range(K)),
+        units_per_byte=(1,) * K,
         values=tuple(values),
-        fetching=(fetching,) * K,
-        copies=((10,) * len(values),) * K,
+        receive_times=(fetching,) * K,
+        copy_bytes=((10,) * len(values),) * K,
     )
     crossing = [1 + bool(p % 36) for p in range(N + 1)]
     began = time.process_time()
-    starts = cut_on(loads, crossing, 0.03)
+    starts = cut_for_devices(loads, crossing, 0.03)
     assert time.process_time() - began < 30
     assert fits(loads, starts) if limited else len(starts) == K - 1
-    assert max(loads.stage_times(starts)) <= 1.1 * loads.bound
+    assert max(loads.stage_times(starts)) <= 1.1 * loads.lower_bound

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from autopipe.passes.partition.max_flow import Edge, source_side
+from autopipe.passes.partition.max_flow import Edge, min_cut_source_side
 
 
 def capacity(edges: dict[Edge, float], side: set[object]) -> float:
@@ -35,15 +35,15 @@ def test_cuts_are_cheapest_and_of_these_the_smallest() -> None:
         every = [(capacity(edges, side), side) for side in sides(list(range(N)), 0, N - 1)]
         best = min(cost for cost, _ in every)
         if best == math.inf:
-            with pytest.raises(AssertionError, match="cannot be parted"):
-                source_side(edges, 0, N - 1)
+            with pytest.raises(AssertionError, match="source and sink cannot be separated"):
+                min_cut_source_side(edges, 0, N - 1)
             continue
         finite += 1
-        found = source_side(edges, 0, N - 1)
+        found = min_cut_source_side(edges, 0, N - 1)
         assert capacity(edges, found) == best
         assert all(found <= side for cost, side in every if cost == best)
     assert finite > 300
 
 
 def test_a_source_alone() -> None:
-    assert source_side({}, "s", "t") == {"s"}
+    assert min_cut_source_side({}, "s", "t") == {"s"}

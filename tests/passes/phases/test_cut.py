@@ -1,6 +1,8 @@
 """The cut in time: who runs what, what is kept, and that the four phases give eager's bits.
 
 Reachability is worked out here once more, from the graphs' edges alone.
+
+Covers phases/assign_phases.py and phases/select_saved.py.
 """
 
 from __future__ import annotations
@@ -89,9 +91,9 @@ def test_full_keeps_what_was_received_and_nothing_else(name: str) -> None:
             if kept in groups["receives"]:
                 continue
             assert kept.target is torch.ops.aten.clone.default
-            assert kept.args[0] in groups["held"]
-            source = groups["held"].index(kept.args[0])
-            assert stage.held[source] in stage.updates
+            assert kept.args[0] in groups["state"]
+            source = groups["state"].index(kept.args[0])
+            assert stage.state[source] in stage.updates
 
 
 def call_numbers(stage: StagePhases, letters: str) -> list[Any]:
@@ -133,7 +135,7 @@ def test_full_repeats_whatever_the_backward_needs_of_the_forward(name: str) -> N
 def saved_bytes(stage: StagePhases) -> int:
     """Of distinct memory; parameters' own does not count."""
     values = [n.meta["val"] for n in saved_in(stage)]
-    theirs = {storage_id(n.meta["val"]) for n in parts(stage)["held"]}
+    theirs = {storage_id(n.meta["val"]) for n in parts(stage)["state"]}
     sizes = {storage_id(v): v.untyped_storage().nbytes() for v in values}
     return sum(size for identity, size in sizes.items() if identity not in theirs)
 
@@ -159,8 +161,8 @@ def run_phases(
         What F returns (results, then new buffers), and the gradients by name.
     """
     groups, results = parts(stage), stage.results()
-    names = [*stage.held, *stage.receives]
-    holders = [*groups["held"], *groups["receives"]]
+    names = [*stage.state, *stage.receives]
+    holders = [*groups["state"], *groups["receives"]]
     ctx = MicroBatchContext(0, stage.draws, 0)
     env: dict[fx.Node, Any] = {groups["ctx"][0]: ctx}
     env |= {h: values[n] for h, n in zip(holders, names, strict=True)}
@@ -179,7 +181,7 @@ def run_phases(
         returned = [env[n] for n in (*results["returns"], *results["updates"])]
         kept = {n: env[n] for n in saved_in(stage)}
         env = {groups["ctx"][0]: ctx, **kept}
-        for holder, name in zip(groups["held"], stage.held, strict=True):
+        for holder, name in zip(groups["state"], stage.state, strict=True):
             value = values[name]
             env[holder] = torch.full_like(value, _broken(value)) if name in stage.updates else value
         env |= dict(zip(groups["tangents"], tangents, strict=True))
@@ -242,7 +244,7 @@ def test_what_is_drawn_again_is_what_was_drawn(remat: str) -> None:
     model = Dropped()
     x = torch.randn(SIZE, 6)
     (stage,) = phased_of(split_of(model, 1, x), model, SIZE, ((x,), {}), remat=remat).stages
-    values = {i: p.detach() for i, p in zip(stage.held, model.parameters(), strict=True)}
+    values = {i: p.detach() for i, p in zip(stage.state, model.parameters(), strict=True)}
     values[stage.receives[0]] = x
     tangent = torch.randn(SIZE, 6)
     (result,), gradients = run_phases(stage, values, [tangent])

@@ -1,4 +1,7 @@
-"""A stage's joint graph against eager autograd on the same stage graph: not a bit may differ."""
+"""A stage's joint graph against eager autograd on the same stage graph: not a bit may differ.
+
+Covers phases/stage_runner.py.
+"""
 
 from __future__ import annotations
 

@@ -47,11 +47,11 @@ def test_old_statistics_are_kept_for_the_repetition() -> None:
     updated = {i.name for i in cut.stages[0].held if i.kind is InputKind.BUFFER}
     assert set(stage.updates) == updated
     old = [n for n in saved_in(stage) if n.op != "placeholder"]
-    sources = {stage.held[parts(stage)["held"].index(n.args[0])] for n in old}
+    sources = {stage.state[parts(stage)["state"].index(n.args[0])] for n in old}
     assert "b_scale" in sources
     readers = {u for n in phase_nodes(stage, "RBW") for u in n.all_input_nodes}
     written = {
-        h for h, n in zip(parts(stage)["held"], stage.held, strict=True) if n in stage.updates
+        h for h, n in zip(parts(stage)["state"], stage.state, strict=True) if n in stage.updates
     }
     assert not readers & written  # by then they hold new values
 

@@ -51,8 +51,8 @@ def test_identical_stages_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len({id(s.graph) for s in phased.stages}) == 2
     assert [s.index for s in phased.stages] == list(range(5))
     for k, stage in enumerate(phased.stages):
-        assert stage.held == (f"p_layers_{k}_weight", f"p_layers_{k}_bias")
-        assert stage.own_grads == stage.held
+        assert stage.state == (f"p_layers_{k}_weight", f"p_layers_{k}_bias")
+        assert stage.own_grads == stage.state
         assert stage.sent_grads == (cut.stages[k].receives if k else ())
         assert stage.tangents == cut.stages[k].returns
     # again, at the same size: nothing is traced

@@ -1,4 +1,7 @@
-"""Cuts of other orders than the captured one: against brute force, and to the bit."""
+"""Cuts of other orders than the captured one: against brute force, and to the bit.
+
+Covers split/replay_plan.py.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,7 @@ def test_the_captured_order_is_kept_where_it_is_good() -> None:
     assert cut.estimates.gap <= SLACK
 
 
-def test_limits_hold_in_the_order_that_is_taken() -> None:
+def test_limits_hold_in_the_chosen_order() -> None:
     """The captured order has no cut within these limits: two branches of 1500 are too much."""
     free = split(FOUR, on(DEFAULT, 2))
     limit = max(free.estimates.nbytes)

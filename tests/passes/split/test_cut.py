@@ -1,4 +1,7 @@
-"""The cut in space: nothing lost, nothing twice, and the same bits as the uncut graph."""
+"""The cut in space: nothing lost, nothing twice, and the same bits as the uncut graph.
+
+Covers split/op_groups.py and split/extract_stages.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from autopipe.errors import PartitionError, UnsupportedError
 from autopipe.passes.capture.model import capture
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate, call_seconds
-from autopipe.passes.cost.stage_cost import stage_cost
+from autopipe.passes.cost.stage_cost import cost_of_stage
 from autopipe.passes.devices import DEFAULT
 from autopipe.passes.graph.fx_utils import is_size
 from autopipe.passes.ir.split import CALLER, Route, Split, StageGraph
@@ -193,7 +196,7 @@ def test_equal_layers_are_shared_out_evenly() -> None:
     cut = split_of(Layers(6), 3, torch.randn(4, 8))
     assert [len(calls(s.graph_module.graph, aten.linear.default)) for s in cut.stages] == [2, 2, 2]
     assert len({s.fingerprint for s in cut.stages}) == 1
-    first, second, third = (stage_cost(cut, s, 2).seconds for s in cut.stages)
+    first, second, third = (cost_of_stage(cut, s, 2).seconds for s in cut.stages)
     assert second == third
     assert first < second  # its first layer owes the input no gradient
 
@@ -220,7 +223,7 @@ def test_more_stages_than_calls() -> None:
     assert "use fewer devices" in str(caught.value)
 
 
-def test_more_stages_than_calls_that_may_be_parted() -> None:
+def test_more_stages_than_groups_of_calls() -> None:
     """Three calls, but the last two are one: a result of several tensors and its unpacking."""
 
     class Largest(nn.Module):

@@ -1,4 +1,7 @@
-"""Cheap values made where they are used, and calls near the inputs moved: costs and bits."""
+"""Cheap values computed where they are used, and ops near the inputs moved: costs and bits.
+
+Covers split/relocate_ops.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import autopipe
-from autopipe import compiled
+from autopipe import options
 from autopipe.call_signature import flatten
 from autopipe.errors import PlanError
 from autopipe.passes.cost.node_costs import annotate
@@ -71,7 +74,7 @@ def groups_of(found: Annotated, objective: Objective) -> OpGroups:
     return OpGroups(costs, range(len(costs.ops)))
 
 
-def test_what_is_repeatable() -> None:
+def test_duplicable_ops() -> None:
     """Nothing that needs a gradient, is written, or reads what changes."""
     groups = groups_of(ROTARY, on(SLOW, 2))
     names = {str(node.target).split(".")[1] for node in duplicable_ops(groups)}
@@ -89,27 +92,27 @@ class Draws(nn.Module):
         return mask.cos() + values[:, None].sin()
 
 
-def test_what_draws_or_has_several_results_is_not_repeatable() -> None:
+def test_random_ops_and_ops_with_several_results_are_not_duplicable() -> None:
     found = annotate(captured_of(Draws(), torch.ones(4, 8, dtype=torch.int64)))
-    able = {str(node.target) for node in duplicable_ops(groups_of(found, on(SLOW, 2)))}
-    assert able == {"aten.ones.default"}
+    duplicable = {str(node.target) for node in duplicable_ops(groups_of(found, on(SLOW, 2)))}
+    assert duplicable == {"aten.ones.default"}
 
 
-def test_one_memory_repeats_nothing() -> None:
+def test_free_transfers_duplicate_nothing() -> None:
     for K in (2, 3):
         assert not split(ROTARY, on(DEFAULT, K)).duplicated
 
 
-def test_a_slow_link_repeats_and_a_fast_one_sends() -> None:
+def test_a_slow_link_duplicates_and_a_fast_one_sends() -> None:
     assert not split(ROTARY, on(FAST, 3)).duplicated
     cut = split(ROTARY, on(SLOW, 3))
     assert cut.duplicated
     sent = {n for s in cut.stages for n in s.receives if cut.routes[n].kind == "activation"}
     assert not sent & set(cut.duplicated)
-    able = {node.name for node in duplicable_ops(groups_of(ROTARY, on(SLOW, 3)))}
-    assert set(cut.duplicated) <= able
+    duplicable = {node.name for node in duplicable_ops(groups_of(ROTARY, on(SLOW, 3)))}
+    assert set(cut.duplicated) <= duplicable
     # The mask depends on the ids, so something must be sent: the mask is, but before it is widened.
-    assert {cut.routes[name].spec.dtype for name in sent & able} == {torch.bool}
+    assert {cut.routes[name].spec.dtype for name in sent & duplicable} == {torch.bool}
     widened = [n for n in cut.duplicated if cut_node(cut, n).target is torch.ops.aten.to.dtype]
     assert widened
 
@@ -118,7 +121,7 @@ def cut_node(cut: Split, name: str) -> fx.Node:
     return next(n for calls in cut.calls for n in calls if n.name == name)
 
 
-def test_the_same_bits_with_and_without_repeats() -> None:
+def test_the_same_bits_with_and_without_duplicates() -> None:
     model, ids = Rotary(), IDS[:3]
     cut = split(ROTARY, on(SLOW, 3))
     values = {}
@@ -151,24 +154,24 @@ def test_no_other_choice_costs_less(device: Device, remat: RematPolicy) -> None:
     found = annotate(captured_of(Wide(), torch.randn(4, 8), ids))
     objective = on(device, 2, remat=(remat, remat))
     groups = groups_of(found, objective)
-    costs, able = groups.costs, duplicable_ops(groups)
+    costs, duplicable = groups.costs, duplicable_ops(groups)
     start = next(at for at, n in enumerate(costs.ops) if "linear_1" in n.name)
     stage_of = {n: int(at >= start) for at, n in enumerate(costs.ops)}
-    assert len(able) >= 4
+    assert len(duplicable) >= 4
 
-    def seconds(made: Assignment) -> float:
+    def seconds(assignment: Assignment) -> float:
         inputs = {
             (source, k)
-            for node, stages in made.items()
+            for node, stages in assignment.items()
             for k in stages
             for source in node.all_input_nodes
             if source.name == "ids"
         }
         link = device.link.seconds(costs.nbytes(next(n for n, _ in inputs)))
-        return sum(estimate_assignment(costs, made).seconds) + link * len(inputs)
+        return sum(estimate_assignment(costs, assignment).seconds) + link * len(inputs)
 
     def every() -> Any:
-        early = [n for n in able if stage_of[n] == 0]
+        early = [n for n in duplicable if stage_of[n] == 0]
         for chosen in product([(0,), (0, 1)], repeat=len(early)):
             yield {n: (k,) for n, k in stage_of.items()} | dict(zip(early, chosen, strict=True))
 
@@ -179,18 +182,20 @@ def test_no_other_choice_costs_less(device: Device, remat: RematPolicy) -> None:
 # --------------------------------------------------------------------------------- end to end
 
 
-def in_aim(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
+def with_device(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     """Let `compile` cut for other devices than it runs on."""
-    monkeypatch.setattr(compiled, "models_of", lambda devices: (device,) * len(devices))
+    monkeypatch.setattr(options, "models_of", lambda devices: (device,) * len(devices))
 
 
 @pytest.mark.parametrize("remat", ["full", "none", "min-cut"])
-def test_a_pipeline_with_repeats_is_bit_equal(monkeypatch: pytest.MonkeyPatch, remat: str) -> None:
-    in_aim(monkeypatch, SLOW)
+def test_a_pipeline_with_duplicates_is_bit_equal(
+    monkeypatch: pytest.MonkeyPatch, remat: str
+) -> None:
+    with_device(monkeypatch, SLOW)
     torch.manual_seed(0)
     model = Rotary()
     pipe = autopipe.compile(model, ["cpu"] * 3, 2, remat=remat, args=(IDS,))
-    assert pipe._compiled_or_raise()[0].split.duplicated
+    assert pipe._programs.last[0].split.duplicated
     leaves, _ = flatten((IDS,), {})
     truth = over_chunks(pipe.captured, model, leaves, 2)
     result = pipe(IDS)
@@ -199,11 +204,11 @@ def test_a_pipeline_with_repeats_is_bit_equal(monkeypatch: pytest.MonkeyPatch, r
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, truth.parameters[name])
-    assert pipe.plan.starts == planned_cut_of(pipe._compiled_or_raise()[0].split).starts
+    assert pipe.plan.starts == planned_cut_of(pipe._programs.last[0].split).starts
     assert pipe.explain()
 
 
-def test_a_plan_reproduces_repeats() -> None:
+def test_a_plan_reproduces_duplicates() -> None:
     objective = on(SLOW, 3)
     cut = split(ROTARY, objective)
     planned = planned_cut_of(cut)
@@ -224,7 +229,7 @@ def test_a_plan_reproduces_repeats() -> None:
             split(ROTARY, objective, planned=planned._replace(duplicated=(wrong,)), must_fit=True)
 
 
-def test_values_are_sent_where_there_is_no_memory_to_make_them() -> None:
+def test_values_are_sent_where_there_is_no_memory_to_duplicate_them() -> None:
     cut = split(ROTARY, on(SLOW, 3))
     sent = split(ROTARY, on(SLOW, 3), planned=planned_cut_of(cut)._replace(duplicated=()))
     assert not sent.duplicated
@@ -260,7 +265,7 @@ def homes(cut: Split, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("tokens", "length", "expected"), [(20000, 2, [0, 0]), (8, 512, [0, 1])])
-def test_a_lookup_goes_to_its_table_or_to_its_user(
+def test_a_lookup_moves_to_its_table_or_to_its_user(
     tokens: int, length: int, expected: list[int]
 ) -> None:
     """Few rows of a large table are sent; of many of a small one the table is."""
@@ -285,17 +290,17 @@ class Early(nn.Module):
 
 
 @pytest.mark.parametrize("first", [1, 3, 5])
-def test_a_stage_keeps_a_call_of_its_own(first: int) -> None:
-    """Planned so that the first stage has cheap calls alone, some of which are made again."""
+def test_a_stage_keeps_an_op_of_its_own(first: int) -> None:
+    """Planned so that the first stage has cheap calls alone, some of which are duplicated."""
     found = annotate(captured_of(Early(), torch.randn(4, 256)))
     objective = on(SLOW, 2)
     groups = groups_of(found, objective)
     calls = groups.costs.ops
-    made = duplicate_ops(groups, {n: int(at >= first) for at, n in enumerate(calls)})
-    homes = [stages[0] for stages in made.values()]
+    assignment = duplicate_ops(groups, {n: int(at >= first) for at, n in enumerate(calls)})
+    homes = [stages[0] for stages in assignment.values()]
     assert homes.count(0) == 1  # all others have moved to where they are needed
-    assert all(0 not in made[n] for n in calls if made[n][0])
+    assert all(0 not in assignment[n] for n in calls if assignment[n][0])
     for node in calls:
         for source in node.all_input_nodes:
-            if source in made:
-                assert made[source][0] <= made[node][0]
+            if source in assignment:
+                assert assignment[source][0] <= assignment[node][0]

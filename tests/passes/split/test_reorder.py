@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import autopipe
-from autopipe import compiled
+from autopipe import program_cache
 from autopipe.call_signature import flatten
 from autopipe.passes.ir.captured import Annotated
 from autopipe.passes.ir.split import Split
@@ -37,7 +37,7 @@ def any_cut(found: Annotated, K: int, seed: int) -> PlannedCut:
         ready = [v for v, before in enumerate(dag.before) if v not in done and done >= {*before}]
         order.append(generator.choice(ready))
     starts = sorted(generator.sample(range(1, len(order)), K - 1))
-    stage_of = groups.stages(order, starts)
+    stage_of = groups.stage_of(order, starts)
     stages = [stage_of[node] for node in costs.ops]
     pairs = zip(costs.ops, [-1, *stages], stages, strict=False)
     return PlannedCut("", (), tuple((node.name, k) for node, before, k in pairs if k != before))
@@ -51,7 +51,7 @@ def in_any_order(monkeypatch: pytest.MonkeyPatch, model: nn.Module, args: Any, K
             annotated, objective_for(K, SIZE), planned=any_cut(annotated, K, 2), must_fit=False
         )
 
-    monkeypatch.setattr(compiled, "cut_in_space", cut)
+    monkeypatch.setattr(program_cache, "cut_in_space", cut)
     pipe = autopipe.compile(model, ["cpu"] * K, 2, args=args[0], kwargs=args[1])
     monkeypatch.undo()
     return pipe

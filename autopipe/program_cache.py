@@ -1,0 +1,188 @@
+"""Find the program for a call, or make it: capture, choose a plan, cut, trace.
+
+    call ──▶ ModelKey: model state, structure of the inputs, static shapes ──▶ `CompiledModel`s,
+             of which the first whose size guards hold for the batch is used
+         ──▶ ProgramKey: micro-batch sizes, grad, outputs with gradients, parameters, metadata
+             of the inputs, autocast ──▶ `CompiledProgram`
+
+A model is captured once per `ModelKey` (seldom more: a batch of one sample may take branches of
+its own); its stages are traced once per `ProgramKey`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from autopipe.call_guards import plain_autograd
+from autopipe.call_signature import CallSignature, other_structure
+from autopipe.compiled import CompiledModel, CompiledProgram
+from autopipe.errors import OptionError
+from autopipe.model_state_key import model_state_key
+from autopipe.parameters import replaced
+from autopipe.passes.driver import costed, cut_in_space
+from autopipe.passes.phases import TraceCache
+from autopipe.passes.schedule import schedule
+from autopipe.passes.split import objective_of
+from autopipe.planning.choice import choose
+from autopipe.planning.planner import planned_cut
+from autopipe.progress import Progress
+from autopipe.runtime import microbatch
+from autopipe.runtime.transfer import WorkerDevice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from autopipe.call_signature import CallInputs
+    from autopipe.options import Options
+    from autopipe.passes.ir import Annotated, Split
+    from autopipe.planning.plans import Plan
+
+MANY_STATES = 16
+"""Captured states of a model (training flags, attributes) after which a warning is due."""
+
+
+class ModelKey(NamedTuple):
+    """Everything but the batch size that decides which captured graph a call can use."""
+
+    state: Hashable
+    signature: CallSignature
+    static_shapes: tuple[tuple[int, ...], ...]
+
+
+class ProgramCache:
+    """All programs of a pipeline.
+
+    Args:
+        model: the user's module.
+        options: checked; what they leave open is chosen on the first call of a mode.
+
+    Attributes:
+        workers: one per stage.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model = model
+        self.workers = tuple(WorkerDevice(d) for d in options.devices)
+        self._options = options
+        self._models: dict[ModelKey, list[CompiledModel]] = {}
+        self._signatures: dict[Hashable, set[CallSignature]] = {}
+        self._plans: dict[bool, Plan] = {}  # the chosen ones, by training mode
+        self._last: tuple[CompiledModel, CompiledProgram] | None = None
+
+    def program_for(
+        self, inputs: CallInputs, *, strict: bool
+    ) -> tuple[CompiledModel, CompiledProgram]:
+        """The captured model and the program for a call.
+
+        Args:
+            inputs: the call.
+            strict: accept only input structures that were captured before, if there are any.
+
+        Raises:
+            InputError: another structure than the captured ones.
+            CaptureError, CouplingError, PartitionError, MemoryLimitError: see `autopipe.compile`.
+        """
+        state, signature = model_state_key(self.model), CallSignature.of(inputs)
+        known = self._signatures.setdefault(state, set())
+        if strict and known and signature not in known:
+            raise other_structure(next(iter(known)), signature)
+        key = ModelKey(state, signature, inputs.static_shapes())
+        with Progress(len(self.workers)) as progress, plain_autograd():
+            fitting = (c for c in self._models.get(key, ()) if c.fits(inputs.batch))
+            compiled = next(fitting, None) or self._capture(key, inputs, progress)
+            program = compiled.program(inputs, progress)
+        self._last = compiled, program
+        return self._last
+
+    @property
+    def last(self) -> tuple[CompiledModel, CompiledProgram]:
+        """What the last call used.
+
+        Raises:
+            OptionError: there was none.
+        """
+        if self._last is None:
+            raise OptionError(
+                "nothing has been compiled yet",
+                remedy="call the pipeline once, or pass example inputs: compile(..., args=(x,))",
+            )
+        return self._last
+
+    @property
+    def options(self) -> Options:
+        """The options with the plan that was chosen in this mode, or else for training."""
+        plan = self._plans.get(self.model.training) or self._plans.get(True)
+        return self._options if plan is None else self._options.planned(plan)
+
+    def _capture(
+        self, key: ModelKey, inputs: CallInputs, progress: Callable[[str], None]
+    ) -> CompiledModel:
+        """Capture the model for a call that no captured graph serves."""
+        models = self._models.setdefault(key, [])
+        single = inputs.batch == 1 and bool(models)
+        compiled = self._compile(inputs, progress, single=single)
+        if inputs.batch == 1 and not compiled.fits(1):
+            # One sample was traced as two, which took another branch: trace it as one.
+            models.append(compiled)
+            compiled = self._compile(inputs, progress, single=True)
+        models.append(compiled)
+        if self._options.needs_planning and compiled.options.plan is not None:
+            self._plans.setdefault(self.model.training, compiled.options.plan)
+        self._signatures[key.state].add(key.signature)
+        self._remember(key)
+        return compiled
+
+    def _compile(
+        self, inputs: CallInputs, progress: Callable[[str], None], *, single: bool
+    ) -> CompiledModel:
+        model, options = self.model, self.options
+        for name, tensor in model.named_parameters():
+            if not isinstance(tensor, nn.Parameter):
+                raise replaced(name)
+        leaves, spec, dims, batch = inputs
+        annotated = costed(
+            options.capture_request(model, leaves, spec, dims, single=single), progress
+        )
+        if not options.needs_planning:
+            split = self._cut(annotated, options, batch, progress)
+            return CompiledModel(model, options, self.workers, split, TraceCache())
+        chosen = choose(model, annotated, leaves, batch, options, progress)
+        options = options.planned(chosen.plan)
+        return CompiledModel(model, options, self.workers, chosen.split, chosen.traces)
+
+    def _cut(
+        self,
+        annotated: Annotated,
+        options: Options,
+        batch: int,
+        progress: Callable[[str], None],
+    ) -> Split:
+        """Cut as a plan says, or else balanced, where nothing is left to choose."""
+        plan, (chunks, remat) = options.plan, options.resolved
+        sizes = microbatch.sizes(batch, chunks)
+        models = options.device_models
+        in_flight = schedule(options.schedule_kind, len(models), len(sizes)).in_flight()
+        objective = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
+        return cut_in_space(
+            annotated,
+            objective,
+            planned=None if plan is None else planned_cut(plan),
+            must_fit=plan is not None and plan.training == self.model.training,
+            progress=progress,
+        )
+
+    def _remember(self, key: ModelKey) -> None:
+        """Do not capture again because of what the model changed in itself while captured."""
+        state = model_state_key(self.model)
+        if state != key.state:
+            self._models[key._replace(state=state)] = self._models[key]
+            self._signatures.setdefault(state, set()).update(self._signatures[key.state])
+        if len(self._signatures) > MANY_STATES:
+            warnings.warn(
+                f"the model has been captured in {len(self._signatures)} configurations: attributes"
+                " of its modules change from call to call, and each change costs a capture",
+                stacklevel=5,
+            )

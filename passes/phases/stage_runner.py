@@ -1,0 +1,133 @@
+"""Run a stage graph on fake tensors of any device while it is traced.
+
+What is recorded is attributed to the call of the stage graph that causes it, in the backward too.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from autopipe.errors import CaptureError
+from autopipe.passes._torch import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    autocast_device_types,
+    set_traced_call,
+)
+from autopipe.passes.graph import source_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from autopipe.passes.ir import StageGraph
+
+aten = torch.ops.aten
+
+
+def run_on_device(
+    stage: StageGraph, inputs: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
+    """Run a stage graph.
+
+    Args:
+        stage: its graph; every device in it is replaced by `device`.
+        inputs: its state, then received tensors.
+        device: where it runs.
+
+    Returns:
+        Its results.
+
+    Raises:
+        CaptureError: a shape depends on the values of tensors.
+    """
+    env: dict[fx.Node, Any] = {}
+    attributed: set[Any] = set()
+    source = iter(inputs)
+    for position, node in enumerate(stage.graph_module.graph.nodes):
+        if node.op == "placeholder":
+            env[node] = next(source)
+        elif node.op == "output":
+            return [env[n] for n in node.args[0]]
+        else:
+            origin = (position, node.meta.get("stack_trace"))
+            set_traced_call(*origin)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            with _region(node, device):
+                env[node] = _call(
+                    node, _replace_devices(args, device), _on_device(node, kwargs, device)
+                )
+            for tensor in pytree.tree_leaves(env[node]):
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                    _attribute_backward(tensor.grad_fn, origin, attributed)
+    raise AssertionError("a graph without output")
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    target: Any = node.target
+    if getattr(target, "overloadpacket", None) is aten.randint_like:
+        # torch's Python function passes no gradient, but the overload would ask for one.
+        args = pytree.tree_map_only(Tensor, Tensor.detach, args)
+    try:
+        return target(*args, **kwargs)
+    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise CaptureError(
+            "a shape that depends on the values of tensors cannot be pipelined",
+            node=node.name,
+            source=source_line(node),
+            found=str(target),
+            remedy="keep the shape and mask instead: torch.where(mask, x, 0) for x[mask]",
+        ) from error
+
+
+def _attribute_backward(function: Any, origin: tuple[int, str | None], seen: set[Any]) -> None:
+    """Attribute what autograd's new functions will record to the call that created them."""
+    todo = [function]
+    while todo:
+        top = todo.pop()
+        if top is not None and top not in seen:
+            seen.add(top)
+            top.register_prehook(lambda _: set_traced_call(*origin))
+            todo += [f for f, _ in top.next_functions]
+
+
+def _region(node: fx.Node, device: torch.device) -> Any:
+    """Return the autocast region that a call was captured in, for the stage's device."""
+    if "autocast" not in node.meta:
+        return nullcontext()
+    _, dtype, enabled, _ = node.meta["autocast"]
+    return torch.autocast(device.type, dtype, enabled, cache_enabled=False)
+
+
+def _replace_devices(value: Any, device: torch.device) -> Any:
+    """Replace every device in some arguments by `device`."""
+    return pytree.tree_map(lambda v: device if isinstance(v, torch.device) else v, value)
+
+
+def _on_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Replace the devices in keyword arguments; give a factory that names none its device."""
+    kwargs = _replace_devices(kwargs, device)
+    if kwargs.get("device") is None and _is_factory(node.target):
+        kwargs["device"] = device
+    return kwargs
+
+
+def _is_factory(target: Any) -> bool:
+    """Whether a call such as arange creates tensors on the default device if it names none."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not any(a.name == "device" for a in schema.arguments):
+        return False
+    return not any("Tensor" in str(a.type) for a in schema.arguments)
+
+
+def uncached_autocast() -> Any:
+    """While tracing under autocast: keep fake casts of parameters out of its cache."""
+    for kind in autocast_device_types():
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            return torch.autocast(kind, dtype=dtype, cache_enabled=False)
+    return nullcontext()
