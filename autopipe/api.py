@@ -137,8 +137,9 @@ def plan(
         devices: number of stages, or one device for each; a number may exceed what is present.
         chunks: M; None: the number with the shortest predicted step.
         args, kwargs: example inputs, with the batch size to plan for.
-        device: device model for speeds and links: a name in `passes.devices.DEVICES` ("h100", "cpu-core"), a
-            `passes.devices.Device`, or a list of one for each stage. None: those of `devices`.
+        device: device model for speeds and links: a name in `passes.devices.DEVICES` ("h100",
+            "cpu-core"), a `passes.devices.Device`, or a list of one for each stage. None: those of
+            `devices`.
 
     Returns:
         The `Plan`: stages, boundary tensors, times, memory, predicted timeline.
