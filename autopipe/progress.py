@@ -1,4 +1,4 @@
-"""A progress bar for compiling, on a terminal, once compiling takes longer than a second."""
+"""A progress bar for compiling, on a terminal, once it takes longer than a second."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-DELAY_SECONDS = 1
-"""How long compiling goes on before the bar appears."""
-
 
 def silent(text: str) -> None:
-    """Show nothing: the progress function for callers without a bar."""
+    """Report no progress."""
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """tqdm without its monitor, a thread that would never end."""
+    """tqdm without its monitor thread, which would never end."""
 
     monitor_interval = 0
 
 
 class Progress:
-    """A bar that appears on a terminal after `DELAY_SECONDS`, and nowhere else.
+    """A bar on a terminal once compiling takes longer than a second; elsewhere nothing.
 
-    A context manager; calling it advances the bar.
+    Args:
+        stages: number of stages that may be traced.
     """
 
     def __init__(self, stages: int) -> None:
@@ -39,7 +37,7 @@ class Progress:
             self._bar = _Bar(
                 total=4 + self._stages,
                 desc="autopipe",
-                delay=DELAY_SECONDS,
+                delay=1,
                 disable=None,
                 leave=False,
                 file=sys.stderr,

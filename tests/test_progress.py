@@ -1,49 +1,46 @@
-"""The progress bar: nothing where nobody watches, and no thread that stays."""
+"""A progress bar on terminals, nothing elsewhere, and no thread that stays."""
 
 from __future__ import annotations
 
-import sys
 import threading
 
 import pytest
 
+from autopipe import progress
 from autopipe.progress import Progress, silent
 
 
-class Terminal:
-    """A stream that says that it is a terminal."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def isatty(self) -> bool:
-        return True
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
-
-
 def test_nothing_is_written_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(2) as progress:
-        for text in ("capture", "split"):
-            progress(text)
-            silent(text)
+    before = threading.active_count()
+    with Progress(2) as bar:
+        for step in ("capturing", "splitting"):
+            bar(step)
+        assert threading.active_count() == before
+    silent("anything")
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("delay", [0, 1])
-def test_a_terminal_sees_a_bar_after_the_delay(
-    monkeypatch: pytest.MonkeyPatch, delay: float
-) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr("autopipe.progress.DELAY_SECONDS", delay)
-    threads = threading.active_count()
-    with Progress(2) as progress:
-        progress("capture")
-        progress("split")
-        assert threading.active_count() == threads
-    assert ("autopipe" in terminal.text) == (delay == 0)
+def test_each_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    class Bar:
+        def __init__(self, total: int, **options: object) -> None:
+            seen.append((total, options["delay"], options["leave"]))
+
+        def set_postfix_str(self, text: str, refresh: bool) -> None:
+            seen.append(text)
+
+        def update(self) -> None:
+            seen.append(1)
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    monkeypatch.setattr(progress, "_Bar", Bar)
+    with Progress(3) as bar:
+        bar("capturing")
+        bar("costing")
+    assert seen == [(7, 1, False), "capturing", 1, "costing", 1, "closed"]
+    with Progress(3):
+        pass  # nothing to do: no bar
+    assert len(seen) == 6
