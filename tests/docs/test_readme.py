@@ -54,7 +54,7 @@ def test_every_python_block_is_tested() -> None:
 def test_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """They train: the loss falls; and `explain()` has the lines that the README shows of it."""
     torch.manual_seed(0)
-    ids = torch.randint(50257, (8, 32))
+    ids = torch.randint(50257, (4, 16))
     code, _ = blocks(README, "python")
     loop = code.replace(
         "    loss.backward()\n", "    losses.append(loss.item())\n    loss.backward()\n"
@@ -150,6 +150,11 @@ SOURCES = {
 }
 
 
+def test_every_source_of_commands_has_some() -> None:
+    assert all(any(map(is_command, lines)) for lines in SOURCES.values())
+    assert set(SOURCES) == {"README", "gpt2_xl.py", "help"}
+
+
 def is_command(line: str) -> bool:
     return line.startswith("autopipe ")
 
@@ -159,7 +164,9 @@ def test_every_command_is_shown() -> None:
     assert shown == {command.name for command in all_commands()}
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "source", ["README", "gpt2_xl.py", pytest.param("help", marks=pytest.mark.full)]
+)
 def test_the_commands_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -210,7 +217,7 @@ def test_python_m_autopipe_is_the_same_command() -> None:
     assert done.stdout.startswith("usage: autopipe")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_intermediate_programs_are_dumped(tmp_path: Path) -> None:
     """CONTRIBUTING's command with ``AUTOPIPE_DUMP``, for one step of training."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
