@@ -210,7 +210,7 @@ def test_python_m_autopipe_is_the_same_command() -> None:
     assert done.stdout.startswith("usage: autopipe")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_intermediate_programs_are_dumped(tmp_path: Path) -> None:
     """CONTRIBUTING's command with ``AUTOPIPE_DUMP``, for one step of training."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
