@@ -1,4 +1,4 @@
-"""Schedules on paper: published bubble rates, closed forms, memory, and how long it all takes.
+"""Simulated schedules: published bubble rates, closed forms, memory, and simulation time.
 
     python -m benchmarks.schedules                    # four tables
     python -m benchmarks.schedules --trace DIR        # and a trace file per schedule, for Perfetto
@@ -95,7 +95,7 @@ FORMS: list[Form] = [
         lambda K, M, F, B, W: (M + K - 1) * (F + B) + W,
     ),
 ]
-"""What it says, the kinds, their options, where it holds, and what it gives."""
+"""Text, kinds, their options, condition (K, M, F, B, W), and value (K, M, F, B, W)."""
 
 
 def rates() -> Iterator[str]:
@@ -155,7 +155,7 @@ def forms(stages: int = 8, chunks: int = 20) -> Iterator[str]:
 
 
 def memory(stages: int = 8, chunks: int = 24) -> Iterator[str]:
-    """All kept from F to W; and, as an example, with B freeing half of it."""
+    """Everything kept from F to W; and, as an example, with B freeing half of it."""
     yield f"{'kind':12} kept until W   half freed by B"
     for kind in KINDS:
         peaks = []
@@ -175,7 +175,7 @@ def memory(stages: int = 8, chunks: int = 24) -> Iterator[str]:
 
 
 def speed(stages: int = 32, chunks: int = 96) -> Iterator[str]:
-    """The slowest of five, and what the processor spent on it."""
+    """The slowest of five runs: wall time and processor time."""
     yield f"{'kind':12}   wall   processor"
     for kind in KINDS:
         wall, processor = [], []

@@ -70,7 +70,12 @@ class SearchGraph:
 
     @classmethod
     def of(cls, dag: Dag, tails: tuple[int, ...]) -> SearchGraph:
-        """The graph with its sets, O(N^2) bits."""
+        """Build the sets of a graph, O(N^2) bits.
+
+        Args:
+            dag: N nodes.
+            tails: see the class.
+        """
         bits = tuple(1 << v for v in range(len(dag.costs)))
         before = tuple(sum(bits[p] for p in producers) for producers in dag.before)
         free = sum(bit for bit, cost in zip(bits, dag.costs, strict=True) if not cost)

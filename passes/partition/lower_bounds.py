@@ -73,7 +73,12 @@ class Bounds:
 
     @classmethod
     def of(cls, dag: Dag, stages: int) -> Bounds:
-        """The bounds of a graph, O(N^2) bits."""
+        """Compute heads and tails of a graph, O(N^2) bits.
+
+        Args:
+            dag: N nodes.
+            stages: K.
+        """
         shift = max(0, sum(dag.costs).bit_length() - 53)
         units = tuple(cost >> shift for cost in dag.costs)
         tails = _tails(dag, units, shift)
@@ -114,12 +119,12 @@ class Bounds:
             return True
         if K > INTERVAL_STAGES:
             return False
-        held = np.zeros((K, K))  # whole numbers below 2**53: exact
-        np.add.at(held, (first, last), self.units)
-        # held[a, b] becomes the sum over nodes of which all stages are in a..b
-        held = np.cumsum(np.cumsum(held[::-1], axis=0)[::-1], axis=1)
+        loads = np.zeros((K, K))  # whole numbers below 2**53: exact
+        np.add.at(loads, (first, last), self.units)
+        # loads[a, b] becomes the sum over the nodes that must be in stages a..b
+        loads = np.cumsum(np.cumsum(loads[::-1], axis=0)[::-1], axis=1)
         return any(
-            int(held.diagonal(n - 1).max()) > (n * limit) >> self.shift for n in range(1, K + 1)
+            int(loads.diagonal(n - 1).max()) > (n * limit) >> self.shift for n in range(1, K + 1)
         )
 
 
@@ -160,8 +165,8 @@ def bins_needed(costs: Sequence[int], limit: int) -> Iterator[int]:
         if at and upward[at] == upward[at - 1]:
             continue
         alone = bisect_right(upward, limit - upward[at])  # from here on nothing counted fits
-        room = (alone - half) * limit - (sums[alone] - sums[half])
-        yield N - half + max(0, -(-(sums[half] - sums[at] - room) // limit))
+        free = (alone - half) * limit - (sums[alone] - sums[half])
+        yield N - half + max(0, -(-(sums[half] - sums[at] - free) // limit))
     yield N - half
     for k in range(1, FUNCTIONS + 1):
         total = 0

@@ -62,7 +62,13 @@ class OrderSearchResult:
     def with_orders(
         self, dag: Dag, stages: int, orders: Iterable[Sequence[int]]
     ) -> OrderSearchResult:
-        """Add those of `orders` whose best contiguous cut is better than any before."""
+        """Add those of `orders` whose best contiguous cut is better than any before.
+
+        Args:
+            dag: N nodes.
+            stages: K.
+            orders: topological orders.
+        """
         best = self
         for order in orders:
             prefix = list(accumulate((dag.costs[v] for v in order), initial=0))

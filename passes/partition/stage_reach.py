@@ -92,12 +92,22 @@ class OptionSums:
         return end
 
     def time(self, start: int, end: int) -> int:
-        """Time of the stage of items start..end-1, with what it receives."""
+        """Time of a stage, with what it receives.
+
+        Args:
+            start: the first item of the stage.
+            end: the item after it.
+        """
         received = self._received(self.receive_times, start, end)
         return self.time_sums[end] - self.time_sums[start] + received
 
     def memory(self, start: int, end: int) -> int:
-        """Memory of the stage of items start..end-1, with copies, in byte units."""
+        """Memory of a stage, with copies of what it receives, in byte units.
+
+        Args:
+            start: the first item of the stage.
+            end: the item after it.
+        """
         received = self._received(self.copy_bytes, start, end)
         return self.byte_sums[end] - self.byte_sums[start] + received
 
@@ -112,7 +122,7 @@ class StageOptions:
     """The options of one stage, or of several stages that are alike.
 
     A stage may end wherever one of its options allows, so its reach is that of the option that
-    reaches farthest. Methods are as those of `OptionSums`.
+    reaches farthest.
     """
 
     options: Sequence[OptionSums]
@@ -128,15 +138,30 @@ class StageOptions:
         return max(option.max_time for option in self.options)
 
     def farthest_end(self, start: int, limit: int) -> int:
-        """The last possible end of a stage if receiving is free; `start`: no item fits."""
+        """The last possible end of a stage if receiving is free; `start`: no item fits.
+
+        Args:
+            start: the first item of the stage.
+            limit: on its time.
+        """
         return max(start, *(option.farthest_end(start, limit) for option in self.options))
 
     def earliest_start(self, end: int, limit: int) -> int:
-        """The first possible start of a stage that ends at `end` if receiving is free."""
+        """The first possible start of a stage that ends at `end` if receiving is free.
+
+        Args:
+            end: the item after the stage.
+            limit: on its time.
+        """
         return min(option.earliest_start(end, limit) for option in self.options)
 
     def reach(self, start: int, limit: int) -> int:
-        """The end of the longest stage that starts at an item; `start`: there is none."""
+        """The end of the longest stage that starts at an item; `start`: there is none.
+
+        Args:
+            start: the first item of the stage.
+            limit: on its time, with what it receives.
+        """
         return max(start, *(option.reach(start, limit) for option in self.options))
 
     def next_time(self, start: int, end: int, limit: int, *, receive: bool) -> int | None:
@@ -156,7 +181,11 @@ class StageOptions:
 
 
 def options_of_stages(loads: DeviceLoads) -> list[StageOptions]:
-    """For each stage its options; stages with the same options share one object."""
+    """For each stage its options; stages with the same options share one object.
+
+    Args:
+        loads: N items on K devices.
+    """
     sums = _option_sums(loads)
     shared: dict[tuple[int, ...], StageOptions] = {}
     found = []

@@ -63,7 +63,10 @@ def schedule(
 
 
 def find_kind(name: str) -> ScheduleKind:
-    """The kind of that name.
+    """Look up a kind.
+
+    Args:
+        name: what the user wrote.
 
     Raises:
         OptionError: there is none; the error lists the names.

@@ -29,6 +29,9 @@ def gpipe(K: int, M: int, v: int) -> Order:
 
     Bubble: (K - 1)T. With early recompute it is what remains of a makespan of
     (M + K - 1)F + M(R + B + W) + (K - 1)(B + W).
+
+    Args:
+        K, M, v: numbers of devices, micro-batches and stages per device.
     """
     return [[(letters, k, m) for letters in ("F", "BW") for m in range(M)] for k in range(K)]
 
@@ -43,6 +46,9 @@ def interleaved(K: int, M: int, v: int) -> Order:
     dropped.
 
     Bubble: (K - 1)T / v if v = 1 or M is a multiple of K.
+
+    Args:
+        K, M, v: numbers of devices, micro-batches and stages per device.
     """
     rounded = M if v == 1 else -(-M // K) * K
     group = M if v == 1 else K
@@ -62,6 +68,9 @@ def zb_h1(K: int, M: int, v: int) -> Order:
 
     Bubble without R: (K - 1)(F + B - W) if W <= F and M >= K. If M <= K and W <= min(F, B), it is
     what remains of a makespan of (M + K - 1)(F + B) + W (1F1B: (M + K - 1)(F + B + W)).
+
+    Args:
+        K, M, v: numbers of devices, micro-batches and stages per device.
     """
     return _zero_bubble(K, M, 1)
 
@@ -70,6 +79,9 @@ def zb_h2(K: int, M: int, v: int) -> Order:
     """ZB-H2 (arXiv 2401.10241, section 2): as ZB-H1, with 2K - 1 micro-batches in flight.
 
     Bubble without R: (K - 1)(F + B - 2W) if W <= min(F, B) and M >= 2K - 1; for M <= K as ZB-H1.
+
+    Args:
+        K, M, v: numbers of devices, micro-batches and stages per device.
     """
     return _zero_bubble(K, M, 2)
 
@@ -95,6 +107,9 @@ def zb_v(K: int, M: int, v: int) -> Order:
 
     Bubble without R: 0 if F = B = W and M >= 2K - 1. If M <= K and W <= min(F, B), it is at most
     that of ZB-H1.
+
+    Args:
+        K, M, v: numbers of devices, micro-batches and stages per device.
     """
     rounded = max(M, 2 * K - 1)
     devices = []

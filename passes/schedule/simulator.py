@@ -117,6 +117,11 @@ def simulate_schedule(
     action takes the sum of its phases, and its results are sent when it ends: with RBW the gradient
     for the previous stage waits for W.
 
+    Args:
+        scheduled: a valid schedule.
+        forward, backward, weight, recompute, transfer, saved_bytes, recomputed_bytes,
+            weight_bytes: see `simulate`.
+
     Raises:
         OptionError: a time or a number of bytes that is negative, not finite, or not one for each
             stage.

@@ -76,7 +76,7 @@ def test_every_schedule_up_to_eight_stages_and_twenty_micro_batches_verifies(
     kind: str, v: int | None, early: bool
 ) -> None:
     """No deadlock, every action once, and per stage each phase in the order of micro-batches."""
-    backward = {"gpipe": "BW", "1f1b": "BW", "interleaved": "BW"}.get(kind, "B W").split()
+    backward = sorted({letters for letters, _, _ in KINDS[kind].order(1, 1, 1)[0]} - {"F"})
     backward[:1] = ["R", backward[0]] if early else ["R" + backward[0]]
     for K, M in itertools.product(range(1, 9), range(1, 21)):
         made = schedule(kind, K, M, virtual_stages=v, early_recompute=early)

@@ -8,6 +8,7 @@ import pytest
 
 from autopipe.passes.schedule.actions import Action
 from autopipe.passes.schedule.build import schedule
+from autopipe.passes.schedule.kinds import KINDS
 
 SIZES = [(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (3, 7), (8, 24)]
 
@@ -28,6 +29,13 @@ def rows(*texts: str) -> tuple[tuple[Action, ...], ...]:
         words = [(word.rstrip("0123456789."), word.lstrip("FRBW")) for word in text.split()]
         found.append(tuple(Action(p, *map(int, where.split("."))) for p, where in words))
     return tuple(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_bubble_kinds_split_the_backward(kind: str) -> None:
+    letters = {letters for letters, _, _ in KINDS[kind].order(2, 3, KINDS[kind].virtual_stages)[0]}
+    split = kind in ("zb-h1", "zb-h2", "zb-v")
+    assert letters == ({"F", "B", "W"} if split else {"F", "BW"})
 
 
 def test_gpipe_runs_all_forwards_then_all_backwards_in_the_same_order() -> None:
