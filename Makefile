@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format wheel bench clean
+.PHONY: help demo test test-all check format docs wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,7 +17,10 @@ help: ## list the targets
 demo: $(VENV)/.installed ## run examples/quickstart.py
 	@$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/.installed ## run the tests; more options in PYTEST_ARGS="-m 'not slow' -k split"
+test: $(VENV)/.installed ## run the tests, each promise in its smallest form; PYTEST_ARGS="-k split"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not full" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed ## run all tests: every model, every combination, random graphs
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 check: $(VENV)/.installed ## lint, formatting, types
@@ -29,6 +32,9 @@ check: $(VENV)/.installed ## lint, formatting, types
 format: $(VENV)/.installed ## format the code and repair what ruff can repair
 	@$(BIN)/ruff check --fix --exit-zero
 	@$(BIN)/ruff format
+
+docs: $(VENV)/.installed ## write the generated pages of docs/ anew
+	@$(BIN)/python -m tests.support.generated_docs
 
 wheel: $(VENV)/.installed ## build dist/*.tar.gz, and from it dist/*.whl
 	@rm -rf dist
