@@ -29,7 +29,7 @@ from tests.support.training import (
     trainer,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 # ------------------------------------------------------------------------------- transformers
 

@@ -19,7 +19,7 @@ import autopipe
 from tests.support.agreement import pipelined
 from tests.support.training import RELATIVE, Tokens, assert_same_weights, model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 # ------------------------------------------------------------------------------- Accelerate
 
