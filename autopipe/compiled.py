@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from autopipe.call_guards import autocast_state, plain_autograd, restore_autocast
 from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.parameters import move, parameter
-from autopipe.passes.driver import Lowered, cut_in_time, phases_by_size
+from autopipe.passes.driver import Lowered, lower_to_code, phases_by_size
 from autopipe.passes.ir import InputKind
 from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
-from autopipe.planning.choice import models_of
 from autopipe.planning.fitting import missing_bytes
-from autopipe.planning.planner import clocks_of, plan
+from autopipe.planning.planner import make_plan, modeled_timers
 from autopipe.progress import silent
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Program
@@ -57,7 +56,13 @@ class ProgramKey(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CompiledProgram:
-    """A program that can run, and the passes' results that it was made from."""
+    """A program that can run, and the passes' results that it was generated from.
+
+    Attributes:
+        key: what it depends on.
+        program: its functions, and what the runtime needs besides.
+        lowered: phases, schedule and source.
+    """
 
     key: ProgramKey
     program: Program
@@ -113,13 +118,22 @@ class CompiledModel:
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
 
     def fits(self, batch: int) -> bool:
-        """Whether the model takes the captured branches for a batch of this size."""
+        """Whether the model takes the captured branches for a batch of this size.
+
+        Args:
+            batch: number of samples.
+        """
         if batch not in self._fits:
             self._fits[batch] = self.split.captured.size_guards.hold_for(batch)
         return self._fits[batch]
 
     def tensor(self, kind: InputKind, target: str) -> Tensor:
-        """A tensor of the model by its qualified name."""
+        """Return a parameter, buffer or constant of the model.
+
+        Args:
+            kind: which of these.
+            target: its qualified name.
+        """
         if kind is InputKind.CONSTANT:
             return self.split.captured.constants[target]
         if kind is InputKind.PARAMETER:
@@ -150,9 +164,14 @@ class CompiledModel:
                 move(parameter, worker.device)
 
     def on(self, worker: WorkerDevice, kind: InputKind, target: str, *, written: bool) -> Tensor:
-        """A tensor as a stage on `worker` uses it; copies are kept while the original is the same.
+        """Return a tensor as a stage uses it, on the stage's device.
 
-        A buffer that a stage writes to moves there for good.
+        A copy is cached until the original changes.
+
+        Args:
+            worker: the stage's worker.
+            kind, target: as for `tensor`.
+            written: a buffer that the stage writes to: it is moved instead of copied.
         """
         tensor = self.tensor(kind, target)
         if tensor.device == worker.device:
@@ -161,16 +180,16 @@ class CompiledModel:
             move(tensor, worker.device)
             return tensor.detach()
         key = (target, worker.device)
-        known = self._copies.get(key)
-        if known is None or known[0] != tensor._version or known[1] is not tensor:
+        cached = self._copies.get(key)
+        if cached is None or cached[0] != tensor._version or cached[1] is not tensor:
             copy = tensor.detach().to(worker.device)
-            known = self._copies[key] = (tensor._version, tensor, copy)
-        return known[2]
+            cached = self._copies[key] = (tensor._version, tensor, copy)
+        return cached[2]
 
     def program(
         self, inputs: CallInputs, progress: Callable[[str], None] = silent
     ) -> CompiledProgram:
-        """The program for a call like this one, under the current grad and autocast modes.
+        """Return the program for a call, under the current grad and autocast modes.
 
         Args:
             inputs: the call.
@@ -181,7 +200,7 @@ class CompiledModel:
             InputError: a batch norm would see a single value per channel.
         """
         captured, leaves = self.split.captured, inputs.leaves
-        sizes = microbatch.sizes(inputs.batch, self.options.given.chunks)
+        sizes = microbatch.sizes(inputs.batch, self.options.resolved.chunks)
         parameters = tuple(self._tensor(i) for i in self.parameters)
         tensors = [*(leaves[i.index] for i in self.calls), *parameters]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -201,7 +220,7 @@ class CompiledModel:
     def program_for_outputs(
         self, program: CompiledProgram, names: frozenset[str]
     ) -> CompiledProgram:
-        """The same program, but for gradients of other outputs; the next call expects these too.
+        """Return a program for gradients of other outputs; the next call expects these, too.
 
         Args:
             program: one of this model's.
@@ -223,13 +242,13 @@ class CompiledModel:
                     for size, inputs in zip(dict.fromkeys(key.sizes), key.inputs, strict=True)
                 },
                 devices,
-                self.options.given.remat,
+                self.options.resolved.remat,
                 key.grad,
                 key.expected,
             )
             phased = phases_by_size(request, self._traces, progress)
-            kind = self.options.kind
-            lowered = cut_in_time(phased, key.sizes, devices, kind=kind, progress=progress)
+            kind = self.options.schedule_kind
+            lowered = lower_to_code(phased, key.sizes, devices, kind=kind, progress=progress)
             program = CompiledProgram(key, self._load(lowered, key.sizes), lowered)
             if self.options.limits is not None and key.grad:
                 self._check_limits(program)
@@ -239,11 +258,11 @@ class CompiledModel:
     def plan(self, program: CompiledProgram) -> Plan:
         """The plan of a program: the one it was made from, or else one by the device table."""
         options, sizes = self.options, program.key.sizes
-        clocks = clocks_of(options.models or models_of(options.devices))
-        made = plan(self.model, self.split, program.lowered.phased, sizes, options, clocks)
-        known = options.plan
-        # A measured plan of this very program knows more than the table of devices.
-        return known if known is not None and made.is_of(known) else made
+        timers = modeled_timers(options.device_models)
+        plan = make_plan(self.model, self.split, program.lowered.phased, sizes, options, timers)
+        given = options.plan
+        # The times of a given plan may have been measured on the devices.
+        return given if given is not None and plan.is_of(given) else plan
 
     def _check_limits(self, program: CompiledProgram) -> None:
         """Refuse a batch that needs more memory than the planned one and does not fit."""

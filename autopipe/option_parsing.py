@@ -1,4 +1,4 @@
-"""What a user writes for devices, limits and policies → values; each message says what is right."""
+"""Parse what a user writes for devices, limits and policies; each error says what is valid."""
 
 from __future__ import annotations
 
@@ -22,14 +22,29 @@ T = TypeVar("T")
 def policies(
     remat: str | float | Sequence[str | float] | None, count: int
 ) -> tuple[RematPolicy, ...] | None:
-    """A policy for each stage; None: the planner chooses."""
+    """Parse `remat`.
+
+    Args:
+        remat: a policy for all stages, a list of one for each, "auto", or None for the default.
+        count: number of stages.
+
+    Returns:
+        A policy for each stage; None if the planner chooses them.
+
+    Raises:
+        OptionError: an unknown policy, or a list of another length.
+    """
     if remat == "auto":
         return None
     return each("remat", DEFAULT.option if remat is None else remat, count, policy)
 
 
 def policy(value: Any) -> RematPolicy:
-    """What a stage keeps: a name, or a fraction."""
+    """Parse one policy: a name, or a fraction of activations to save.
+
+    Raises:
+        OptionError: it is neither.
+    """
     found = parse_policy(value)
     if found is None:
         expected = f"one of {', '.join(policy_options())}; or auto"
@@ -38,12 +53,22 @@ def policy(value: Any) -> RematPolicy:
 
 
 def speeds(value: Any) -> Device:
-    """A device model, or that of a name in the table."""
+    """A device model, by itself or by its name in the table."""
     return value if isinstance(value, Device) else device_of(value)
 
 
 def each(what: str, value: Any, count: int, read: Callable[[Any], T]) -> tuple[T, ...]:
-    """One value for all stages, or a list of one for each."""
+    """Parse one value for all stages, or a list of one for each.
+
+    Args:
+        what: name of the option, for the error.
+        value: what the user wrote.
+        count: number of stages.
+        read: parses one value.
+
+    Raises:
+        OptionError: a list of another length.
+    """
     if isinstance(value, (list, tuple)):
         if len(value) != count:
             raise OptionError(
@@ -56,7 +81,11 @@ def each(what: str, value: Any, count: int, read: Callable[[Any], T]) -> tuple[T
 
 
 def size(value: Any) -> int:
-    """Bytes, from a number or from a text such as 16GiB or 80 GB."""
+    """Parse a number of bytes: a number, or a text such as 16GiB or 80 GB.
+
+    Raises:
+        OptionError: it is neither, or not above 0.
+    """
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt]?)(i?)B\s*", str(value))

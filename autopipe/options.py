@@ -1,4 +1,4 @@
-"""What a user can ask for, checked once, before anything is traced."""
+"""Options of `compile` and `plan`, checked once, before anything is traced."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from autopipe import option_parsing
 from autopipe.errors import OptionError, UnsupportedError
 from autopipe.passes.capture import CaptureRequest
+from autopipe.passes.devices import CPU_CORE, device_named_in_torch
 from autopipe.passes.ir import REDUCTIONS
 from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED, KINDS
+from autopipe.runtime.backends import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +29,13 @@ if TYPE_CHECKING:
 BATCH_NORM = ("deferred", "micro")
 
 
-class Given(NamedTuple):
-    """Micro-batches, and one policy for each stage."""
+class ResolvedOptions(NamedTuple):
+    """Options that the planner may choose, once they are chosen.
+
+    Attributes:
+        chunks: number of micro-batches.
+        remat: one policy per stage.
+    """
 
     chunks: int
     remat: tuple[RematPolicy, ...]
@@ -38,8 +45,12 @@ class Given(NamedTuple):
 class Options:
     """Checked options of `autopipe.compile` and `autopipe.plan`; see there.
 
-    What the planner is to choose is None: `chunks`, `remat` (one policy for each stage),
-    `schedule`; `limits` and `models` are None where no limit and no speeds were given.
+    Attributes:
+        devices: one per stage.
+        chunks, schedule, remat: None if the planner chooses; `remat` has a policy per stage.
+        in_dims, out_reduce, batch_norm, loss_fn, profile, plan: as the user wrote them.
+        limits: bytes of memory per device; None: no limit.
+        models: device models for the times of each stage; None: those of `devices`.
     """
 
     devices: tuple[torch.device, ...]
@@ -56,27 +67,32 @@ class Options:
     plan: Plan | None = None
 
     @property
-    def is_open(self) -> bool:
-        """Whether there is anything to choose, or to keep to, that needs a plan first."""
-        chosen = (self.chunks, self.schedule, self.remat)
-        return self.plan is None and (None in chosen or self.limits is not None or self.profile)
+    def needs_planning(self) -> bool:
+        """Whether a search must choose something or keep a memory limit."""
+        choices = (self.chunks, self.schedule, self.remat)
+        return self.plan is None and (None in choices or self.limits is not None or self.profile)
 
     @property
-    def kind(self) -> str:
-        """The schedule; of those that the runtime runs there is one to choose."""
+    def schedule_kind(self) -> str:
+        """The schedule to run; the runtime executes only one kind, so there is no choice yet."""
         return self.schedule or DEFAULT_KIND
 
     @property
-    def whole(self) -> bool:
-        """Whether samples may depend on one another: one micro-batch was asked for, not chosen."""
+    def whole_batch(self) -> bool:
+        """Whether one micro-batch was asked for (not chosen): samples may depend on one another."""
         return self.chunks == 1 if self.plan is None else self.plan.whole
 
     @property
-    def given(self) -> Given:
-        """Chunks and policies where nothing is left to choose."""
+    def device_models(self) -> tuple[Device, ...]:
+        """The device model of each stage."""
+        return self.models or models_of(self.devices)
+
+    @property
+    def resolved(self) -> ResolvedOptions:
+        """Chunks and policies, when nothing is left to choose."""
         assert self.chunks is not None
         assert self.remat is not None
-        return Given(self.chunks, self.remat)
+        return ResolvedOptions(self.chunks, self.remat)
 
     def capture_request(
         self,
@@ -87,7 +103,7 @@ class Options:
         *,
         single: bool = False,
     ) -> CaptureRequest:
-        """What to capture of a model under these options.
+        """Ask for a model's captured graph under these options.
 
         Args:
             model, leaves, spec, batch_dims, single: see `CaptureRequest`.
@@ -97,19 +113,27 @@ class Options:
             leaves,
             spec,
             batch_dims,
-            whole=self.whole,
+            whole=self.whole_batch,
             single=single,
             batch_norm=self.batch_norm,
             out_reduce=self.out_reduce,
         )
 
     def planned(self, plan: Plan) -> Options:
-        """The same with what a plan says."""
+        """Return these options with the choices of a plan."""
         remat = tuple(option_parsing.policy(s.remat) for s in plan.stages)
         return replace(self, chunks=plan.chunks, schedule=plan.schedule, remat=remat, plan=plan)
 
 
-def check(
+def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:
+    """Return the device model of each torch device: GPUs are recognized by their names."""
+    return tuple(
+        CPU_CORE if d.type == "cpu" else device_named_in_torch(backend_of(d).name(d))
+        for d in devices
+    )
+
+
+def parse_options(
     *,
     devices: int | Sequence[str | torch.device] | None,
     chunks: int | None,
@@ -126,16 +150,20 @@ def check(
     plan: Plan | None = None,
     elsewhere: bool = False,
 ) -> Options:
-    """Turn what the user wrote into `Options`; what is None is the plan's, or has a default.
+    """Check what the user wrote; what is None comes from the plan or has a default.
 
     Args:
+        devices, chunks, schedule, remat, memory, in_dims, out_reduce, batch_norm: as for `compile`.
+        backend, loss_fn, profile, plan: as for `compile`.
+        device: as for `autopipe.plan`.
         elsewhere: the pipeline will run on another machine: `devices` may be more than are here.
 
     Raises:
-        OptionError, DeviceError, UnsupportedError: with what would be right.
+        OptionError, DeviceError, UnsupportedError: an option is wrong; the error says what is
+            valid.
     """
     if plan is not None:
-        devices = _agree(plan, devices, chunks, schedule, remat, memory)
+        devices = _devices_beside_plan(plan, devices, chunks, schedule, remat, memory)
         schedule = plan.schedule
     if devices is None:
         raise OptionError(
@@ -143,6 +171,29 @@ def check(
             expected="devices=8, or a plan that says how many",
             found=f"devices={devices!r}",
         )
+    _check_chunks(chunks)
+    _check_schedule(schedule)
+    _check_backend(backend)
+    _check_reductions(out_reduce, batch_norm)
+    parsed = option_parsing.parse_devices(devices, elsewhere=elsewhere)
+    each, count = option_parsing.each, len(parsed)
+    options = Options(
+        devices=parsed,
+        chunks=chunks,
+        schedule=None if schedule == "auto" else schedule or DEFAULT_KIND,
+        remat=option_parsing.policies(remat, count),
+        in_dims=in_dims,
+        out_reduce=out_reduce,
+        batch_norm=batch_norm,
+        loss_fn=loss_fn,
+        limits=None if memory is None else each("memory", memory, count, option_parsing.size),
+        models=None if device is None else each("device", device, count, option_parsing.speeds),
+        profile=profile,
+    )
+    return options if plan is None else options.planned(plan)
+
+
+def _check_chunks(chunks: int | None) -> None:
     if chunks is not None and (
         not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1
     ):
@@ -151,6 +202,9 @@ def check(
             expected="an integer of at least 1, or None: the planner chooses",
             found=repr(chunks),
         )
+
+
+def _check_schedule(schedule: str | None) -> None:
     if schedule not in (None, *KINDS, "auto"):
         known = ", ".join((*EXECUTED, "auto"))
         raise OptionError("unknown schedule", expected=f"one of {known}", found=repr(schedule))
@@ -160,12 +214,18 @@ def check(
             expected=f"one of {', '.join(EXECUTED)}",
             remedy=f'use schedule="{DEFAULT_KIND}"',
         )
+
+
+def _check_backend(backend: str) -> None:
     if backend == "inductor":
         raise UnsupportedError(
             'backend="inductor" is not implemented yet', remedy='use backend="eager"'
         )
     if backend != "eager":
         raise OptionError("unknown backend", expected="eager", found=repr(backend))
+
+
+def _check_reductions(out_reduce: str | None, batch_norm: str) -> None:
     if out_reduce not in (None, *REDUCTIONS):
         names = " or ".join(f'"{name}"' for name in REDUCTIONS)
         raise OptionError("unknown out_reduce", expected=f"None, {names}", found=repr(out_reduce))
@@ -173,29 +233,9 @@ def check(
         raise OptionError(
             "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
         )
-    parsed = option_parsing.parse_devices(devices, elsewhere=elsewhere)
-    K = len(parsed)
-    options = Options(
-        devices=parsed,
-        chunks=chunks,
-        schedule=None if schedule == "auto" else schedule or DEFAULT_KIND,
-        remat=option_parsing.policies(remat, K),
-        in_dims=in_dims,
-        out_reduce=out_reduce,
-        batch_norm=batch_norm,
-        loss_fn=loss_fn,
-        limits=None
-        if memory is None
-        else option_parsing.each("memory", memory, K, option_parsing.size),
-        models=None
-        if device is None
-        else option_parsing.each("device", device, K, option_parsing.speeds),
-        profile=profile,
-    )
-    return options if plan is None else options.planned(plan)
 
 
-def _agree(
+def _devices_beside_plan(
     plan: Plan,
     devices: int | Sequence[str | torch.device] | None,
     chunks: int | None,
@@ -203,7 +243,7 @@ def _agree(
     remat: Any,
     memory: Any,
 ) -> Any:
-    """What is given beside a plan must be the plan's (devices: as many). Returns the devices."""
+    """Check that options beside a plan agree with it (devices: in number); return the devices."""
     K = len(plan.stages)
     asked = devices if isinstance(devices, int) or devices is None else len(devices)
     policies = tuple(option_parsing.policy(s.remat) for s in plan.stages)

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from autopipe.call_guards import plain_autograd
-from autopipe.call_signature import CallSignature, other_structure
+from autopipe.call_signature import CallSignature, structure_error
 from autopipe.compiled import CompiledModel, CompiledProgram
 from autopipe.errors import OptionError
 from autopipe.model_state_key import model_state_key
-from autopipe.parameters import replaced
-from autopipe.passes.driver import costed, cut_in_space
+from autopipe.parameters import replaced_error
+from autopipe.passes.driver import capture_with_costs, cut_into_stages
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
-from autopipe.planning.choice import choose, models_of
-from autopipe.planning.planner import cut_of
+from autopipe.planning.choice import choose
+from autopipe.planning.planner import planned_cut
 from autopipe.progress import Progress
 from autopipe.runtime import microbatch
 from autopipe.runtime.transfer import WorkerDevice
@@ -75,11 +75,14 @@ class ProgramCache:
     def program_for(
         self, inputs: CallInputs, *, strict: bool
     ) -> tuple[CompiledModel, CompiledProgram]:
-        """The captured model and the program for a call.
+        """Find the program for a call, or capture and trace what is missing for it.
 
         Args:
             inputs: the call.
             strict: accept only input structures that were captured before, if there are any.
+
+        Returns:
+            The captured model and the program.
 
         Raises:
             InputError: another structure than the captured ones.
@@ -88,7 +91,7 @@ class ProgramCache:
         state, signature = model_state_key(self.model), CallSignature.of(inputs)
         known = self._signatures.setdefault(state, set())
         if strict and known and signature not in known:
-            raise other_structure(next(iter(known)), signature)
+            raise structure_error(next(iter(known)), signature)
         key = ModelKey(state, signature, inputs.static_shapes())
         with Progress(len(self.workers)) as progress, plain_autograd():
             fitting = (c for c in self._models.get(key, ()) if c.fits(inputs.batch))
@@ -129,7 +132,7 @@ class ProgramCache:
             models.append(compiled)
             compiled = self._compile(inputs, progress, single=True)
         models.append(compiled)
-        if self._options.is_open and compiled.options.plan is not None:
+        if self._options.needs_planning and compiled.options.plan is not None:
             self._plans.setdefault(self.model.training, compiled.options.plan)
         self._signatures[key.state].add(key.signature)
         self._remember(key)
@@ -141,12 +144,12 @@ class ProgramCache:
         model, options = self.model, self.options
         for name, tensor in model.named_parameters():
             if not isinstance(tensor, nn.Parameter):
-                raise replaced(name)
+                raise replaced_error(name)
         leaves, spec, dims, batch = inputs
-        annotated = costed(
+        annotated = capture_with_costs(
             options.capture_request(model, leaves, spec, dims, single=single), progress
         )
-        if not options.is_open:
+        if not options.needs_planning:
             split = self._cut(annotated, options, batch, progress)
             return CompiledModel(model, options, self.workers, split, TraceCache())
         chosen = choose(model, annotated, leaves, batch, options, progress)
@@ -161,15 +164,15 @@ class ProgramCache:
         progress: Callable[[str], None],
     ) -> Split:
         """Cut as a plan says, or else balanced, where nothing is left to choose."""
-        plan, (chunks, remat) = options.plan, options.given
+        plan, (chunks, remat) = options.plan, options.resolved
         sizes = microbatch.sizes(batch, chunks)
-        models = options.models or models_of(options.devices)
-        in_flight = schedule(options.kind, len(models), len(sizes)).in_flight()
+        models = options.device_models
+        in_flight = schedule(options.schedule_kind, len(models), len(sizes)).in_flight()
         objective = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
-        return cut_in_space(
+        return cut_into_stages(
             annotated,
             objective,
-            planned=None if plan is None else cut_of(plan),
+            planned=None if plan is None else planned_cut(plan),
             must_fit=plan is not None and plan.training == self.model.training,
             progress=progress,
         )

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu            # on a machine with CUDA; about ten minutes
 
-1. the transparency tests with all stages on cuda:0 (`tests/test_gpu.py`);
+1. the transparency tests with all stages on cuda:0 (`tests/system/test_gpu.py`);
 2. the overhead figure (`benchmarks.overhead` chooses cuda:0 by itself);
 3. peak memory of GPT-2 (24 layers, d 1024, sequence 512), batch 8 in 8 micro-batches, two stages on
    cuda:0, for remat none, full and min-cut, beside plain gradient accumulation over micro-batches;
@@ -112,7 +112,7 @@ def main() -> int:
         print("no GPU here: nothing was measured")
         return 2
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
-    failed = subprocess.call([sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"])
+    failed = subprocess.call([sys.executable, "-m", "pytest", "-q", "tests/system/test_gpu.py"])
     overhead.main()
     memory()
     predictions()

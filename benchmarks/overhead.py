@@ -15,21 +15,21 @@ from collections.abc import Callable
 import torch
 
 import autopipe
+from autopipe.runtime.backends import accelerators, backend_of
 from benchmarks.models import gpt2
 
 
 def seconds(step: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    backend = backend_of(device)
+    backend.synchronize(device)
     start = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    backend.synchronize(device)
     return time.perf_counter() - start
 
 
 def main(rounds: int = 15) -> None:
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    (device,) = accelerators()[:1] or (torch.device("cpu"),)
     model, inputs = gpt2(layers=12, width=256, heads=4, sequence=128)
     model.to(device)
     batch = {name: x.to(device) for name, x in inputs(8).items()}

@@ -23,17 +23,15 @@ import torch
 
 from autopipe.batch import batch_of
 from autopipe.call_signature import flatten
-from autopipe.options import check
+from autopipe.options import parse_options
 from autopipe.passes._torch import lazy_graph_code
 from autopipe.passes.capture.model import capture
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.cost.stage_cost import cost_of_stage
-from autopipe.passes.driver import cut_in_space, phases_by_size
+from autopipe.passes.driver import cut_into_stages, phases_by_size
 from autopipe.passes.split.objective import objective_of
-from autopipe.planning.choice import models_of
-from autopipe.planning.planner import clocks_of
-from autopipe.planning.planner import plan as make_plan
+from autopipe.planning.planner import make_plan, modeled_timers
 from autopipe.tensor_meta import training_request
 from benchmarks.models import gpt2
 from benchmarks.transformer_l import on_meta
@@ -50,7 +48,7 @@ def planned(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stages: int
 ) -> dict[str, float]:
     """As `autopipe.plan`, pass by pass: CPU seconds of each, and the bytes of all parameters."""
-    options = check(
+    options = parse_options(
         devices=["cpu"] * stages,
         chunks=SAMPLES,
         schedule="gpipe",
@@ -62,8 +60,8 @@ def planned(
     )
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(0, model, args, kwargs)
-    remat = options.given.remat
-    models = models_of(options.devices)
+    remat = options.resolved.remat
+    models = options.device_models
     marks = [time.process_time()]
     with lazy_graph_code():
         captured = capture(CaptureRequest(model, leaves, spec, dims))
@@ -71,11 +69,11 @@ def planned(
         annotated = annotate(captured)
         marks.append(time.process_time())
     objective = objective_of(models, 1, remat=remat, in_flight=(SAMPLES,) * stages)
-    cut = cut_in_space(annotated, objective)
+    cut = cut_into_stages(annotated, objective)
     marks.append(time.process_time())
     phased = phases_by_size(training_request(model, cut, leaves, [1], options.devices, remat))
     marks.append(time.process_time())
-    plan = make_plan(model, cut, phased, [1] * SAMPLES, options, clocks_of(models))
+    plan = make_plan(model, cut, phased, [1] * SAMPLES, options, modeled_timers(models))
     marks.append(time.process_time())
     costs = [cost_of_stage(cut, stage, 1) for stage in cut.stages]
     names = PASSES

@@ -1,1 +1,17 @@
-"""TODO."""
+"""Plans: what each device runs, holds and takes, and which plan is the best.
+
+Read in this order:
+
+    `plan_parts`       the parts of a plan: stages, times, segments
+    `plan_data`        the data of a plan, and what follows from them
+    `plans`            `Plan`: a plan that can be checked, printed, saved and loaded
+    `planner`          a split program and its phases → a plan
+    `fitting`          the policies with which a cut fits its memory limits
+    `estimate_errors`  correct estimates by what traces show
+    `cut_trials`       the best cut for one number of micro-batches
+    `search`           the best of all numbers of micro-batches
+    `remedies`         what would help if nothing fits
+    `profile_calls`    measure calls on a device
+    `profile_stages`   measure whole stages on a device
+    `choice`           options and a captured graph → the plan to run
+"""

@@ -1,4 +1,4 @@
-"""What the traces of a cut's stages show of its estimate: by how many bytes it was too low."""
+"""Learn from traced stages by how many bytes the estimates of a cut were too low."""
 
 from __future__ import annotations
 
@@ -13,31 +13,47 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import Split
     from autopipe.passes.remat_policies import RematPolicy
     from autopipe.passes.split import Objective
-    from autopipe.planning.fitting import Fitted
+    from autopipe.planning.fitting import FittedCut
+
+    StagePolicy = tuple[int, RematPolicy]
 
 
-def missed_bytes(
-    split: Split, objective: Objective, found: Fitted
-) -> dict[tuple[int, RematPolicy], int]:
-    """By how much the estimate of a cut's stages was too low, with the policies that were tried."""
+def underestimated_bytes(
+    split: Split, objective: Objective, found: FittedCut
+) -> dict[StagePolicy, int]:
+    """Return by how many bytes each stage's estimate was too low, with each policy tried.
+
+    Args:
+        split: a cut.
+        objective: what it was made for.
+        found: its plans.
+
+    Returns:
+        (stage, policy) → bytes; negative where the estimate was too high.
+    """
     most = max(map(len, found.tried))
-    rows = [[*tried, *[[*tried][-1]] * (most - len(tried))] for tried in found.tried]
-    missed = {}
-    for policies in zip(*rows, strict=True):  # (the last again where a stage tried fewer)
+    columns = [[*tried, *[[*tried][-1]] * (most - len(tried))] for tried in found.tried]
+    errors = {}
+    for policies in zip(*columns, strict=True):  # (the last again where a stage tried fewer)
         estimate = estimate_stages(split, replace(objective, remat=policies)).nbytes
         for k, policy in enumerate(policies):
-            missed[k, policy] = found.tried[k][policy].memory_bytes - estimate[k]
-    return missed
+            errors[k, policy] = found.tried[k][policy].memory_bytes - estimate[k]
+    return errors
 
 
-def spread(
-    objective: Objective, missed: Mapping[tuple[int, RematPolicy], int]
-) -> dict[tuple[int, RematPolicy], int]:
-    """What the estimate missed, for a policy that was not tried that of the nearest one."""
-    found = {}
+def corrections_for(
+    objective: Objective, errors: Mapping[StagePolicy, int]
+) -> dict[StagePolicy, int]:
+    """Return a correction for each stage's policies; for an untried one, the nearest one's.
+
+    Args:
+        objective: whose stages and policies.
+        errors: what `underestimated_bytes` returned.
+    """
+    corrections = {}
     for k in range(objective.stages):
-        known = [policy for stage, policy in missed if stage == k]
-        for policy in objective.policies(k) if known else ():
-            nearest = min(known, key=lambda one: abs(one.rank - policy.rank))
-            found[k, policy] = missed[k, nearest]
-    return found
+        tried = [policy for stage, policy in errors if stage == k]
+        for policy in objective.policies(k) if tried else ():
+            nearest = min(tried, key=lambda one: abs(one.rank - policy.rank))
+            corrections[k, policy] = errors[k, nearest]
+    return corrections

@@ -1,7 +1,8 @@
-"""One cut, as a plan whose stages make no more work than they must in order to fit.
+"""Choose policies for a given cut: each stage recomputes as little as its memory limit allows.
 
-A stage's policy is looked for on a ladder. What a stage keeps concerns its own memory and time, and
-next to nothing else, so all stages move at once, each on its own ladder.
+Policies are ordered from least recomputation to least memory; such a sequence is called a ladder.
+A stage's policy affects the memory and time of that stage and hardly any other, so in each round
+all stages move at once, each on its own ladder.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ if TYPE_CHECKING:
     from autopipe.planning.plan_parts import StagePlan
     from autopipe.planning.plans import Plan
 
-    Make = Callable[
-        [Sequence[RematPolicy]], "Candidate"
-    ]  # the plan of a cut, a policy for each stage
+    MakeCandidate = Callable[[Sequence[RematPolicy]], "Candidate"]  # from a policy per stage
 
 HALVINGS = 3
-"""How often the way between two rungs is halved, to find the fraction that just fits."""
+"""Bisection steps between two neighbouring policies, to find the fraction that just fits."""
 
-WORTH = 0.002
-"""Of a step: what the work that a finer fraction could save must come to."""
+WORTHWHILE = 0.002
+"""Fraction of a step's time that finer fractions must be able to save to be tried."""
 
 
 @dataclass(frozen=True)
@@ -47,35 +46,46 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What came of a cut.
+class FittedCut:
+    """Plans of one cut.
 
     Attributes:
-        chosen: the plan.
-        tried: for each stage what it takes with the policies that were tried.
+        chosen: the best of them.
+        tried: for each stage its plan with each policy that was tried.
     """
 
     chosen: Candidate
     tried: tuple[dict[RematPolicy, StagePlan], ...]
 
+    @property
+    def step_seconds(self) -> float:
+        """Predicted time of a step."""
+        return self.chosen.plan.step_seconds
 
-def fitted(
-    make: Make,
+    @property
+    def used_fraction(self) -> float:
+        """The largest fraction of its memory limit that a stage uses."""
+        stages = self.chosen.plan.stages
+        return max(s.memory_bytes / s.limit_bytes for s in stages if s.limit_bytes is not None)
+
+
+def fit_policies(
+    make: MakeCandidate,
     ladders: Sequence[Sequence[RematPolicy]],
     start: Sequence[RematPolicy],
     *,
     climb: bool = True,
-) -> Fitted:
-    """The plan in which each stage has the first policy of its ladder with which it fits.
+) -> FittedCut:
+    """Give each stage the first policy of its ladder with which it fits.
 
-    A stage that fits with the policy it starts with tries those before it, one that does not those
-    after it; if it fits with none it is left with the last one.
+    A stage that fits with its first policy tries those before it on the ladder, one that does not
+    fit tries those after it; if it fits with none, it keeps the last one.
 
     Args:
-        make: makes a plan.
-        ladders: for each stage, from the policy that makes least work to the one that keeps least.
-        start: for each stage a policy of its ladder, by estimate the one that is looked for.
-        climb: whether to try what makes less work than a policy that fits.
+        make: plans the cut with a policy per stage.
+        ladders: for each stage, policies from least recomputation to least memory.
+        start: for each stage the policy of its ladder to try first.
+        climb: whether to try policies with less recomputation than one that fits.
     """
     steps = [ladder.index(policy) for ladder, policy in zip(ladders, start, strict=True)]
     tried: tuple[dict[RematPolicy, StagePlan], ...] = tuple({} for _ in steps)
@@ -90,15 +100,18 @@ def fitted(
             elif climb and i and ladder[i - 1] not in tried[k]:
                 steps[k] = i - 1
         if steps == before:
-            return Fitted(chosen, tried)
+            return FittedCut(chosen, tried)
 
 
-def refined(make: Make, found: Fitted) -> Candidate:
-    """A plan that fits, with finer fractions than the ladder's where a shorter step comes of it.
+def refine_policies(make: MakeCandidate, found: FittedCut) -> Candidate:
+    """Try finer fractions than the ladder's for the stages that delay the step.
 
     Args:
-        make: makes a plan of the same cut.
+        make: plans the same cut with a policy per stage.
         found: a plan that fits.
+
+    Returns:
+        The fastest plan that fits, possibly the one of `found`.
     """
     ranges = _ranges(found)
     if not ranges:
@@ -106,7 +119,7 @@ def refined(make: Make, found: Fitted) -> Candidate:
     own = [_policy(stage) for stage in found.chosen.plan.stages]
     plans = [found.chosen]
     for i in range(HALVINGS + 1):
-        # Half way between what fits and what does not; at last what fits.
+        # Try the middle between what fits and what does not; at last what fits.
         tried = {k: (a + b) / 2 if i < HALVINGS else a for k, (a, b) in ranges.items()}
         chosen = make([_at_share(policy, tried.get(k)) for k, policy in enumerate(own)])
         plans += [chosen] if chosen.fits else []
@@ -117,8 +130,8 @@ def refined(make: Make, found: Fitted) -> Candidate:
     return min(plans, key=lambda one: one.plan.step_seconds)
 
 
-def _ranges(found: Fitted) -> dict[int, tuple[float, float]]:
-    """For stages that delay the step: a fraction that fits, and a larger one that does not."""
+def _ranges(found: FittedCut) -> dict[int, tuple[float, float]]:
+    """For each stage that delays the step: a fraction that fits, and one that does not."""
     plan = found.chosen.plan
     above: dict[int, RematPolicy] = {}
     for k, (stage, tried) in enumerate(zip(plan.stages, found.tried, strict=True)):
@@ -135,7 +148,7 @@ def _ranges(found: Fitted) -> dict[int, tuple[float, float]]:
     return {
         k: (_policy(plan.stages[k]).min_cut_share or 0.0, _share_above(policy))
         for k, policy in above.items()
-        if step(above.keys() - {k}) > least * (1 + WORTH)
+        if step(above.keys() - {k}) > least * (1 + WORTHWHILE)
     }
 
 
@@ -158,21 +171,21 @@ def _at_share(policy: RematPolicy, share: float | None) -> RematPolicy:
 
 
 def missing_bytes(stage: StagePlan) -> int:
-    """By how much a planned stage is above its limit; 0 if it fits, or has none."""
+    """Return by how many bytes a planned stage exceeds its limit; 0 if it fits or has none."""
     return 0 if stage.limit_bytes is None else max(0, stage.memory_bytes - stage.limit_bytes)
 
 
-def does_not_fit(made: Plan) -> MemoryLimitError:
-    """The error of a plan: its stage that lacks most."""
-    k, stage = max(enumerate(made.stages), key=lambda one: missing_bytes(one[1]))
+def memory_limit_error(plan: Plan) -> MemoryLimitError:
+    """Return the error for a plan that does not fit; it names the stage that lacks most."""
+    k, stage = max(enumerate(plan.stages), key=lambda one: missing_bytes(one[1]))
     assert stage.limit_bytes is not None
-    count = len(made.sizes)
+    count = len(plan.sizes)
     return MemoryLimitError(
         f"stage {k} does not fit its device: {format_bytes(missing_bytes(stage))} are missing",
         expected=f"at most {format_bytes(stage.limit_bytes)}",
         found=f"{format_bytes(stage.memory_bytes)}: parameters, optimizer and buffers"
         f" {format_bytes(stage.static_bytes)}; gradients and {count}"
-        f" micro-batch{'es' * (count > 1)} of {max(made.sizes)} with remat {stage.remat}"
+        f" micro-batch{'es' * (count > 1)} of {max(plan.sizes)} with remat {stage.remat}"
         f" {format_bytes(stage.peak_bytes)}",
         missing_bytes=missing_bytes(stage),
     )

@@ -1,4 +1,4 @@
-"""Split and phases → `Plan`: what each stage does, in numbers. (What to plan, `search` chooses.)"""
+"""Compute a `Plan` from a split program and its phases. (`search` decides what to plan.)"""
 
 from __future__ import annotations
 
@@ -31,46 +31,51 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import Phased, Route, Split, StageGraph, StagePhases
 
 
-class Clock(NamedTuple):
-    """How long a traced stage's phases take.
+class StageTimer(NamedTuple):
+    """How long a traced stage's phases take: by a device model or measured.
 
     Attributes:
-        name: whose times these are.
-        link: what its values are received over.
-        seconds: of a stage's phases, where so many micro-batches are in flight.
-        copying: so many bytes.
+        name: of the device model, or "measured on" a device.
+        link: over which the stage receives.
+        seconds: returns the seconds of a stage's phases for one micro-batch, given the number of
+            micro-batches in flight.
+        copy_seconds: returns the seconds that copying a number of bytes takes.
     """
 
     name: str
     link: Link
     seconds: Callable[[StagePhases, int], PhaseSeconds]
-    copying: Callable[[int], float]
+    copy_seconds: Callable[[int], float]
 
 
-def clocks_of(models: Sequence[Device]) -> tuple[Clock, ...]:
-    """The clocks of devices as they stand in the table, one for each stage."""
+def modeled_timers(models: Sequence[Device]) -> tuple[StageTimer, ...]:
+    """Return a timer for each stage that computes times from a device model.
 
-    def clock(model: Device) -> Clock:
-        return Clock(
+    Args:
+        models: one per stage.
+    """
+
+    def timer(model: Device) -> StageTimer:
+        return StageTimer(
             model.name,
             model.link,
             lambda stage, in_flight: phase_seconds(stage, model),
             lambda nbytes: model.seconds(0, 2 * nbytes, "memory", "fp32"),
         )
 
-    known = {id(model): clock(model) for model in models}
-    return tuple(known[id(model)] for model in models)
+    timers = {id(model): timer(model) for model in models}
+    return tuple(timers[id(model)] for model in models)
 
 
-def plan(
+def make_plan(
     model: nn.Module,
     split: Split,
     phased: Mapping[int, Phased],
     sizes: Sequence[int],
     options: Options,
-    clocks: Sequence[Clock],
+    timers: Sequence[StageTimer],
 ) -> Plan:
-    """The plan of a split program for a sequence of micro-batch sizes.
+    """Compute the plan of a split program for a sequence of micro-batch sizes.
 
     Args:
         model: what was captured.
@@ -78,24 +83,18 @@ def plan(
         phased: their phases, by size.
         sizes: samples in each micro-batch.
         options: devices, limits, number of chunks and schedule.
-        clocks: one for each stage.
+        timers: one per stage.
     """
     K, planned = len(split.stages), planned_cut_of(split)
     distinct = sorted(set(sizes), reverse=True)
-    in_flight = schedule(options.kind, K, len(sizes)).in_flight()
-    nbytes = {(k, s): stage_bytes(phased[s].stages[k]) for k in range(K) for s in distinct}
-    trained = phased[distinct[0]].differentiated
-    if not trained:  # inference keeps nothing
-        nbytes = {
-            at: n._replace(saved=0, first_backward=0, backward=0, tangents={})
-            for at, n in nbytes.items()
-        }
-    made = Plan(
+    in_flight = schedule(options.schedule_kind, K, len(sizes)).in_flight()
+    nbytes = {(k, s): _stage_bytes(phased[s], k) for k in range(K) for s in distinct}
+    plan = Plan(
         model=type(model).__name__,
         training=model.training,
-        whole=options.whole,
+        whole=options.whole_batch,
         graph=planned.graph,
-        schedule=options.kind,
+        schedule=options.schedule_kind,
         chunks=options.chunks or len(sizes),
         sizes=tuple(sizes),
         stages=tuple(
@@ -104,7 +103,7 @@ def plan(
                 stage,
                 [phased[s] for s in distinct],
                 [nbytes[stage.index, s] for s in sizes],
-                clocks[stage.index],
+                timers[stage.index],
                 options,
                 in_flight[stage.index],
             )
@@ -117,21 +116,29 @@ def plan(
         duplicated=tuple(DuplicatedCall(*one) for one in planned.duplicated),
         bound_seconds=split.estimates.lower_bound,
         cut_seconds=split.estimates.bottleneck,
-        gather_seconds=_gathering(split, sizes, clocks),
+        gather_seconds=_gather_seconds(split, sizes, timers),
         notes=split.captured.notes,
     )
-    peaks = stage_peak_bytes(made.timeline, K, sizes, nbytes, split.routes, queue_capacity)
-    stages = zip(made.stages, peaks, strict=True)
-    made = replace(made, stages=tuple(replace(s, peak_bytes=peak) for s, peak in stages))
-    made.verify()
-    return made
+    peaks = stage_peak_bytes(plan.timeline, K, sizes, nbytes, split.routes, queue_capacity)
+    stages = zip(plan.stages, peaks, strict=True)
+    plan = replace(plan, stages=tuple(replace(s, peak_bytes=peak) for s, peak in stages))
+    plan.verify()
+    return plan
 
 
-def cut_of(plan: Plan) -> PlannedCut:
-    """What has a plan's cut made again."""
+def _stage_bytes(phased: Phased, k: int) -> StageBytes:
+    nbytes = stage_bytes(phased.stages[k])
+    if phased.differentiated:
+        return nbytes
+    # Inference saves nothing.
+    return nbytes._replace(saved=0, first_backward=0, backward=0, tangents={})
+
+
+def planned_cut(plan: Plan) -> PlannedCut:
+    """Return what is needed to cut a captured graph as a plan says."""
     runs = tuple((segment.call, segment.stage) for segment in plan.segments)
-    repeated = tuple((one.call, one.stages) for one in plan.duplicated)
-    return PlannedCut(plan.graph, plan.starts, runs, repeated)
+    duplicated = tuple((one.call, one.stages) for one in plan.duplicated)
+    return PlannedCut(plan.graph, plan.starts, runs, duplicated)
 
 
 def _stage(
@@ -139,11 +146,11 @@ def _stage(
     stage: StageGraph,
     phased: Sequence[Phased],
     nbytes: Sequence[StageBytes],
-    clock: Clock,
+    timer: StageTimer,
     options: Options,
     in_flight: int,
 ) -> StagePlan:
-    """One stage; `phased` by size, the largest first, `nbytes` by micro-batch."""
+    """Plan one stage; `phased` is by size, the largest first, `nbytes` by micro-batch."""
     k, size = stage.index, phased[0].size
     calls = split.calls[k]
     cost = cost_of_stage(split, stage, size)
@@ -152,11 +159,11 @@ def _stage(
         first=split.firsts[stage.index],
         calls=len(calls),
         device=str(options.devices[k]),
-        speeds=clock.name,
+        speeds=timer.name,
         remat=phased[0].remat[k].name,
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
         flops=at_batch(cost.flops, size),
-        times=tuple(_times(split, cut, k, clock, in_flight) for cut in phased),
+        times=tuple(_times(split, cut, k, timer, in_flight) for cut in phased),
         parameter_bytes=cost.parameter_bytes,
         gradient_bytes=cost.gradient_bytes,
         optimizer_bytes=cost.optimizer_bytes,
@@ -175,22 +182,24 @@ def _stage(
     )
 
 
-def _times(split: Split, cut: Phased, k: int, clock: Clock, in_flight: int) -> Times:
-    """Seconds of a micro-batch at a stage, with the transfers over its left boundary."""
-    seconds = clock.seconds(cut.stages[k], in_flight)
+def _times(split: Split, cut: Phased, k: int, timer: StageTimer, in_flight: int) -> Times:
+    """Seconds of a micro-batch on a stage, and of transfers from and to the stage before it."""
+    seconds = timer.seconds(cut.stages[k], in_flight)
     routes = [r for r in split.routes.values() if r.kind == "activation"]
-    came = [r for r in routes if k in r.consumers and r.holders[r.holders.index(k) - 1] == k - 1]
-    back = [r for r in came if r.name in cut.stages[k].sent_grads]
+    received = [
+        r for r in routes if k in r.consumers and r.holders[r.holders.index(k) - 1] == k - 1
+    ]
+    returned = [r for r in received if r.name in cut.stages[k].sent_grads]
 
     def over(routes: Sequence[Route]) -> float:
         nbytes = [at_batch(r.spec.nbytes, cut.size) for r in routes]
-        return clock.link.seconds(sum(nbytes)) if nbytes else 0.0
+        return timer.link.seconds(sum(nbytes)) if nbytes else 0.0
 
-    return Times(*seconds, receive=over(came), send_gradients=over(back))
+    return Times(*seconds, receive=over(received), send_gradients=over(returned))
 
 
-def _gathering(split: Split, sizes: Sequence[int], clocks: Sequence[Clock]) -> float:
-    """Seconds to copy the results that come in parts, one for each micro-batch, into one."""
+def _gather_seconds(split: Split, sizes: Sequence[int], timers: Sequence[StageTimer]) -> float:
+    """Seconds to copy results that come in parts, one per micro-batch, into one tensor."""
     if len(sizes) == 1:
         return 0.0
     parts = {
@@ -199,5 +208,5 @@ def _gathering(split: Split, sizes: Sequence[int], clocks: Sequence[Clock]) -> f
         if o.combine.copies
     }
     return sum(
-        clocks[max(split.routes[n].source, 0)].copying(nbytes) for n, nbytes in parts.items()
+        timers[max(split.routes[n].source, 0)].copy_seconds(nbytes) for n, nbytes in parts.items()
     )

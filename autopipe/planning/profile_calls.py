@@ -1,12 +1,12 @@
-"""How long the calls of a captured graph take on a real device, measured, and remembered on disk.
+"""Measure how long the ops of a captured graph take on a real device; cache the times on disk.
 
-Each distinct call (operator, sizes, strides, types, the gradients it takes part in) is run by
-itself, forward and backward, warmed up, and the median taken: on the CPU by the clock, on a GPU
-between two events of its stream. Autograd's engine, which no stage of a pipeline runs, is not
-counted: what it takes for a backward without work is measured and subtracted.
+Each distinct op (operator, sizes, strides, dtypes, which operands need gradients) is run alone,
+forward and backward. After a warm-up the median is taken, timed as the device's `Backend` does: by
+the host's clock on the CPU, between two events on a GPU. A pipeline's stages do not run autograd's
+engine, so its time is measured on a backward without work and subtracted.
 
-Results are kept as JSON, one file per torch version, device and number of threads. A file that is
-not such a file is left alone, with a warning.
+Times are stored as JSON, one file per torch version, device and number of threads. A file with
+other content is left as it is, with a warning.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
     from autopipe.passes.ir import Annotated, GradFlow
 
-    Clock = Callable[[Callable[[], Any]], tuple[Any, float]]
+    Timer = Callable[[Callable[[], Any]], tuple[Any, float]]  # result and seconds of a function
 
 FORMAT = 1
-"""Of the files: raised when what a key or a figure means changes."""
+"""Of the files: increased when the meaning of a key or a time changes."""
 
 WARM_UP, LEAST, MOST, ENOUGH_SECONDS = 2, 5, 30, 0.02
-"""Runs before any is timed; timed runs: at least, at most, and until they took so long together."""
+"""Untimed runs; then timed runs: at least, at most, and until they took this long in all."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median times of one call, in seconds; a backward that does not happen takes none."""
+    """Median times of one op, in seconds; 0 for a backward that does not happen."""
 
     forward_seconds: float
     backward_seconds: float
@@ -61,8 +61,8 @@ class Profile:
     Attributes:
         batch: samples in the micro-batch.
         device: its name and, for a CPU, the number of threads.
-        timings: by name of the call; what is not run (sizes, views of results) is left out.
-        measured: how many distinct calls were run now; the others were known.
+        timings: by name of the node; nodes that run no op (sizes, unpacking) are left out.
+        measured: how many distinct ops were run now; the others were in the cache.
     """
 
     batch: int
@@ -71,7 +71,7 @@ class Profile:
     measured: int
 
     def seconds(self, node: str) -> float:
-        """Forward and backward of a call by its name; 0 for what is not run."""
+        """Forward and backward of a node together; 0 if it runs no op."""
         timing = self.timings.get(node, Timing(0.0, 0.0))
         return timing.forward_seconds + timing.backward_seconds
 
@@ -82,21 +82,21 @@ def profile(
     device: str | torch.device = "cpu",
     folder: str | Path | None = None,
 ) -> Profile:
-    """Time every distinct call of a captured graph.
+    """Time every distinct op of a captured graph.
 
     Args:
-        annotated: the graph, costed.
+        annotated: the graph with costs.
         batch: samples in the micro-batch.
-        device: where to run.
-        folder: where results are kept; None: ``~/.cache/autopipe``.
+        device: where to run the ops.
+        folder: of the cache files; None: ``~/.cache/autopipe``.
 
     Returns:
-        A `Profile`.
+        The times, and how many were measured now.
 
     Raises:
         InputError: the batch has no samples.
-        DeviceError: the device is not there.
-        UnsupportedError: a call cannot be run by itself, on tensors of zeros and random numbers.
+        DeviceError: there is no such device here.
+        UnsupportedError: an op fails on its own, on tensors of zeros and random numbers.
     """
     if batch < 1:
         raise InputError("a batch without samples", expected="at least 1", found=str(batch))
@@ -108,7 +108,7 @@ def profile(
     path = cache_file(name, folder)
     known = load(path, name)
     cached = dict(known or {})
-    clock = partial(backend.timed, torch_device)
+    timer = partial(backend.timed, torch_device)
     engine: list[float] = []
     timings: dict[str, Timing] = {}
     measured = 0
@@ -120,8 +120,8 @@ def profile(
             key = work_key(node, batch, flow)
             if key not in cached:
                 if not engine:
-                    engine.append(_engine(torch_device, clock))
-                cached[key] = _measure(node, batch, flow, torch_device, clock, engine[0])
+                    engine.append(_engine(torch_device, timer))
+                cached[key] = _measure(node, batch, flow, torch_device, timer, engine[0])
                 measured += 1
             timings[node.name] = cached[key]
     if measured and known is not None:
@@ -133,19 +133,28 @@ def profile(
 
 
 def device_name(device: torch.device) -> str:
-    """What measurements hold for: the device's model and, for a CPU, the number of threads."""
+    """Name what times depend on: the device's model and, for a CPU, the number of threads."""
     return backend_of(device).name(device)
 
 
 def cache_file(device: str, folder: str | Path | None = None) -> Path:
-    """Where the measurements of a device are kept, for this version of torch."""
+    """The cache file of a device for this version of torch."""
     base = Path.home() / ".cache" / "autopipe" if folder is None else Path(folder)
     slug = re.sub(r"[^0-9A-Za-z.]+", "-", f"{torch.__version__} {device}")
     return base / f"profile-{slug}.json"
 
 
 def load(path: Path, device: str) -> dict[str, Timing] | None:
-    """What a file knows; nothing if there is none; None, with a warning, if it is not ours."""
+    """Read a cache file.
+
+    Args:
+        path: of the file.
+        device: `device_name`.
+
+    Returns:
+        Its times by `work_key`; empty if there is no file; None, with a warning, if it has other
+        content.
+    """
     if not path.exists():
         return {}
     try:
@@ -173,7 +182,7 @@ def _read(content: Any, device: str) -> dict[str, Timing]:
 
 
 def save(path: Path, device: str, timings: Mapping[str, Timing]) -> None:
-    """Write all measurements of a device, at once or not at all."""
+    """Write all times of a device to its cache file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     calls = {k: [t.forward_seconds, t.backward_seconds] for k, t in timings.items()}
     part = path.with_suffix(f".{os.getpid()}.part")
@@ -193,10 +202,10 @@ def _measure(
     batch: int,
     flow: GradFlow,
     device: torch.device,
-    clock: Clock,
+    timer: Timer,
     engine: float,
 ) -> Timing:
-    """Time a call; its arguments are random numbers, zeros for integers, True for booleans."""
+    """Time an op on random numbers, zeros for integers and True for booleans."""
 
     def fill(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         return filled(shape, stride, dtype, device)
@@ -206,7 +215,7 @@ def _measure(
             ready = BoundCall(
                 node, operand_values(node, batch, fill), flow.operands_need_grad, batch, device
             )
-            return _medians(lambda: _once(ready, flow.results_get_grad, clock), engine)
+            return _medians(lambda: _once(ready, flow.results_get_grad, timer), engine)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         raise UnsupportedError(
             "a call cannot be timed by itself",
@@ -217,24 +226,25 @@ def _measure(
         ) from error
 
 
-def _once(ready: BoundCall, gets: Sequence[bool], clock: Clock) -> tuple[float, float | None]:
+def _once(ready: BoundCall, gets: Sequence[bool], timer: Timer) -> tuple[float, float | None]:
+    """Seconds of one forward and of its backward, None if no gradient flows through the op."""
     args, kwargs, _, edges = ready.arguments()
-    found, forward = clock(lambda: ready.target(*args, **kwargs))
+    found, forward = timer(lambda: ready.target(*args, **kwargs))
     results = zip(tensor_leaves(found), gets, strict=True)
     roots = [r for r, wanted in results if wanted and r is not None and r.requires_grad]
     inputs = [e for of in edges for e in of if e is not None]
     if not roots or not inputs:
         return forward, None
-    return forward, _backward(roots, inputs, clock)
+    return forward, _backward(roots, inputs, timer)
 
 
-def _backward(roots: Sequence[Tensor], inputs: Sequence[Any], clock: Clock) -> float:
+def _backward(roots: Sequence[Tensor], inputs: Sequence[Any], timer: Timer) -> float:
     tangents = [torch.ones_like(r) for r in roots]
 
     def run() -> Any:
         return torch.autograd.grad(roots, inputs, tangents, allow_unused=True)
 
-    return clock(run)[1]
+    return timer(run)[1]
 
 
 def _medians(once: Callable[[], tuple[float, float | None]], engine: float) -> Timing:
@@ -252,22 +262,29 @@ def _medians(once: Callable[[], tuple[float, float | None]], engine: float) -> T
     return Timing(statistics.median(forward), max(0.0, behind))
 
 
-def _engine(device: torch.device, clock: Clock) -> float:
-    """What autograd takes for a backward that does nothing."""
+def _engine(device: torch.device, timer: Timer) -> float:
+    """Seconds that autograd's engine takes for a backward without work."""
     x = torch.zeros(1, device=device, requires_grad=True)
-    runs = [_backward([x.view(1)], [x], clock) for _ in range(WARM_UP + MOST)]
+    runs = [_backward([x.view(1)], [x], timer) for _ in range(WARM_UP + MOST)]
     return statistics.median(runs[WARM_UP:])
 
 
 def filled(
     shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A tensor of this look; an index of zero is right everywhere."""
-    reach = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True) if n)
-    made = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
-    memory = made.as_strided((reach,), (1,)) if made.numel() else made
+    """Create a tensor of random numbers; integers are 0, a valid index everywhere, booleans True.
+
+    Args:
+        shape: of the tensor.
+        stride: of the tensor, in elements.
+        dtype: of the tensor.
+        device: of the tensor.
+    """
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True) if n)
+    result = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+    memory = result.as_strided((extent,), (1,)) if result.numel() else result
     if dtype.is_floating_point or dtype.is_complex:
         memory.normal_()
     else:
         memory.fill_(dtype is torch.bool)
-    return made
+    return result

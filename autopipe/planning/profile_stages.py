@@ -1,12 +1,12 @@
-"""How long a traced stage's phases take on a real device, by running what would run.
+"""Measure how long a traced stage's phases take on a real device.
 
-The stage's own generated functions, forward and backward, on tensors of the right looks with made
-up values: floats at random, integers 0, booleans True. CPU workers share caches and memory, so all
-of them run the stage at once, each with its own tensors and on its own cores, as they would in a
-step; a few micro-batches go forward before they come back, so that what was saved is not still in
-the cache. Gradients are added up, as a step does.
+The stage's generated forward and backward run on tensors of the traced shapes, strides and dtypes
+with random values (integers 0, booleans True). CPU workers share caches and memory, so all of them
+run the stage at the same time, each with its own tensors and on its own cores, as in a step.
+Several micro-batches go forward before the first goes backward, so that saved activations have left
+the cache, and gradients are summed, as in a step.
 
-Times are means: what a step takes is a sum over many micro-batches, in which the slow ones count.
+Times are means, not medians: a step's time is a sum over micro-batches, slow ones included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from autopipe.passes.codegen import HEADER, stage_function
 from autopipe.passes.cost import PhaseSeconds, phase_seconds
-from autopipe.planning.planner import Clock
+from autopipe.planning.planner import StageTimer
 from autopipe.planning.profile_calls import device_name, filled
 from autopipe.runtime import workers
 from autopipe.runtime.backends import backend_of
@@ -39,79 +39,87 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import StagePhases
 
 MOST_AHEAD = 8
-"""Micro-batches that go forward before the first comes back, at most."""
+"""At most so many micro-batches go forward before the first goes backward."""
 
 WARM_UP, LEAST, MOST, ENOUGH_SECONDS = 1, 4, 20, 0.5
-"""Rounds before any is timed; timed rounds: at least, at most, and until they took so long."""
+"""Untimed rounds; then timed rounds: at least, at most, and until they took this long in all."""
 
 COPIES = 5
-"""Copies that are timed, for the median."""
+"""Timed copies, of which the median is taken."""
 
 
-def measured_clocks(devices: Sequence[torch.device], models: Sequence[Device]) -> tuple[Clock, ...]:
-    """A clock for each stage that runs it on the stage's device.
+def measured_timers(
+    devices: Sequence[torch.device], models: Sequence[Device]
+) -> tuple[StageTimer, ...]:
+    """Timers that run a stage on its device.
 
     Args:
-        devices: where the stages will run.
-        models: their devices in the table: for links, and for the shares of R, B and W in a
-            backward, which runs in one go.
+        devices: one per stage.
+        models: their device models: for the links, and to split a backward, which is timed as a
+            whole, into R, B and W.
+
+    Returns:
+        One timer per stage; stages on the same device share one.
     """
-    clocks = {}
+    timers = {}
     for device, model in zip(devices, models, strict=True):
-        if device not in clocks:
+        if device not in timers:
             same = [d for d in devices if d == device]
-            stopwatch = _Stopwatch(
+            measured = _MeasuredDevice(
                 device, workers.cores_per_worker(same) if len(same) > 1 else None, model
             )
-            clocks[device] = Clock(
+            timers[device] = StageTimer(
                 f"measured on {device_name(device)}",
                 model.link,
-                stopwatch.seconds,
-                stopwatch.copying,
+                measured.seconds,
+                measured.copying,
             )
-    return tuple(clocks[device] for device in devices)
+    return tuple(timers[device] for device in devices)
 
 
 @dataclass
-class _Stopwatch:
-    """Times stages on a device; each graph once.
+class _MeasuredDevice:
+    """Measures stages on one device; each graph once.
 
     Attributes:
-        device: where.
-        cores: for each worker that runs at the same time; None: one worker.
-        model: for the shares of phases.
+        device: where the stages run.
+        cores: CPU cores of each worker that runs at the same time; None: one worker.
+        model: to split a backward into phases.
+        times: by stage graph and micro-batches in flight.
+        copy_times: by bytes.
     """
 
     device: torch.device
     cores: list[set[int]] | None
     model: Device
-    known: WeakKeyDictionary[fx.Graph, dict[int, PhaseSeconds]] = field(
+    times: WeakKeyDictionary[fx.Graph, dict[int, PhaseSeconds]] = field(
         default_factory=WeakKeyDictionary
     )
-    copied: dict[int, float] = field(default_factory=dict)
+    copy_times: dict[int, float] = field(default_factory=dict)
 
     def seconds(self, stage: StagePhases, in_flight: int) -> PhaseSeconds:
-        """Mean times of the phases of one micro-batch."""
-        known = self.known.setdefault(stage.graph, {})
+        """Mean seconds of each phase for one micro-batch."""
+        times = self.times.setdefault(stage.graph, {})
         ahead = min(in_flight, MOST_AHEAD)
-        if ahead not in known:
-            known[ahead] = self._measured(stage, ahead)
-        return known[ahead]
+        if ahead not in times:
+            times[ahead] = self._measured(stage, ahead)
+        return times[ahead]
 
     def copying(self, nbytes: int) -> float:
-        """Median time of a copy to new memory."""
-        if nbytes not in self.copied:
+        """Median seconds of a copy of `nbytes` to newly allocated memory."""
+        if nbytes not in self.copy_times:
             source = torch.ones(nbytes, dtype=torch.uint8, device=self.device)
-            times = []
+            seconds = []
             for _ in range(COPIES):
                 start = now(self.device)
                 copy = source.clone()
-                times.append(now(self.device) - start)
+                seconds.append(now(self.device) - start)
                 del copy
-            self.copied[nbytes] = statistics.median(times)
-        return self.copied[nbytes]
+            self.copy_times[nbytes] = statistics.median(seconds)
+        return self.copy_times[nbytes]
 
     def _measured(self, stage: StagePhases, ahead: int) -> PhaseSeconds:
+        """Run rounds of a stage on all workers at once until there are enough."""
         names = {"F": "forward", "RBW": "backward"}
         parts = [
             stage_function(stage, letters, self.device, name) for letters, name in names.items()
@@ -130,7 +138,7 @@ class _Stopwatch:
                     if i == WARM_UP and index == 0:
                         ends[0] = time.perf_counter() + ENOUGH_SECONDS
                     if i >= WARM_UP + LEAST:
-                        barrier.wait()  # all see the same clock
+                        barrier.wait()  # so that all workers stop after the same round
                         if done[0]:
                             return
                     both = run.once()
@@ -147,14 +155,21 @@ class _Stopwatch:
             workers.run_workers([partial(task, i) for i in range(count)], barrier.abort, self.cores)
         pairs = [pair for own in rounds for pair in own]
         forward, backward = (statistics.mean(column) for column in zip(*pairs, strict=True))
-        shares = phase_seconds(stage, self.model)
-        later = shares.total - shares.forward
-        parts_ = [backward * s / later if later else 0.0 for s in shares[1:]]
-        return PhaseSeconds(forward, *parts_)
+        estimate = phase_seconds(stage, self.model)
+        total = estimate.total - estimate.forward
+        rest = [backward * s / total if total else 0.0 for s in estimate[1:]]
+        return PhaseSeconds(forward, *rest)
 
 
 class _Rounds:
-    """One worker's tensors, and a round of forwards and backwards with them."""
+    """The tensors of one worker, and rounds of forwards and backwards with them.
+
+    Args:
+        stage: the traced stage.
+        functions: its generated "forward" and "backward".
+        device: where the tensors are.
+        ahead: micro-batches in a round.
+    """
 
     def __init__(
         self,
@@ -170,12 +185,12 @@ class _Rounds:
         self.held = [self._fill(t, 0.02) for t in holders[:held]]
         self.received, self.tangents = holders[held:received], holders[received:]
 
-    def _fill(self, look: Tensor, scale: float = 1.0) -> Tensor:
-        tensor = filled(look.shape, look.stride(), look.dtype, self.device)
+    def _fill(self, traced: Tensor, scale: float = 1.0) -> Tensor:
+        tensor = filled(traced.shape, traced.stride(), traced.dtype, self.device)
         return tensor.mul_(scale) if tensor.is_floating_point() else tensor
 
     def once(self) -> tuple[float, float]:
-        """Mean seconds of a forward and of a backward."""
+        """Run one round; return mean seconds of a forward and of a backward."""
         stage = self.stage
         arrived = [[self._fill(t) for t in self.received] for _ in range(self.ahead)]
         results = len(stage.returns) + len(stage.updates)
@@ -204,6 +219,6 @@ class _Rounds:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, when the device has done what it was given."""
+    """Seconds on the host's clock once the device has finished all queued work."""
     backend_of(device).synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""A batch cut into micro-batches (GPipe, section 2.2)."""
+"""Cut a batch into micro-batches (GPipe, Huang et al. 2019, section 2.2)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ def sizes(batch: int, chunks: int) -> tuple[int, ...]:
 
     As `torch.tensor_split`, without its empty pieces: at most two different sizes.
 
+    Args:
+        batch: samples in the batch, at least 1.
+        chunks: number of micro-batches, at least 1.
+
     >>> sizes(10, 4)
     (3, 3, 2, 2)
     >>> sizes(2, 4)
@@ -28,5 +32,14 @@ def sizes(batch: int, chunks: int) -> tuple[int, ...]:
 
 
 def scatter(tensor: Tensor, dim: int, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Views of `tensor`, cut along `dim`."""
+    """Cut a tensor into micro-batches.
+
+    Args:
+        tensor: the whole batch.
+        dim: its batch dimension.
+        sizes: samples per micro-batch.
+
+    Returns:
+        Views of `tensor`, in order.
+    """
     return (tensor,) if len(sizes) == 1 else torch.split(tensor, list(sizes), dim)

@@ -1,1 +1,9 @@
-"""TODO."""
+"""Compare a pipeline with the model itself, on one batch.
+
+Read in this order:
+
+    `step_snapshot`  outputs, gradients and buffers of one training step
+    `deterministic`  run a model without randomness, and with BatchNorm by micro-batch
+    `locate`         the first value that differs
+    `compare`        the comparison: `Pipeline.verify`
+"""

@@ -1,9 +1,9 @@
-"""`Pipeline.verify`: the pipeline against the model itself, on one batch.
+"""Compare a pipeline's training step with the model's own, on one batch (`Pipeline.verify`).
 
-Everything is compared that a training step leaves behind: results, gradients, buffers. If
-something differs, two further comparisons find where: each submodule's result with the captured
-graph's (what capture got wrong), and each value that a stage sent with the captured graph's (what
-the pipeline got wrong).
+Compared is everything that a training step produces: outputs, gradients, buffers. If something
+differs, two further comparisons find where. Each submodule's result is compared with the captured
+graph's (an error of capture), and each tensor that a stage sent with the captured graph's (an error
+of the pipeline).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from autopipe.passes._torch import CheckpointFunction
 from autopipe.passes.capture import preserve_buffers, restore_values
 from autopipe.passes.graph import is_random, source_line
 from autopipe.runtime.executor import Run
-from autopipe.verification.deterministic import MicroBatchNorm, Still
-from autopipe.verification.locate import holder, locate
-from autopipe.verification.step_snapshot import Difference, Step
+from autopipe.verification.deterministic import MicroBatchNorm, NoRandomness
+from autopipe.verification.locate import locate_gradient, locate_value
+from autopipe.verification.step_snapshot import Difference, StepSnapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,12 +40,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Verification:
-    """What `Pipeline.verify` found.
+    """Result of `Pipeline.verify`.
 
-    differences: one per result, gradient and buffer.
-    stage, node: where the first value that differs is made, if one does; `node` is a name in
-        `Pipeline.captured`.
-    notes: under what conditions the two were compared.
+    Attributes:
+        differences: one per output, gradient and buffer.
+        stage, node: where the first value that differs is computed, if one does; `node` is a name
+            in `Pipeline.captured`.
+        source: the model's line of `node`.
+        notes: how both runs differ from an ordinary step.
     """
 
     differences: tuple[Difference, ...]
@@ -56,11 +58,18 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Everything is equal but for rounding."""
+        """Whether everything is equal up to rounding."""
         return all(d.ok for d in self.differences)
 
     def worst(self, kind: str) -> Difference | None:
-        """The largest difference of a kind, relative to its scale."""
+        """Return the largest difference of a kind, relative to its scale.
+
+        Args:
+            kind: "output", "gradient" or "buffer".
+
+        Returns:
+            The difference; None if nothing of this kind was compared.
+        """
         found = [d for d in self.differences if d.kind == kind]
         return max(found, key=lambda d: d.largest / d.scale if d.scale else d.largest, default=None)
 
@@ -98,56 +107,69 @@ class ComparedPipeline(NamedTuple):
 
 
 def compare(pipe: ComparedPipeline, inputs: CallInputs, tolerance: float | None) -> Verification:
-    """See `Pipeline.verify`."""
+    """Compare a training step of a pipeline with one of the model itself.
+
+    Args:
+        pipe: the pipeline.
+        inputs: a call.
+        tolerance: as for `Pipeline.verify`.
+
+    Raises:
+        UnsupportedError: the model draws random numbers that cannot be disabled.
+    """
     leaves, spec = inputs.leaves, inputs.spec
     captured = pipe.programs.program_for(inputs, strict=False)[0].split.captured
     notes = []
     with ExitStack() as stack:
         if any(map(is_random, captured.graph_module.graph.nodes)):
-            notes.append("random calls were stilled in both: dropout drops nothing")
-            stack.enter_context(Still())
+            notes.append("randomness was disabled in both runs: dropout drops nothing")
+            stack.enter_context(NoRandomness())
             pipe = pipe.fresh()
         compiled, program = pipe.programs.program_for(inputs, strict=False)
         captured, sizes = compiled.split.captured, program.key.sizes
         for node in filter(is_random, captured.graph_module.graph.nodes):
             raise UnsupportedError(
-                "the model draws random numbers that verify cannot still",
+                "the model draws random numbers that verify cannot disable",
                 node=node.name,
                 source=source_line(node),
                 found=str(node.target),
                 remedy="verify in evaluation mode, or without that call",
             )
         if any(n.target is aten.batch_norm.default for n in captured.graph_module.graph.nodes):
-            notes.append("the model's batch norm, too, normalised by micro-batch")
+            notes.append("the model's batch norm normalised by micro-batch, too")
         deferred = pipe.programs.options.batch_norm == "deferred"
         modules: dict[str, Tensor] = {}
         normalising = MicroBatchNorm(sizes, deferred=deferred)
         own_call = mock.patch.object(pipe.model, "_compiled_call_impl", None)  # `install`
-        # A reentrant checkpoint refuses to tell gradients apart from `.grad`: no checkpoints.
+        # A reentrant checkpoint does not work with `autograd.grad`: run without checkpoints.
         plain = mock.patch.object(CheckpointFunction, "apply", _checkpointed)
-        home = _gathered(pipe)
-        with _restored(pipe.model), own_call, normalising, plain, _watched(pipe.model, modules):
-            expected = Step.of(pipe.model, pipe.model, [_at(x, home) for x in leaves], spec)
+        home = _gather_model(pipe)
+        recording = _recording_results(pipe.model, modules)
+        with _restored(pipe.model), own_call, normalising, plain, recording:
+            own = [_on_device(x, home) for x in leaves]
+            expected = StepSnapshot.of(pipe.model, pipe.model, own, spec)
         observed: dict[tuple[str, int], Tensor] = {}
         with _restored(pipe.model):
-            found = Step.of(pipe.model, partial(_observed, pipe, observed), leaves, spec)
+            found = StepSnapshot.of(
+                pipe.model, partial(_run_recording_sends, pipe, observed), leaves, spec
+            )
         differences = tuple(expected.against(found, tolerance))
         place = None
         if not all(d.ok for d in differences):
-            home = _gathered(pipe)
-            leaves = [_at(x, home) for x in leaves]
-            place = locate(compiled, sizes, leaves, observed, modules)
-            place = place or holder(compiled, [d.name for d in differences if not d.ok])
+            home = _gather_model(pipe)
+            leaves = [_on_device(x, home) for x in leaves]
+            place = locate_value(compiled, sizes, leaves, observed, modules)
+            place = place or locate_gradient(compiled, [d.name for d in differences if not d.ok])
     if place is None:
         return Verification(differences, None, None, None, tuple(notes))
     stage, node = place
     return Verification(differences, stage, node.name, source_line(node), tuple(notes))
 
 
-def _gathered(pipe: ComparedPipeline) -> torch.device:
-    """The device that the model's tensors share; its first stage's, where they now go, if none.
+def _gather_model(pipe: ComparedPipeline) -> torch.device:
+    """Move the model's tensors to one device, unless they share one, and return it.
 
-    (The pipeline takes them back to their stages in its next call.)
+    (The pipeline moves them back to their stages in its next call.)
     """
     tensors = [*pipe.model.parameters(), *pipe.model.buffers()]
     devices = {t.device for t in tensors}
@@ -159,35 +181,35 @@ def _gathered(pipe: ComparedPipeline) -> torch.device:
     return home
 
 
-def _at(leaf: Any, device: torch.device) -> Any:
-    """An input where the model can use it; its gradient is asked for there."""
+def _on_device(leaf: Any, device: torch.device) -> Any:
+    """Copy an input to the model's device, as a leaf of autograd."""
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.detach().to(device).requires_grad_(leaf.requires_grad)
 
 
 def _checkpointed(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-    """What a reentrant checkpoint returns, and nothing is run again."""
+    """Run a checkpointed function without checkpointing."""
     return run(*args)
 
 
-def _observed(
+def _run_recording_sends(
     pipe: ComparedPipeline, observed: dict[tuple[str, int], Tensor], *args: Any, **kwargs: Any
 ) -> Any:
-    """The pipeline's forward; what its stages send is noted."""
+    """Run the pipeline and record what its stages send."""
     send = Run.send
 
-    def noting(run: Run, what: str, source: int, to: int, m: int, tensor: Tensor) -> None:
+    def recording(run: Run, what: str, source: int, to: int, m: int, tensor: Tensor) -> None:
         observed.setdefault((what, m), tensor.detach())
         send(run, what, source, to, m, tensor)
 
-    with mock.patch.object(Run, "send", noting):
+    with mock.patch.object(Run, "send", recording):
         return pipe.run(*args, **kwargs)
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Leave a model's buffers (the objects and their values) and the random state as they were."""
+    """Restore the model's buffers (objects and values) and the random state afterwards."""
     before = [(b, b.clone()) for b in model.buffers()]
     try:
         with torch.random.fork_rng(), preserve_buffers(model):
@@ -197,14 +219,14 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: nn.Module, results: dict[str, Tensor]) -> Iterator[None]:
-    """Note the (first) tensor that each submodule returns, of those called once."""
-    again: set[str] = set()
+def _recording_results(model: nn.Module, results: dict[str, Tensor]) -> Iterator[None]:
+    """Record the (first) tensor that each submodule returns, if it is called once."""
+    several: set[str] = set()
 
     def hook(path: str, result: Any) -> None:
         tensor = next((x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)), None)
-        if path in results or path in again or tensor is None:
-            again.add(path)
+        if path in results or path in several or tensor is None:
+            several.add(path)
             results.pop(path, None)
         else:
             results[path] = tensor.detach().clone()

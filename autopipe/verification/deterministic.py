@@ -1,8 +1,8 @@
-"""The model itself, run so that a pipeline can be compared with it.
+"""Run a model so that its pipeline can be compared with it.
 
-Two things differ on purpose between a model and its pipeline: random numbers, which a pipeline
-draws by (seed, call, micro-batch), and BatchNorm, which sees micro-batches. `Still` takes the
-first away on both sides, `MicroBatchNorm` lets the model itself do the second.
+Two things differ by design between a model and its pipeline: random numbers, which a pipeline draws
+by (seed, call, micro-batch), and BatchNorm, which sees micro-batches. `NoRandomness` disables the
+first on both sides, `MicroBatchNorm` makes the model itself do the second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DROPOUTS = {
 }
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 CONSTANTS: dict[str, float] = {
-    # Uniform numbers become one half: what is compared with them to drop a branch keeps it.
+    # Uniform numbers become one half: a branch that is dropped below a probability is kept.
     "rand": 0.5,
     "rand_like": 0.5,
     "uniform_": 0.5,
@@ -44,10 +44,10 @@ CONSTANTS: dict[str, float] = {
 }
 
 
-class Still(TorchFunctionMode):
-    """Nothing is random: dropout drops nothing, noise is constant.
+class NoRandomness(TorchFunctionMode):
+    """Make random functions deterministic: dropout drops nothing, noise is constant.
 
-    What it does not know draws on; a graph that was captured under it shows that (`verify`).
+    Functions that it does not know stay random; a graph captured under it shows them (`verify`).
     """
 
     def __torch_function__(
@@ -62,7 +62,7 @@ class Still(TorchFunctionMode):
                 args = (*args[:4], 0.0, *args[5:])
             kwargs.pop("dropout_p", None)
             return func(*args, **kwargs)
-        # What dispatches as a whole is not looked into.
+        # These dispatch as a whole: the mode does not see the random functions that they call.
         if func is F.multi_head_attention_forward:
             kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
             args = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args
@@ -89,19 +89,19 @@ class Still(TorchFunctionMode):
 def _softmax(
     logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
 ) -> Tensor:
-    """Gumbel softmax without its noise; soft, also where the model's is hard."""
+    """Gumbel softmax without noise; soft, even where the model asks for a hard one."""
     return (logits / tau).softmax(dim)
 
 
 def _slopes(
     x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *rest: Any, **more: Any
 ) -> Tensor:
-    """Randomized ReLU by its mean slope."""
+    """Randomized ReLU with its mean slope."""
     return F.leaky_relu(x, (lower + upper) / 2)
 
 
 class MicroBatchNorm(TorchFunctionMode):
-    """Batch norm in training normalises micro-batch by micro-batch.
+    """Make batch norm in training normalise micro-batch by micro-batch.
 
     Args:
         sizes: samples per micro-batch.

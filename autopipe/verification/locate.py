@@ -1,8 +1,8 @@
-"""Where a pipeline and its model part: the first value that differs.
+"""Find the first value in which a pipeline differs from its model.
 
-The captured graph is run once more, micro-batch by micro-batch. Its values are held against what
-the model's submodules returned on the whole batch, which shows what capture got wrong, and
-against what the stages sent, which shows what the pipeline got wrong.
+The captured graph is run once more, micro-batch by micro-batch. Its values are compared with what
+the model's submodules returned on the whole batch, which finds errors of capture, and with what
+the stages sent, which finds errors of the pipeline.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from autopipe.compiled import CompiledModel
 
 
-def locate(
+def locate_value(
     compiled: CompiledModel,
     sizes: Sequence[int],
     leaves: Sequence[Any],
     sent: Mapping[tuple[str, int], Tensor],
     returned: Mapping[str, Tensor],
 ) -> tuple[int | None, fx.Node] | None:
-    """The first node whose value differs, and its stage.
+    """Find the first node whose value differs.
 
     Args:
         compiled: the captured model.
@@ -37,10 +37,13 @@ def locate(
         leaves: the call's flattened inputs.
         sent: (value, micro-batch) → what a stage sent.
         returned: path of a submodule → what it returned for the whole batch.
+
+    Returns:
+        Its stage and the node; None if no value differs.
     """
     captured = compiled.split.captured
-    apart: set[str] = set()  # names of nodes that stages sent otherwise
-    equal = dict.fromkeys(returned, 0)  # submodule → micro-batches in which a node equals it
+    different: set[str] = set()  # names of nodes whose sent value differs
+    equal = dict.fromkeys(returned, 0)  # submodule → number of micro-batches in which it is equal
     start = 0
     for m, size in enumerate(sizes):
         tensors = [
@@ -56,12 +59,12 @@ def locate(
         )
         with torch.no_grad():
             run.run(*tensors)
-        apart |= run.apart
+        different |= run.different
         for path in run.equal:
             equal[path] += 1
         start += size
     nodes = list(captured.graph_module.graph.nodes)
-    suspects = [n for n in nodes if n.name in apart]
+    suspects = [n for n in nodes if n.name in different]
     for path, count in equal.items():
         inside = [n for n in nodes if path in n.meta.get("modules", ())]
         if count < len(sizes) and inside:
@@ -71,8 +74,18 @@ def locate(
     return None if first is None else (_stage(compiled, nodes.index(first)), first)
 
 
-def holder(compiled: CompiledModel, names: Sequence[str]) -> tuple[int | None, fx.Node] | None:
-    """For gradients that differ although the forward does not: where the last of them begins."""
+def locate_gradient(
+    compiled: CompiledModel, names: Sequence[str]
+) -> tuple[int | None, fx.Node] | None:
+    """Find the node whose backward comes first among the users of tensors with wrong gradients.
+
+    Args:
+        compiled: the captured model.
+        names: of parameters whose gradients differ although the forward does not.
+
+    Returns:
+        Its stage and the node; None if no node uses them.
+    """
     captured = compiled.split.captured
     targets = {i.name for i in captured.inputs if i.target in names}
     nodes = list(captured.graph_module.graph.nodes)
@@ -86,7 +99,7 @@ def _stage(compiled: CompiledModel, position: int) -> int | None:
 
 
 class _ComparingInterpreter(fx.Interpreter):
-    """One micro-batch through the captured graph, compared on the way."""
+    """Run one micro-batch through the captured graph and compare values on the way."""
 
     def __init__(
         self,
@@ -101,18 +114,18 @@ class _ComparingInterpreter(fx.Interpreter):
         super().__init__(module)
         self.m, self.size, self.start, self.batch = m, size, start, batch
         self.sent, self.returned = sent, returned
-        self.apart: set[str] = set()
+        self.different: set[str] = set()
         self.equal: set[str] = set()
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one call, then compare."""
+        """Run one node, then compare its value."""
         cast = n.meta.get("autocast")
         with torch.autocast(*cast) if cast else nullcontext():
             value = super().run_node(n)
         if isinstance(value, Tensor) and n.op == "call_function":
             other = self.sent.get((n.name, self.m))
             if other is not None and not is_close(other.to(value.device), value):
-                self.apart.add(n.name)
+                self.different.add(n.name)
             for path in n.meta.get("modules", ()):
                 if path in self.returned and path not in self.equal:
                     part = self._part(n, self.returned[path])
@@ -121,7 +134,7 @@ class _ComparingInterpreter(fx.Interpreter):
         return value
 
     def _part(self, node: fx.Node, whole: Tensor) -> Tensor | None:
-        """What of a whole batch's value belongs to this micro-batch, if the shapes fit."""
+        """The part of a whole batch's value that belongs to this micro-batch, if shapes match."""
         shape = tensor_spec(node).shape
         if tuple(whole.shape) != tuple(at_batch(s, self.batch) for s in shape):
             return None

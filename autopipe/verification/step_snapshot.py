@@ -1,4 +1,4 @@
-"""What one training step leaves behind, and how far two of them are apart."""
+"""Record outputs, gradients and buffers of one training step, and compare two such records."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Of the largest entry (for gradients: of any gradient): rounding in another order of summation."""
+"""Relative to the largest entry (for gradients: of any gradient): what another order of summation
+may change."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor of the model's step against the pipeline's.
+    """One tensor of the model's step compared with the pipeline's.
 
-    kind: "output", "gradient" or "buffer".
-    largest: largest absolute difference of two entries (nan where only one of them is nan).
-    scale: largest entry of the model's tensor; of all its gradients for a gradient.
+    Attributes:
+        kind: "output", "gradient" or "buffer".
+        name: of the output, parameter, input or buffer.
+        largest: largest absolute difference of two entries (nan where only one of them is nan).
+        scale: largest entry of the model's tensor; of all its gradients for a gradient.
+        tolerance: what counts as rounding, relative to `scale`.
     """
 
     kind: str
@@ -33,13 +37,13 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """Equal but for rounding."""
+        """Whether they are equal up to rounding."""
         return self.largest <= self.tolerance * self.scale
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one training step leaves behind, by name."""
+class StepSnapshot:
+    """Outputs, gradients and buffers after one training step, by name."""
 
     outputs: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor | None]
@@ -48,8 +52,15 @@ class Step:
     @classmethod
     def of(
         cls, model: nn.Module, run: Callable[..., Any], leaves: Sequence[Any], spec: pytree.TreeSpec
-    ) -> Step:
-        """Run one on copies of `leaves`: ``run`` stands for the model, whose tensors are asked."""
+    ) -> StepSnapshot:
+        """Run a training step on copies of the inputs.
+
+        Args:
+            model: whose parameters and buffers are recorded.
+            run: the model, or the pipeline of it.
+            leaves: flattened inputs.
+            spec: their structure.
+        """
         own = [
             x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
             for x in leaves
@@ -79,8 +90,13 @@ class Step:
             {n: b.clone() for n, b in model.named_buffers()},
         )
 
-    def against(self, found: Step, tolerance: float | None) -> Iterator[Difference]:
-        """The pipeline's step compared with this one, the model's."""
+    def against(self, found: StepSnapshot, tolerance: float | None) -> Iterator[Difference]:
+        """Compare this step, the model's, with the pipeline's.
+
+        Args:
+            found: the pipeline's step.
+            tolerance: see `Difference`; None: by dtype.
+        """
         for name, value in found.outputs.items():
             if name in self.outputs:
                 yield _difference("output", name, self.outputs[name], value, tolerance)
@@ -98,7 +114,7 @@ class Step:
 
 
 def _named(result: Any) -> list[tuple[str, Any]]:
-    """The leaves of a result, by the way to them where its classes tell it, else numbered."""
+    """The leaves of a result, named by their path if its containers have keys, else numbered."""
     try:
         return [(pytree.keystr(p), x) for p, x in pytree.tree_leaves_with_path(result)]
     except ValueError:  # a container registered without keys
@@ -106,7 +122,7 @@ def _named(result: Any) -> list[tuple[str, Any]]:
 
 
 def _weights(root: Tensor) -> Tensor:
-    """A gradient for an output: one for a loss, else something that tells entries apart."""
+    """A gradient for an output: one for a loss, else a different number for each entry."""
     if root.numel() == 1:
         return torch.ones_like(root)
     steps = torch.linspace(0.5, 1.5, root.numel(), device=root.device)
@@ -127,8 +143,8 @@ def _difference(
     found = found.to(expected.device)
     a, b = _exact(expected), _exact(found)
     equal = (a == b) | (a.isnan() & b.isnan())
-    apart = (a - b).abs().masked_fill(equal, 0.0)
-    largest = apart.max().item() if apart.numel() else 0.0
+    differences = (a - b).abs().masked_fill(equal, 0.0)
+    largest = differences.max().item() if differences.numel() else 0.0
     return Difference(kind, name, largest, _scale(expected) if scale is None else scale, allowed)
 
 

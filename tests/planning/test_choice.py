@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import autopipe
 from autopipe.errors import MemoryLimitError, OptionError, UnsupportedError
+from autopipe.options import models_of
 from autopipe.passes.devices import H100, L4
 from autopipe.planning import choice
-from autopipe.planning.choice import models_of
 from tests.support.models import gpt2, unet
 
 

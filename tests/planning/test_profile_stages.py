@@ -14,7 +14,7 @@ import autopipe
 from autopipe.passes.cost.phase_time import PhaseSeconds
 from autopipe.passes.devices import CPU_CORE
 from autopipe.planning import profile_stages as measure
-from autopipe.planning.profile_stages import measured_clocks
+from autopipe.planning.profile_stages import measured_timers
 from tests.support.models import gpt2
 from tests.support.programs import CPU, phased_of, split_of
 
@@ -40,7 +40,7 @@ def test_times_are_those_of_the_work() -> None:
     """Independent truth: the same products, timed here by hand."""
     model, x = Sized(), torch.randn(256, 64)
     (stage,) = phased_of(split_of(model, 1, x), model, 256, ((x,), {}), remat="none").stages
-    (clock,) = measured_clocks([CPU], [CPU_CORE])
+    (clock,) = measured_timers([CPU], [CPU_CORE])
     found = clock.seconds(stage, 3)
     again = clock.seconds(stage, 3)
     assert found == again, "a stage is timed once"
@@ -65,7 +65,7 @@ def test_a_failure_ends_all_workers() -> None:
 
     x = torch.eye(3).expand(4, 3, 3)
     (stage,) = phased_of(split_of(Inverse(), 1, x), Inverse(), 4, ((x,), {}), remat="none").stages
-    clock = measured_clocks([CPU, CPU], [CPU_CORE] * 2)[0]
+    clock = measured_timers([CPU, CPU], [CPU_CORE] * 2)[0]
     try:
         clock.seconds(stage, 3)
     except RuntimeError:
@@ -100,9 +100,9 @@ def test_random_state_is_left_alone() -> None:
 
 def test_copies_are_timed() -> None:
     """A large one against a clone, timed here by hand; a small one takes less."""
-    (clock,) = measured_clocks([CPU], [CPU_CORE])
+    (clock,) = measured_timers([CPU], [CPU_CORE])
     nbytes = 32 * 2**20
-    found, small = clock.copying(nbytes), clock.copying(2**10)
+    found, small = clock.copy_seconds(nbytes), clock.copy_seconds(2**10)
     source = torch.ones(nbytes, dtype=torch.uint8)
     taken = []
     for _ in range(10):
@@ -111,7 +111,7 @@ def test_copies_are_timed() -> None:
         taken.append(time.perf_counter() - start)
     assert min(taken) / 4 < found < max(taken) * 4
     assert 0 < small < found
-    assert clock.copying(nbytes) == found, "a size is timed once"
+    assert clock.copy_seconds(nbytes) == found, "a size is timed once"
 
 
 @pytest.mark.parametrize("in_flight", [1, 3, 100])
@@ -139,7 +139,7 @@ def test_as_many_micro_batches_are_ahead_as_are_in_flight(
             self.functions = own
 
     monkeypatch.setattr(measure._Rounds, "once", watched)
-    (clock,) = measured_clocks([CPU], [CPU_CORE])
+    (clock,) = measured_timers([CPU], [CPU_CORE])
     clock.seconds(stage, in_flight)
     ahead = min(in_flight, measure.MOST_AHEAD)
     assert len(seen) > measure.LEAST

@@ -60,7 +60,7 @@ def test_random_calls_and_batch_norm_are_made_comparable() -> None:
     assert len(found.notes) == 2
     text = str(found)
     assert "output  2 of 2" in text
-    assert "random calls were stilled" in text
+    assert "randomness was disabled in both runs" in text
     x, target = batch()
     torch.manual_seed(1)
     first = pipe(x, target)["logits"]
@@ -102,14 +102,14 @@ STILLED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", STILLED)
-def test_functions_that_draw_inside_are_stilled(name: str) -> None:
+def test_functions_that_draw_inside_are_made_deterministic(name: str) -> None:
     found = pipelined(STILLED[name]()).verify(torch.randn(7, 5, 6))
     assert found.ok, str(found)
-    assert "random calls were stilled" in str(found)
+    assert "randomness was disabled in both runs" in str(found)
 
 
-def test_what_cannot_be_stilled_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="cannot still") as caught:
+def test_what_stays_random_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="cannot disable") as caught:
         pipelined(Draws(lambda y: y * torch.poisson(y.abs()))).verify(torch.randn(7, 6))
     assert str(caught.value.source).startswith(__file__)
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import autopipe
-from autopipe import compiled
+from autopipe import options
 from autopipe.call_signature import flatten
 from autopipe.errors import PlanError
 from autopipe.passes.cost.node_costs import annotate
@@ -184,7 +184,7 @@ def test_no_other_choice_costs_less(device: Device, remat: RematPolicy) -> None:
 
 def with_device(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     """Let `compile` cut for other devices than it runs on."""
-    monkeypatch.setattr(compiled, "models_of", lambda devices: (device,) * len(devices))
+    monkeypatch.setattr(options, "models_of", lambda devices: (device,) * len(devices))
 
 
 @pytest.mark.parametrize("remat", ["full", "none", "min-cut"])
