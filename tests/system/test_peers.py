@@ -20,6 +20,8 @@ from benchmarks.five_cases import CASES
 from benchmarks.peers import halfway, judge, run, try_model
 from tests.support.agreement import assert_agrees, assert_close
 
+pytestmark = pytest.mark.few(3)
+
 REMATS = ("none", "full", "min-cut")
 
 
