@@ -1,6 +1,6 @@
 """``autopipe plan``: what it prints and saves, and how it fails. (And `target`.)
 
-Covers autopipe/target.py.
+Covers target.py.
 """
 
 from __future__ import annotations
