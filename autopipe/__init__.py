@@ -30,8 +30,8 @@ __all__ = [
     "simulate",
 ]
 
-# A name is imported when it is first used (PEP 562): a simulation, a page or `autopipe --help`
-# needs no torch, which takes seconds to import.
+# Names are imported on first use (PEP 562), because torch takes seconds to import and a simulation,
+# a page or `autopipe --help` does without it.
 _HOMES = {
     "api": ("compile", "plan"),
     "module": ("Pipeline",),

@@ -9,7 +9,7 @@ from autopipe.call_signature import flatten
 from autopipe.module import Pipeline
 from autopipe.options import parse_options
 from autopipe.passes.capture import as_module
-from autopipe.passes.driver import costed
+from autopipe.passes.driver import capture_with_costs
 from autopipe.passes.schedule import DEFAULT_KIND
 from autopipe.planning.choice import choose
 from autopipe.planning.plans import Plan
@@ -46,36 +46,37 @@ def compile(
     """Make a micro-batch pipeline of a model (GPipe, arXiv 1811.06965).
 
     Args:
-        model: any module (a GraphModule too), or an ExportedProgram with a dynamic batch dimension.
-            It is not changed, but that its parameters move to their stages' devices.
-        devices: how many stages, or one device for each. A count means ``cuda:0 … cuda:n-1``;
-            where there is no GPU, that many CPU workers.
-        chunks: M, the number of micro-batches that a batch is cut into (fewer for a batch with
+        model: any module (also a GraphModule), or an ExportedProgram with a dynamic batch
+            dimension. It is not changed, except that its parameters move to the devices of their
+            stages.
+        devices: number of stages, or one device for each. A number means ``cuda:0 … cuda:n-1``, or
+            that many CPU workers where there is no GPU.
+        chunks: M, the number of micro-batches that a batch is split into (fewer for a batch with
             fewer samples; it need not divide). None: the planner chooses on the first batch.
-        plan: a `Plan`, or the file of one: its cut, and whatever of devices, chunks, schedule and
-            remat is not given. It must be of this model, with inputs like those it was made with.
+        plan: a `Plan` or the file of one. Its cut is used, and its devices, chunks, schedule and
+            remat where these are not given. It must be of the same model with similar inputs.
         schedule: "gpipe" (default): all micro-batches forward, then all backward; "auto": the best
-            of those that the runtime runs.
-        remat: what stages keep from forward to backward: "full" (default) only what they received,
-            running their forward again (GPipe section 2.3); "none" all that autograd would;
-            "min-cut" what functorch's partitioner chooses; a fraction from 0 to 1 of what that
-            keeps; "auto": for each stage the one that makes least work and fits. Or a list of one
-            for each stage.
-        memory: what a device has for the pipeline, in bytes or as "16GiB" or "80GB", or a list of
-            one for each device. The plan keeps to it: parameters, their gradients, Adam's state,
-            what micro-batches keep and what is made meanwhile.
+            of those that the runtime executes.
+        remat: which activations stages save between forward and backward. "full" (default): only
+            what they received, and their forward is recomputed (GPipe section 2.3); "none": all
+            that autograd saves; "min-cut": what functorch's partitioner chooses; a number from 0
+            to 1: that fraction of min-cut's bytes; "auto": for each stage the policy that
+            recomputes least and fits. Or a list of one for each stage.
+        memory: limit per device, in bytes or as "16GiB" or "80GB", or a list of one for each
+            device. It is for parameters, gradients, Adam's state, saved activations of all
+            micro-batches in flight, and temporary tensors.
         profile: time the model's calls and stages on the devices, where choices need times,
-            instead of taking them from a table.
+            instead of computing times from the device table.
         in_dims: the batch dimension of the inputs, as for `torch.vmap`: an integer for all, None
             for "not batched", a tuple by position or a dict by name.
-        out_reduce: how micro-batches make the whole batch's where a result is one number and its
-            rule cannot be derived from the graph: "mean" (weighted by samples) or "sum".
+        out_reduce: how micro-batches' results are combined if they are single numbers and the rule
+            cannot be derived from the graph: "mean" (weighted by samples) or "sum".
         batch_norm: each micro-batch is normalised by its own statistics (GPipe section 2.2).
             "deferred": running statistics, and other buffers written in the forward, change once
-            a step, as if the whole batch had been seen at once; "micro": once per micro-batch.
+            per step, as if the whole batch had been seen at once; "micro": once per micro-batch.
         loss_fn: for `Pipeline.step`: ``loss_fn(output, target)``.
         backend: "eager".
-        args, kwargs: example inputs: compile now. Without them, on the first call.
+        args, kwargs: example inputs: compile now. Without them, compile on the first call.
 
     Returns:
         A `Pipeline`: a module with the model's own parameters and the same results.
@@ -86,8 +87,8 @@ def compile(
         CouplingError: the model mixes the samples of a batch.
         InputError: the example inputs have no common batch size.
         PartitionError: the model has too few calls for so many stages.
-        MemoryLimitError: no plan keeps the memory limit; it says what would.
-        PlanError: the file is no plan, or the plan names calls that this model does not make.
+        MemoryLimitError: no plan keeps the memory limit; the error says which changes would.
+        PlanError: the file is not a plan, or the plan is of another model.
     """
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.load(plan)
@@ -127,17 +128,18 @@ def plan(
     out_reduce: str | None = None,
     batch_norm: str = "deferred",
 ) -> Plan:
-    """How `compile` would cut a model, what each stage takes, and how long a step is.
+    """Predict how `compile` cuts a model, the memory and time of each stage, and of a step.
 
-    Weights are not needed, nor GPUs: a model built under ``torch.device("meta")`` does.
+    It needs neither weights nor GPUs: the model may be built under ``torch.device("meta")``.
 
     Args:
         model, schedule, remat, memory, profile, in_dims, out_reduce, batch_norm: as for `compile`.
-        devices: how many stages, or one device for each; a count may be more than are here.
-        chunks: M; None: the one with which the predicted step is shortest.
-        args, kwargs: example inputs; their batch is the one that is planned for.
-        device: whose speeds and links: a name in `passes.devices.DEVICES` ("h100", "cpu-core"), a
-            `passes.devices.Device`, or a list of one for each stage. None: those of `devices`.
+        devices: number of stages, or one device for each; a number may exceed what is present.
+        chunks: M; None: the number with the shortest predicted step.
+        args, kwargs: example inputs, with the batch size to plan for.
+        device: device model for speeds and links: a name in `passes.devices.DEVICES` ("h100",
+            "cpu-core"), a `passes.devices.Device`, or a list of one for each stage. None: those of
+            `devices`.
 
     Returns:
         The `Plan`: stages, boundary tensors, times, memory, predicted timeline.
@@ -162,5 +164,5 @@ def plan(
     kwargs = kwargs or {}
     leaves, spec = flatten(args, kwargs)
     dims, batch = batch_of(in_dims, module, args, kwargs)
-    annotated = costed(options.capture_request(module, leaves, spec, dims))
+    annotated = capture_with_costs(options.capture_request(module, leaves, spec, dims))
     return choose(module, annotated, leaves, batch, options).plan

@@ -1,4 +1,4 @@
-"""What calls of a pipeline must have in common: the structure of their inputs."""
+"""Flatten a call's inputs, and compare their structure with that of captured calls."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
-    """The leaves of a call and their structure; dataclasses count as containers.
+    """Flatten a call's inputs; dataclasses are containers.
 
-    Keywords are sorted: in another order they are the same call.
+    Keywords are sorted, because their order makes no difference.
+
+    Args:
+        args, kwargs: of the call.
+
+    Returns:
+        Leaves and structure.
     """
     register_dataclasses((args, kwargs))
     return pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
@@ -70,8 +76,13 @@ class CallSignature(NamedTuple):
         return hash((str(self.spec), self.leaves))
 
 
-def other_structure(expected: CallSignature, found: CallSignature) -> InputError:
-    """The error for a call that is not like the captured one."""
+def structure_error(expected: CallSignature, found: CallSignature) -> InputError:
+    """Return the error for a call with another structure than the captured ones.
+
+    Args:
+        expected: a captured one.
+        found: that of the call.
+    """
     return InputError(
         "the inputs differ in structure from those that the pipeline was compiled for",
         expected=_described(expected),
@@ -82,7 +93,7 @@ def other_structure(expected: CallSignature, found: CallSignature) -> InputError
 
 
 def _described(structure: CallSignature) -> str:
-    """A call as one would write it, tensors by dtype and number of dimensions."""
+    """Write a call as code, with tensors as dtype and number of dimensions."""
 
     class Shown(str):
         __repr__ = str.__str__

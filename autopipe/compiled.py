@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autopipe.call_guards import autocast_state, plain_autograd, restore_autocast
 from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.parameters import move, parameter
-from autopipe.passes.driver import Lowered, cut_in_time, phases_by_size
+from autopipe.passes.driver import Lowered, lower_to_code, phases_by_size
 from autopipe.passes.ir import InputKind
 from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
 from autopipe.planning.fitting import missing_bytes
@@ -56,7 +56,13 @@ class ProgramKey(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CompiledProgram:
-    """A program that can run, and the passes' results that it was made from."""
+    """A program that can run, and the passes' results that it was generated from.
+
+    Attributes:
+        key: what it depends on.
+        program: its functions, and what the runtime needs besides.
+        lowered: phases, schedule and source.
+    """
 
     key: ProgramKey
     program: Program
@@ -112,13 +118,22 @@ class CompiledModel:
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
 
     def fits(self, batch: int) -> bool:
-        """Whether the model takes the captured branches for a batch of this size."""
+        """Whether the model takes the captured branches for a batch of this size.
+
+        Args:
+            batch: number of samples.
+        """
         if batch not in self._fits:
             self._fits[batch] = self.split.captured.size_guards.hold_for(batch)
         return self._fits[batch]
 
     def tensor(self, kind: InputKind, target: str) -> Tensor:
-        """A tensor of the model by its qualified name."""
+        """Return a parameter, buffer or constant of the model.
+
+        Args:
+            kind: which of these.
+            target: its qualified name.
+        """
         if kind is InputKind.CONSTANT:
             return self.split.captured.constants[target]
         if kind is InputKind.PARAMETER:
@@ -149,9 +164,14 @@ class CompiledModel:
                 move(parameter, worker.device)
 
     def on(self, worker: WorkerDevice, kind: InputKind, target: str, *, written: bool) -> Tensor:
-        """A tensor as a stage on `worker` uses it; copies are kept while the original is the same.
+        """Return a tensor as a stage uses it, on the stage's device.
 
-        A buffer that a stage writes to moves there for good.
+        A copy is cached until the original changes.
+
+        Args:
+            worker: the stage's worker.
+            kind, target: as for `tensor`.
+            written: a buffer that the stage writes to: it is moved instead of copied.
         """
         tensor = self.tensor(kind, target)
         if tensor.device == worker.device:
@@ -160,16 +180,16 @@ class CompiledModel:
             move(tensor, worker.device)
             return tensor.detach()
         key = (target, worker.device)
-        known = self._copies.get(key)
-        if known is None or known[0] != tensor._version or known[1] is not tensor:
+        cached = self._copies.get(key)
+        if cached is None or cached[0] != tensor._version or cached[1] is not tensor:
             copy = tensor.detach().to(worker.device)
-            known = self._copies[key] = (tensor._version, tensor, copy)
-        return known[2]
+            cached = self._copies[key] = (tensor._version, tensor, copy)
+        return cached[2]
 
     def program(
         self, inputs: CallInputs, progress: Callable[[str], None] = silent
     ) -> CompiledProgram:
-        """The program for a call like this one, under the current grad and autocast modes.
+        """Return the program for a call, under the current grad and autocast modes.
 
         Args:
             inputs: the call.
@@ -200,7 +220,7 @@ class CompiledModel:
     def program_for_outputs(
         self, program: CompiledProgram, names: frozenset[str]
     ) -> CompiledProgram:
-        """The same program, but for gradients of other outputs; the next call expects these too.
+        """Return a program for gradients of other outputs; the next call expects these, too.
 
         Args:
             program: one of this model's.
@@ -228,7 +248,7 @@ class CompiledModel:
             )
             phased = phases_by_size(request, self._traces, progress)
             kind = self.options.schedule_kind
-            lowered = cut_in_time(phased, key.sizes, devices, kind=kind, progress=progress)
+            lowered = lower_to_code(phased, key.sizes, devices, kind=kind, progress=progress)
             program = CompiledProgram(key, self._load(lowered, key.sizes), lowered)
             if self.options.limits is not None and key.grad:
                 self._check_limits(program)

@@ -1,8 +1,8 @@
-"""What Python may have decided by while a model was captured.
+"""Detect changes of a model's Python state, which a captured graph does not see.
 
-A graph holds the branches that were taken: a temperature that is a plain number, a layer that was
-exchanged later, an adapter that was switched off. What such decisions usually go by is compared in
-every call; if it changed, the model is captured anew.
+A graph has the branches that were taken at capture, with plain numbers as constants: a temperature,
+a layer that is exchanged later, an adapter that is switched off. The state that such decisions
+usually depend on is compared in every call; if it has changed, the model is captured again.
 """
 
 from __future__ import annotations
@@ -28,39 +28,42 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 def model_state_key(model: nn.Module) -> Hashable:
-    """A value that is equal as long as nothing that capture depends on has changed.
+    """Return a value that stays equal while nothing changes that capture depends on.
 
-    For every module: its class, its attributes (the training flag is one) as far as they are plain
-    values, tensors, or containers and configurations of those; its hooks; the looks of its
-    parameters and buffers and which of them are one.
+    It has, for every module: the class; attributes (such as the training flag) that are plain
+    values, tensors, or containers and configurations of those; hooks; shapes and dtypes of
+    parameters and buffers, and which of them are the same tensor.
+
+    Args:
+        model: the user's module.
 
     Raises:
         CaptureError: a parameter of a lazy layer has no shape yet.
     """
-    numbers: dict[int, int] = {}
-    rows: list[Any] = []
-    known: set[int] = set()
+    numbers: dict[int, int] = {}  # of tensors, by identity
+    key: list[Any] = []
+    seen: set[int] = set()
     for module in model.modules():
-        facts = vars(module)
-        rows.append(type(module))
-        for name, value in facts.items():
+        attributes = vars(module)
+        key.append(type(module))
+        for name, value in attributes.items():
             if type(value) in PLAIN:
-                rows.append((name, value))
+                key.append((name, value))
             elif name not in MODULE_INTERNALS:
-                rows.extend(_facts(name, value, known))
-        rows += [id(hook) for name in HOOKS for hook in facts[name].values()]
-        rows.append(id(facts.get("forward")))
-        for registry in (facts["_parameters"], facts["_buffers"]):
+                key.extend(_attribute_key(name, value, seen))
+        key += [id(hook) for name in HOOKS for hook in attributes[name].values()]
+        key.append(id(attributes.get("forward")))
+        for registry in (attributes["_parameters"], attributes["_buffers"]):
             for name, tensor in registry.items():
                 if tensor is not None:
                     if is_lazy(tensor):
-                        raise _shapeless(module, name)
+                        raise _lazy_error(module, name)
                     number = numbers.setdefault(id(tensor), len(numbers))
-                    rows.append((name, number, tensor.shape, tensor.dtype))
-    return tuple(rows)
+                    key.append((name, number, tensor.shape, tensor.dtype))
+    return tuple(key)
 
 
-def _shapeless(module: nn.Module, name: str) -> CaptureError:
+def _lazy_error(module: nn.Module, name: str) -> CaptureError:
     return CaptureError(
         "a parameter has no shape yet: its layer has never been called",
         node=f"{type(module).__name__}.{name}",
@@ -68,34 +71,34 @@ def _shapeless(module: nn.Module, name: str) -> CaptureError:
     )
 
 
-def _facts(name: Any, value: Any, known: set[int]) -> Iterator[Hashable]:
-    """What an attribute holds; of an object that is neither data nor a tensor, nothing.
+def _attribute_key(name: Any, value: Any, seen: set[int]) -> Iterator[Hashable]:
+    """The key of an attribute; nothing for an object that is neither data nor a tensor.
 
-    (A module may well hold its trainer, which changes all the time.)
+    (A module may refer to its trainer, which changes all the time.)
     """
     if type(value) in PLAIN:
         yield name, value
     elif isinstance(value, Tensor):
-        yield name, id(value)  # what is written to it in place, a captured model sees
-    elif id(value) in known:
+        yield name, id(value)  # in-place changes are seen by the captured graph
+    elif id(value) in seen:
         return
     elif isinstance(value, dict):
-        known.add(id(value))
+        seen.add(id(value))
         for key, item in value.items():
-            yield from _facts((name, key), item, known)
+            yield from _attribute_key((name, key), item, seen)
     elif isinstance(value, (list, tuple)):
-        known.add(id(value))
+        seen.add(id(value))
         yield name, len(value)
         for n, item in enumerate(value):
-            yield from _facts((name, n), item, known)
+            yield from _attribute_key((name, n), item, seen)
     elif isinstance(value, RECORDS) or _is_configuration(value):
-        known.add(id(value))
+        seen.add(id(value))
         for key, item in vars(value).items():
-            yield from _facts((name, key), item, known)
+            yield from _attribute_key((name, key), item, seen)
 
 
 def _is_configuration(value: Any) -> bool:
-    """A dataclass, or what a library calls a configuration."""
+    """Whether an object is a dataclass, or of a class that is named a configuration."""
     kind = type(value)
     named = dataclasses.is_dataclass(kind) or kind.__name__.endswith("Config")
     return named and hasattr(value, "__dict__")

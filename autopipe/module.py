@@ -1,4 +1,4 @@
-"""`Pipeline`: the model's own module, run as a pipeline."""
+"""`Pipeline`: a module that runs a model as a pipeline of stages."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Pipeline(ModuleProxy):
     """A model that runs as a pipeline of stages; made by `autopipe.compile`.
 
     Its parameters, buffers and submodules are the model's own objects, under the model's own
-    names, so that optimizers, checkpoints and hooks made for one work with the other.
+    names, so that optimizers, checkpoints and hooks made for one work with the other. Other
+    attributes, such as ``pipe.config``, are looked up in the model.
 
     The model is captured on the first call in each mode (train, eval), or by `capture`; and again
-    if its modules, their plain attributes, hooks or ties have changed (`model_state_key`). What it
-    lacks itself, the model has: ``pipe.config``.
+    if its modules, their plain attributes, hooks or ties have changed (`model_state_key`).
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
@@ -67,7 +67,7 @@ class Pipeline(ModuleProxy):
         """Run the model on a batch, cut into micro-batches.
 
         Returns:
-            What the model returns: same structure, same shapes; a loss is the whole batch's.
+            The model's result for the whole batch: same structure, same shapes, one loss.
 
         Raises:
             InputError: inputs whose structure is not the captured one.
@@ -94,8 +94,11 @@ class Pipeline(ModuleProxy):
             target: second argument of the `loss_fn` given to `autopipe.compile`.
 
         Returns:
-            The loss, detached: ``loss_fn(output, target)``; without a `loss_fn` the model's own,
-            its output's ``loss`` or its output itself.
+            The loss, detached: ``loss_fn(output, target)``; without a `loss_fn` the ``loss`` of
+            the output, or the output itself.
+
+        Raises:
+            OptionError: there is no loss.
         """
         output = self(*args, **kwargs)
         if self.options.loss_fn is not None:
@@ -115,8 +118,13 @@ class Pipeline(ModuleProxy):
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Compile for inputs like these now, in the current mode, without running.
 
-        Also the way to make a pipeline accept a further structure of inputs: a call with another
-        structure than the captured ones is otherwise an error.
+        It also makes a pipeline accept another structure of inputs, which is an error in a call.
+
+        Args:
+            args, kwargs: example inputs.
+
+        Raises:
+            CaptureError, CouplingError, PartitionError, MemoryLimitError: see `autopipe.compile`.
         """
         self._programs.program_for(self._inputs(args, kwargs), strict=False)
 
@@ -124,8 +132,8 @@ class Pipeline(ModuleProxy):
         """Compare a training step of this pipeline with one of the model itself, on one batch.
 
         Randomness is disabled in both runs, and the model's batch norm is made to normalise
-        micro-batch by micro-batch. Parameters, gradients, buffers and random state stay as they
-        are. The model runs on the whole batch where its parameters lie: it must fit there.
+        micro-batch by micro-batch. Parameters, gradients, buffers and random state do not change.
+        The model itself runs on the whole batch, on one device: it must fit there.
 
         Args:
             args, kwargs: the model's inputs.
@@ -133,8 +141,11 @@ class Pipeline(ModuleProxy):
                 dtype (1e-5 for float32).
 
         Returns:
-            A `Verification`: ``ok``, the largest difference of every result, gradient and buffer,
-            and, if one is more than rounding, the stage and node where the first is made.
+            A `Verification`: ``ok``, the largest difference of every output, gradient and buffer,
+            and, if one is more than rounding, the stage and node where the first one is computed.
+
+        Raises:
+            UnsupportedError: the model draws random numbers that cannot be disabled.
         """
         return compare(self._compared(), self._inputs(args, kwargs), tolerance)
 
@@ -170,12 +181,12 @@ class Pipeline(ModuleProxy):
 
     @property
     def plan(self) -> Plan:
-        """Who runs what, with predicted costs and timeline; `print` it for a table."""
+        """The stages with predicted costs and timeline; `print` it for a table."""
         compiled, program = self._programs.last
         return compiled.plan(program)
 
     def explain(self) -> str:
-        """The plan as a table: the stages and what crosses between them."""
+        """The plan as a table: stages, and the tensors sent between them."""
         return str(self.plan)
 
     def __repr__(self) -> str:

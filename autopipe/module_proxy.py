@@ -1,4 +1,4 @@
-"""The side of a pipeline that is the model's: names, state, modes, moves, attributes."""
+"""Make a pipeline look like its model: parameters, state dict, modes, moves, attributes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 class ModuleProxy(nn.Module):
-    """A module with another one's parameters, buffers, submodules and attributes.
+    """A module that shares another one's parameters, buffers, submodules and attributes.
 
     Args:
-        model: the other.
-        devices: where its parameters may lie.
+        model: the other one.
+        devices: where its parameters may be.
     """
 
     model: nn.Module
 
     def __init__(self, model: nn.Module, devices: Sequence[torch.device]) -> None:
         super().__init__()
-        # Not registered as a child, which would prefix every name: its registries are shared.
+        # A child module would add a prefix to every name; instead the registries are shared.
         object.__setattr__(self, "model", model)
         self._devices = tuple(devices)
         self._share()
@@ -40,7 +40,7 @@ class ModuleProxy(nn.Module):
         self._modules = self.model._modules
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own state dict, keys and values."""
+        """Return the model's own state dict, with the same keys."""
         return self.model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ class ModuleProxy(nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model":  # not there yet: a copy is being made
+        if name == "model":  # not set yet: a copy is being made
             raise AttributeError(name)
         try:
             return super().__getattr__(name)
@@ -62,23 +62,30 @@ class ModuleProxy(nn.Module):
             return getattr(self.model, name)
 
     def install(self) -> nn.Module:
-        """Let the model's own calls run as this pipeline, and hand out the model.
+        """Make calls of the model itself run as this pipeline.
 
-        For trainers, which look at a model's class, signature and `save_pretrained`:
-        ``Trainer(model=pipe.install(), ...)``. The hook is that of `nn.Module.compile`; copies and
-        pickles of the model are without it.
+        For trainers, which check a model's class and signature and call `save_pretrained`:
+        ``Trainer(model=pipe.install(), ...)``. The hook is the one of `nn.Module.compile`; copies
+        and pickles of the model do not have it.
+
+        Returns:
+            The model.
         """
         itself: Callable[..., Any] = self.model._call_impl
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            # While the pipeline captures the model, the model is what it was.
+            # The pipeline captures the model's own forward.
             return (itself if torch.compiler.is_exporting() else self)(*args, **kwargs)
 
         self.model._compiled_call_impl = run
         return self.model
 
     def uninstall(self) -> nn.Module:
-        """Take `install` back: the model's calls are its own again."""
+        """Undo `install`: calls of the model run the model itself again.
+
+        Returns:
+            The model.
+        """
         self.model._compiled_call_impl = None
         return self.model
 
@@ -87,28 +94,28 @@ class ModuleProxy(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        looks = {(x.dtype, x.device) for x in tensors}
-        if all(_keeps(fn, *look, self._devices) for look in looks):
-            return self  # every call takes parameters to their stages
+        kinds = {(x.dtype, x.device) for x in tensors}
+        if all(_changes_nothing(fn, *kind, self._devices) for kind in kinds):
+            return self  # every call moves parameters to their stages
         raise UnsupportedError(
-            "a pipeline's parameters lie where its stages need them",
+            "a pipeline's parameters are on the devices of its stages",
             remedy="move or cast the model before autopipe.compile, and choose devices there",
         )
 
 
-def _keeps(
+def _changes_nothing(
     fn: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     device: torch.device,
     own: Sequence[torch.device],
 ) -> bool:
-    """Whether a move or cast leaves such a tensor as it is, or on one of the own devices."""
+    """Whether a move or cast leaves such a tensor as it is, or puts it on one of `own` devices."""
     sample = torch.ones(8, dtype=dtype, device=device)
     shared: Callable[[Tensor], bool] = Tensor.is_shared
     before = shared(sample)
     try:
         moved = fn(sample)
-    except (RuntimeError, AssertionError):  # to a device that is not here
+    except (RuntimeError, AssertionError):  # to a device that is not present
         return False
     if moved.is_meta:
         return device.type == "meta"

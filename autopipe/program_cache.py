@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from autopipe.call_guards import plain_autograd
-from autopipe.call_signature import CallSignature, other_structure
+from autopipe.call_signature import CallSignature, structure_error
 from autopipe.compiled import CompiledModel, CompiledProgram
 from autopipe.errors import OptionError
 from autopipe.model_state_key import model_state_key
-from autopipe.parameters import replaced
-from autopipe.passes.driver import costed, cut_in_space
+from autopipe.parameters import replaced_error
+from autopipe.passes.driver import capture_with_costs, cut_into_stages
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
@@ -75,11 +75,14 @@ class ProgramCache:
     def program_for(
         self, inputs: CallInputs, *, strict: bool
     ) -> tuple[CompiledModel, CompiledProgram]:
-        """The captured model and the program for a call.
+        """Find the program for a call, or capture and trace what is missing for it.
 
         Args:
             inputs: the call.
             strict: accept only input structures that were captured before, if there are any.
+
+        Returns:
+            The captured model and the program.
 
         Raises:
             InputError: another structure than the captured ones.
@@ -88,7 +91,7 @@ class ProgramCache:
         state, signature = model_state_key(self.model), CallSignature.of(inputs)
         known = self._signatures.setdefault(state, set())
         if strict and known and signature not in known:
-            raise other_structure(next(iter(known)), signature)
+            raise structure_error(next(iter(known)), signature)
         key = ModelKey(state, signature, inputs.static_shapes())
         with Progress(len(self.workers)) as progress, plain_autograd():
             fitting = (c for c in self._models.get(key, ()) if c.fits(inputs.batch))
@@ -141,9 +144,9 @@ class ProgramCache:
         model, options = self.model, self.options
         for name, tensor in model.named_parameters():
             if not isinstance(tensor, nn.Parameter):
-                raise replaced(name)
+                raise replaced_error(name)
         leaves, spec, dims, batch = inputs
-        annotated = costed(
+        annotated = capture_with_costs(
             options.capture_request(model, leaves, spec, dims, single=single), progress
         )
         if not options.needs_planning:
@@ -166,7 +169,7 @@ class ProgramCache:
         models = options.device_models
         in_flight = schedule(options.schedule_kind, len(models), len(sizes)).in_flight()
         objective = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
-        return cut_in_space(
+        return cut_into_stages(
             annotated,
             objective,
             planned=None if plan is None else planned_cut(plan),

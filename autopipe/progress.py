@@ -9,17 +9,21 @@ from tqdm import tqdm
 
 
 def silent(text: str) -> None:
-    """Progress that nobody watches."""
+    """Report no progress."""
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """tqdm without its monitor, which is a thread that stays for good."""
+    """tqdm without its monitor thread, which would never end."""
 
     monitor_interval = 0
 
 
 class Progress:
-    """A bar on the terminal once compiling takes longer than a second; nothing elsewhere."""
+    """A bar on a terminal once compiling takes longer than a second; elsewhere nothing.
+
+    Args:
+        stages: number of stages that may be traced.
+    """
 
     def __init__(self, stages: int) -> None:
         self._stages = stages

@@ -1,4 +1,4 @@
-"""``MODULE:CALLABLE`` → the model and example inputs that a user's function returns."""
+"""Import ``MODULE:CALLABLE`` and call it for the model and its example inputs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 Target = tuple[UserModel, tuple[Any, ...], dict[str, Any]]
 
 FILE = "__autopipe_model__"
-"""The name under which a file is imported: its own might be taken, as torch.py is."""
+"""The module name of an imported file: its own name may be taken (a file torch.py)."""
 
 
 def load(name: str, *, real: bool = False) -> Target:
-    """Import, look up, call.
+    """Import a module or file, look up a callable in it, and call it.
 
     Args:
         name: ``package.module:function`` or ``folder/file.py:function``; the function may be an

@@ -1,4 +1,4 @@
-"""What tracing must know of a call: how its tensors look, which results a gradient comes for."""
+"""Build `PhaseRequest`s: metadata of a call's tensors, and which outputs receive a gradient."""
 
 from __future__ import annotations
 
@@ -18,30 +18,44 @@ if TYPE_CHECKING:
 
 
 def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict[str, TensorMeta]:
-    """Of a call's tensors, in a micro-batch of `size` samples."""
-    looks = {}
+    """Return the metadata of a call's tensors in a micro-batch.
+
+    Args:
+        captured: whose placeholders.
+        leaves: the call's flattened inputs.
+        size: samples in the micro-batch.
+    """
+    found = {}
     for item in captured.inputs:
         if item.kind is not InputKind.INPUT:
             continue
         tensor = leaves[item.index].detach()
         if item.batch_dim is not None:
             tensor = tensor.narrow(item.batch_dim, 0, size)
-        look = TensorMeta.of(tensor)._replace(requires_grad=leaves[item.index].requires_grad)
-        looks[item.name] = look.after_copy()
-    return looks
+        meta = TensorMeta.of(tensor)._replace(requires_grad=leaves[item.index].requires_grad)
+        found[item.name] = meta.after_copy()
+    return found
 
 
 def state_metadata(captured: Captured, tensor: Callable[[Input], Tensor]) -> dict[str, TensorMeta]:
-    """Of parameters, buffers and constants."""
+    """Return the metadata of a model's parameters, buffers and constants.
+
+    Args:
+        captured: whose placeholders.
+        tensor: returns the tensor of a placeholder.
+    """
     return {
         i.name: TensorMeta.of(tensor(i)) for i in captured.inputs if i.kind is not InputKind.INPUT
     }
 
 
 def usual_outputs(captured: Captured) -> frozenset[str]:
-    """The results for which a gradient will come, if the training loop is the usual one.
+    """Return the names of outputs that receive a gradient in an ordinary training loop.
 
-    A model that returns its own loss gets its gradient there; else any result may get one.
+    If the model returns a loss, only that does; otherwise any output may.
+
+    Args:
+        captured: whose outputs.
     """
     results = [o for o in captured.outputs if not o.internal]
     reduced = {o.name for o in results if o.combine.is_reduction}

@@ -20,7 +20,7 @@ from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.phase_memory import stage_bytes
 from autopipe.passes.cost.phase_time import phase_seconds
 from autopipe.passes.devices import CPU_CORE
-from autopipe.passes.driver import costed, cut_in_space, phases_by_size
+from autopipe.passes.driver import capture_with_costs, cut_into_stages, phases_by_size
 from autopipe.passes.ir.values import at_batch
 from autopipe.passes.phases.request import TraceCache
 from autopipe.passes.remat_policies import FULL, MIN_CUT, NONE, fraction_policy
@@ -37,7 +37,7 @@ def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
     """Print a line for each policy."""
     leaves, spec = flatten(args, kwargs)
     dims, _ = batch_of(0, model, args, kwargs)
-    annotated = costed(CaptureRequest(model, leaves, spec, dims))
+    annotated = capture_with_costs(CaptureRequest(model, leaves, spec, dims))
     options = parse_options(
         devices=["cpu"] * 2,
         chunks=1,
@@ -49,7 +49,7 @@ def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
         batch_norm="deferred",
     )
     objective = Objective(SIZE, (CPU_CORE,) * 2, (NONE,) * 2, (1, 1), (None, None))
-    split = cut_in_space(annotated, objective)
+    split = cut_into_stages(annotated, objective)
     costs, traced = OpCosts(split.annotated, objective), TraceCache()
     for policy in POLICIES:
         request = training_request(model, split, leaves, [SIZE], options.devices, (policy,) * 2)

@@ -29,7 +29,7 @@ from autopipe.passes.capture.model import capture
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.cost.stage_cost import cost_of_stage
-from autopipe.passes.driver import cut_in_space, phases_by_size
+from autopipe.passes.driver import cut_into_stages, phases_by_size
 from autopipe.passes.split.objective import objective_of
 from autopipe.planning.planner import make_plan, modeled_timers
 from autopipe.tensor_meta import training_request
@@ -69,7 +69,7 @@ def planned(
         annotated = annotate(captured)
         marks.append(time.process_time())
     objective = objective_of(models, 1, remat=remat, in_flight=(SAMPLES,) * stages)
-    cut = cut_in_space(annotated, objective)
+    cut = cut_into_stages(annotated, objective)
     marks.append(time.process_time())
     phased = phases_by_size(training_request(model, cut, leaves, [1], options.devices, remat))
     marks.append(time.process_time())

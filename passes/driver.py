@@ -1,12 +1,12 @@
-"""The straight line through the passes.
+"""Run the passes one after another.
 
-    nn.Module ─capture─▶ Captured ─annotate─▶ Annotated                               `costed`
-    Annotated ─split─▶ Split                                                         `cut_in_space`
-    Split ─cut_phases─▶ Phased                                                  `phases_by_size`
-    Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated                             `cut_in_time`
+    nn.Module ─capture─▶ Captured ─annotate─▶ Annotated                     `capture_with_costs`
+    Annotated ─split─▶ Split                                                `cut_into_stages`
+    Split ─cut_phases─▶ Phased                                              `phases_by_size`
+    Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated                     `lower_to_code`
 
-Every program is verified where it is made. With ``AUTOPIPE_DUMP=dir`` in the environment each is
-also written to that folder, numbered in the order in which it was made.
+Every program is verified where it is created. With ``AUTOPIPE_DUMP=dir`` in the environment each is
+also written to that folder, numbered in the order of creation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _dumped = itertools.count(1)
 
 
 @lazy_graph_code()
-def costed(
+def capture_with_costs(
     request: CaptureRequest, progress: Callable[[str], None] = lambda text: None
 ) -> Annotated:
     """Capture a model and cost its ops.
@@ -62,7 +62,7 @@ def costed(
 
 
 @lazy_graph_code()
-def cut_in_space(
+def cut_into_stages(
     annotated: Annotated,
     objective: Objective,
     *,
@@ -70,7 +70,18 @@ def cut_in_space(
     must_fit: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Split:
-    """Cut a costed graph into stages; arguments as for `split`."""
+    """Cut a graph with costs into stages.
+
+    Args:
+        annotated: the graph.
+        objective: what the cut is optimized for.
+        planned: the cut of a plan, to use instead.
+        must_fit: whether the graph must be the one of the plan.
+        progress: is called with the name of the step.
+
+    Raises:
+        PartitionError, PlanError: as `split` does.
+    """
     progress("splitting")
     result = split(annotated, objective, planned=planned, must_fit=must_fit)
     _dump("split", result)
@@ -79,7 +90,13 @@ def cut_in_space(
 
 @dataclass(frozen=True)
 class Lowered:
-    """A split program made runnable for one sequence of micro-batch sizes."""
+    """A split program as code, for one sequence of micro-batch sizes.
+
+    Attributes:
+        phased: the stages' phases, by micro-batch size.
+        scheduled: the actions of each device.
+        generated: the source.
+    """
 
     phased: Mapping[int, Phased]
     scheduled: Scheduled
@@ -107,7 +124,7 @@ def phases_by_size(
 
 
 @lazy_graph_code()
-def cut_in_time(
+def lower_to_code(
     phased: Mapping[int, Phased],
     sizes: Sequence[int],
     devices: Sequence[torch.device],
@@ -115,7 +132,15 @@ def cut_in_time(
     kind: str,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Lowered:
-    """Schedule and source, for phases by micro-batch size."""
+    """Schedule a split program and generate its source.
+
+    Args:
+        phased: the stages' phases, by micro-batch size.
+        sizes: samples in each micro-batch.
+        devices: one per stage.
+        kind: name of the schedule.
+        progress: is called with the name of the step.
+    """
     for cut in phased.values():
         _dump("phased", cut)
     backward = any(cut.differentiated for cut in phased.values())

@@ -1,6 +1,6 @@
 """The command line: its help, its entry points, how it finds commands, what it does not import.
 
-Covers autopipe/cli.py and commands/__init__.py.
+Covers cli.py and commands/__init__.py.
 """
 
 from __future__ import annotations

@@ -30,11 +30,11 @@ class Counts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.captures, self.traces = 0, list[tuple[Any, ...]]()
         self.graphs: list[weakref.ref[Any]] = []
-        costed, trace = program_cache.costed, cut.trace_joint
+        capture_with_costs, trace = program_cache.capture_with_costs, cut.trace_joint
 
         def counting_captures(*args: Any) -> Any:
             self.captures += 1
-            return costed(*args)
+            return capture_with_costs(*args)
 
         def counting_traces(stage: Any, inputs: Any, tangents: Any, *args: Any, **kw: Any) -> Any:
             self.traces.append((stage.fingerprint, tuple(inputs), tuple(tangents)))
@@ -42,7 +42,7 @@ class Counts:
             self.graphs.append(weakref.ref(joint))
             return joint
 
-        monkeypatch.setattr(program_cache, "costed", counting_captures)
+        monkeypatch.setattr(program_cache, "capture_with_costs", counting_captures)
         monkeypatch.setattr(cut, "trace_joint", counting_traces)
 
     def new(self) -> tuple[int, int]:

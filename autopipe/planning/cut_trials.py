@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autopipe.errors import MemoryLimitError, PartitionError
-from autopipe.passes.driver import cut_in_space
+from autopipe.passes.driver import cut_into_stages
 from autopipe.passes.remat_policies import LADDER
 from autopipe.passes.split import estimate_stages
 from autopipe.planning.estimate_errors import corrections_for, underestimated_bytes
@@ -109,7 +109,7 @@ class CutTrials:
         if self.any_plan:
             cut_within(fixed or LADDER[-1:] * K, 1.0, RECUTS)
         if not self._done:
-            balanced = cut_in_space(self.search.annotated, unlimited)
+            balanced = cut_into_stages(self.search.annotated, unlimited)
             first = self._try(balanced, unlimited)
             if limits is not None:
                 self._errors = underestimated_bytes(balanced, unlimited, first)
@@ -166,12 +166,12 @@ class CutTrials:
         """Cut for an objective; if there is no cut, for the first wider limits that have one."""
         annotated = self.search.annotated
         try:
-            return cut_in_space(annotated, objective)
+            return cut_into_stages(annotated, objective)
         except PartitionError:
             for fraction in wider:
                 scaled = tuple(None if n is None else int(n * fraction) for n in objective.limits)
                 with suppress(PartitionError):
-                    return cut_in_space(annotated, replace(objective, limits=scaled))
+                    return cut_into_stages(annotated, replace(objective, limits=scaled))
             raise
 
     def _try(self, split: Split, objective: Objective) -> FittedCut:

@@ -1,7 +1,7 @@
-"""`Plan`: who runs what, as plain data that prints, is saved as JSON, and is read back.
+"""`Plan`: which stage runs what, as plain data that can be printed, saved as JSON and loaded.
 
-A plan names calls of the captured graph and holds numbers; no tensors, no graphs, no devices. So
-the plan of one machine can be used on another: ``autopipe.compile(model, plan="plan.json")``.
+A plan holds names of calls of the captured graph, and numbers; no tensors, graphs or devices. So a
+plan made on one machine can be used on another: ``autopipe.compile(model, plan="plan.json")``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "autopipe plan", 3
 LARGEST_FILE = 64 * 2**20
-"""Bytes; the plan of a model with ten thousand boundary tensors has two million."""
+"""Bytes. (The plan of a model with ten thousand boundary tensors has two million.)"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plan(PlanData):
     """Which stage runs what: the data of `PlanData`, which print, are checked, saved and loaded."""
 
     def is_of(self, other: Plan) -> bool:
-        """Whether another plan is of the same program, whatever its times are."""
+        """Whether another plan is the same, times and peak memory left aside."""
 
         def what(plan: Plan) -> Plan:
             stages = tuple(replace(s, times=(), speeds="", peak_bytes=0) for s in plan.stages)
@@ -44,10 +44,10 @@ class Plan(PlanData):
         return table(self)
 
     def verify(self) -> None:
-        """Check what its types do not say.
+        """Check the rules that types do not express.
 
         Raises:
-            VerifyError: a count, a time or a stage number that cannot be.
+            VerifyError: a count, a time or a stage number is impossible.
         """
         K = len(self.stages)
         require(K > 0, "a plan without stages")
@@ -90,6 +90,9 @@ class Plan(PlanData):
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as JSON.
 
+        Args:
+            path: of the file.
+
         Raises:
             OSError: the file cannot be written.
         """
@@ -100,8 +103,11 @@ class Plan(PlanData):
     def load(cls, path: str | PathLike[str]) -> Plan:
         """Read a plan that `save` wrote. Nothing in the file is executed.
 
+        Args:
+            path: of the file.
+
         Raises:
-            PlanError: it is no plan, of another version, or contradicts itself.
+            PlanError: the file is not a plan, has another version, or contradicts itself.
             OSError: the file cannot be read.
         """
         with open(path, "rb") as file:

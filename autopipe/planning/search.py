@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import InputError, MemoryLimitError
-from autopipe.passes.driver import cut_in_space, phases_by_size
+from autopipe.passes.driver import cut_into_stages, phases_by_size
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.remat_policies import LADDER
 from autopipe.passes.schedule import schedule
@@ -174,7 +174,7 @@ class Search:
         for chunks in chunk_counts(batch, len(self.models)):
             sizes = microbatch.sizes(batch, chunks)
             remat = self.options.remat or LADDER[:1] * len(self.models)
-            split = cut_in_space(self.annotated, self.objective(sizes, remat))
+            split = cut_into_stages(self.annotated, self.objective(sizes, remat))
             bounds.append((step_bound(split, sizes), chunks))
         for bound, chunks in sorted(bounds):
             yield chunks, bound

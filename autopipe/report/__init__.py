@@ -1,1 +1,6 @@
-"""What a pipeline looks like to a person."""
+"""Plans and stages for people: text tables, the HTML page, `pipe.stages`.
+
+`columns` (a table's columns), `table` (text of a plan), `stages` (`pipe.stages`); of the page:
+`page_data` (numbers that are drawn), `svg` (primitives), `bars_figure`, `graph_figure`,
+`timeline_figure`, `chunks_figure`, `tables`, `style`, `page`.
+"""

@@ -1,4 +1,4 @@
-"""Bars, one a stage, stacked of parts: times, or bytes against a limit."""
+"""Bar charts with one stacked bar per stage: times, or bytes against a limit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,23 @@ WIDTH, LEFT, RIGHT, TOP = 572.0, 62.0, 70.0, 24.0
 
 
 def time_bars(rows: Sequence[Sequence[Part]]) -> str:
-    """Seconds of each stage's parts."""
+    """Draw the times of each stage.
+
+    Args:
+        rows: for each stage, its parts in seconds.
+    """
     largest = max(sum(p.size for p in row) for row in rows)
     words = "Predicted time of one micro-batch in each stage: forward, recompute, backward."
     return _bars("times", "Time per stage", words, rows, ticks(largest), format_seconds)
 
 
 def memory_bars(rows: Sequence[Sequence[Part]], limit: int | None) -> str:
-    """Bytes of each stage's parts, and a line at the limit."""
+    """Draw the memory of each stage.
+
+    Args:
+        rows: for each stage, its parts in bytes.
+        limit: bytes at which a line is drawn; None: no line.
+    """
     largest = max(sum(p.size for p in row) for row in rows)
     words = "Bytes that the plan knows of in each stage."
     marks = byte_ticks(max(largest, limit or 0))

@@ -1,4 +1,4 @@
-"""Step time against the number of micro-batches, the batch being the same."""
+"""A chart of step time against the number of micro-batches, for a constant batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 572.0, 290.0, 62.0, 22.0, 18.0, 44.0
 
 
 def chunks_chart(facts: PageData) -> str:
-    """A line through the predicted times, and one at the least that any M can reach."""
+    """Draw the predicted times as a line, and the lower bound for all M as another."""
     points, least, own = facts.step_seconds, least_seconds(facts), len(facts.plan.sizes)
     marks = ticks(max(t for _, t in points))
     up = (HEIGHT - TOP - BOTTOM) / (marks[-1] or 1.0)
@@ -40,7 +40,7 @@ def chunks_chart(facts: PageData) -> str:
     parts.append(label(WIDTH - RIGHT, y(least) + 14, words, "tiny faint", "end"))
     path = "M" + "L".join(f"{number(x(m))} {number(y(t))}" for m, t in points)
     parts.append(tag("path", d=path, class_="curve"))
-    room = -math.inf
+    last = -math.inf  # x of the last label
     for m, t in points:
         here = m == own
         words = title(f"M = {m}: {format_seconds(t)}")
@@ -52,11 +52,11 @@ def chunks_chart(facts: PageData) -> str:
                 min(max(x(m), LEFT + 52), WIDTH - RIGHT - 52),
             )
             parts.append(label(at, y(t) - 15, words, "small strong halo", "middle"))
-        if x(m) - room >= 24 or here:
+        if x(m) - last >= 24 or here:
             parts.append(
                 label(x(m), HEIGHT - BOTTOM + 17, m, "tiny own" if here else "tiny", "middle")
             )
-            room = x(m)
+            last = x(m)
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(
         label(middle, HEIGHT - 8, "micro-batches M (each step doubles)", "tiny faint", "middle")

@@ -1,4 +1,4 @@
-"""The stage graph: stages in a row, what passes between neighbours, arcs over the stages passed."""
+"""The stage graph: stages in a row, edges between neighbours, arcs for tensors that skip stages."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 
     from .page_data import PageData
 
+FROM_CALLER = -1
+"""Source of a `Bundle` that the caller sends; sorts before all stages."""
+
 WIDTH = 1176.0
 NARROW, WIDE, GAP, CALLER, HEIGHT, LANE = 85.0, 190.0, 54.0, 54.0, 116.0, 21.0
 MOST = 24
-"""Arcs that are drawn above the stages, and below: the largest; the table has them all."""
+"""How many arcs are drawn above the stages, and below: the largest. The table has them all."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """The tensors that go the same way.
+    """Tensors with the same source and the same targets.
 
     Attributes:
-        source: stage; -1: the caller.
-        targets: stages.
+        source: stage index, or `FROM_CALLER`.
+        targets: stage indices.
         crossings: the tensors.
     """
 
@@ -40,21 +43,21 @@ class Bundle:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors, each once."""
+        """Bytes of all its tensors, each counted once."""
         return sum(c.nbytes for c in self.crossings)
 
     @property
     def direct(self) -> bool:
-        """From a stage to the next, and no further."""
+        """Whether its only target is the next stage."""
         return self.targets == (self.source + 1,)
 
     def words(self, width: float) -> str:
-        """What it is, about `width` wide in a small font."""
+        """A label that fits about `width` units in a small font."""
         size = format_bytes_short(self.nbytes)
         if len(self.crossings) > 1:
             return f"{len(self.crossings)} tensors  {size}"
-        room = width - (len(size) + 2) * 10.5 * CHARACTER
-        return f"{fit(self.crossings[0].name, room, 10.5)}  {size}"
+        free = width - (len(size) + 2) * 10.5 * CHARACTER
+        return f"{fit(self.crossings[0].name, free, 10.5)}  {size}"
 
     def __str__(self) -> str:
         names = [
@@ -62,38 +65,50 @@ class Bundle:
         ]
         if len(self.crossings) > 12:
             names.append(f"… {len(self.crossings) - 12} more: see the table")
-        where = "caller" if self.source < 0 else f"stage {self.source}"
+        where = "caller" if self.source == FROM_CALLER else f"stage {self.source}"
         ends = ", ".join(str(k) for k in self.targets)
         return "\n".join([f"{where} → stage {ends}: {format_bytes(self.nbytes)}", *names])
 
 
 def bundles(crossings: Sequence[Crossing]) -> tuple[Bundle, ...]:
-    """Tensors with the same ends together, in the order of their ends."""
+    """Group tensors by source and targets, in that order.
+
+    Args:
+        crossings: a plan's boundary tensors; those without targets are left out.
+    """
     found: dict[tuple[int, tuple[int, ...]], list[Crossing]] = {}
     for c in crossings:
         if c.targets:
-            source = -1 if c.source is None else c.source
+            source = FROM_CALLER if c.source is None else c.source
             found.setdefault((source, tuple(sorted(c.targets))), []).append(c)
     return tuple(Bundle(*ends, tuple(cs)) for ends, cs in sorted(found.items()))
 
 
 def lanes(arcs: Sequence[Bundle]) -> dict[Bundle, int]:
-    """A lane for each, 0 nearest to the stages: short ones first, no two of a lane over a stage."""
-    taken: list[list[tuple[int, int]]] = []
+    """Assign arcs to lanes so that no two arcs of a lane overlap.
+
+    Returns:
+        A lane for each arc; 0 is nearest to the stages. Short arcs get the nearest lanes.
+    """
+    lanes_used: list[list[tuple[int, int]]] = []
     found = {}
     for arc in sorted(arcs, key=lambda a: (max(a.targets) - a.source, a.source)):
         first, last = arc.source, max(arc.targets)
-        fits = (all(last <= a or b <= first for a, b in lane) for lane in taken)
-        lane = next((i for i, free in enumerate(fits) if free), len(taken))
-        if lane == len(taken):
-            taken.append([])
-        taken[lane].append((first, last))
+        fits = (all(last <= a or b <= first for a, b in lane) for lane in lanes_used)
+        lane = next((i for i, free in enumerate(fits) if free), len(lanes_used))
+        if lane == len(lanes_used):
+            lanes_used.append([])
+        lanes_used[lane].append((first, last))
         found[arc] = lane
     return found
 
 
 def stage_graph(facts: PageData) -> tuple[str, int]:
-    """The drawing, and how many arcs it leaves out."""
+    """Draw the stage graph.
+
+    Returns:
+        The drawing, and the number of arcs that it leaves out.
+    """
     plan = facts.plan
     above = bundles([c for c in plan.crossings if c.kind != "parameter"])
     direct = [b for b in above if b.direct]
@@ -101,28 +116,30 @@ def stage_graph(facts: PageData) -> tuple[str, int]:
     shared = bundles([c for c in plan.crossings if c.kind == "parameter"])
     under = _largest(shared)
     high, low = lanes(over), lanes(under)
-    place = _Place(
+    layout = _Layout(
         K=len(plan.stages),
         caller=any(c.source is None for c in plan.crossings),
         top=LANE * (max(high.values(), default=-1) + 1) + 22,
     )
-    bottom = place.top + HEIGHT + LANE * (max(low.values(), default=-1) + 1) + 14
+    bottom = layout.top + HEIGHT + LANE * (max(low.values(), default=-1) + 1) + 14
     most = max((b.nbytes for b in (*above, *shared)), default=1) or 1
     parts = [
-        *(_edge(place, b, most) for b in direct),
-        *_arcs(place, high, most, place.top, -1.0, "arc"),
-        *_arcs(place, low, most, place.top + HEIGHT, 1.0, "arc shared"),
-        *([_caller(place)] if place.caller else []),
-        *(_box(plan, k, place) for k in range(place.K)),
+        *(_edge(layout, b, most) for b in direct),
+        *_arcs(layout, high, most, layout.top, -1.0, "arc"),
+        *_arcs(layout, low, most, layout.top + HEIGHT, 1.0, "arc shared"),
+        *([_caller(layout)] if layout.caller else []),
+        *(_box(plan, k, layout) for k in range(layout.K)),
     ]
     left_out = len(above) - len(direct) - len(over) + len(shared) - len(under)
-    words = f"{place.K} stages in a row; {len(plan.crossings)} tensors pass between them."
-    svg = figure("graph", "Stages and what passes between them", words, place.width, bottom, *parts)
+    words = f"{layout.K} stages in a row; {len(plan.crossings)} tensors pass between them."
+    svg = figure(
+        "graph", "Stages and what passes between them", words, layout.width, bottom, *parts
+    )
     return svg, left_out
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Layout:
     K: int
     caller: bool
     top: float
@@ -133,8 +150,8 @@ class _Place:
 
     @property
     def box(self) -> float:
-        room = (WIDTH - self.left - (self.K - 1) * GAP - 2) / self.K
-        return min(max(room, NARROW), WIDE)
+        free = (WIDTH - self.left - (self.K - 1) * GAP - 2) / self.K
+        return min(max(free, NARROW), WIDE)
 
     @property
     def width(self) -> float:
@@ -151,15 +168,15 @@ def _largest(arcs: Sequence[Bundle]) -> list[Bundle]:
     return sorted(arcs, key=lambda b: -b.nbytes)[:MOST]
 
 
-def _caller(place: _Place) -> str:
-    middle = place.top + HEIGHT / 2
-    return rect(2, place.top, CALLER, HEIGHT, "caller") + label(
+def _caller(layout: _Layout) -> str:
+    middle = layout.top + HEIGHT / 2
+    return rect(2, layout.top, CALLER, HEIGHT, "caller") + label(
         2 + CALLER / 2, middle + 4, "caller", "small", "middle"
     )
 
 
-def _box(plan: Plan, k: int, place: _Place) -> str:
-    stage, x, y, w = plan.stages[k], place.x(k), place.top, place.box
+def _box(plan: Plan, k: int, layout: _Layout) -> str:
+    stage, x, y, w = plan.stages[k], layout.x(k), layout.top, layout.box
     share = plan.share_of_work(k)
     largest = max(s.seconds for s in plan.stages)
     names = len(stage.parameters)
@@ -187,9 +204,9 @@ def _box(plan: Plan, k: int, place: _Place) -> str:
     )
 
 
-def _edge(place: _Place, bundle: Bundle, most: int) -> str:
-    start = place.x(bundle.source) + place.wide(bundle.source)
-    end, y = place.x(bundle.targets[0]), place.top + HEIGHT / 2
+def _edge(layout: _Layout, bundle: Bundle, most: int) -> str:
+    start = layout.x(bundle.source) + layout.wide(bundle.source)
+    end, y = layout.x(bundle.targets[0]), layout.top + HEIGHT / 2
     n, middle = len(bundle.crossings), (start + end - 4) / 2
     return tag(
         "g",
@@ -206,10 +223,10 @@ def _edge(place: _Place, bundle: Bundle, most: int) -> str:
 
 
 def _arcs(
-    place: _Place, lane: dict[Bundle, int], most: int, base: float, sign: float, class_: str
+    layout: _Layout, lane: dict[Bundle, int], most: int, base: float, sign: float, class_: str
 ) -> Iterator[str]:
     """Arcs from `base` (an edge of the boxes), upwards (-1) or downwards (1), in their lanes."""
-    ports = _ports(place, lane)
+    ports = _ports(layout, lane)
     for arc, at in sorted(lane.items(), key=lambda pair: -pair[1]):
         y = base + sign * (14 + LANE * at)
         start, *ends = (ports[arc, k] for k in (arc.source, *arc.targets))
@@ -223,28 +240,28 @@ def _arcs(
         path += "".join(
             f"M{number(x)} {number(y)}V{number(base + sign * 6)}" for x in ends if x < last
         )
-        room, words = min(last - start - 20, 300), -4.0 if sign < 0 else 12.0
+        width, words = min(last - start - 20, 300), -4.0 if sign < 0 else 12.0
         yield tag(
             "g",
             title(arc),
             tag("path", d=path, class_="line", stroke_width=_thick(arc, most)),
             *(_head(x, base, 0, -sign) for x in ends),
-            tag("text", escape(arc.words(room)), x=start + 10, y=y + words, class_="tiny halo"),
+            tag("text", escape(arc.words(width)), x=start + 10, y=y + words, class_="tiny halo"),
             class_=class_,
             data_from=arc.source,
             data_to=" ".join(map(str, arc.targets)),
         )
 
 
-def _ports(place: _Place, lane: dict[Bundle, int]) -> dict[tuple[Bundle, int], float]:
-    """Where each arc meets its stages: arriving left, leaving right, so that few lines cross."""
+def _ports(layout: _Layout, lane: dict[Bundle, int]) -> dict[tuple[Bundle, int], float]:
+    """x of each arc's ends at its stages; arriving arcs to the left, so that few lines cross."""
     found = {}
-    for k in range(-1, place.K):
+    for k in range(-1, layout.K):
         arriving = sorted((a for a in lane if k in a.targets), key=lambda a: lane[a])
         leaving = sorted((a for a in lane if a.source == k), key=lambda a: -lane[a])
         ends = [*arriving, *leaving]
         for i, arc in enumerate(ends):
-            found[arc, k] = place.x(k) + place.wide(k) * (i + 1) / (len(ends) + 1)
+            found[arc, k] = layout.x(k) + layout.wide(k) * (i + 1) / (len(ends) + 1)
     return found
 
 
@@ -253,7 +270,7 @@ def _thick(bundle: Bundle, most: int) -> float:
 
 
 def _head(x: float, y: float, dx: float, dy: float) -> str:
-    """The point of an arrow that ends at (x, y), flying in direction (dx, dy)."""
+    """The head of an arrow that ends at (x, y) and points in direction (dx, dy)."""
     a, b = x - 8 * dx, y - 8 * dy
     points = [(x, y), (a - 4 * dy, b + 4 * dx), (a + 4 * dy, b - 4 * dx)]
     return tag(

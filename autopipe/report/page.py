@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from .page_data import Part
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""For the browser: whatever a name in the plan may contain, run and load nothing."""
+"""Content security policy: the browser runs and loads nothing, whatever names contain."""
 
 
 def page(plan: Plan) -> str:
-    """A self-contained HTML document of a plan: figures, drawings, tables.
+    """Write a plan as a self-contained HTML document: figures, drawings, tables.
 
     Names in the plan are escaped; the page has no scripts and forbids them.
 
     Raises:
         UnsupportedError: the plan's schedule cannot be simulated.
-        PlanError: its numbers are beyond what can be drawn.
+        PlanError: its numbers are too large or too small to be drawn.
     """
     facts = PageData(plan)
     check(facts)
@@ -106,14 +106,14 @@ def _figures(facts: PageData) -> str:
 
 
 def _gathering(plan: Plan) -> str:
-    """How much of a step is not on the timeline."""
+    """The part of a step that is not on the timeline."""
     return (
         f", {format_seconds(plan.gather_seconds)} to gather results" if plan.gather_seconds else ""
     )
 
 
 def _gap(plan: Plan) -> str:
-    """How far the cut is from the best possible, if that is known."""
+    """How far the cut may be from the best possible, if that is known."""
     return "" if plan.gap is None else f"; no cut is more than {plan.gap:.1%} better"
 
 

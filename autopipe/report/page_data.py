@@ -1,4 +1,4 @@
-"""What the page draws of a plan, read off it in one place."""
+"""The numbers that the page draws, computed from a plan in one place."""
 
 from __future__ import annotations
 
@@ -20,12 +20,19 @@ CAVEAT = (
     "against another than of a clock."
 )
 LARGEST_SIMULATION = 20_000
-"""Visits (stages times micro-batches) beyond which a what-if is not simulated: seconds each."""
+"""Stages times micro-batches beyond which other numbers of micro-batches are not simulated: it
+would take seconds for each."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a bar: what it is called, the class that colours it, its size."""
+    """A part of a stacked bar.
+
+    Attributes:
+        name: for the legend.
+        class_: the CSS class that gives its colour.
+        size: seconds or bytes.
+    """
 
     name: str
     class_: str
@@ -34,24 +41,24 @@ class Part:
 
 @dataclass(frozen=True)
 class PageData:
-    """A plan as the page reads it."""
+    """A plan, and what the page draws beyond its fields."""
 
     plan: Plan
 
     @property
     def limit_bytes(self) -> int | None:
-        """What a stage may take, the largest if they differ; None: there is no limit."""
+        """The memory limit of a stage, the largest if they differ; None: there is no limit."""
         limits = [s.limit_bytes for s in self.plan.stages if s.limit_bytes is not None]
         return max(limits, default=None)
 
     @cached_property
     def timeline(self) -> Timeline:
-        """The plan's own."""
+        """The plan's timeline, simulated once."""
         return self.plan.timeline
 
     @property
     def batch(self) -> int:
-        """Samples in the batch that was planned for."""
+        """Number of samples in the batch that was planned for."""
         return sum(self.plan.sizes)
 
     @cached_property
@@ -70,7 +77,7 @@ class PageData:
 
 
 def check(facts: PageData) -> None:
-    """Refuse numbers that have no place in a drawing: a plan's file may hold any.
+    """Refuse numbers that cannot be drawn; a plan's file may contain any.
 
     Raises:
         PlanError: a step beyond 1e15 seconds or below 1e-15, a count of more than 64 bits.
@@ -94,7 +101,7 @@ def check(facts: PageData) -> None:
 
 
 def times(stage: StagePlan) -> tuple[Part, ...]:
-    """Seconds of one micro-batch, in the order in which they are spent."""
+    """Times of one micro-batch in a stage, in the order of execution."""
     return (
         Part("forward", "F", stage.forward_seconds),
         Part("recompute", "R", stage.recompute_seconds),
@@ -103,7 +110,7 @@ def times(stage: StagePlan) -> tuple[Part, ...]:
 
 
 def memory(stage: StagePlan) -> tuple[Part, ...]:
-    """Bytes on a stage's device; together all that it needs."""
+    """The parts of the memory that a stage needs; their sum is `memory_bytes`."""
     saved = min(stage.peak_saved_bytes, stage.peak_bytes)
     return (
         Part(
@@ -116,9 +123,14 @@ def memory(stage: StagePlan) -> tuple[Part, ...]:
 
 
 def pieces(plan: Plan, phase: str, stage: int) -> tuple[tuple[str, float], ...]:
-    """An action's letters and their shares of its time, as (class, share).
+    """Split an action into the phases that are drawn, as (class, share of its time).
 
-    Neighbours of one class are one piece: "RBW" is recompute, then backward.
+    "RBW" is drawn as recompute, then backward.
+
+    Args:
+        plan: gives the times.
+        phase: letters of the action, such as "F" or "RBW".
+        stage: index of its stage.
     """
     s = plan.stages[stage]
     size = {"F": s.forward_seconds, "R": s.recompute_seconds, "B": s.backward_seconds}
@@ -131,7 +143,7 @@ def pieces(plan: Plan, phase: str, stage: int) -> tuple[tuple[str, float], ...]:
 
 
 def crossing_ends(crossing: Crossing) -> tuple[str, str]:
-    """Where a tensor comes from and goes to, in words: ``stage 0``, ``stages 1–4, 7, caller``."""
+    """Source and targets of a tensor as text: ``stage 0`` and ``stages 1–4, 7, caller``."""
     source = "caller" if crossing.source is None else f"stage {crossing.source}"
     targets = sorted(crossing.targets)
     runs: list[list[int]] = []
@@ -146,9 +158,13 @@ def crossing_ends(crossing: Crossing) -> tuple[str, str]:
 
 
 def with_chunks(plan: Plan, chunks: int) -> Plan:
-    """The same cut and batch in `chunks` micro-batches, which all take a mean one's time.
+    """The same cut and batch in another number of micro-batches.
 
-    Times are in proportion to samples.
+    Times are assumed to be proportional to samples; all micro-batches take the mean time.
+
+    Args:
+        plan: the plan to change.
+        chunks: number of micro-batches; no more than samples are made.
     """
     batch = sum(plan.sizes)
     chunks = min(chunks, batch)
@@ -167,6 +183,6 @@ def with_chunks(plan: Plan, chunks: int) -> Plan:
 
 
 def least_seconds(facts: PageData) -> float:
-    """Step time if no stage waited: the largest stage's time for the whole batch."""
+    """Lower bound of the step time: the largest stage's time for the whole batch."""
     plan = facts.plan
     return max(s.seconds for s in plan.stages) / max(plan.sizes) * facts.batch

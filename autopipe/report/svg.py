@@ -1,7 +1,7 @@
 """Drawing primitives: text, escaped; elements as strings; round numbers for axes.
 
-Names in a plan come from a file, so they are untrusted: whatever is drawn goes through `escape`,
-and every element through `tag`.
+Names in a plan come from a file, so they are untrusted: all text goes through `escape`, and every
+element through `tag`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import re
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
 )
-"""What XML forbids, and what turns the direction of the text that follows."""
+"""Characters that XML forbids, and those that change the direction of text."""
 
 CHARACTER = 0.56
-"""Mean width of a character, in font sizes; a little more than that of common sans-serif fonts."""
+"""Mean width of a character in units of the font size, a little above that of common fonts."""
 
 
 def escape(text: object) -> str:
-    """Any text as the content or the quoted attribute of an element, unseen characters shown."""
+    """Escape text for an element or a quoted attribute; invisible characters become U+FFFD."""
     return html.escape(_UNSEEN.sub("\ufffd", str(text)), quote=True)
 
 
 def tag(name: str, /, *content: str, **attributes: object) -> str:
-    """An element.
+    """Write an element.
 
     Args:
         name: of the element.
-        content: what stands in it: elements, or text that `escape` made.
+        content: its children: elements, or escaped text.
         attributes: values are escaped; None leaves one out; ``class_`` is ``class``, other
             underscores are hyphens. Numbers have two decimals at most.
     """
@@ -46,13 +46,13 @@ def tag(name: str, /, *content: str, **attributes: object) -> str:
 
 
 def number(value: float) -> str:
-    """A coordinate: two decimals at most, no trailing zeros."""
+    """Format a coordinate with at most two decimals and no trailing zeros."""
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
 def rect(x: float, y: float, width: float, height: float, class_: str, *content: str) -> str:
-    """A rectangle, with what stands in it (a title)."""
+    """A rectangle; `content` is a `title`, or nothing."""
     return tag("rect", *content, class_=class_, x=x, y=y, width=width, height=height)
 
 
@@ -62,7 +62,7 @@ def label(x: float, y: float, content: object, class_: str = "", anchor: str | N
 
 
 def title(content: object) -> str:
-    """What is shown when the pointer rests on the element that it stands in."""
+    """The tooltip of the element that contains it."""
     return tag("title", escape(content))
 
 
@@ -71,7 +71,8 @@ def figure(name: str, heading: str, summary: str, width: float, height: float, *
 
     Args:
         name: part of its ids; unique on the page.
-        heading, summary: for readers who do not see it.
+        heading, summary: title and description for screen readers.
+        parts: the elements of the drawing.
         width, height: of the drawing, in its own units (pixels where there is room).
     """
     least, most = (min(width * 0.8, 940), width * 1.25) if width <= 1200 else (width, width)
@@ -90,18 +91,18 @@ def figure(name: str, heading: str, summary: str, width: float, height: float, *
 
 
 def fit(text: str, width: float, size: float) -> str:
-    """As much of a text as is about `width` wide in a font of `size`, the middle left out."""
-    room = int(width / (CHARACTER * size))
-    if len(text) <= room:
+    """Shorten a text in its middle so that it is about `width` wide in a font of `size`."""
+    count = int(width / (CHARACTER * size))
+    if len(text) <= count:
         return text
-    if room < 4:
-        return text[: max(room - 1, 0)] + "…" if room > 1 else ""
-    tail = (room - 1) // 2
-    return f"{text[: room - 1 - tail]}…{text[len(text) - tail :]}"
+    if count < 4:
+        return text[: max(count - 1, 0)] + "…" if count > 1 else ""
+    tail = (count - 1) // 2
+    return f"{text[: count - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def ticks(largest: float, about: int = 5) -> tuple[float, ...]:
-    """Round numbers from 0 to the first that is not below `largest`, `about` steps."""
+    """Round numbers for an axis, from 0 to at least `largest`, in about `about` equal steps."""
     if not largest > 0:
         return (0.0,)
     rough = largest / about

@@ -1,4 +1,4 @@
-"""The simulated step: a row a device, a box an action, colours for phases, micro-batch numbers."""
+"""The simulated step: a row per device, a box per action, coloured by phase, with numbers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 WIDTH, LEFT, RIGHT, TOP = 1176.0, 62.0, 26.0, 6.0
 DIGIT = 6.2
-"""Pixels of a digit of a micro-batch's number."""
+"""Width of a digit of a micro-batch's number."""
 EACH = 2_000
-"""Actions beyond which those of a device share one path per colour, and have no hover text."""
+"""Number of actions beyond which those of a device share one path per colour, without tooltips."""
 
 STEPS = tuple(f * 10**i for i in range(6) for f in (1, 2, 5))
 
@@ -30,7 +30,7 @@ NAMES = {"F": "forward", "R": "recompute", "B": "backward", "W": "weight gradien
 
 
 def timeline(facts: PageData) -> str:
-    """The drawing. Where all times are 0, rows without boxes."""
+    """Draw the timeline; if all times are 0, its rows have no boxes."""
     plan, line = facts.plan, facts.timeline
     rows, K = line.spans, len(line.spans)
     scale = (WIDTH - LEFT - RIGHT) / (line.makespan or 1.0)
@@ -60,14 +60,14 @@ def timeline(facts: PageData) -> str:
 
 
 def phases(facts: PageData) -> tuple[str, ...]:
-    """The letters that the drawing has colours for, in the order in which they run."""
+    """The phases that occur in the drawing, in the order of execution."""
     kinds = {(s.action.phase, s.action.stage) for row in facts.timeline.spans for s in row}
     used = {letter for kind in kinds for letter, _ in pieces(facts.plan, *kind)}
     return tuple(letter for letter in NAMES if letter in used)
 
 
 def _pieces(plan: Plan, span: Span) -> Iterator[tuple[str, float, float]]:
-    """(class, start, end): the parts of an action, touching one another."""
+    """The parts of an action as (class, start, end), without gaps."""
     start, length = span.start, span.end - span.start
     parts = pieces(plan, span.action.phase, span.action.stage)
     share = 0.0
@@ -120,31 +120,39 @@ def _paths(plan: Plan, row: tuple[Span, ...], y: float, height: float, scale: fl
 
 
 def numbers_of(plan: Plan, row: tuple[Span, ...], scale: float) -> list[tuple[float, int]]:
-    """(x, micro-batch) of the numbers that a row has room for: every one, or every 2nd, 5th …
+    """Choose the numbers that fit in a row: all, or every 2nd, 5th, 10th ...
 
-    A number stands on its own box, or on neighbours of its colour that touch one another.
+    A number covers its own box, or also touching boxes of the same colour.
+
+    Args:
+        plan: gives the phases' times.
+        row: the actions of a device.
+        scale: width of a second.
+
+    Returns:
+        (x, micro-batch) for each number.
     """
     boxes = [max(_pieces(plan, span), key=lambda piece: piece[2] - piece[1]) for span in row]
     runs: list[tuple[str, float, float]] = []
-    place: list[int] = []
+    run_of: list[int] = []
     for letter, start, end in boxes:
         if runs and runs[-1][0] == letter and (start - runs[-1][2]) * scale < 0.05:
             runs[-1] = (letter, runs[-1][1], end)
         else:
             runs.append((letter, start, end))
-        place.append(len(runs) - 1)
-    places: dict[str, list[tuple[float, float, int]]] = {}
-    for (letter, start, end), span, run in zip(boxes, row, place, strict=True):
+        run_of.append(len(runs) - 1)
+    by_class: dict[str, list[tuple[float, float, int]]] = {}
+    for (letter, start, end), span, run in zip(boxes, row, run_of, strict=True):
         middle = (start + end) / 2
-        room = min(middle - runs[run][1], runs[run][2] - middle) if end > start else -1.0
-        marks = places.setdefault(letter, [])
-        marks.append((middle * scale, room * scale, span.action.microbatch))
+        half = min(middle - runs[run][1], runs[run][2] - middle) if end > start else -1.0
+        marks = by_class.setdefault(letter, [])
+        marks.append((middle * scale, half * scale, span.action.microbatch))
     found = []
-    for marks in places.values():
+    for marks in by_class.values():
         width = DIGIT * len(str(max(m for *_, m in marks)))
         apart = min((b[0] - a[0] for a, b in pairwise(marks)), default=WIDTH)
         step = next((n for n in STEPS if n * apart >= width + 2), 0)
-        for x, room, m in marks:
-            if step and m % step == 0 and room >= DIGIT * len(str(m)) / 2:
+        for x, half, m in marks:
+            if step and m % step == 0 and half >= DIGIT * len(str(m)) / 2:
                 found.append((x, m))
     return found

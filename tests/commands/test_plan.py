@@ -1,6 +1,6 @@
 """``autopipe plan``: what it prints and saves, and how it fails. (And `target`.)
 
-Covers autopipe/target.py.
+Covers target.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_it_is_called_under_the_meta_device(
     assert capsys.readouterr().out.startswith(f"made on {device}\n2 stages")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_readmes_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,6 @@
 """`Plan`: printed, saved, read back, refused, and used by `compile`.
 
-Covers planning/plan_data.py, planning/plan_parts.py and autopipe/typed_json.py.
+Covers planning/plan_data.py, planning/plan_parts.py and typed_json.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measured times: each distinct call once; remembered on disk, believed only if they are ours.
 
-Covers autopipe/profile.py.
+Covers profile.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Plans under limits of memory: cut, rematerialization and micro-batches chosen together."""
+"""Plans under limits of memory: cut, rematerialization and micro-batches chosen together.
+
+Covers planning/cut_trials.py.
+"""
 
 from __future__ import annotations
 

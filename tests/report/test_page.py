@@ -221,7 +221,7 @@ def opened(path: Path, folder: Path) -> tuple[str, list[str]]:
     return done.stdout, CONSOLE.findall(done.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("plan", [skips(), nasty()], ids=["skips", "nasty"])
 def test_a_browser_has_nothing_to_complain_of(tmp_path: Path, plan: Plan) -> None:
@@ -234,7 +234,7 @@ def test_a_browser_has_nothing_to_complain_of(tmp_path: Path, plan: Plan) -> Non
     assert document.count("<rect") == len(here.named("rect"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_script_that_got_in_would_not_run_and_would_be_seen(tmp_path: Path) -> None:
     """The policy holds, and the console is really read: the check above can fail."""

@@ -72,5 +72,5 @@ def test_example(name: str) -> None:
 
 def test_every_example_is_tested() -> None:
     tested = {name.partition(",")[0] for name in EXAMPLES}
-    planned = {"gpt2_xl"}  # by the command, in test_cli.py
+    planned = {"gpt2_xl"}  # by commands, in test_readme.py and test_plan.py
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested | planned

@@ -51,7 +51,7 @@ def in_any_order(monkeypatch: pytest.MonkeyPatch, model: nn.Module, args: Any, K
             annotated, objective_for(K, SIZE), planned=any_cut(annotated, K, 2), must_fit=False
         )
 
-    monkeypatch.setattr(program_cache, "cut_in_space", cut)
+    monkeypatch.setattr(program_cache, "cut_into_stages", cut)
     pipe = autopipe.compile(model, ["cpu"] * K, 2, args=args[0], kwargs=args[1])
     monkeypatch.undo()
     return pipe

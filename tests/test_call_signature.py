@@ -1,0 +1,51 @@
+"""What calls must have in common with captured ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopipe.call_signature import CallInputs, CallSignature, flatten, structure_error
+
+X = torch.zeros(4, 3)
+
+
+def signature(*args: Any, **kwargs: Any) -> CallSignature:
+    return CallSignature.of(CallInputs(*flatten(args, kwargs), (), 0))
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    scale: float
+
+
+def test_sizes_are_free_and_keywords_have_no_order() -> None:
+    assert signature(X, a=X, b=1) == signature(torch.ones(7, 2), b=1, a=X[:1])
+    assert hash(signature(a=X, b=1)) == hash(signature(b=1, a=X))
+
+
+def test_dtype_dimensions_values_and_structure_count() -> None:
+    different = {signature(*args) for args in ((X,), (X.double(),), (X[0],), ([X],), (X, 1), (1,))}
+    assert len(different) == 6
+
+
+def test_dataclasses_are_containers() -> None:
+    leaves, _ = flatten((Batch(X, 2.0),), {})
+    assert leaves[0] is X
+    assert leaves[1:] == [2.0]
+
+
+def test_static_shapes_leave_out_the_batch_dimension() -> None:
+    leaves, spec = flatten((X, torch.zeros(5, 4, 6), "text", torch.zeros(2)), {})
+    inputs = CallInputs(leaves, spec, (0, 1, None, None), 4)
+    assert inputs.static_shapes() == ((3,), (5, 6), (2,))
+
+
+def test_the_error_shows_both_calls() -> None:
+    text = str(structure_error(signature(X, mask=None), signature(X.long(), mask=X)))
+    assert "pipe(float32 2-d, mask=None)" in text
+    assert "pipe(int64 2-d, mask=float32 2-d)" in text
