@@ -1,4 +1,7 @@
-"""Shared by all tests: one thread per operator (so that sums have one order), GPU skipping."""
+"""Shared by all tests: one thread per operator (so that sums have one order), tiers, GPU skipping.
+
+What belongs in which tier says CONTRIBUTING.md; `tests.support.tiers` is how.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,26 @@ import gc
 import pytest
 import torch
 
+from tests.support.tiers import files_by_tier, mark_full
+
 torch.set_num_threads(1)
 gc.set_threshold(50_000, 20, 100)  # tracing makes objects by the million; this saves a tenth
 
+FILES = pytest.StashKey[dict[str, bool]]()
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+@pytest.hookimpl(tryfirst=True)  # before -m "not full" takes its choice
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_full(items)
+    config.stash[FILES] = files_by_tier(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def files(pytestconfig: pytest.Config) -> dict[str, bool]:
+    """The files of tests that were collected: has each a test in the first tier?"""
+    return pytestconfig.stash[FILES]

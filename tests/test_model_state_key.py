@@ -14,6 +14,8 @@ from torch import nn
 from autopipe.errors import CaptureError
 from autopipe.model_state_key import model_state_key
 
+pytestmark = pytest.mark.few(4)
+
 
 @dataclass
 class Settings:

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 import autopipe
 
+pytestmark = pytest.mark.few(5)
+
 
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)

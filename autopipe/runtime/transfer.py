@@ -4,7 +4,7 @@ On a device with streams a worker computes on a stream of its own. What it sends
 is copied on a second stream, so that the copy overlaps the next micro-batch's work; the receiver's
 stream waits for an event, and the host does not wait. A tensor that crosses streams is recorded on
 both, so that the allocator does not reuse its memory too early. Between CPU workers a tensor is
-simply handed over. What streams and events are on a device type is its `Backend`'s matter.
+handed over as it is. Streams and events of a device type are in its `Backend`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def send(tensor: Tensor, source: WorkerDevice, target: WorkerDevice) -> SentTens
         target: the worker that receives.
 
     Returns:
-        The tensor on the target's device, which may still be in the making.
+        The tensor on the target's device; its copy may not have finished.
     """
     if source.compute is None:
         moved = tensor.to(target.device, non_blocking=True)

@@ -17,6 +17,8 @@ from autopipe.passes.devices import H100, L4
 from autopipe.planning import choice
 from tests.support.models import gpt2, unet
 
+pytestmark = pytest.mark.few(2)
+
 
 class Deep(nn.Module):
     """Layers whose results are large beside their weights."""

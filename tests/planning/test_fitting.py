@@ -26,6 +26,8 @@ from autopipe.planning.fitting import (
 from autopipe.planning.plan_parts import StagePlan, Times
 from tests.support.plans import made_plan
 
+pytestmark = pytest.mark.few(4)
+
 LIMIT = 1000
 
 

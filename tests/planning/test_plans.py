@@ -25,6 +25,8 @@ from autopipe import Plan
 from autopipe.errors import AutopipeError, OptionError, PlanError, VerifyError
 from tests.support.agreement import assert_agrees
 
+pytestmark = pytest.mark.few(4)
+
 X = torch.randn(7, 6, dtype=torch.float64)
 
 

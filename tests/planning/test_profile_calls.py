@@ -30,6 +30,8 @@ from autopipe.planning.profile_calls import (
 from tests.support.models import MODELS
 from tests.support.programs import calls, captured_of, known
 
+pytestmark = pytest.mark.few(2)
+
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 

@@ -18,6 +18,8 @@ from autopipe.planning.profile_stages import measured_timers
 from tests.support.models import gpt2
 from tests.support.programs import CPU, phased_of, split_of
 
+pytestmark = pytest.mark.few(1)
+
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

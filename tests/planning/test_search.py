@@ -25,6 +25,8 @@ from benchmarks.ledger import watching
 from tests.support.models import gpt2
 from tests.support.once import pure_passes_once
 
+pytestmark = pytest.mark.few(2)
+
 CPUS = ["cpu"] * 2
 BATCH = 4
 MOSTLY_PARAMETERS = (1.0, 0.96, 0.92, 0.88, 0.85, 0.82, 0.79, 0.76)

@@ -23,8 +23,6 @@ import autopipe
 from tests.support.models import gpt2
 from tests.support.reference import over_chunks
 
-pytestmark = pytest.mark.slow
-
 STEPS, RATE, EPS = 200, 3e-3, 1e-8
 BATCHES = {"even": (8,), "uneven": (10, 7, 3)}
 """Batch sizes, in turn. In four micro-batches: of 3, 3, 2, 2; of 2, 2, 2, 1; of 1, 1, 1."""
@@ -82,6 +80,7 @@ def curve(how: str, kind: str, dtype: torch.dtype) -> Curve:
     return train(model, functools.partial(step, model), kind)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", BATCHES)
 def test_equal_to_eager_over_the_same_micro_batches(kind: str) -> None:
     """To the bit: two hundred losses, and the parameters in the end."""
@@ -91,6 +90,7 @@ def test_equal_to_eager_over_the_same_micro_batches(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
 
 
+@pytest.mark.full
 def test_equal_to_the_whole_batch_in_double_precision() -> None:
     """Losses to 1e-12, some thousand times the rounding of one operation.
 
@@ -106,6 +106,7 @@ def test_equal_to_the_whole_batch_in_double_precision() -> None:
         assert (a - b).abs().max() < bound
 
 
+@pytest.mark.full
 def test_as_near_to_double_precision_as_eager_is() -> None:
     """Root mean square over the curve; a factor of four for luck."""
     truth = curve("whole batch", "uneven", torch.double)[0]
@@ -116,6 +117,7 @@ def test_as_near_to_double_precision_as_eager_is() -> None:
     assert error("pipeline") < 4 * error("whole batch")
 
 
+@pytest.mark.full
 def test_with_the_models_own_loss() -> None:
     """The loss is combined from micro-batches' sums and counts; uneven, and some labels ignored.
 

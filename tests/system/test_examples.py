@@ -51,7 +51,7 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str) -> None:
     options, lines = EXAMPLES[name]

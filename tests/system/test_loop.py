@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tests.support.agreement import assert_close, pipelined
 from tests.support.loops import alike, ids, loss_of
 
+pytestmark = pytest.mark.few(2)
+
 # ------------------------------------------------------------------------------- optimizers
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tests.support.loops import Net, alike, ids, loss_of, train
 
+pytestmark = pytest.mark.few(2)
+
 
 @dataclasses.dataclass
 class Settings:

@@ -22,6 +22,8 @@ from autopipe import errors
 from tests.support.agreement import assert_close, pipelined
 from tests.support.loops import Net, alike, assert_same_state, ids, loss_of, net
 
+pytestmark = pytest.mark.few(2)
+
 # ------------------------------------------------------------------------------- precision
 
 

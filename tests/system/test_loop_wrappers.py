@@ -22,6 +22,8 @@ from autopipe import errors
 from tests.support.agreement import pipelined
 from tests.support.loops import Loop, Net, alike, ids, loss_of, net, train
 
+pytestmark = pytest.mark.few(2)
+
 # ------------------------------------------------------------------------------- parametrizations
 
 

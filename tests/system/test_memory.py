@@ -15,6 +15,8 @@ from tests.support.models import MODELS, gpt2, resnet
 from tests.support.once import pure_passes_once
 from tests.support.reference import objective
 
+pytestmark = pytest.mark.few(1)
+
 
 def _loss(result: Any) -> Tensor:
     return result.loss if hasattr(result, "loss") else result.sum()

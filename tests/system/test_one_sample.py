@@ -24,6 +24,8 @@ from tests.support.models import MODELS
 from tests.support.once import pure_passes_once
 from tests.support.reference import Truth, objective, over_chunks
 
+pytestmark = pytest.mark.few(3)
+
 SAMPLES = 2
 
 

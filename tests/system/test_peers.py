@@ -20,6 +20,8 @@ from benchmarks.five_cases import CASES
 from benchmarks.peers import halfway, judge, run, try_model
 from tests.support.agreement import assert_agrees, assert_close
 
+pytestmark = pytest.mark.few(3)
+
 REMATS = ("none", "full", "min-cut")
 
 
@@ -125,7 +127,7 @@ def test_how_gradients_are_judged(found: list[dict[str, list[float]]], kind: str
     assert judge(EAGER, TIED, arrays).kind == kind
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_hang_is_an_outcome() -> None:
     kind, who = run([(signal.pause,)], seconds=0.5)
     assert (kind, who) == ("hang", "1 of 1 after 0 s")
@@ -136,7 +138,7 @@ def test_half_way_is_where_half_of_the_layers_have_run() -> None:
     assert halfway(example) == "second"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the claim is about 2.13")
 def test_the_control_is_trained_by_both_and_the_others_by_one() -> None:
     control, *cases = pipelining.cases().values()

@@ -214,7 +214,15 @@ def _close(a: Any, b: Any) -> bool:
     return torch.allclose(a, b, rtol=0, atol=ROUNDING / 10 * scale, equal_nan=True)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(DRAWN > 0, reason="the test after it draws them")
+@graphs(10)
+@given(programs(), SETUPS)
+def test_a_few_random_graphs_agree_with_the_model(program: Program, setup: Setup) -> None:
+    assume(well_defined(program, setup))
+    agree(program, setup)
+
+
+@pytest.mark.full
 @graphs(300)
 @given(programs(), SETUPS)
 def test_random_graphs_agree_with_the_model(program: Program, setup: Setup) -> None:

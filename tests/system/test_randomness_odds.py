@@ -16,6 +16,8 @@ from torch.nn import functional as F
 import autopipe
 from tests.system.test_randomness import OPS, Op
 
+pytestmark = pytest.mark.few(2)
+
 # ------------------------------------------------------------------------------- masks
 
 

@@ -21,6 +21,8 @@ from autopipe.passes.graph.fx_utils import fingerprint
 from autopipe.runtime.random import derive_seed, step_seed
 from tests.support.programs import calls, sole_stage
 
+pytestmark = pytest.mark.few(2)
+
 REMATS = ("none", "full", "min-cut")
 PLANS = [
     (1, 1, "full"),

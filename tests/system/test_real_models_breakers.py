@@ -28,6 +28,8 @@ from tests.support.breakers import (
     sample,
 )
 
+pytestmark = pytest.mark.few(2)
+
 # ------------------------------------------------------------------------------- inputs
 
 

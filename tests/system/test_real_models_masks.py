@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from tests.support.agreement import assert_close, fresh, pipelined
 from tests.support.breakers import STAGES, crossing
 
+pytestmark = pytest.mark.few(1)
+
 
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tests.support.breakers import STAGES, Body, Net, piped, sample
 
+pytestmark = pytest.mark.few(4)
+
 
 def middle(net: Net, x: Tensor) -> Tensor:
     return torch.tanh(net.layers[0](x))

@@ -14,6 +14,8 @@ from torch import Tensor
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.breakers import BATCH, WIDTH, Body, Net, crossing, piped, random, sample
 
+pytestmark = pytest.mark.few(3)
+
 
 def carried(make: Callable[[Tensor], Tensor], use: Callable[[Tensor, Tensor], Tensor]) -> Body:
     """`make` something of the first layer's value; `use` it behind the last layer."""

@@ -26,6 +26,8 @@ from autopipe.runtime.executor import CALLER, Run
 from autopipe.runtime.mailbox import Mailbox
 from tests.support.agreement import assert_agrees
 
+pytestmark = pytest.mark.few(3)
+
 STAGES, CHUNKS, BATCH = 3, 4, 8
 LIMIT = 60.0
 """Seconds after which something counts as hanging; a step takes milliseconds."""

@@ -18,6 +18,8 @@ from autopipe.errors import InputError
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 from tests.support.nets import NETS, REMATS, net, random
 
+pytestmark = pytest.mark.few(4)
+
 
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])

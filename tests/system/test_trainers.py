@@ -29,8 +29,6 @@ from tests.support.training import (
     trainer,
 )
 
-pytestmark = pytest.mark.slow
-
 # ------------------------------------------------------------------------------- transformers
 
 
@@ -51,6 +49,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", TRAINING)
 def test_trainer(case: str, tmp_path: Path) -> None:
     plain = trainer(model(), tmp_path / "plain", **TRAINING[case])
@@ -69,6 +68,7 @@ def test_trainer(case: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.full
 def test_trainer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     """Its own and the plain model's, either way round; the checkpoint is the plain model's."""
     whole = trainer(model(), tmp_path / "whole")
@@ -90,6 +90,7 @@ def test_trainer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
             assert_same_weights(resumed.model, whole.model)
 
 
+@pytest.mark.full
 def test_trainer_keeps_the_best_model(tmp_path: Path) -> None:
     options = {"load_best_model_at_end": True, "learning_rate": 3e-2, "max_steps": 9}
     runs = []
@@ -100,6 +101,7 @@ def test_trainer_keeps_the_best_model(tmp_path: Path) -> None:
     assert_same_weights(runs[1].model, runs[0].model)
 
 
+@pytest.mark.full
 def test_trainer_in_mixed_precision(tmp_path: Path) -> None:
     """The Trainer puts the model's forward under autocast; so are micro-batches, one here.
 
@@ -124,6 +126,7 @@ def test_generation_after_training(tmp_path: Path) -> None:
     assert torch.equal(pipe.model.generate(prompt, **options), expected)
 
 
+@pytest.mark.full
 def test_a_pipeline_as_the_trainers_model(tmp_path: Path) -> None:
     """What one must say today that Trainer else reads off the model's class and attributes."""
     pipe = pipelined(model())
@@ -143,6 +146,7 @@ def test_a_pipeline_as_the_trainers_model(tmp_path: Path) -> None:
     assert_same_weights(ours.model, plain.model)
 
 
+@pytest.mark.full
 def test_a_pipeline_as_the_trainers_model_without_ado(tmp_path: Path) -> None:
     options = {"label_names": ["labels"], "remove_unused_columns": False, "save_strategy": "no"}
     ours = trainer(pipelined(model()), tmp_path / "ours", **options)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from tests.support.agreement import assert_close, pipelined
 from tests.support.training import Tokens, assert_same_log, assert_same_weights, model, trainer
 
-pytestmark = pytest.mark.slow
-
 # ------------------------------------------------------------------------------- PEFT
 
 
@@ -58,6 +56,7 @@ def test_adapters(tmp_path: Path) -> None:
     assert_close(pipelined(loaded.merge_and_unload())(**batch()).loss, expected)
 
 
+@pytest.mark.full
 def test_trainer_of_adapters(tmp_path: Path) -> None:
     runs = []
     for n, module in enumerate((lora(model()), pipelined(lora(model())).install())):
@@ -71,6 +70,7 @@ def test_trainer_of_adapters(tmp_path: Path) -> None:
     assert_same_weights(again.model, runs[0].model)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["disabled", "merged"])
 def test_adapters_switched_off(how: str) -> None:
     """Disabled, as preference tuning does for the reference model's opinion; merged in place."""
@@ -85,6 +85,7 @@ def test_adapters_switched_off(how: str) -> None:
             assert_close(pipe(**batch()).loss, plain(**batch()).loss)
 
 
+@pytest.mark.full
 def test_prompt_tuning() -> None:
     torch.manual_seed(1)
     config = peft.PromptTuningConfig(
@@ -104,6 +105,7 @@ def test_prompt_tuning() -> None:
         assert_close(p.grad, q.grad, name)
 
 
+@pytest.mark.full
 def test_a_copy_of_a_model_that_a_pipeline_runs() -> None:
     """The hook is not copied: the copy is a plain model."""
     inner = pipelined(model()).install()

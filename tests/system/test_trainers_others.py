@@ -19,8 +19,6 @@ import autopipe
 from tests.support.agreement import pipelined
 from tests.support.training import RELATIVE, Tokens, assert_same_weights, model
 
-pytestmark = pytest.mark.slow
-
 # ------------------------------------------------------------------------------- Accelerate
 
 
@@ -115,6 +113,7 @@ def fit(module: Lit, path: Path, epochs: int, checkpoint: Path | None = None) ->
     return path / f"{epochs}.ckpt"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["run by the pipeline", "beside"])
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 def test_lightning(kind: str, tmp_path: Path) -> None:

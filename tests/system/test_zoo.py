@@ -6,6 +6,7 @@ What is compared with what is said in `tests.support.zoo.compare`; docs/zoo.md i
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 import autopipe
 from tests.support.once import pure_passes_once
-from tests.support.zoo import TOLERANCE, ZOO, Entry, WayOut, agreement, randomness
+from tests.support.tiers import full_unless
+from tests.support.zoo import TOLERANCE, ZOO, Entry, agreement, randomness
 from tests.support.zoo.compare import CHUNKS, eager, step
 from tests.support.zoo.speech import captioned, clip
 
@@ -35,13 +37,17 @@ CANCELS = f"{KEYS}|{NORMALIZED}"
 takes it away."""
 
 
-def marked(names: Iterable[str], failing: dict[str, str]) -> list[Any]:
-    """Parameters of a test; those in `failing` fail, and why."""
+QUICK = ("Llama", "Qwen2-MoE", "ViT", "LoRA on GPT-2")
+"""One of each kind that the small models of other tests do not have: in the first tier."""
+
+
+def marked(names: Iterable[str], failing: dict[str, str], quick: Iterable[str]) -> list[Any]:
+    """Parameters of a test; those in `failing` fail, and why; only `quick` is in the first tier."""
     marks = {n: [pytest.mark.xfail(strict=True, reason=r)] for n, r in failing.items()}
-    return [pytest.param(n, marks=marks.get(n, [])) for n in names]
+    return [pytest.param(n, marks=[*marks.get(n, []), *full_unless(n in quick)]) for n in names]
 
 
-each = pytest.mark.parametrize("name", marked(ZOO, REFUSED))
+each = pytest.mark.parametrize("name", marked(ZOO, REFUSED, QUICK))
 
 
 def test_the_zoo_has_fifty_architectures() -> None:
@@ -61,6 +67,7 @@ def test_the_page_is_of_these_architectures() -> None:
     assert {n for n, result in results.items() if result != "trains"} == set(REFUSED)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ZOO)
 def test_no_gradient_is_too_small_to_be_missed(name: str) -> None:
     """The tolerance is relative to the model's largest gradient, so every other must be visible
@@ -83,7 +90,7 @@ def test_a_training_step_is_eager_torchs(name: str) -> None:
     assert found.gradient <= TOLERANCE, found.worst
 
 
-@each
+@pytest.mark.parametrize("name", marked(ZOO, REFUSED, QUICK[:1]))
 def test_dropout_is_the_same_on_one_device_and_on_three(name: str) -> None:
     with pure_passes_once():  # one capture, cut into one stage and into three
         found = randomness(ZOO[name])
@@ -94,31 +101,37 @@ def test_dropout_is_the_same_on_one_device_and_on_three(name: str) -> None:
 # ------------------------------------------------------------------------------------- ways out
 
 WAYS = {f"{n}: {w.choice}": w for n, e in ZOO.items() for w in e.ways_out}
-each_way = pytest.mark.parametrize("way", WAYS)
+each_way = pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=pytest.mark.xdist_group(w)) for w in WAYS]
+)
 
 
-def refusal(way: WayOut) -> autopipe.errors.AutopipeError:
-    model, inputs = way.without(False)
+@functools.cache
+def refusal(name: str) -> autopipe.errors.AutopipeError:
+    model, inputs = WAYS[name].without(False)
     with pytest.raises(autopipe.errors.AutopipeError) as caught:
         autopipe.compile(model, devices=3, chunks=CHUNKS)(**inputs)
     return caught.value
 
 
+@pytest.mark.few(2)
 @each_way
 def test_a_model_that_needs_a_choice_is_refused_with_its_line(way: str) -> None:
-    error = refusal(WAYS[way])
+    error = refusal(way)
     assert re.search(r"/modeling_\w+\.py:\d+$", error.source or "")
     assert error.remedy
 
 
+@pytest.mark.few(2)
 @each_way
 def test_the_refusal_says_which_choice(way: str) -> None:
-    assert WAYS[way].said in str(refusal(WAYS[way]))
+    assert WAYS[way].said in str(refusal(way))
 
 
 # ----------------------------------------------------------------------------------------- CLIP
 
 
+@pytest.mark.full
 def test_clips_loss_outside_of_the_pipeline_is_clips_loss() -> None:
     """So the way out is not another objective."""
     model, inputs = clip(False)

@@ -18,6 +18,8 @@ from tests.support.agreement import pipelined
 from tests.support.models import MODELS
 from tests.support.programs import user_line
 
+pytestmark = pytest.mark.few(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from autopipe.errors import CouplingError
 from tests.support.agreement import assert_agrees, pipelined
 
+pytestmark = pytest.mark.few(4)
+
 
 class Model(nn.Module):
     """``forward(h, y, weight)`` is `f` of logits, labels and a parameter."""

@@ -18,6 +18,8 @@ from autopipe.errors import CouplingError
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.programs import captured_of
 
+pytestmark = pytest.mark.few(4)
+
 WIDTH = 6
 
 

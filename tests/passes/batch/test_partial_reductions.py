@@ -20,7 +20,7 @@ BATCH = 7
 GROUPS = 4
 
 
-pytestmark = pytest.mark.usefixtures("double")
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.few(3)]
 
 
 class Model(nn.Module):

@@ -17,6 +17,8 @@ from autopipe.errors import CouplingError, UnsupportedError
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 from tests.support.holding import Holds, assert_steps_agree, batches, counts, every_remat, x
 
+pytestmark = pytest.mark.few(4)
+
 # ------------------------------------------------------------------------------- out=
 
 

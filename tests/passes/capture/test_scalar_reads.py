@@ -13,6 +13,8 @@ import autopipe
 from autopipe.errors import CaptureError, CouplingError
 from tests.support.agreement import assert_agrees, pipelined
 
+pytestmark = pytest.mark.few(4)
+
 
 class Model(nn.Module):
     """``forward(x, y)`` is ``f(layer(x), y)``."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from autopipe.errors import CaptureError
 from tests.support.agreement import assert_agrees, pipelined
 
+pytestmark = pytest.mark.few(3)
+
 
 class Model(nn.Module):
     """``forward(x)`` is ``f(layer(x), x)``."""

@@ -32,6 +32,8 @@ from tests.support.models import MODELS
 from tests.support.programs import calls, captured_of, known, tensors
 from tests.support.zoo import ZOO
 
+pytestmark = pytest.mark.few(2)
+
 aten = torch.ops.aten
 BATCHES = (2, 5, 7)
 

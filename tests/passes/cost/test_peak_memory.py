@@ -15,6 +15,8 @@ from autopipe.passes.schedule.build import schedule
 from autopipe.passes.schedule.simulator import simulate_schedule
 from autopipe.runtime.mailbox import queue_capacity
 
+pytestmark = pytest.mark.few(4)
+
 
 def route(name: str, source: int, *consumers: int, kind: str = "activation") -> Route:
     import torch

@@ -18,6 +18,8 @@ from tests.support.phased import SIZE, every
 from tests.support.programs import known, phased_of, split_of
 from tests.support.reference import objective
 
+pytestmark = pytest.mark.few(1)
+
 
 def flops_of(stage: object, phase: str) -> int:
     work = stage_work(stage)  # type: ignore[arg-type]

@@ -23,6 +23,8 @@ from benchmarks.transformer_l import on_meta
 from tests.support.models import MODELS
 from tests.support.programs import captured_of, known, objective_for, phased_of, split_of
 
+pytestmark = pytest.mark.few(2)
+
 SIZE, STAGES = 3, 3
 
 

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopipe.passes.graph.fake_strides import static_fake_mode
 
+pytestmark = pytest.mark.few(12)
+
 CHANNELS = 4
 
 

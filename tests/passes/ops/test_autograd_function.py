@@ -14,6 +14,8 @@ from autopipe.errors import CaptureError, CouplingError
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.programs import captured_of, user_line
 
+pytestmark = pytest.mark.few(3)
+
 
 class Straight(torch.autograd.Function):
     """A straight-through estimator: rounding has no gradient of its own."""

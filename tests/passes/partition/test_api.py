@@ -17,6 +17,8 @@ from autopipe.passes.partition.chain_cut import cut_chain
 from autopipe.passes.partition.cost_graph import CostGraph
 from tests.support.partitions import DIAMOND, largest
 
+pytestmark = pytest.mark.few(4)
+
 PROFILES = Path(__file__).parents[2] / "data" / "pipedream"
 
 

@@ -37,6 +37,8 @@ from tests.support.phased import (
 )
 from tests.support.programs import calls, known, phased_of, split_of, tensors
 
+pytestmark = pytest.mark.few(2)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _once() -> Iterator[None]:

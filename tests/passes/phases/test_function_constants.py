@@ -17,6 +17,8 @@ from autopipe.passes.phases.function_constants import LARGEST
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.programs import user_line
 
+pytestmark = pytest.mark.few(3)
+
 Op = Callable[[Tensor], Tensor]
 
 

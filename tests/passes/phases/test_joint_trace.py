@@ -31,6 +31,8 @@ from tests.support.joints import (
 )
 from tests.support.programs import CPU, known, objective_for, sole_stage, tensors
 
+pytestmark = pytest.mark.few(4)
+
 # ------------------------------------------------------------------------------- the models
 
 

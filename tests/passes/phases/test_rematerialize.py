@@ -16,6 +16,8 @@ from tests.support.once import pure_passes_once
 from tests.support.phased import each_policy, parts, phase_nodes, saved_in
 from tests.support.programs import phased_of, split_of, user_line
 
+pytestmark = pytest.mark.few(2)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _once() -> Iterator[None]:

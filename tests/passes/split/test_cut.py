@@ -40,6 +40,8 @@ from tests.support.programs import (
     user_line,
 )
 
+pytestmark = pytest.mark.few(2)
+
 aten = torch.ops.aten
 STAGES = range(1, 7)
 

@@ -23,6 +23,8 @@ from tests.support.models import MODELS
 from tests.support.programs import objective_for
 from tests.support.reference import objective, over_chunks
 
+pytestmark = pytest.mark.few(2)
+
 SIZE = 2
 
 

@@ -41,6 +41,8 @@ from autopipe.passes.split.stage_estimate import estimate_assignment
 from autopipe.passes.split.stage_loads import OrderedOps
 from tests.support.programs import captured_of, known
 
+pytestmark = pytest.mark.few(2)
+
 SIZE = 2
 
 

@@ -1,0 +1,46 @@
+"""Two tiers of tests: `make test` runs what is not marked ``full``, `make test-all` everything.
+
+``@pytest.mark.few(n)``, on a test or on a whole file, leaves n parameter sets of each parametrized
+test in the first tier, spread evenly from the first to the last, and marks the others ``full``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+
+def full_unless(quick: bool) -> list[pytest.MarkDecorator]:
+    """Marks of a parameter set that is in the first tier only if `quick`."""
+    return [] if quick else [pytest.mark.full]
+
+
+def few_of(count: int, n: int) -> set[int]:
+    """Positions of at most `n` among `count`, spread evenly; the first is one, and the last."""
+    if n >= count:
+        return set(range(count))
+    return {i * (count - 1) // max(n - 1, 1) for i in range(n)}
+
+
+def mark_full(items: list[pytest.Item]) -> None:
+    """Mark what ``few`` leaves to the full tier."""
+    of_test: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("full") is None:
+            of_test[item.nodeid.partition("[")[0]].append(item)
+    for together in of_test.values():
+        mark = together[0].get_closest_marker("few")
+        stay = few_of(len(together), mark.args[0] if mark else len(together))
+        for i, item in enumerate(together):
+            if i not in stay:
+                item.add_marker("full")
+
+
+def files_by_tier(items: list[pytest.Item]) -> dict[str, bool]:
+    """Each file of `items`, from the root of the repository: has it a test in the first tier?"""
+    found: dict[str, bool] = {}
+    for item in items:
+        name = item.nodeid.partition("::")[0].partition("@")[0]
+        found[name] = found.get(name, False) or item.get_closest_marker("full") is None
+    return found
