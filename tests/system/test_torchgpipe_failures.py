@@ -162,10 +162,11 @@ def test_in_the_backward_a_skip_goes_with_its_micro_batch(
     held = [sent[skip, 2, m]() is not None for m in range(CHUNKS)]
     assert held == [True] * CHUNKS, "the last stage keeps what it has received"
 
-    def look(self: Run, name: str, m: int, gradient: Tensor) -> None:
+    def look(self: Run, name: str, gradient: Tensor) -> None:
         if name.endswith("tables_0_weight"):
+            m = len(left)  # gradients are accumulated in the order of the micro-batches
             left[m] = m and sent[skip, 2, m - 1]() is not None
-        accumulate(self, name, m, gradient)
+        accumulate(self, name, gradient)
 
     monkeypatch.setattr(Run, "accumulate", look)
     result.sum().backward()

@@ -217,12 +217,12 @@ def test_a_limit_moves_the_cut_and_more_micro_batches_in_flight_move_it_further(
     assert again.estimates.nbytes[0] <= limit
 
 
-def test_a_stage_that_does_not_fit_is_named_by_its_calls() -> None:
+def test_a_stage_that_does_not_fit_is_named_by_its_ops() -> None:
     with pytest.raises(
         PartitionError, match=r"stage 1 does not fit its device: \d+ bytes"
     ) as error:
         split(LAYERS, objective([DEFAULT] * 2, limits=(3000, 3000)))
-    assert "calls linear" in str(error.value)
+    assert "ops linear" in str(error.value)
     assert "to tanh_7" in str(error.value)
 
 
