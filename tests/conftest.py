@@ -6,11 +6,13 @@ What belongs in which tier says CONTRIBUTING.md; `tests.support.tiers` is how.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.support.tiers import files_by_tier, mark_full
+from tests.support import once
+from tests.support.tiers import files_by_tier, group_by_model, mark_full
 
 torch.set_num_threads(1)
 gc.set_threshold(50_000, 20, 100)  # tracing makes objects by the million; this saves a tenth
@@ -21,6 +23,7 @@ FILES = pytest.StashKey[dict[str, bool]]()
 @pytest.hookimpl(tryfirst=True)  # before -m "not full" takes its choice
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_full(items)
+    group_by_model(items)
     config.stash[FILES] = files_by_tier(items)
     if torch.cuda.is_available():
         return
@@ -33,3 +36,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def files(pytestconfig: pytest.Config) -> dict[str, bool]:
     """The files of tests that were collected: has each a test in the first tier?"""
     return pytestconfig.stash[FILES]
+
+
+@pytest.fixture(scope="module")
+def traces_once() -> Iterator[None]:
+    """A stage is traced once for all tests in which it is the same program."""
+    with once.traces_once():
+        yield

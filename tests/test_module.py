@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import autopipe
 
-pytestmark = pytest.mark.few(5)
+pytestmark = [pytest.mark.few(5), pytest.mark.usefixtures("traces_once")]
 
 
 def mlp() -> nn.Sequential:

@@ -17,7 +17,7 @@ from autopipe.passes.devices import H100, L4
 from autopipe.planning import choice
 from tests.support.models import gpt2, unet
 
-pytestmark = pytest.mark.few(2)
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
 
 
 class Deep(nn.Module):

@@ -5,29 +5,75 @@ What differs between plans stays: the cut in space, chains of tensor metadata, c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from autopipe.passes import driver
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.phases import cut as phases
 
+TRACES: dict[Hashable, tuple[Any, Any]] = {}
+"""What was traced so far in this process, by all that determines it; and the arguments, because a
+fingerprint may hold addresses of functions that a stage calls."""
+MOST = 400
+"""Traces that are kept."""
+
+
+@contextmanager
+def traces_once() -> Iterator[None]:
+    """Within this, a stage is traced and cut once, for all models in which it is the same program.
+
+    A stage is known by its fingerprint, as in a pipeline's own cache. Not for tests of tracing, and
+    not for tests of source lines: they are those of the model that was traced first.
+    """
+    trace_joint, cut_joint = phases.trace_joint, phases.cut_joint
+    forward_metadata = phases.forward_metadata
+    cuts: dict[Any, Any] = {}
+    alive: list[Any] = []  # so that nothing else has the id of what is in `cuts`
+
+    def once(key: Hashable, function: Any, *args: Any, **kwargs: Any) -> Any:
+        key = (key, _modes())
+        if key not in TRACES:
+            if len(TRACES) >= MOST:
+                TRACES.clear()
+            TRACES[key] = function(*args, **kwargs), args
+        return TRACES[key][0]
+
+    def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:
+        key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, grad)
+        return once(key, trace_joint, stage, inputs, tangents, device, grad=grad)
+
+    def metadata_once(stage: Any, inputs: Any, device: Any, *, grad: bool) -> Any:
+        key = (stage.fingerprint, tuple(inputs), device, grad)
+        return once(key, forward_metadata, stage, inputs, device, grad=grad)
+
+    def cut_once(stage: Any, joint: Any, remat: Any, device: Any) -> Any:
+        # Under the names of the first stage with this trace: `phases` gives each its own.
+        key = (id(joint), len(stage.held), len(stage.lent), remat, device)
+        if key not in cuts:
+            alive.append(joint)
+            cuts[key] = cut_joint(stage, joint, remat, device)
+        return cuts[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases, "trace_joint", trace_once)
+        patch.setattr(phases, "forward_metadata", metadata_once)
+        patch.setattr(phases, "cut_joint", cut_once)
+        yield
+
 
 @contextmanager
 def pure_passes_once() -> Iterator[None]:
-    """Within this, a model is captured and costed once, a stage traced and cut once."""
+    """As `traces_once`, and a model is captured and costed once: it must not change meanwhile."""
     captures: dict[Any, Any] = {}
     costs: dict[int, Any] = {}
-    traces: dict[Any, Any] = {}
-    cuts: dict[Any, Any] = {}
     alive: list[Any] = []  # so that nothing else has the id of what is here
     capture, annotate = driver.capture, driver.annotate
-    trace_joint, cut_joint = phases.trace_joint, phases.cut_joint
-    forward_metadata = phases.forward_metadata
 
     def capture_once(request: CaptureRequest) -> Any:
         model = request.model
@@ -46,33 +92,17 @@ def pure_passes_once() -> Iterator[None]:
             costs[id(captured)] = annotate(captured)
         return costs[id(captured)]
 
-    def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:
-        key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, grad)
-        if key not in traces:
-            traces[key] = trace_joint(stage, inputs, tangents, device, grad=grad)
-        return traces[key]
-
-    def metadata_once(stage: Any, inputs: Any, device: Any, *, grad: bool) -> Any:
-        key = (stage.fingerprint, tuple(inputs), device, grad)
-        if key not in traces:
-            traces[key] = forward_metadata(stage, inputs, device, grad=grad)
-        return traces[key]
-
-    def cut_once(stage: Any, joint: Any, remat: str, device: Any) -> Any:
-        # Under the names of the first stage with this trace: `phases` gives each its own.
-        key = (id(joint), len(stage.held), len(stage.lent), remat, device)
-        if key not in cuts:
-            alive.append(joint)
-            cuts[key] = cut_joint(stage, joint, remat, device)
-        return cuts[key]
-
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, traces_once():
         patch.setattr(driver, "capture", capture_once)
         patch.setattr(driver, "annotate", annotate_once)
-        patch.setattr(phases, "trace_joint", trace_once)
-        patch.setattr(phases, "forward_metadata", metadata_once)
-        patch.setattr(phases, "cut_joint", cut_once)
         yield
+
+
+def _modes() -> Hashable:
+    """What a trace depends on beside its arguments."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    exact = torch.are_deterministic_algorithms_enabled()
+    return autocast, torch.get_default_dtype(), exact, torch.is_inference_mode_enabled()
 
 
 def _metadata_of(leaves: Sequence[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Two tiers of tests: `make test` runs what is not marked ``full``, `make test-all` everything.
+"""Two tiers of tests, and who runs what: `make test` runs what is not marked ``full``, `make test-all` everything.
 
 ``@pytest.mark.few(n)``, on a test or on a whole file, leaves n parameter sets of each parametrized
 test in the first tier, spread evenly from the first to the last, and marks the others ``full``.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 
 import pytest
+
+from tests.support.models import MODELS
 
 
 def full_unless(quick: bool) -> list[pytest.MarkDecorator]:
@@ -35,6 +37,15 @@ def mark_full(items: list[pytest.Item]) -> None:
         for i, item in enumerate(together):
             if i not in stay:
                 item.add_marker("full")
+
+
+def group_by_model(items: list[pytest.Item]) -> None:
+    """Give the tests of each small model to one worker, which captures it for all of them."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        name = call and call.params.get("name")
+        if name in MODELS and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def files_by_tier(items: list[pytest.Item]) -> dict[str, bool]:

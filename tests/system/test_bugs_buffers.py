@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import autopipe
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 
+pytestmark = pytest.mark.usefixtures("traces_once")
+
 
 def batch(seed: int = 0) -> Tensor:
     return torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -23,6 +23,8 @@ import autopipe
 from tests.support.models import gpt2
 from tests.support.reference import over_chunks
 
+pytestmark = pytest.mark.usefixtures("traces_once")
+
 STEPS, RATE, EPS = 200, 3e-3, 1e-8
 BATCHES = {"even": (8,), "uneven": (10, 7, 3)}
 """Batch sizes, in turn. In four micro-batches: of 3, 3, 2, 2; of 2, 2, 2, 1; of 1, 1, 1."""

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import autopipe
 from autopipe.passes import driver
 
-pytestmark = pytest.mark.few(6)
+pytestmark = [pytest.mark.few(6), pytest.mark.usefixtures("traces_once")]
 
 Op = Callable[[Tensor], Tensor]
 PLANS = [(1, "none"), (2, "full"), (3, "min-cut"), (4, "full")]

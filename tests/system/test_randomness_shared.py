@@ -21,7 +21,7 @@ from autopipe.passes.graph.fx_utils import fingerprint
 from autopipe.runtime.random import derive_seed, step_seed
 from tests.support.programs import calls, sole_stage
 
-pytestmark = pytest.mark.few(2)
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
 
 REMATS = ("none", "full", "min-cut")
 PLANS = [

@@ -28,7 +28,7 @@ from tests.support.breakers import (
     sample,
 )
 
-pytestmark = pytest.mark.few(2)
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
 
 # ------------------------------------------------------------------------------- inputs
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tests.support.agreement import assert_close, fresh, pipelined
 from tests.support.breakers import STAGES, crossing
 
-pytestmark = pytest.mark.few(1)
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("traces_once")]
 
 
 def bert() -> nn.Module:

@@ -18,7 +18,7 @@ from autopipe.errors import InputError
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 from tests.support.nets import NETS, REMATS, net, random
 
-pytestmark = pytest.mark.few(4)
+pytestmark = [pytest.mark.few(4), pytest.mark.usefixtures("traces_once")]
 
 
 @pytest.mark.parametrize("chunks", [1, 4])

@@ -14,6 +14,8 @@ from autopipe.errors import CaptureError, UnsupportedError
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.nets import REMATS, random
 
+pytestmark = pytest.mark.usefixtures("traces_once")
+
 
 class Written(nn.Module):
     """Layers, and something in place after each."""

@@ -29,6 +29,8 @@ from tests.support.training import (
     trainer,
 )
 
+pytestmark = pytest.mark.usefixtures("traces_once")
+
 # ------------------------------------------------------------------------------- transformers
 
 

@@ -19,6 +19,8 @@ import autopipe
 from tests.support.agreement import pipelined
 from tests.support.training import RELATIVE, Tokens, assert_same_weights, model
 
+pytestmark = pytest.mark.usefixtures("traces_once")
+
 # ------------------------------------------------------------------------------- Accelerate
 
 

@@ -20,7 +20,7 @@ BATCH = 7
 GROUPS = 4
 
 
-pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.few(3)]
+pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("double", "traces_once")]
 
 
 class Model(nn.Module):

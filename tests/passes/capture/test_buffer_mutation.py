@@ -17,7 +17,7 @@ from autopipe.errors import CouplingError, UnsupportedError
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 from tests.support.holding import Holds, assert_steps_agree, batches, counts, every_remat, x
 
-pytestmark = pytest.mark.few(4)
+pytestmark = [pytest.mark.few(4), pytest.mark.usefixtures("traces_once")]
 
 # ------------------------------------------------------------------------------- out=
 

@@ -14,7 +14,7 @@ from autopipe.errors import CaptureError, CouplingError
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.programs import captured_of, user_line
 
-pytestmark = pytest.mark.few(3)
+pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("traces_once")]
 
 
 class Straight(torch.autograd.Function):

@@ -15,7 +15,7 @@ from tests.support.agreement import assert_agrees, pipelined
 STEPS, CLASSES, LONGEST = 9, 6, 4
 
 
-pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.few(2)]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("double", "traces_once")]
 
 
 class Recogniser(nn.Module):
