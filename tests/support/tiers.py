@@ -1,4 +1,4 @@
-"""Two tiers of tests, and who runs what: `make test` runs what is not marked ``full``, `make test-all` everything.
+"""Two tiers of tests: `make test` runs what is not marked ``full``, `make test-all` everything.
 
 ``@pytest.mark.few(n)``, on a test or on a whole file, leaves n parameter sets of each parametrized
 test in the first tier, spread evenly from the first to the last, and marks the others ``full``.
