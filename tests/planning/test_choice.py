@@ -16,6 +16,7 @@ from autopipe.options import models_of
 from autopipe.passes.devices import H100, L4
 from autopipe.planning import choice
 from tests.support.models import gpt2, unet
+from tests.support.once import pure_passes_once
 
 pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
 
@@ -108,22 +109,24 @@ def test_profile_in_compile(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> N
 # ------------------------------------------------------------------------------- policies
 
 
-@pytest.mark.parametrize("remat", [0.0, 0.3, 0.7, 1, "0.5", ["full", "none"], [0.5, "min-cut"]])
-@pytest.mark.parametrize("make", [gpt2, unet])
-def test_any_policy_trains_as_eager(make: Any, remat: Any) -> None:
+@pytest.mark.parametrize("make", [gpt2, pytest.param(unet, marks=pytest.mark.full)])
+def test_any_policy_trains_as_eager(make: Any) -> None:
     model, inputs = make()
     args, kwargs = inputs(4)
-    pipe = autopipe.compile(model, ["cpu"] * 2, 2, remat=remat)
-    assert pipe.verify(*args, **kwargs).ok
+    with pure_passes_once():
+        for remat in (0.0, 0.3, 0.7, 1, "0.5", ["full", "none"], [0.5, "min-cut"]):
+            pipe = autopipe.compile(model, ["cpu"] * 2, 2, remat=remat)
+            assert pipe.verify(*args, **kwargs).ok, remat
 
 
 def test_a_fraction_keeps_between_nothing_and_min_cut() -> None:
     model, inputs = gpt2(layers=4)
     _, kwargs = inputs(4)
-    kept = [
-        autopipe.plan(model, ["cpu"], 2, remat=remat, kwargs=kwargs).stages[0].saved_bytes
-        for remat in ("full", 0.0, 0.25, 0.5, 0.75, 1.0, "min-cut")
-    ]
+    with pure_passes_once():
+        kept = [
+            autopipe.plan(model, ["cpu"], 2, remat=remat, kwargs=kwargs).stages[0].saved_bytes
+            for remat in ("full", 0.0, 0.25, 0.5, 0.75, 1.0, "min-cut")
+        ]
     assert kept[0] == kept[1]
     assert kept[-1] == kept[-2]
     assert kept == sorted(kept)
