@@ -155,7 +155,7 @@ ENCODERS = {
             WayOut(
                 "a forward pre-hook on each layer that gives it `is_global_attn=False`",
                 LONGFORMER,
-                "pass it in as a Python value",
+                "pass the decision in as a Python value",
             ),
         ),
     ),
