@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,8 +80,10 @@ def codegen(
         devices: one per stage.
 
     Raises:
-        VerifyError: a device has no function (a bug in autopipe).
+        VerifyError: the text cannot express the order of the schedule, or a device has no function
+            (bugs in autopipe).
     """
+    _verify_two_passes(scheduled)
     split = next(iter(phased.values())).split
     names = sorted({a.phase for row in scheduled.devices for a in row})
     batch = ", ".join(map(str, sizes))
@@ -113,6 +116,28 @@ def codegen(
     return result
 
 
+def _verify_two_passes(scheduled: Scheduled) -> None:
+    """Check that a step is what the runtime executes: all forwards, then all whole backwards.
+
+    The text has one function for each of the two. Another order would run as this one, with more
+    saved activations than its plan says. Buffers that a stage updates go from one micro-batch to
+    the next, so forwards follow the order of micro-batches too.
+    """
+    order = (*product("F", range(scheduled.chunks)), *product(("RBW",), range(scheduled.chunks)))
+    for device, row in enumerate(scheduled.devices):
+        trains = any(a.phase != "F" for a in row)
+        expected = order if trains else order[: scheduled.chunks]
+        found = tuple((a.phase, a.microbatch) for a in row)
+        if found != expected or {a.stage for a in row} != {device}:
+            raise VerifyError(
+                f"schedule {scheduled.kind!r} cannot be executed: device {device} does not run all"
+                " forwards of one stage, then all its backwards",
+                expected="F of micro-batches 0.., then RBW of micro-batches 0.., of the stage with"
+                " the device's number",
+                found=" ".join(map(str, row)),
+            )
+
+
 def _program(
     name: str,
     direction: str,
@@ -139,8 +164,9 @@ def _forward(split: Split, stage: StagePhases) -> str:
     position = 0
     for name in stage.returns:
         route = split.routes[name]
-        for to in (*route.consumers, *((CALLER,) if route.output is not None else ())):
-            lines.append(f'    run.send("{name}", {k}, {to}, m, results[{position}])')
+        lines += [_sent(name, k, to, position) for to in route.consumers]
+        if route.output is not None:
+            lines.append(_sent(name, k, CALLER, position))
         position += 1
     for name in stage.updates:
         lines.append(f'    run.update_buffer("{name}", {k}, results[{position}])')
@@ -162,9 +188,15 @@ def _backward(split: Split, stage: StagePhases) -> str:
         f"    results = compute(ctx, [{_listed(arguments)}])",
     ]
     for position, name in enumerate(stage.sent_grads):
-        to = split.routes[name].gradient_to(k)
-        lines.append(f'    run.send("grad {name}", {k}, {to}, m, results[{position}])')
+        lines.append(_sent(f"grad {name}", k, split.routes[name].gradient_to(k), position))
     return "\n".join(lines) + "\n"
+
+
+def _sent(value: str, stage: int, to: int | None, position: int) -> str:
+    """Write the call that sends one of a stage's results on."""
+    if to == CALLER:
+        return f'    run.return_to_caller("{value}", m, results[{position}])'
+    return f'    run.send("{value}", {stage}, {to}, m, results[{position}])'
 
 
 def _listed(arguments: Sequence[str]) -> str:

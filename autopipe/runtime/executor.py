@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from .backends import Event, Stream
     from .memory import SavedBytesCounter
 
-CALLER = -1
-"""The stage number that stands for the pipeline's caller."""
-
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -215,21 +212,28 @@ class Run:
         return tensor if strides is None else transfer.with_strides(tensor, strides)
 
     def send(self, value: str, source: int, to: int, m: int, tensor: Tensor) -> None:
-        """Send a value to another stage, as soon as its queue has space, or to the caller.
+        """Send a value to another stage, as soon as its queue has space.
 
         Args:
             value: its name in generated code.
             source: the stage that sends.
-            to: the stage that receives, or `CALLER`.
+            to: the stage that receives.
             m: the micro-batch.
             tensor: on the device of `source`.
         """
-        if to == CALLER:
-            self.results[value, m] = tensor
-            return
         key = (value, to, m)
         self._mailbox.reserve(key, queue_capacity(source, to))
         self._mailbox.put(key, self._moved(tensor, source, to))
+
+    def return_to_caller(self, value: str, m: int, tensor: Tensor) -> None:
+        """Add a value to the step's results, on the device where it was computed.
+
+        Args:
+            value: its name in generated code.
+            m: the micro-batch.
+            tensor: the value.
+        """
+        self.results[value, m] = tensor
 
     def _moved(self, tensor: Tensor, source: int, to: int) -> transfer.SentTensor:
         return transfer.send(tensor, self._workers[source], self._workers[to])

@@ -24,7 +24,8 @@ class ScheduleKind:
         summary: one line for help texts, with the paper.
         virtual_stages: v, the stages per device; the default if users may choose it.
         any_virtual_stages: users may choose any v >= 1.
-        runs_here: the runtime executes it; if False it can only be simulated.
+        runs_here: the runtime executes it; if False it can only be simulated. Today that takes an
+            order of all forwards, then all backwards, of one stage per device (codegen checks it).
     """
 
     name: str

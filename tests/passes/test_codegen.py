@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import linecache
 import re
 import traceback
@@ -22,9 +23,8 @@ from torch.nn import functional as F
 from autopipe.errors import StageError, VerifyError
 from autopipe.passes.codegen import Generated, codegen
 from autopipe.passes.ir.phased import StagePhases
-from autopipe.passes.ir.split import CALLER
 from autopipe.passes.schedule.build import schedule
-from autopipe.runtime import executor
+from autopipe.passes.schedule.kinds import KINDS
 from autopipe.runtime.executor import Run
 from autopipe.runtime.load import load_source
 from autopipe.runtime.random import MicroBatchContext
@@ -189,12 +189,6 @@ def functions(source: str) -> dict[str, ast.FunctionDef]:
     return {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
 
 
-def test_the_caller_has_the_same_number_in_the_text_and_in_the_runtime() -> None:
-    """The runtime imports no pass, so both define it."""
-    assert executor.CALLER == CALLER
-    assert f", {CALLER}, m, results[" in program()
-
-
 def test_the_text_needs_torch_and_a_run_only() -> None:
     tree = ast.parse(program())
     imported = {
@@ -215,6 +209,7 @@ def test_it_calls_methods_of_run_and_of_ctx() -> None:
         "context",
         "receive",
         "send",
+        "return_to_caller",
         "update_buffer",
         "save",
         "pop_saved",
@@ -323,6 +318,38 @@ def test_constants_that_are_no_numbers_of_python() -> None:
 
 
 # ------------------------------------------------------------------------------- rules, dumps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("K", [1, 2])
+def test_only_the_order_that_the_runtime_executes_is_written(kind: str, K: int) -> None:
+    """Whatever the table says of a kind: its order would be lost in the text."""
+    planned = schedule(kind, K, 3)
+    model, x = Layers(4), torch.randn(6, 6)
+    phased = phased_of(split_of(model, planned.stages, x), model, 2, ((x,), {}))
+    write = functools.partial(
+        codegen, planned, {2: phased}, [2] * 3, devices=[CPU] * planned.stages
+    )
+    if KINDS[kind].runs_here:
+        assert len(write().backward) == K
+        return
+    with pytest.raises(VerifyError, match=f"{kind}.*cannot be executed: device") as caught:
+        write()
+    assert str(planned.devices[0][0]) in str(caught.value.found)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_forwards_in_another_order_are_not_written(backward: bool) -> None:
+    """A buffer's update would go from micro-batch 1 to micro-batch 0."""
+    planned = schedule("gpipe", 1, 2, backward=backward)
+    (row,) = planned.devices
+    swapped = dataclasses.replace(planned, devices=((row[1], row[0], *row[2:]),))
+    swapped.verify()
+    model, x = Layers(1), torch.randn(4, 6)
+    phased = phased_of(split_of(model, 1, x), model, 2, ((x,), {}), grad=backward)
+    with pytest.raises(VerifyError, match="cannot be executed: device 0") as caught:
+        codegen(swapped, {2: phased}, [2, 2], [CPU])
+    assert str(caught.value.found).startswith("F0.1 F0.0")
 
 
 def test_generated_text_without_a_device_program() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autopipe.errors import StageError
-from autopipe.runtime.executor import CALLER, Program, Run
+from autopipe.runtime.executor import Program, Run
 from autopipe.runtime.memory import SavedBytesCounter
 from autopipe.runtime.transfer import WorkerDevice
 
@@ -53,7 +53,7 @@ def first(run: Run) -> None:
 
 def last(run: Run) -> None:
     for m in range(3):
-        run.send("z", 1, CALLER, m, run.receive("y", 1, m) + 1)
+        run.return_to_caller("z", m, run.receive("y", 1, m) + 1)
 
 
 def last_backward(run: Run) -> None:

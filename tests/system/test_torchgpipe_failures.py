@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import autopipe
 from autopipe.errors import StageError
-from autopipe.runtime.executor import CALLER, Run
+from autopipe.runtime.executor import Run
 from autopipe.runtime.mailbox import Mailbox
 from tests.support.agreement import assert_agrees
 
@@ -113,8 +113,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     send = Run.send
 
     def watch(self: Run, what: str, source: int, to: int, m: int, tensor: Tensor) -> None:
-        if to != CALLER:
-            seen[what, to, m] = weakref.ref(tensor)
+        seen[what, to, m] = weakref.ref(tensor)
         send(self, what, source, to, m, tensor)
 
     monkeypatch.setattr(Run, "send", watch)
@@ -135,15 +134,14 @@ def test_without_gradients_a_skip_is_gone_after_its_last_use(
 ) -> None:
     """When the last stage hands out micro-batch m, the skip of m-1 is no more."""
     pipe = compiled()
-    skip, left, send = skip_of(pipe), [], Run.send
+    skip, left, return_to_caller = skip_of(pipe), [], Run.return_to_caller
     sent.clear()
 
-    def look(self: Run, what: str, source: int, to: int, m: int, tensor: Tensor) -> None:
-        if to == CALLER:
-            left.append(m and sent[skip, 2, m - 1]() is not None)
-        send(self, what, source, to, m, tensor)
+    def look(self: Run, what: str, m: int, tensor: Tensor) -> None:
+        left.append(m and sent[skip, 2, m - 1]() is not None)
+        return_to_caller(self, what, m, tensor)
 
-    monkeypatch.setattr(Run, "send", look)
+    monkeypatch.setattr(Run, "return_to_caller", look)
     with torch.no_grad():
         pipe(X, GOOD)
     assert left == [0, False, False, False]
