@@ -189,7 +189,7 @@ class PipelineCall:
                 if item.name in ready.updates:
                     buffers[item.name] = tensor
                 tensors.append(tensor)
-            for name in stage.lent:
+            for name in stage.shared:
                 tensors.append(
                     compiled.on(worker, InputKind.PARAMETER, targets[name], written=False)
                 )

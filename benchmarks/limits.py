@@ -48,7 +48,7 @@ def used(plan: autopipe.Plan, model: torch.nn.Module, call: dict[str, Any]) -> l
     for stage in plan.stages:
         own = [model.get_parameter(name) for name in stage.parameters]
         state = [t for p in own for t in optimizer.state[p].values() if t.ndim]
-        # A copy of a lent parameter would be there on a device of its own; here it is the same.
+        # Shared parameters count once: on one device, no stage has a copy of them.
         static.append(sum(t.nbytes for t in [*own, *state]))
     pipe.zero_grad()
     return [n + ledger.peak[k] for k, n in enumerate(static)]

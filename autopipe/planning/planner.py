@@ -170,7 +170,7 @@ def _stage(
         buffer_bytes=sum(
             int(i.spec.nbytes) for i in stage.held if i.kind is not InputKind.PARAMETER
         ),
-        shared_copy_bytes=cost.lent_bytes,
+        shared_copy_bytes=cost.shared_copy_bytes,
         activation_bytes=at_batch(cost.activation_bytes, size),
         saved_bytes=max(saved),
         in_flight=in_flight,

@@ -107,7 +107,7 @@ def _view(split: Split, stage: StageGraph, device: torch.device, batch: int) -> 
         graph_module=stage.graph_module,
         held=tuple(i.name for i in stage.held),
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
-        inputs=tuple(BoundaryTensor.of(split.routes[n]) for n in (*stage.lent, *stage.receives)),
+        inputs=tuple(BoundaryTensor.of(split.routes[n]) for n in (*stage.shared, *stage.receives)),
         outputs=tuple(BoundaryTensor.of(split.routes[n]) for n in stage.returns),
         cost=cost_of_stage(split, stage, batch),
     )

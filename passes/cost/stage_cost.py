@@ -1,7 +1,7 @@
 """Sum up the cost of a stage: over its calls, and the bytes of its parameters.
 
 A parameter takes memory up to four times: its value, its gradient, the optimizer's state, and a
-copy in each other stage that uses it (`lent`), with the gradient that goes back.
+copy in each other stage that uses it (`shared`), with the gradient that goes back.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StageCost:
         parameter_bytes: of the parameters that the stage owns.
         gradient_bytes: of the gradients of those that require one.
         optimizer_bytes: of the optimizer state of those.
-        lent_bytes: of its copies of shared parameters that other stages own.
+        shared_copy_bytes: of its copies of shared parameters that other stages own.
         seconds: estimated forward plus backward on a device. If the device was not measured, only
             ratios between stages are meaningful.
         forward_seconds: the forward's part.
@@ -55,7 +55,7 @@ class StageCost:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    lent_bytes: int
+    shared_copy_bytes: int
     seconds: float
     forward_seconds: float
     backward_seconds: float
@@ -98,7 +98,7 @@ def cost_of_stage(
         parameter_bytes=_bytes(i.spec for i in parameters),
         gradient_bytes=_bytes(trained),
         optimizer_bytes=sum(int(s.numel) * state_bytes for s in trained),
-        lent_bytes=_bytes(split.routes[name].spec for name in stage.lent),
+        shared_copy_bytes=_bytes(split.routes[name].spec for name in stage.shared),
         seconds=forward + backward,
         forward_seconds=forward,
         backward_seconds=backward,

@@ -78,9 +78,9 @@ class Route:
 class StageGraph:
     """One stage's forward, with an explicit signature.
 
-    The graph takes `held`, `lent` and `receives`, in this order, and returns `returns`::
+    The graph takes `held`, `shared` and `receives`, in this order, and returns `returns`::
 
-        stage(*held, *lent, *receives) -> [*returns]
+        stage(*held, *shared, *receives) -> [*returns]
 
     For three linear layers a, b, c with tanh and relu between them, a loss against `y` in the last
     stage, and one layer per stage::
@@ -99,7 +99,7 @@ class StageGraph:
         index: the stage's number.
         graph_module: the forward.
         held: parameters that the stage owns, buffers and constants.
-        lent: names of shared parameters that an earlier stage owns; copied from there once a step.
+        shared: names of parameters that an earlier stage owns; copied from there once a step.
         receives: names of values that arrive with every micro-batch.
         returns: names of values that other stages or the caller need.
         origins: for each node of its graph, its position in the captured graph (-1: none).
@@ -109,7 +109,7 @@ class StageGraph:
     index: int
     graph_module: fx.GraphModule
     held: tuple[Input, ...]
-    lent: tuple[str, ...]
+    shared: tuple[str, ...]
     receives: tuple[str, ...]
     returns: tuple[str, ...]
     origins: tuple[int, ...]
@@ -118,7 +118,7 @@ class StageGraph:
     @property
     def signature(self) -> list[str]:
         """Names of the graph's placeholders, in order."""
-        return [*(i.name for i in self.held), *self.lent, *self.receives]
+        return [*(i.name for i in self.held), *self.shared, *self.receives]
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class Split:
             )
             for k in route.consumers:
                 require(
-                    route.name in (*self.stages[k].lent, *self.stages[k].receives),
+                    route.name in (*self.stages[k].shared, *self.stages[k].receives),
                     f"stage {k} does not receive a value routed to it",
                     node=route.name,
                 )

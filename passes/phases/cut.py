@@ -124,7 +124,7 @@ def _cut_stage(
     """Trace a stage and cut its joint graph, unless an identical stage is in the cache."""
     device, policy = request.devices[stage.index], request.remat[stage.index]
     key: Hashable = (
-        *(stage.fingerprint, len(stage.held), len(stage.lent)),
+        *(stage.fingerprint, len(stage.held), len(stage.shared)),
         *(tuple(inputs), tuple(tangents)),
         *(device.type, request.grad, _autocast(device)),
     )

@@ -46,16 +46,14 @@ def extract_stages(
     outputs = {o.name: i for i, o in enumerate(captured.outputs)}
     routes: dict[str, Route] = {}
     held: dict[int, list[Input]] = defaultdict(list)
-    lent: dict[int, list[str]] = defaultdict(list)
+    shared: dict[int, list[str]] = defaultdict(list)
     receives: dict[int, list[str]] = defaultdict(list)
     returns: dict[int, list[str]] = defaultdict(list)
     for node, needed in users.items():
         item = inputs.get(node.name)
         stages = sorted(needed)
         if item is not None and item.kind in (InputKind.BUFFER, InputKind.CONSTANT):
-            for (
-                k
-            ) in stages:  # read-only copies: one that is written stays in one stage (`op_groups`)
+            for k in stages:  # to read: what is written stays in one stage (`op_groups`)
                 held[k].append(item)
             continue
         if item is None:
@@ -75,7 +73,7 @@ def extract_stages(
             tensor_spec(node), kind, source, tuple(consumers), outputs.get(node.name)
         )
         for k in consumers:
-            (lent if kind == "parameter" else receives)[k].append(node.name)
+            (shared if kind == "parameter" else receives)[k].append(node.name)
     by_name: dict[str, fx.Node] = {}
     ops: dict[int, list[tuple[int, fx.Node]]] = defaultdict(list)
     for position, node in enumerate(captured.graph_module.graph.nodes):
@@ -85,7 +83,8 @@ def extract_stages(
     result = Split(
         annotated,
         tuple(
-            _stage(by_name, ops[k], k, held[k], lent[k], receives[k], returns[k]) for k in range(K)
+            _stage(by_name, ops[k], k, held[k], shared[k], receives[k], returns[k])
+            for k in range(K)
         ),
         routes,
         estimates,
@@ -123,14 +122,14 @@ def _stage(
     ops: Sequence[tuple[int, fx.Node]],
     k: int,
     held: Sequence[Input],
-    lent: Sequence[str],
+    shared: Sequence[str],
     receives: Sequence[str],
     returns: Sequence[str],
 ) -> StageGraph:
     """Copy stage k's ops, with their positions in the whole graph, into a graph of their own."""
     stage = fx.Graph()
     env: dict[fx.Node, Any] = {}
-    for name in [*(i.name for i in held), *lent, *receives]:
+    for name in [*(i.name for i in held), *shared, *receives]:
         env[by_name[name]] = stage.placeholder(name)
         env[by_name[name]].meta = dict(by_name[name].meta)
     batch: list[fx.Node] = []
@@ -154,7 +153,7 @@ def _stage(
         index=k,
         graph_module=fx.GraphModule({}, stage, f"Stage{k}"),
         held=tuple(held),
-        lent=tuple(lent),
+        shared=tuple(shared),
         receives=tuple(receives),
         returns=tuple(returns),
         origins=tuple(position.get(n, -1) for n in stage.nodes),

@@ -54,7 +54,7 @@ def traces_once() -> Iterator[None]:
 
     def cut_once(stage: Any, joint: Any, remat: Any, device: Any) -> Any:
         # Under the names of the first stage with this trace: `phases` gives each its own.
-        key = (id(joint), len(stage.held), len(stage.lent), remat, device)
+        key = (id(joint), len(stage.held), len(stage.shared), remat, device)
         if key not in cuts:
             alive.append(joint)
             cuts[key] = cut_joint(stage, joint, remat, device)

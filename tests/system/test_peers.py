@@ -89,8 +89,8 @@ def test_a_tied_weight_is_used_by_both_stages() -> None:
     first, second = pipeline("tied").stages
     assert "first.weight" in first.parameters
     assert "second.weight" not in second.parameters
-    (lent,) = [b for b in second.inputs if b.kind == "parameter"]
-    assert (lent.source, lent.targets) == (0, (1,))
+    (shared,) = [b for b in second.inputs if b.kind == "parameter"]
+    assert (shared.source, shared.targets) == (0, (1,))
 
 
 def test_the_micro_batches_differ_in_size() -> None:

@@ -112,8 +112,8 @@ ALIASES: dict[str, Body] = {
 def test_names_of_one_parameter(name: str, devices: int, frozen: bool) -> None:
     pipe = pipelined(aliased(ALIASES[name], frozen=frozen), devices=devices)
     assert_agrees(pipe, sample())
-    lent = {b.name for s in pipe.stages for b in s.inputs if b.kind == "parameter"}
-    assert bool(lent) == (devices > 1), "in one stage, or borrowed by others"
+    shared = {b.name for s in pipe.stages for b in s.inputs if b.kind == "parameter"}
+    assert bool(shared) == (devices > 1), "in one stage, or borrowed by others"
     names = [n for s in pipe.stages for n in s.parameters]
     assert len(set(names)) == len(names)
     used = [id(pipe.model.get_parameter(n)) for n in names]

@@ -124,9 +124,9 @@ def test_a_shared_parameter_is_held_once_and_lent() -> None:
     assert sum(c.parameter_bytes for c in costs) == sum(
         p.numel() * p.itemsize for p in model.parameters()
     )
-    borrowers = sum(bool(s.lent) for s in cut.stages)
+    borrowers = sum(bool(s.shared) for s in cut.stages)
     assert borrowers > 0
-    assert sum(c.lent_bytes for c in costs) == borrowers * 20 * 12 * 4
+    assert sum(c.shared_copy_bytes for c in costs) == borrowers * 20 * 12 * 4
 
 
 def test_half_precision_has_state_per_element() -> None:

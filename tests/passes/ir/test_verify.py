@@ -269,9 +269,9 @@ def test_split_with_a_parameter_in_two_stages() -> None:
     shared = route("parameter").name
     first, second = cut().stages
     item = next(i for i in first.held if i.name == shared)
-    # The second stage claims to hold what it is lent: its placeholders come in the same order.
+    # The second stage claims to own what is shared with it; its placeholders have the same order.
     assert second.signature == [*(i.name for i in second.held), shared, *second.receives]
-    bad = with_stage(1, held=(*second.held, item), lent=())
+    bad = with_stage(1, held=(*second.held, item), shared=())
     broken(bad, "a parameter held by two stages", f"node: {shared}")
 
 
@@ -312,7 +312,7 @@ def test_split_prints_stages_and_routes() -> None:
 
 
 SHARED = Route(SPEC, "activation", 1, (3, 4))
-LENT_BY_CALLER = Route(SPEC, "input", CALLER, (0, 2))
+SHARED_BY_CALLER = Route(SPEC, "input", CALLER, (0, 2))
 
 
 @pytest.mark.parametrize(
@@ -321,8 +321,8 @@ LENT_BY_CALLER = Route(SPEC, "input", CALLER, (0, 2))
         (SHARED, 4, None, 3),
         (SHARED, 3, 4, 1),
         (SHARED, 1, 3, None),
-        (LENT_BY_CALLER, 2, None, 0),
-        (LENT_BY_CALLER, 0, 2, CALLER),
+        (SHARED_BY_CALLER, 2, None, 0),
+        (SHARED_BY_CALLER, 0, 2, CALLER),
     ],
 )
 def test_gradients_of_a_shared_value_go_from_holder_to_holder(

@@ -144,7 +144,7 @@ def test_boundaries_are_consistent(name: str) -> None:
             users = sorted({home[u.name] for u in node.users if u.name in home})
             if item.kind is InputKind.PARAMETER:
                 assert [s.index for s in cut.stages if item in s.held] == users[:1]
-                assert [s.index for s in cut.stages if item.name in s.lent] == users[1:]
+                assert [s.index for s in cut.stages if item.name in s.shared] == users[1:]
             elif item.kind is InputKind.INPUT:
                 assert set(users) <= {s.index for s in cut.stages if item.name in s.receives}
                 assert item.name not in cut.routes or cut.routes[item.name].source == CALLER
@@ -369,7 +369,7 @@ def test_a_tied_parameter_lives_in_its_first_stage() -> None:
     (shared,) = [r for r in cut.routes.values() if r.kind == "parameter"]
     assert shared.source == 0
     assert shared.consumers == (1, 2, 3)
-    assert [shared.name in s.lent for s in cut.stages] == [False, True, True, True]
+    assert [shared.name in s.shared for s in cut.stages] == [False, True, True, True]
     item = next(i for i in cut.captured.inputs if i.name == shared.name)
     assert model.get_parameter(item.target) is model.head.weight
 
@@ -451,4 +451,4 @@ def test_specs_survive_the_cut() -> None:
         assert dataclasses.replace(route.spec) == route.spec
         assert route.spec.dtype is torch.float32
         assert [str(s) for s in route.spec.shape] == ["B", "8"]
-    assert pytree.tree_leaves([s.lent for s in cut.stages]) == []
+    assert pytree.tree_leaves([s.shared for s in cut.stages]) == []

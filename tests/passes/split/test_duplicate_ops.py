@@ -273,7 +273,7 @@ def test_a_lookup_moves_to_its_table_or_to_its_user(
     found = annotate(captured_of(Late(tokens), *ids))
     cut = split(found, on(replace(DEFAULT, link=Link(1.0)), 2))
     assert homes(cut, "embedding") == expected
-    assert bool(cut.stages[1].lent) == (expected == [0, 1])
+    assert bool(cut.stages[1].shared) == (expected == [0, 1])
 
 
 class Early(nn.Module):

@@ -125,7 +125,7 @@ def expected_bytes(cut: Split, wanted: Objective, k: int) -> int:
     parted = {node.name for node in OpCosts(annotated, wanted).shared_parameters}
     for name in parted & own.keys():  # gradients wait from the others; two more while they add up
         total += (min(n, 3) + 2) * at_batch(own[name].spec.nbytes, SIZE)
-    total += sum(2 * at_batch(cut.routes[name].spec.nbytes, SIZE) for name in stage.lent)
+    total += sum(2 * at_batch(cut.routes[name].spec.nbytes, SIZE) for name in stage.shared)
     costs = [annotated.costs[node.name].saved_bytes for node in cut.calls[k]]
     saved = sum(at_batch(cost, SIZE) for cost in costs)
     total += math.ceil(saved + (n - 1) * saved_of(cut, wanted, k))
