@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from autopipe.batch import batch_of
+from autopipe.batch_dims import batch_of
 from autopipe.call_signature import flatten
 from autopipe.module import Pipeline
 from autopipe.options import parse_options

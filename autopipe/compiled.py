@@ -16,7 +16,7 @@ from autopipe.passes.driver import Lowered, lower_to_code, phases_by_size
 from autopipe.passes.ir import InputKind
 from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
 from autopipe.planning.fitting import missing_bytes
-from autopipe.planning.planner import make_plan, modeled_timers
+from autopipe.planning.make_plan import make_plan, modeled_timers
 from autopipe.progress import silent
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Program

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autopipe.batch import batch_of
+from autopipe.batch_dims import batch_of
 from autopipe.call_guards import refuse_transforms
 from autopipe.call_signature import CallInputs, flatten
 from autopipe.errors import OptionError

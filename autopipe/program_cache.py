@@ -27,7 +27,7 @@ from autopipe.passes.phases import TraceCache
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
 from autopipe.planning.choice import choose
-from autopipe.planning.planner import planned_cut
+from autopipe.planning.make_plan import planned_cut
 from autopipe.progress import Progress
 from autopipe.runtime import microbatch
 from autopipe.runtime.transfer import WorkerDevice

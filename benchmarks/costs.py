@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from autopipe.batch import batch_of
+from autopipe.batch_dims import batch_of
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
 from autopipe.passes.capture.request import CaptureRequest

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from autopipe.batch import batch_of
+from autopipe.batch_dims import batch_of
 from autopipe.call_signature import flatten
 from autopipe.options import parse_options
 from autopipe.passes.capture.request import CaptureRequest

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from autopipe.batch import batch_of
+from autopipe.batch_dims import batch_of
 from autopipe.call_signature import flatten
 from autopipe.options import parse_options
 from autopipe.passes._torch import lazy_graph_code
@@ -31,7 +31,7 @@ from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.cost.stage_cost import cost_of_stage
 from autopipe.passes.driver import cut_into_stages, phases_by_size
 from autopipe.passes.split.objective import objective_of
-from autopipe.planning.planner import make_plan, modeled_timers
+from autopipe.planning.make_plan import make_plan, modeled_timers
 from autopipe.tensor_meta import training_request
 from benchmarks.models import gpt2
 from benchmarks.transformer_l import on_meta

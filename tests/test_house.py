@@ -30,8 +30,8 @@ FLOORS = (
 LAYERS = (
     {"errors"},
     {"passes", "runtime", "progress", "typed_json", "target", "formatting"},
-    {"report", "planning", "profile", "options", "option_parsing", "batch", "tensor_meta"}
-    | {"parameters", "results"},
+    {"report", "planning", "profile", "options", "option_parsing", "batch_dims"}
+    | {"parameters", "results", "tensor_meta"},
     {"call_guards", "call_signature", "model_state_key", "module_proxy", "compiled"},
     {"pipeline_call", "program_cache", "verification"},
     {"module"},

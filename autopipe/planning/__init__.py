@@ -5,7 +5,7 @@ Read in this order:
     `plan_parts`       the parts of a plan: stages, times, segments
     `plan_data`        the data of a plan, and what follows from them
     `plans`            `Plan`: a plan that can be checked, printed, saved and loaded
-    `planner`          a split program and its phases → a plan
+    `make_plan`        a split program and its phases → a plan
     `fitting`          the policies with which a cut fits its memory limits
     `estimate_errors`  correct estimates by what traces show
     `cut_trials`       the best cut for one number of micro-batches

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autopipe.errors import MemoryLimitError, UnsupportedError
 from autopipe.passes.cost import CallSeconds
-from autopipe.planning.planner import make_plan, modeled_timers
+from autopipe.planning.make_plan import make_plan, modeled_timers
 from autopipe.planning.profile_calls import Timing, device_name, profile
 from autopipe.planning.profile_stages import measured_timers
 from autopipe.planning.remedies import remedies

@@ -23,7 +23,7 @@ import torch
 
 from autopipe.passes.codegen import HEADER, stage_function
 from autopipe.passes.cost import PhaseSeconds, phase_seconds
-from autopipe.planning.planner import StageTimer
+from autopipe.planning.make_plan import StageTimer
 from autopipe.planning.profile_calls import device_name, filled
 from autopipe.runtime import workers
 from autopipe.runtime.backends import backend_of

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from autopipe.errors import PartitionError
 from autopipe.passes.remat_policies import LADDER
-from autopipe.planning.planner import modeled_timers
+from autopipe.planning.make_plan import modeled_timers
 from autopipe.planning.search import chunk_counts
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
 from autopipe.planning.cut_trials import CutTrials, missing_or_inf, step_bound
 from autopipe.planning.fitting import Candidate, FittedCut, refine_policies
-from autopipe.planning.planner import make_plan
+from autopipe.planning.make_plan import make_plan
 from autopipe.runtime import microbatch
 from autopipe.tensor_meta import training_request
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import Annotated, Split
     from autopipe.passes.remat_policies import RematPolicy
     from autopipe.passes.split import Objective
-    from autopipe.planning.planner import StageTimer
+    from autopipe.planning.make_plan import StageTimer
 
 BOUND_TOLERANCE = 0.9
 """A traced plan may be faster than the bound by per-call costs, down to this fraction of it."""

@@ -1,6 +1,6 @@
 """Policies for a cut, on stages whose memory is given by a table; truth is every combination.
 
-Covers planning/planner.py (with `test_plans`, which checks its numbers).
+Covers planning/make_plan.py (with `test_plans`, which checks its numbers).
 """
 
 from __future__ import annotations

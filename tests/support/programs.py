@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autopipe.batch import batch_of
+from autopipe.batch_dims import batch_of
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.model import capture
 from autopipe.passes.capture.request import CaptureRequest

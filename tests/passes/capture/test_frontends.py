@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import autopipe
 from autopipe import target
-from autopipe.batch import batch_of
+from autopipe.batch_dims import batch_of
 from autopipe.call_signature import flatten
 from autopipe.errors import AutopipeError, OptionError
 from autopipe.passes.capture import frontends

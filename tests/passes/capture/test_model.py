@@ -2,7 +2,7 @@
 
 Where a model can be captured, results must equal those of eager torch on the whole batch; see
 `tests.support.agreement`. Covers capture/tracing.py (names, examples), capture/exporting.py (what
-is refused), capture/normalize.py, capture/inlining.py (placeholders and ops) and batch.py.
+is refused), capture/normalize.py, capture/inlining.py (placeholders and ops) and batch_dims.py.
 """
 
 from __future__ import annotations
