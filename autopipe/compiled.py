@@ -110,7 +110,7 @@ class CompiledModel:
         self.model, self.options, self.workers, self.split = model, options, workers, split
         captured = split.captured
         self.parameters = tuple(i for i in captured.inputs if i.kind is InputKind.PARAMETER)
-        self.calls = tuple(i for i in captured.inputs if i.kind is InputKind.INPUT)
+        self.call_inputs = tuple(i for i in captured.inputs if i.kind is InputKind.INPUT)
         self.expected = usual_outputs(captured)
         self._fits: dict[int, bool] = {}
         self._programs: dict[ProgramKey, CompiledProgram] = {}
@@ -202,7 +202,7 @@ class CompiledModel:
         captured, leaves = self.split.captured, inputs.leaves
         sizes = microbatch.sizes(inputs.batch, self.options.resolved.chunks)
         parameters = tuple(self._tensor(i) for i in self.parameters)
-        tensors = [*(leaves[i.index] for i in self.calls), *parameters]
+        tensors = [*(leaves[i.index] for i in self.call_inputs), *parameters]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         key = ProgramKey(
             sizes,

@@ -46,7 +46,7 @@ class PipelineCall:
         self.leaves, self.memory = leaves, memory
         self.sizes = ready.program.sizes
         self.seed = step_seed() if ready.program.is_random else 0
-        self.inputs = [i for i in compiled.calls if leaves[i.index].requires_grad]
+        self.inputs = [i for i in compiled.call_inputs if leaves[i.index].requires_grad]
         tensors = [(i, compiled.tensor(i.kind, i.target)) for i in compiled.parameters]
         self.parameters = [i for i, tensor in tensors if tensor.requires_grad]
         self.wanted: list[Tensor] = [leaves[i.index] for i in self.inputs]
@@ -66,7 +66,7 @@ class PipelineCall:
             self._versions = [t._version for t in self.wanted]
             self._buffers |= {name: b.clone() for name, b in run.buffers.items()}
         run.execute("forward")
-        devices = [self.leaves[i.index].device for i in self.compiled.calls]
+        devices = [self.leaves[i.index].device for i in self.compiled.call_inputs]
         gathered = results.gather_outputs(
             self.compiled.split.captured.outputs,
             run.results,
@@ -152,7 +152,7 @@ class PipelineCall:
         buffers: dict[str, Tensor] = {}
         held = self._held(ready, before, buffers)
         run = Run(ready.program, held, buffers, self.seed, self.memory)
-        for item in self.compiled.calls:
+        for item in self.compiled.call_inputs:
             route = self.compiled.split.routes.get(item.name)
             if route is None:
                 continue

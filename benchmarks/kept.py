@@ -55,7 +55,7 @@ def show(name: str, model: torch.nn.Module, args: Any, kwargs: Any) -> None:
         request = training_request(model, split, leaves, [SIZE], options.devices, (policy,) * 2)
         phased = phases_by_size(request, traced)[SIZE]
         kept, again = [], []
-        for stage, calls in zip(split.stages, split.calls, strict=True):
+        for stage, calls in zip(split.stages, split.ops, strict=True):
             read = costs.read_by_backward
             used = {s.name for node in calls for s in node.all_input_nodes if s in read}
             received = [n for n in stage.receives if policy.saves_received or n in used]

@@ -75,7 +75,7 @@ def codegen(
 
     Args:
         scheduled: the order of actions.
-        phased: the stages cut in time, by micro-batch size.
+        phased: the stages cut into phases, by micro-batch size.
         sizes: samples in each micro-batch.
         devices: one per stage.
 

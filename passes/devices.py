@@ -125,7 +125,7 @@ class Device:
         memory_bytes: memory size.
         link: connection to another device of the same kind.
         fractions: the fractions of these peaks that are reached.
-        launch_seconds: overhead of each call.
+        launch_seconds: overhead of each op.
         tf32: whether fp32 products may use TF32 (torch's default: they may not).
         names_in_torch: parts of `torch.cuda.get_device_name` by which such a GPU is recognized, in
             lower case; empty for a device that is no GPU. Whole words count: "l4" is not in "L40S".
@@ -150,7 +150,7 @@ class Device:
         return self.tf32_flops if self.tf32 else self.fp32_flops
 
     def seconds(self, flops: float, nbytes: float, kind: str, precision: str) -> float:
-        """Return the roofline time of one call.
+        """Return the roofline time of one op.
 
         Args:
             flops: floating-point operations.
@@ -159,7 +159,7 @@ class Device:
             precision: one of `PRECISIONS`.
 
         Returns:
-            Seconds; 0 for a call that neither computes nor moves anything (a view launches no
+            Seconds; 0 for an op that neither computes nor moves anything (a view launches no
             kernel).
 
         Raises:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from autopipe.passes.schedule import Timeline
 
 DESCRIPTION = """\
-Play one training step of a schedule out in time and draw it: a row a device; digits are forwards,
-letters backwards, capitals W apart from its B, ' R apart from it, dots are waiting. Times have no
-unit of their own."""
+Simulate one training step of a schedule and draw it, one row per device: digits are forwards,
+letters backwards, capitals a W that is apart from its B, ' an R that is apart from its B, dots are
+idle time. Times are in any unit: the one that you use for --forward and --backward."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:

@@ -135,9 +135,9 @@ def _recut_by_measured_stages(search: Search, chosen: Candidate, batch: int) -> 
     for _ in range(REFINEMENTS):
         assert search.measured is not None
         times = dict(search.measured(max(first.sizes)))
-        for k, calls in enumerate(chosen.split.calls):
+        for k, ops in enumerate(chosen.split.ops):
             factor = chosen.plan.stages[k].seconds / max(chosen.split.estimates.seconds[k], 1e-12)
-            times |= {n.name: CallSeconds(*(factor * t for t in times[n.name])) for n in calls}
+            times |= {n.name: CallSeconds(*(factor * t for t in times[n.name])) for n in ops}
         search = replace(search, measured=_constant(times))
         try:
             again = search.best(batch)

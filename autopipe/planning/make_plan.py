@@ -152,12 +152,11 @@ def _stage(
 ) -> StagePlan:
     """Plan one stage; `phased` is by size, the largest first, `nbytes` by micro-batch."""
     k, size = stage.index, phased[0].size
-    calls = split.calls[k]
     cost = cost_of_stage(split, stage, size)
     saved = [n.saved for n in nbytes]
     return StagePlan(
         first=split.firsts[stage.index],
-        calls=len(calls),
+        calls=len(split.ops[k]),
         device=str(options.devices[k]),
         speeds=timer.name,
         remat=phased[0].remat[k].name,

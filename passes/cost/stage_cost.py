@@ -1,4 +1,4 @@
-"""Sum up the cost of a stage: over its calls, and the bytes of its parameters.
+"""Sum up the cost of a stage: over its ops, and the bytes of its parameters.
 
 A parameter takes memory up to four times: its value, its gradient, the optimizer's state, and a
 copy in each other stage that uses it (`shared`), with the gradient that goes back.
@@ -32,7 +32,7 @@ class StageCost:
         recompute_flops: of what the backward recomputes if only received values are saved.
         moved_bytes: bytes read and written by its forward.
         backward_bytes: bytes read and written by its backward.
-        activation_bytes: bytes of memory that its forward's calls allocate.
+        activation_bytes: bytes of memory that its forward's ops allocate.
         saved_bytes: the part of these that autograd saves for the backward.
         parameter_bytes: of the parameters that the stage owns.
         gradient_bytes: of the gradients of those that require one.
@@ -78,10 +78,10 @@ def cost_of_stage(
         device: device model for the times.
         state_bytes: bytes of optimizer state per element of a trained parameter.
     """
-    calls = split.calls[stage.index]
-    costs = [split.annotated.costs[n.name] for n in calls]
-    repeated = recomputed_calls(calls, split.annotated.flows)
-    recomputed = [split.annotated.costs[n.name] for n in calls if n in repeated]
+    ops = split.ops[stage.index]
+    costs = [split.annotated.costs[n.name] for n in ops]
+    repeated = recomputed_calls(ops, split.annotated.flows)
+    recomputed = [split.annotated.costs[n.name] for n in ops if n in repeated]
     parameters = [i for i in stage.held if i.kind is InputKind.PARAMETER]
     trained = [i.spec for i in parameters if i.requires_grad]
     times = {cost: call_seconds(cost, device, batch) for cost in set(costs)}
@@ -107,10 +107,10 @@ def cost_of_stage(
 
 
 def sum_costs(costs: Iterable[NodeCost], fact: str) -> sympy.Expr:
-    """Sum one field of `NodeCost` over calls.
+    """Sum one field of `NodeCost` over ops.
 
     Args:
-        costs: of the calls.
+        costs: of the ops.
         fact: name of a field that holds expressions.
     """
     counted: dict[sympy.Expr, int] = {}  # adding expressions is slow, so equal ones are counted

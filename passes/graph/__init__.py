@@ -1,13 +1,13 @@
 """Questions about fx graphs, and small edits of them, that several passes share.
 
 In: fx graphs whose nodes carry fake tensors in `meta["val"]`.
-Out: answers (sizes in `B`, tensors, memory owners, side effects, source lines), appended calls, and
+Out: answers (sizes in `B`, tensors, memory owners, side effects, source lines), appended ops, and
 a fake tensor mode with the strides of real kernels.
 
 Read the files in this order:
 
-    `fx_utils`         sizes, tensors, side effects, views of a node; append calls; fingerprints
-    `mutations`        which calls write to whose memory
+    `fx_utils`         sizes, tensors, side effects, views of a node; append ops; fingerprints
+    `mutations`        which ops write to whose memory
     `source_location`  which lines are the user's code; warnings at the user's line
     `fake_strides`     fake tensors with the strides of real kernels
     `numerics`         equality up to rounding

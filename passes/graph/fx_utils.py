@@ -1,4 +1,4 @@
-"""Sizes, tensors, side effects and views of fx nodes; appending calls; fingerprints of graphs."""
+"""Sizes, tensors, side effects and views of fx nodes; appending ops; fingerprints of graphs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tensor_spec(node: fx.Node) -> TensorSpec:
 
 
 def source_line(node: fx.Node) -> str | None:
-    """Return ``file:line`` of the call in the model that a node comes from, or None."""
+    """Return ``file:line`` of the op in the model that a node comes from, or None."""
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
     users = [f"{file}:{line}" for file, line in frames if is_user_file(file)]
     return users[-1] if users else None
@@ -67,7 +67,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def has_side_effect(node: fx.Node) -> bool:
-    """Whether a call writes to one of its arguments, so that it matters without its result."""
+    """Whether an op writes to one of its arguments, so that it matters without its result."""
     schema = getattr(node.target, "_schema", None)
     return (schema is not None and schema.is_mutable) or node.target in HIDDEN_WRITES
 
@@ -83,7 +83,7 @@ HIDDEN_WRITES = {  # operator → (positions written, position of the flag that 
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """Return the arguments of a call that it changes in place."""
+    """Return the arguments of an op that it changes in place."""
     if node.target in HIDDEN_WRITES:
         positions, flag = HIDDEN_WRITES[node.target]
         written = [node.args[p] for p in positions] if node.args[flag] else []
@@ -101,7 +101,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def view_base(node: fx.Node) -> fx.Node | None:
-    """Return the node that a call's result is a view of (or is itself); None if it is no view.
+    """Return the node that an op's result is a view of (or is itself); None if it is no view.
 
     If the operator's schema says that a result aliases an argument, that is the first argument.
     """
@@ -113,7 +113,7 @@ def view_base(node: fx.Node) -> fx.Node | None:
 
 
 def memory_owner(node: fx.Node) -> fx.Node:
-    """Return the call or placeholder that allocated the memory of a value."""
+    """Return the op or placeholder that allocated the memory of a value."""
     while (source := view_base(node)) is not None:
         node = source
     return node
@@ -129,9 +129,9 @@ def memory_owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def remove_dead_calls(graph: fx.Graph) -> None:
-    """Erase the calls whose results are unused and that have no side effect.
+    """Erase the ops whose results are unused and that have no side effect.
 
-    (fx's own dead code elimination keeps random calls. Here a draw does not depend on other draws.)
+    (fx's own dead code elimination keeps random ops. Here a draw does not depend on other draws.)
     """
     for node in reversed(graph.nodes):
         if (
@@ -191,7 +191,7 @@ def functional_variant(target: Any) -> Any:
 
 
 def add_call(graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Node:
-    """Append a call to a captured graph, with its metadata computed by running it on fake tensors.
+    """Append an op to a captured graph, with its metadata computed by running it on fake tensors.
 
     Args:
         graph: the graph.
@@ -218,7 +218,7 @@ def add_size(graph: fx.Graph, target: Callable[..., Any], /, *args: Any) -> fx.N
 
 
 def emit_batch_size(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorSpec]]) -> fx.Node:
-    """Append calls that compute `B` from the shape of a tensor.
+    """Append ops that compute `B` from the shape of a tensor.
 
     Args:
         graph: the graph.
@@ -245,7 +245,7 @@ def emit_batch_size(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorS
 
 
 def emit_size(value: Any, batch: Callable[[], fx.Node]) -> fx.Node | int:
-    """Return a size as an integer, or append calls that compute it from the batch size.
+    """Return a size as an integer, or append ops that compute it from the batch size.
 
     Args:
         value: the size, maybe symbolic.
@@ -256,9 +256,9 @@ def emit_size(value: Any, batch: Callable[[], fx.Node]) -> fx.Node | int:
 
 
 def fingerprint(graph: fx.Graph) -> str:
-    """Hash a graph: equal for graphs with the same calls on the same arguments, under any names.
+    """Hash a graph: equal for graphs with the same ops on the same arguments, under any names.
 
-    (`static` is included because a static call draws its random numbers with another key.)
+    (`static` is included because a static op draws its random numbers with another key.)
     """
     index = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
     rows = [

@@ -1,4 +1,4 @@
-"""Find which calls write to whose memory, for passes that move calls within a program."""
+"""Find which ops write to whose memory, for passes that move ops within a program."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class InPlaceWrites:
                 self._calls.setdefault(owner, []).append(node)
 
     def writers_of(self, node: fx.Node) -> list[fx.Node]:
-        """Return the calls that write to the memory of `node`, in order.
+        """Return the ops that write to the memory of `node`, in order.
 
         None if no call of the graph allocated that memory.
         """

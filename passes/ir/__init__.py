@@ -2,8 +2,8 @@
 
     Captured   one forward graph of the whole model, its batch dimension symbolic
     Annotated  the same, with the cost of every call
-    Split      K stage graphs and the values that cross between them (cut in space)
-    Phased     each stage's joint forward and backward graph, cut into F, R, B and W (cut in time)
+    Split      K stage graphs and the values that cross between them
+    Phased     each stage's joint forward and backward graph, cut into F, R, B and W
 
 All are frozen. Sizes are sympy expressions in the batch size `B`. `verify()` raises `VerifyError`
 on a program that breaks the rules of its type; `str()` prints it for a person. (`Scheduled` and

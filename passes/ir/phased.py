@@ -136,15 +136,15 @@ class StagePhases:
 
 @dataclass(frozen=True, eq=False)
 class Phased:
-    """All stages cut in time, for one micro-batch size.
+    """All stages cut into phases, for one micro-batch size.
 
     Attributes:
-        split: the stages in space.
+        split: the stages.
         size: samples in the micro-batch.
         remat: for each stage, the rematerialization policy that chose `saved`.
         differentiable: names of the outputs that depend on a tensor which requires a gradient.
         differentiated: the outputs among them that will get a gradient; none for inference.
-        stages: the stages in time; identical ones share their graph.
+        stages: each stage with its phases; identical ones share their graph.
     """
 
     split: Split

@@ -1,4 +1,4 @@
-"""`Split`, the cut in space: the stages' forward graphs and the routes of values between them."""
+"""`Split`: the stages' forward graphs and the routes of values between them."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class Split:
         return self.annotated.captured
 
     @cached_property
-    def calls(self) -> tuple[tuple[fx.Node, ...], ...]:
+    def ops(self) -> tuple[tuple[fx.Node, ...], ...]:
         """For each stage its ops, as nodes of the captured graph.
 
         (Not by name: sizes that a stage computes in its own graph may take the names of ops.)
@@ -194,8 +194,8 @@ class Split:
     def firsts(self) -> tuple[str | None, ...]:
         """The first op of each stage that no earlier stage computes as well; None: it has none."""
         own = (
-            (n.name for n in calls if self.duplicated.get(n.name, (k,))[0] == k)
-            for k, calls in enumerate(self.calls)
+            (n.name for n in ops if self.duplicated.get(n.name, (k,))[0] == k)
+            for k, ops in enumerate(self.ops)
         )
         return tuple(next(names, None) for names in own)
 

@@ -1,4 +1,4 @@
-"""Cut each stage in time: trace its joint forward and backward graph, assign every call to a phase.
+"""Trace each stage's joint forward and backward graph, and assign every op to a phase.
 
     F  forward
     R  recompute what the backward needs and F did not save
@@ -7,7 +7,7 @@
 
 In: `PhaseRequest`: a `Split` (stage graphs), metadata of its inputs by micro-batch size, devices, a
 rematerialization policy per stage.
-Out: `Phased`: for each stage a pure joint graph and the phase of each call.
+Out: `Phased`: for each stage a pure joint graph and the phase of each op.
 
 Read the files in this order:
 
@@ -15,7 +15,7 @@ Read the files in this order:
     `cut`                 Split -> Phased: trace every stage, cut its joint graph
     `joint_trace`         one stage graph -> its joint forward and backward graph
     `stage_runner`        runs a stage graph on fake tensors while it is traced
-    `lower_random`        random calls become keyed draws of the runtime's `ctx`; other clean-up
+    `lower_random`        random ops become keyed draws of the runtime's `ctx`; other clean-up
     `function_constants`  constants that a custom autograd.Function creates
     `assign_phases`       one joint graph -> F, R, B and W, by reachability
     `select_saved`        which values F saves for the backward, by policy

@@ -1,4 +1,4 @@
-"""Split -> Phased: trace every stage and cut its joint graph into phases (cut in time).
+"""Split -> Phased: trace every stage and cut its joint graph into phases.
 
 A walk from the first stage to the last finds the metadata of all values between stages. A walk back
 traces each stage with the gradients that it receives. Identical stages are traced once.

@@ -1,4 +1,4 @@
-"""Clean a traced joint graph and lower random calls to keyed draws of the runtime's `ctx`."""
+"""Clean a traced joint graph and lower random ops to keyed draws of the runtime's `ctx`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ aten = torch.ops.aten
 CONTEXT = "ctx"
 """First placeholder of every joint graph: the object through which a stage's code uses the runtime.
 
-Its methods are `draw` (a keyed random call), `in_suggested_format` (a tensor, dense in the memory
-format that its strides suggest), `with_grad` (a call with gradients enabled) and `accumulate`."""
+Its methods are `draw` (a keyed random op), `in_suggested_format` (a tensor, dense in the memory
+format that its strides suggest), `with_grad` (an op with gradients enabled) and `accumulate`."""
 
 RNN_WORKSPACE = 22
 """Position of oneDNN's workspace among the arguments of its LSTM backward."""
@@ -30,9 +30,9 @@ LAYOUT_SENSITIVE = (aten.native_group_norm.default, aten.native_group_norm_backw
 
 
 def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDraw, ...]:
-    """Drop calls that do nothing below autograd, and lower some calls to methods of `ctx`.
+    """Drop ops that do nothing below autograd, and lower some ops to methods of `ctx`.
 
-    A random call (`autopipe.passes.graph.is_random`) becomes a keyed draw. What it draws depends on
+    A random op (`autopipe.passes.graph.is_random`) becomes a keyed draw. What it draws depends on
     its key alone, so recomputation draws the same numbers and the order of execution does not
     matter.
 
@@ -45,10 +45,10 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
 
     Args:
         graph: changed in place.
-        static: positions, in the stage graph, of the calls that do not depend on the batch.
+        static: positions, in the stage graph, of the ops that do not depend on the batch.
 
     Returns:
-        The key of each draw; `call` is the position of its call in the stage graph.
+        The key of each draw; `call` is the position of its op in the stage graph.
     """
     with graph.inserting_before(next(iter(graph.nodes))):
         ctx = graph.placeholder(CONTEXT)

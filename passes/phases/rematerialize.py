@@ -1,6 +1,6 @@
 """Rewrite a joint graph so that it spells out what the backward recomputes.
 
-F comes first. The backward follows in its own order, with each recomputing call of R just before
+F comes first. The backward follows in its own order, with each recomputing op of R just before
 its first use, so that a recomputed value lives no longer than it must.
 """
 
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 class JointRewriter:
-    """Writes a joint graph again, with R's calls spelled out before their first use.
+    """Writes a joint graph again, with R's ops spelled out before their first use.
 
     Args:
         forward: the nodes that F computes.
@@ -27,7 +27,7 @@ class JointRewriter:
 
     Attributes:
         graph: the graph written so far.
-        phase_of: the phase of every call written so far ("W" stands for B or W).
+        phase_of: the phase of every op written so far ("W" stands for B or W).
         saved_names: names of the values that the backward takes from F, in the order of first use.
     """
 
@@ -71,7 +71,7 @@ class JointRewriter:
     def write_calls(
         self, joint: fx.Graph, forward_results: Sequence[Any], gradients: Sequence[Any]
     ) -> fx.Graph:
-        """Write all calls, F's first, and the output.
+        """Write all ops, F's first, and the output.
 
         Args:
             joint: the graph to rewrite.
@@ -112,7 +112,7 @@ class JointRewriter:
     def _backward_value(self, node: fx.Node) -> fx.Node:
         """Return the node that the backward uses for a value: saved by F, or recomputed.
 
-        Depth first with a list instead of recursion: a stage's forward may be thousands of calls
+        Depth first with a list instead of recursion: a stage's forward may be thousands of ops
         deep.
         """
         todo = [node]

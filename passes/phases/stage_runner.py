@@ -85,7 +85,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _attribute_backward(function: Any, origin: tuple[int, str | None], seen: set[Any]) -> None:
-    """Attribute what autograd's new functions will record to the call that created them."""
+    """Attribute what autograd's new functions will record to the op that created them."""
     todo = [function]
     while todo:
         top = todo.pop()
@@ -96,7 +96,7 @@ def _attribute_backward(function: Any, origin: tuple[int, str | None], seen: set
 
 
 def _region(node: fx.Node, device: torch.device) -> Any:
-    """Return the autocast region that a call was captured in, for the stage's device."""
+    """Return the autocast region that an op was captured in, for the stage's device."""
     if "autocast" not in node.meta:
         return nullcontext()
     _, dtype, enabled, _ = node.meta["autocast"]
@@ -117,7 +117,7 @@ def _on_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> d
 
 
 def _is_factory(target: Any) -> bool:
-    """Whether a call such as arange creates tensors on the default device if it names none."""
+    """Whether an op such as arange creates tensors on the default device if it names none."""
     schema = getattr(target, "_schema", None)
     if schema is None or not any(a.name == "device" for a in schema.arguments):
         return False

@@ -1,4 +1,4 @@
-"""Split: choose a stage for every op and extract the stage graphs (the cut in space).
+"""Split: choose a stage for every op and extract the stage graphs.
 
 In: `Annotated`, a captured graph with the costs of its ops; an `Objective`: devices, micro-batch
 size, policies and limits; or the `PlannedCut` that a plan stores.

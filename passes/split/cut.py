@@ -1,4 +1,4 @@
-"""Annotated → Split: K stage graphs with explicit boundary values (the cut in space)."""
+"""Annotated → Split: K stage graphs with explicit boundary values."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def split(
     if assignment is None and stages > len(groups.starts):
         raise PartitionError(
             f"the model cannot be cut into {stages} stages",
-            expected=f"at least {stages} groups of calls that can be in different stages",
-            found=f"{len(costs.ops)} calls, {max(0, len(groups.starts) - 1)} positions to cut at",
+            expected=f"at least {stages} groups of ops that can be in different stages",
+            found=f"{len(costs.ops)} ops, {max(0, len(groups.starts) - 1)} positions to cut at",
             remedy="use fewer devices",
         )
     if assignment is None:
@@ -81,7 +81,7 @@ def split(
     graph = result.captured.graph_module.graph
     if planned is not None and must_fit and fingerprint(graph) != planned.graph:
         warn_at_user_line(
-            "the plan was made for a graph that differs from the model's in some calls: it is"
+            "the plan was made for a graph that differs from the model's in some ops: it is"
             " cut as planned, but what was predicted may not hold"
         )
     return result

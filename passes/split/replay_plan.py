@@ -56,7 +56,7 @@ def _runs(split: Split) -> tuple[tuple[str, int], ...]:
         return ()
     nodes = list(captured.graph_module.graph.nodes)
     stage_of: dict[fx.Node, int] = {}
-    for k, ops in enumerate(split.calls):
+    for k, ops in enumerate(split.ops):
         for node in ops:
             stage_of.setdefault(node, k)
     placed = sorted(

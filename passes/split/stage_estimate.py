@@ -67,7 +67,7 @@ def estimate_stages(split: Split, objective: Objective) -> StageEstimates:
         objective: devices, policies and limits, as many as the cut has stages.
     """
     assignment: Assignment = {}
-    for k, ops in enumerate(split.calls):
+    for k, ops in enumerate(split.ops):
         for node in ops:
             assignment[node] = (*assignment.get(node, ()), k)
     return estimate_assignment(OpCosts(split.annotated, objective), assignment)

@@ -53,7 +53,7 @@ def test_flops_of_stages_are_those_of_their_joint_graphs(name: str) -> None:
         # A product that lays its argument out anew counts as run again, if that is all that is.
         again = at_batch(cost.recompute_flops, SIZE) - counted(phases, "R")
         products = [
-            at_batch(annotated.costs[n.name].forward_flops, SIZE) for n in cut.calls[stage.index]
+            at_batch(annotated.costs[n.name].forward_flops, SIZE) for n in cut.ops[stage.index]
         ]
         spared = [flops for flops in products if flops][-1:] if name == "transformer" else []
         assert again in (0, *spared)
@@ -141,7 +141,7 @@ def test_half_precision_has_state_per_element() -> None:
 def test_seconds_of_a_stage_are_its_calls() -> None:
     _, _, annotated = known("unet")
     cut = split(annotated, objective_for(STAGES, SIZE))
-    for stage, own in zip(cut.stages, cut.calls, strict=True):
+    for stage, own in zip(cut.stages, cut.ops, strict=True):
         cost = cost_of_stage(cut, stage, SIZE)
         times = [call_seconds(annotated.costs[n.name], DEFAULT, SIZE) for n in own]
         assert cost.seconds == pytest.approx(sum(t.forward + t.backward for t in times))

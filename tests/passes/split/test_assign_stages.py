@@ -139,7 +139,7 @@ def test_only_the_order_changes() -> None:
     assert [before[cut.captured.original_position(at)].name for at in range(len(after))] == [
         node.name for node in after
     ]
-    assert [n.name for calls in cut.calls for n in calls] == [
+    assert [n.name for ops in cut.ops for n in ops] == [
         n.name for n in after if n.op == "call_function" and n.name in FOUR.costs
     ]
     x = torch.randn(3, 256)

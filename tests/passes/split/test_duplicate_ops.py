@@ -118,7 +118,7 @@ def test_a_slow_link_duplicates_and_a_fast_one_sends() -> None:
 
 
 def cut_node(cut: Split, name: str) -> fx.Node:
-    return next(n for calls in cut.calls for n in calls if n.name == name)
+    return next(n for ops in cut.ops for n in ops if n.name == name)
 
 
 def test_the_same_bits_with_and_without_duplicates() -> None:
@@ -218,7 +218,7 @@ def test_a_plan_reproduces_duplicates() -> None:
     elsewhere = split(ROTARY, on(DEFAULT, 3), planned=planned, must_fit=True)
     assert str(elsewhere) == str(cut)
     name, stages = planned.duplicated[0]
-    linear = next(n.name for n in cut.calls[0] if "embedding" in n.name)
+    linear = next(n.name for n in cut.ops[0] if "embedding" in n.name)
     for wrong in [
         (name, (*stages, 3)),
         (name, stages[::-1]),
@@ -261,7 +261,7 @@ class Late(nn.Module):
 
 
 def homes(cut: Split, text: str) -> list[int]:
-    return [k for k, calls in enumerate(cut.calls) for n in calls if text in str(n.target)]
+    return [k for k, calls in enumerate(cut.ops) for n in calls if text in str(n.target)]
 
 
 @pytest.mark.parametrize(("tokens", "length", "expected"), [(20000, 2, [0, 0]), (8, 512, [0, 1])])

@@ -82,7 +82,7 @@ def share_recomputed(cut: Split, wanted: Objective, k: int, node: fx.Node) -> fl
 def saved_of(cut: Split, wanted: Objective, k: int) -> float:
     """Bytes of the results of a stage that another micro-batch in flight saves."""
     annotated, (policy,) = cut.annotated, wanted.policies(k)
-    saved = {n: at_batch(annotated.costs[n.name].saved_bytes, SIZE) for n in cut.calls[k]}
+    saved = {n: at_batch(annotated.costs[n.name].saved_bytes, SIZE) for n in cut.ops[k]}
     by_cut = OpCosts(annotated, wanted).min_cut.saved_bytes
     share = {"none": 0.0, "full": 0.0, "min-cut": 1.0, 0.25: 0.25}[policy.option]
     return sum(saved.values()) if policy == NONE else share * sum(by_cut.get(n, 0) for n in saved)
@@ -91,10 +91,10 @@ def saved_of(cut: Split, wanted: Objective, k: int) -> float:
 def expected_seconds(cut: Split, wanted: Objective, k: int) -> float:
     """Of stage k: its calls, and what it receives and sends back."""
     annotated, device = cut.annotated, wanted.devices[k]
-    every = [n for calls in cut.calls for n in calls]
+    every = [n for ops in cut.ops for n in ops]
     again = recomputed_calls(every, annotated.flows)
     total = 0.0
-    for node in cut.calls[k]:
+    for node in cut.ops[k]:
         times = call_seconds(annotated.costs[node.name], device, SIZE)
         total += times.forward + times.backward
         if node in again:
@@ -112,7 +112,7 @@ def expected_seconds(cut: Split, wanted: Objective, k: int) -> float:
 def expected_bytes(cut: Split, wanted: Objective, k: int) -> int:
     annotated, stage, n = cut.annotated, cut.stages[k], wanted.in_flight[k]
     received_saved = wanted.policies(k) != (NONE,)
-    every = [node for calls in cut.calls for node in calls]
+    every = [node for ops in cut.ops for node in ops]
     read = {tensor_operands(c)[i].name for c in every for i in saves_of(cut, c)}
     total = 0
     for item in stage.held:
@@ -126,7 +126,7 @@ def expected_bytes(cut: Split, wanted: Objective, k: int) -> int:
     for name in parted & own.keys():  # gradients wait from the others; two more while they add up
         total += (min(n, 3) + 2) * at_batch(own[name].spec.nbytes, SIZE)
     total += sum(2 * at_batch(cut.routes[name].spec.nbytes, SIZE) for name in stage.shared)
-    costs = [annotated.costs[node.name].saved_bytes for node in cut.calls[k]]
+    costs = [annotated.costs[node.name].saved_bytes for node in cut.ops[k]]
     saved = sum(at_batch(cost, SIZE) for cost in costs)
     total += math.ceil(saved + (n - 1) * saved_of(cut, wanted, k))
     for name in stage.receives:
@@ -194,7 +194,7 @@ LAYERS = annotate(captured_of(Layers(8), torch.randn(4, 8)))
 
 
 def layers(cut: Split) -> list[int]:
-    return [sum("linear" in str(n.target) for n in calls) for calls in cut.calls]
+    return [sum("linear" in str(n.target) for n in calls) for calls in cut.ops]
 
 
 def test_a_device_three_times_as_fast_takes_three_times_as_much() -> None:
@@ -264,7 +264,7 @@ def test_the_cut_chooses_the_policies_too() -> None:
         for k, policy in enumerate(cut.estimates.remat):  # no stage could recompute less
             for lighter in LADDER[: LADDER.index(policy)]:
                 remat = tuple(lighter if j == k else p for j, p in enumerate(cut.estimates.remat))
-                assignment = {n: (j,) for j, part in enumerate(cut.calls) for n in part}
+                assignment = {n: (j,) for j, part in enumerate(cut.ops) for n in part}
                 assert not estimate_assignment(
                     OpCosts(cut.annotated, replace(several, remat=remat)), assignment
                 ).fits(limits)
@@ -292,7 +292,7 @@ def test_measured_times_replace_the_devices() -> None:
     times = {name: CallSeconds(1.0, 2.0, 1.0) for name in nodes}
     times[nodes[0]] = CallSeconds(30.0, 9.0, 1.0)
     cut = split(LAYERS, objective([DEFAULT] * 2, times=times))
-    assert len(cut.calls[0]) <= 2
+    assert len(cut.ops[0]) <= 2
     assert cut.estimates.bottleneck == 42.0
     assert cut.estimates.lower_bound == pytest.approx((39 + 15 * 3) / 2)
     with pytest.raises(OptionError, match="`times`") as error:
