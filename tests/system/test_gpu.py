@@ -91,6 +91,15 @@ def test_randomness_on_one_gpu() -> None:
         assert all(torch.allclose(a, b) for a, b in zip(found, gradients[0][1], strict=True))
 
 
+def test_measuring_leaves_the_random_state_alone() -> None:
+    model, inputs = MODELS["gpt2_dropout"].make()
+    _, kwargs = inputs(4)
+    before = torch.get_rng_state(), torch.cuda.get_rng_state(0)
+    autopipe.plan(model, ONE * 2, 2, profile=True, kwargs=kwargs)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(torch.cuda.get_rng_state(0), before[1])
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_dropout", "unet", "resnet"])
 @pytest.mark.parametrize("devices", [ONE * 2, ["cuda:0", "cuda:1"], ["cpu", "cuda:0"]])
 def test_verify(name: str, devices: list[str]) -> None:
