@@ -124,3 +124,17 @@ def test_two_gpus() -> None:
             torch.device("cuda", 0),
             torch.device("cuda", 1),
         }
+
+
+def test_a_model_is_captured_again_where_its_parameters_are() -> None:
+    """Another mode, after the pipeline has moved the model to the GPU; the inputs stay behind."""
+    model, inputs = MODELS["resnet"].make()
+    pipe = autopipe.compile(model, ONE * 2, 2)
+    args, kwargs = inputs(4)
+    pipe(*args, **kwargs)
+    pipe.eval()
+    with torch.no_grad():
+        found = pipe(*args, **kwargs).logits
+        args, kwargs = _to("cuda:0", (args, kwargs))
+        expected = model.cuda().eval()(*args, **kwargs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
