@@ -151,7 +151,7 @@ class _MeasuredDevice:
                 raise
 
         done = [False]
-        with torch.random.fork_rng(devices=[]):
+        with backend_of(self.device).fork_rng(self.device):
             workers.run_workers([partial(task, i) for i in range(count)], barrier.abort, self.cores)
         pairs = [pair for own in rounds for pair in own]
         forward, backward = (statistics.mean(column) for column in zip(*pairs, strict=True))

@@ -11,7 +11,9 @@ forward drew. The step's seed comes from torch's default generator, which `torch
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,25 +79,25 @@ class MicroBatchContext:
         assert self._add is not None, "only a backward computes gradients"
         self._add(index, gradient)
 
-    def draw(self, index: int, op: Any, *args: Any, **kwargs: Any) -> Any:
+    def draw(self, index: int, op: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a random op with the seed of the stage's draw `index`.
 
         Args:
             index: position in `draws`.
             op: an operator of torch.
-            args, kwargs: its arguments, without a generator.
+            args, kwargs: its arguments; a generator among them is None.
 
         Returns:
             What the op returns. The default generators are left as they were.
         """
-        device = _device(op, args, kwargs)
+        device = _device(args, kwargs)
         call, nth, shared = self._draws[index]
         seed = derive_seed(self._seed, call, nth, 0 if shared else self._microbatch)
-        overload = _with_generator(op)
-        if overload is not None:
+        keyed = _with_generator(op)
+        if keyed is not None:
             generator = _generator(device)
             generator.manual_seed(seed)
-            return overload(*args, **kwargs, generator=generator)
+            return keyed(generator, args, kwargs)
         with _default_generator_lock:  # the op can use the process's default generator only
             default = backend_of(device).default_generator(device)
             state = default.get_state()
@@ -128,27 +130,61 @@ class MicroBatchContext:
         return tensor.contiguous(memory_format=layout)
 
 
-def _device(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:
-    """The device on which an op draws."""
+def _device(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:
+    """The device on which an op draws, from its arguments."""
     device = kwargs.get("device")
     if device is None:
-        device = next((a.device for a in args if isinstance(a, torch.Tensor)), None)
+        values = itertools.chain(args, kwargs.values())
+        device = next((a.device for a in values if isinstance(a, torch.Tensor)), None)
     return torch.device(device or "cpu")
 
 
+@dataclass(frozen=True, slots=True)
+class _WithGenerator:
+    """How an op is called with a generator.
+
+    Attributes:
+        overload: the operator to call.
+        name: of its generator argument.
+        position: of that argument.
+        given: how many generators the op's own arguments have there: 1 if `overload` is the op
+            itself, else 0.
+    """
+
+    overload: Any
+    name: str
+    position: int
+    given: int
+
+    def __call__(self, generator: torch.Generator, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call the operator; `args` and `kwargs` are as for the op itself."""
+        at = self.position
+        if len(args) > at:
+            return self.overload(*args[:at], generator, *args[at + self.given :], **kwargs)
+        return self.overload(*args, **(kwargs | {self.name: generator}))
+
+
 @functools.cache
-def _with_generator(op: Any) -> Any:
-    """The overload of `op` that takes a generator: itself or one equal but for that; or None."""
-    arguments = [a.name for a in op._schema.arguments]
-    if "generator" in arguments:
-        return op
+def _with_generator(op: Any) -> _WithGenerator | None:
+    """How `op` is called with a generator, or None if that is impossible.
+
+    The operator is `op` itself, or an overload whose other arguments are the same.
+    """
+    own = _argument_types(op)
     packet = op.overloadpacket
-    for name in packet.overloads():
-        other = getattr(packet, name)
-        names = [a.name for a in other._schema.arguments]
-        if "generator" in names and [n for n in names if n != "generator"] == arguments:
-            return other
+    for overload in (op, *(getattr(packet, name) for name in packet.overloads())):
+        arguments = _argument_types(overload)
+        at = next((i for i, (_, type) in enumerate(arguments) if "Generator" in type), None)
+        if at is None:
+            continue
+        if overload is op or arguments[:at] + arguments[at + 1 :] == own:
+            return _WithGenerator(overload, arguments[at][0], at, int(overload is op))
     return None
+
+
+def _argument_types(op: Any) -> list[tuple[str, str]]:
+    """Name and type of each argument of an operator."""
+    return [(a.name, str(a.type)) for a in op._schema.arguments]
 
 
 class _Generators(threading.local):

@@ -44,7 +44,8 @@ def decide_by_trial(
     values = {i.name: tensor(i) for i in inputs}
     trial: AssumeApart | NumericTrial = AssumeApart()
     if not any(t.is_meta for t in values.values()):
-        trial = NumericTrial(graph, inputs, lambda item: values[item.name])
+        traced = {n.name: n.meta["val"].device for n in graph.nodes if n.op == "placeholder"}
+        trial = NumericTrial(graph, inputs, lambda i: values[i.name].to(traced[i.name]))
     with torch.no_grad(), torch.random.fork_rng():
         states = propagate_states(graph, inputs, trial)
     return states, [

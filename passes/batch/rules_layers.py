@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from autopipe.passes.graph import is_random
+
 from .lattice import STATIC, Samples, State, batch_dims
 from .op_call import first_operand_state, join_states
 from .rules_shape import ALONG_BATCH, last_dims, rule_table
@@ -22,6 +24,17 @@ def batch_first(call: OpCall) -> State:
     if isinstance(state, Samples) and state.dim != 0:
         return call.mixed(ALONG_BATCH)
     return state
+
+
+def feature_dropout(call: OpCall) -> State:
+    """feature_dropout, feature_alpha_dropout: one draw for each entry of the first two dimensions.
+
+    Along another dimension all samples share a draw, and micro-batches would draw one each.
+    """
+    state = call.state(call.first)
+    if isinstance(state, Samples) and state.dim > 1 and is_random(call.node):
+        return call.mixed(ALONG_BATCH)
+    return join_states(call, [state])
 
 
 def native_group_norm(call: OpCall) -> State:
@@ -89,6 +102,7 @@ RULES = rule_table(
         convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
         " convolution",
         batch_first: "group_norm instance_norm im2col col2im multinomial",
+        feature_dropout: "feature_dropout feature_alpha_dropout",
         native_group_norm: "native_group_norm",
         upsample: "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d"
         " upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact1d"
@@ -96,7 +110,7 @@ RULES = rule_table(
         batch_norm: "batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm",
         layer_norm: "layer_norm native_layer_norm rms_norm _fused_rms_norm",
         last_dims(1): "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d"
-        " max_pool1d_with_indices _weight_norm_interface_",
+        " max_pool1d_with_indices _weight_norm_interface_ _sample_dirichlet",
         last_dims(2): "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d"
         " max_pool2d_with_indices tril triu inverse linalg_inv linalg_inv_ex cholesky"
         " linalg_cholesky linalg_det linalg_qr linalg_svd linalg_eigh linalg_eigvalsh logdet"

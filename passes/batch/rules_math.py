@@ -194,14 +194,14 @@ RULES = rule_table(
         multiply: "mul",
         copy_or_cast: "clone contiguous detach alias lift_fresh lift_fresh_copy to _to_copy type_as"
         " positive conj _conj conj_physical _conj_physical _neg_view resolve_conj resolve_neg"
-        " view_as_real view_as_complex real imag _to_dtype expand_copy long int",
+        " view_as_real view_as_complex real imag _to_dtype long int",
         copy_into: "copy",
-        pointwise: "dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout"
-        " where fill zero masked_fill rrelu prelu softplus hardtanh gelu silu bernoulli normal"
+        pointwise: "dropout alpha_dropout native_dropout"
+        " where fill zero masked_fill rrelu prelu softplus hardtanh gelu silu bernoulli"
         " uniform exponential floor_divide isreal one_hot hardswish hardsigmoid mish elu celu selu"
         " isclose nan_to_num clamp clip lerp addcmul addcdiv float_power square complex polar isnan"
         " isfinite isinf rsub cauchy log_normal geometric random poisson _standard_gamma binomial"
-        " _sample_dirichlet __and__ __or__ __xor__ relu6 threshold logit",
+        " __and__ __or__ __xor__ relu6 threshold logit",
         reduce_dims: "sum mean amax amin max min all any prod logsumexp norm linalg_vector_norm var"
         " std argmax argmin nansum nanmean median nanmedian mode var_mean std_mean count_nonzero"
         " kthvalue aminmax",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from autopipe.passes.graph import is_random, is_size
 
 from .lattice import COUNT_AS_VALUE, REDUCED, STATIC, Samples, State, batch_dims
-from .op_call import depends_on_batch_size, new_tensor_state
+from .op_call import depends_on_batch_size, join_states, new_tensor_state
+from .rules_math import pointwise
 from .rules_shape import BY_POSITION, rule_table
 
 if TYPE_CHECKING:
@@ -29,14 +30,30 @@ def new_like(call: OpCall) -> State:
     return _filled(call, new_tensor_state(call, call.out_shape, uniform=uniform))
 
 
+def normal(call: OpCall) -> State:
+    """normal: a new tensor of a size, or entry by entry where a mean or a deviation is a tensor."""
+    if "size" in call:
+        return new_tensor(call)
+    state = pointwise(call)
+    return _with_batch_size(call, state) if call.uses_batch_size else state
+
+
 def _filled(call: OpCall, state: State) -> State:
-    """The state of a tensor filled with arguments, none of which may be the batch size."""
-    values = [call[n] for n in ("fill_value", "low", "high")]
-    if not any(
-        depends_on_batch_size(v) or (isinstance(v, fx.Node) and not is_size(v)) for v in values
-    ):
-        return state
-    return REDUCED if state == STATIC else call.mixed(COUNT_AS_VALUE)
+    """The state of a tensor filled with arguments, or drawn from a distribution with them."""
+    values = [call[n] for n in ("fill_value", "low", "high", "mean", "std")]
+    state = join_states(call, [state, *(call.state(v) for v in values if _is_tensor(v))])
+    return _with_batch_size(call, state) if any(map(depends_on_batch_size, values)) else state
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and not is_size(value)
+
+
+def _with_batch_size(call: OpCall, state: State) -> State:
+    """`state` of a result that is also computed from the batch size."""
+    if isinstance(state, Samples):
+        return call.mixed(COUNT_AS_VALUE)
+    return REDUCED if state == STATIC else state
 
 
 def scalar_tensor(call: OpCall) -> State:
@@ -67,11 +84,12 @@ RULES = rule_table(
         new_tensor: "zeros ones full empty rand randn randint new_zeros new_ones new_full new_empty"
         " empty_strided new_empty_strided",
         new_like: "zeros_like ones_like full_like empty_like rand_like randn_like randint_like",
+        normal: "normal",
         scalar_tensor: "scalar_tensor tensor",
         arange: "arange",
         position_dependent: "eye randperm tril_indices triu_indices linspace",
     }
 )
 
-USES_BATCH_SIZE = {new_tensor, new_like, scalar_tensor, arange, position_dependent}
+USES_BATCH_SIZE = {new_tensor, new_like, normal, scalar_tensor, arange, position_dependent}
 """Rules that handle a batch size among the arguments themselves."""

@@ -151,7 +151,7 @@ RULES = rule_table(
         reshape: "view reshape _unsafe_view flatten unflatten squeeze unsqueeze ravel view_as"
         " reshape_as _reshape_alias view_copy squeeze_copy unsqueeze_copy",
         reshape_each: "atleast_1d atleast_2d atleast_3d",
-        expand: "expand expand_as broadcast_to",
+        expand: "expand expand_as expand_copy broadcast_to",
         broadcast_tensors: "broadcast_tensors",
         permute_dims: "permute transpose t numpy_T mT mH adjoint movedim moveaxis swapaxes"
         " swapdims",

@@ -106,34 +106,40 @@ def trace_cumulative_norms(module: nn.Module) -> Iterator[list[str]]:
 
 
 @contextmanager
-def replace_meta_tensors(module: nn.Module, examples: list[Tensor]) -> Iterator[None]:
-    """Replace a model's meta tensors, and the examples, by fake CPU tensors until exit.
+def gather_on_one_device(module: nn.Module, examples: list[Tensor]) -> Iterator[None]:
+    """Replace a model's tensors on other devices, and the examples, by fakes on one until exit.
 
-    Tensors that the model creates, such as ``torch.tensor(3.0, device=x.device)``, would otherwise
-    be captured on meta too: constants without values.
+    Parameters are on several devices once a pipeline has placed them, and the examples may be
+    elsewhere: the model could not be called. On meta, tensors that the model creates, such as
+    ``torch.tensor(3.0, device=x.device)``, would be captured as constants without values.
+
+    The device is that of the first example, or the CPU if there is a meta tensor.
 
     Args:
-        module: the model; nothing happens if it has no meta tensor.
+        module: the model; nothing happens if all its tensors and the examples share a device.
         examples: is changed.
     """
     holders: list[dict[str, Any]] = [
         h for m in module.modules() for h in (m._parameters, m._buffers)
     ]
-    originals = [(h, n, t) for h in holders for n, t in h.items() if t is not None and t.is_meta]
-    if not originals:
+    held = [(h, n, t) for h in holders for n, t in h.items() if t is not None]
+    # A tensor without dimensions may be on the CPU beside others on a GPU.
+    tensors = [*examples, *(t for _, _, t in held)]
+    devices = list(dict.fromkeys(t.device for t in tensors if t.dim()))
+    meta = any(t.is_meta for _, _, t in held)
+    if not meta and len(devices) < 2:
         yield
         return
+    home = torch.device("cpu") if meta else devices[0]
+    originals = [(h, n, t) for h, n, t in held if t.device != home]
     fakes: dict[int, Tensor] = {}  # tied tensors stay tied
     with symbolic_fake_mode():
         for _, _, tensor in originals:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            fake = _empty_like(tensor, home)
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, tensor.requires_grad)
             fakes.setdefault(id(tensor), fake)
-        examples[:] = [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).requires_grad_(x.requires_grad)
-            for x in examples
-        ]
+        examples[:] = [_empty_like(x, home).requires_grad_(x.requires_grad) for x in examples]
     try:
         for holder, name, tensor in originals:
             holder[name] = fakes[id(tensor)]
@@ -141,3 +147,7 @@ def replace_meta_tensors(module: nn.Module, examples: list[Tensor]) -> Iterator[
     finally:
         for holder, name, tensor in originals:
             holder[name] = tensor
+
+
+def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

@@ -21,7 +21,7 @@ from .hidden_state import check_hidden_state
 from .patches import (
     DetachInsteadOfData,
     find_observer_hooks,
-    replace_meta_tensors,
+    gather_on_one_device,
     trace_cumulative_norms,
 )
 
@@ -77,7 +77,7 @@ def trace_model(request: CaptureRequest) -> Trace:
     dims = [request.symbolic_dims[i] for i in flat.tensor_positions]
     names = input_names(module, request.leaves, request.spec)
     with ExitStack() as stack:
-        stack.enter_context(replace_meta_tensors(module, examples))
+        stack.enter_context(gather_on_one_device(module, examples))
         stack.enter_context(exportable_ctc_loss())
         cumulative = stack.enter_context(trace_cumulative_norms(module))
         hooks = stack.enter_context(find_observer_hooks(module))

@@ -51,15 +51,18 @@ def source_line(node: fx.Node) -> str | None:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a call draws random numbers (dropout with probability 0 does not).
+    """Whether a call draws random numbers.
 
     Any operator counts whose overload has torch's tag `nondeterministic_seeded`: a new random
-    operator needs no entry anywhere.
+    operator needs no entry anywhere. The exception is a dropout of torch's own that drops nothing.
+    An operator of another library may draw whatever its `p` or `train` is.
     """
     tags = getattr(node.target, "tags", ())
     schema = getattr(node.target, "_schema", None)
     if torch.Tag.nondeterministic_seeded not in tags or schema is None:
         return False
+    if not schema.name.startswith("aten::"):
+        return True
     values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     values |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
     probability = next((values[n] for n in ("p", "dropout_p", "dropout") if n in values), None)

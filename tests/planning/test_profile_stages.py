@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ from torch import Tensor, nn
 import autopipe
 from autopipe.passes.cost.phase_time import PhaseSeconds
 from autopipe.passes.devices import CPU_CORE
+from autopipe.planning import profile_calls as measure_calls
 from autopipe.planning import profile_stages as measure
 from autopipe.planning.profile_stages import measured_timers
+from autopipe.runtime.backends import BACKENDS
+from autopipe.runtime.backends.cpu import CpuBackend
 from tests.support.models import gpt2
 from tests.support.programs import CPU, phased_of, split_of
 
@@ -98,6 +103,37 @@ def test_random_state_is_left_alone() -> None:
     torch.manual_seed(5)
     autopipe.plan(model, ["cpu"] * 2, 2, profile=True, kwargs=kwargs)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_random_state_of_the_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device draws the stage's tensors from its own generator, which its `Backend` restores.
+
+    Here a CPU with a generator that `torch.random.fork_rng` does not know of, as a GPU's is without
+    its device among the arguments.
+    """
+    own = torch.Generator().manual_seed(5)
+
+    class Device(CpuBackend):
+        @contextmanager
+        def fork_rng(self, device: torch.device) -> Iterator[None]:
+            before = own.get_state()
+            with super().fork_rng(device):
+                yield
+            own.set_state(before)
+
+    def filled(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        drawn.append(torch.rand((), generator=own))
+        return measure_calls.filled(shape, stride, dtype, device)
+
+    drawn: list[Tensor] = []
+    monkeypatch.setitem(BACKENDS, "cpu", Device())
+    monkeypatch.setattr(measure, "filled", filled)
+    model, x = Sized(), torch.randn(256, 64)
+    (stage,) = phased_of(split_of(model, 1, x), model, 256, ((x,), {}), remat="none").stages
+    before = own.get_state()
+    measured_timers([CPU], [CPU_CORE])[0].seconds(stage, 3)
+    assert drawn
+    assert torch.equal(own.get_state(), before)
 
 
 def test_copies_are_timed() -> None:

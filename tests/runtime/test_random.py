@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopipe.runtime.random import MicroBatchContext, derive_seed, step_seed
 
@@ -117,6 +118,130 @@ def test_operators_without_generator_draw_under_the_key_too(name: str) -> None:
         torch.manual_seed(derive_seed(5, 0, 0, 2))
         expected = op(*args)
     assert torch.equal(draw(name, m=2), expected[0])
+
+
+# ------------------------------------------------------------------------------- arguments
+
+
+def operators_with_generator() -> list[Any]:
+    """Every random operator in torch's registry that takes a generator, or has such an overload."""
+    found = []
+    for schema in torch._C._jit_get_all_schemas():
+        if any(a.is_out for a in schema.arguments) or schema.name.startswith("autopipe"):
+            continue
+        namespace, name = schema.name.split("::")
+        packet = getattr(getattr(torch.ops, namespace), name, None)
+        op = getattr(packet, schema.overload_name or "default", None)
+        if torch.Tag.nondeterministic_seeded in getattr(op, "tags", ()):
+            others = [getattr(packet, n)._schema.arguments for n in packet.overloads()]
+            if any("Generator" in str(a.type) for arguments in others for a in arguments):
+                found.append(op)
+    return sorted(found, key=str)
+
+
+ARGUMENTS: dict[str, Any] = {
+    "Tensor": X,
+    "number": 1,
+    "float": 0.5,
+    "int": 2,
+    "List[int]": [2, 3],
+    "bool": True,
+    "Optional[Generator]": None,
+    "ScalarType": torch.float32,
+    "Device": torch.device("cpu"),
+}
+"""A value of each type, by the type's name."""
+
+
+class Received(TorchDispatchMode):
+    """Records the generators that torch's own operators receive, and the other arguments.
+
+    Of a tensor only the shape is recorded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generators: list[torch.Generator] = []
+        self.others: list[list[Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        values = [*args, *(kwargs or {}).values()]
+        found = [v for v in values if isinstance(v, torch.Generator)]
+        if found:
+            self.generators += found
+            others = [v for v in values if not isinstance(v, torch.Generator)]
+            self.others.append([v.shape if isinstance(v, Tensor) else v for v in others])
+            raise InterruptedError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", operators_with_generator(), ids=str)
+def test_each_operator_gets_the_generator_however_its_arguments_are_passed(op: Any) -> None:
+    """Truth: torch's own parser, which binds the call before the operator runs."""
+    arguments = op._schema.arguments
+    values = {
+        a.name: ARGUMENTS.get(str(a.type)) if not a.has_default_value() else a.default_value
+        for a in arguments
+    }
+    in_order = [a.name for a in arguments if not a.kwarg_only]
+    generators = {a.name for a in arguments if "Generator" in str(a.type)}
+    others: list[list[Any]] = []
+    for n, left_out in itertools.product(range(len(in_order) + 1), (True, False)):
+        positional = [values[name] for name in in_order[:n]]
+        named = {k: v for k, v in values.items() if k not in in_order[:n]}
+        if left_out:
+            named = {k: v for k, v in named.items() if k not in generators}
+        with Received() as received, pytest.raises(InterruptedError):
+            MicroBatchContext(5, [(3, 1, False)], 2).draw(0, op, *positional, **named)
+        (generator,) = received.generators
+        assert generator.initial_seed() == derive_seed(5, 3, 1, 2)
+        others += received.others
+    assert all(own == others[0] for own in others), "the other arguments are as given"
+
+
+@pytest.fixture(scope="module")
+def between() -> Any:
+    """Operators whose generator is not the last argument, and has another name."""
+    library = torch.library.Library("autopipe_test_generators", "FRAGMENT")
+    tags = (torch.Tag.nondeterministic_seeded,)
+    library.define("noise(Tensor x, Generator? source, float scale) -> Tensor", tags=tags)
+    library.define("hidden(Tensor x, float scale) -> Tensor", tags=tags)
+    library.define("hidden.source(Tensor x, Generator? source, float scale) -> Tensor", tags=tags)
+    for name in ("noise", "hidden.source"):
+        library.impl(name, lambda x, source, scale: torch.rand(x.shape, generator=source) * scale)
+    yield torch.ops.autopipe_test_generators
+    library._destroy()
+
+
+def test_a_generator_between_other_arguments(between: Any) -> None:
+    generator = torch.Generator().manual_seed(derive_seed(5, 0, 0, 0))
+    expected = torch.rand(X.shape, generator=generator) * 0.5
+    noise, hidden = between.noise.default, between.hidden.default
+    ctx = MicroBatchContext(5, [(0, 0, False)], 0)
+    for found in (
+        ctx.draw(0, noise, X, None, 0.5),
+        ctx.draw(0, noise, X, None, scale=0.5),
+        ctx.draw(0, noise, X, scale=0.5),
+        ctx.draw(0, noise, x=X, source=None, scale=0.5),
+        ctx.draw(0, hidden, X, 0.5),
+        ctx.draw(0, hidden, X, scale=0.5),
+        ctx.draw(0, hidden, x=X, scale=0.5),
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_an_overload_for_other_types_is_not_taken() -> None:
+    """`randint_like` has one for a number and one for a tensor, with the same names."""
+    op = aten.randint_like.Tensor
+    found = MicroBatchContext(5, [(0, 0, False)], 0).draw(0, op, X, torch.tensor(9))
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(5, 0, 0, 0))
+        assert torch.equal(found, torch.randint_like(X, 9))
+
+
+# ------------------------------------------------------------------------------- side effects
 
 
 @each_op

@@ -91,6 +91,15 @@ def test_randomness_on_one_gpu() -> None:
         assert all(torch.allclose(a, b) for a, b in zip(found, gradients[0][1], strict=True))
 
 
+def test_measuring_leaves_the_random_state_alone() -> None:
+    model, inputs = MODELS["gpt2_dropout"].make()
+    _, kwargs = inputs(4)
+    before = torch.get_rng_state(), torch.cuda.get_rng_state(0)
+    autopipe.plan(model, ONE * 2, 2, profile=True, kwargs=kwargs)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(torch.cuda.get_rng_state(0), before[1])
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_dropout", "unet", "resnet"])
 @pytest.mark.parametrize("devices", [ONE * 2, ["cuda:0", "cuda:1"], ["cpu", "cuda:0"]])
 def test_verify(name: str, devices: list[str]) -> None:
@@ -115,3 +124,17 @@ def test_two_gpus() -> None:
             torch.device("cuda", 0),
             torch.device("cuda", 1),
         }
+
+
+def test_a_model_is_captured_again_where_its_parameters_are() -> None:
+    """Another mode, after the pipeline has moved the model to the GPU; the inputs stay behind."""
+    model, inputs = MODELS["resnet"].make()
+    pipe = autopipe.compile(model, ONE * 2, 2)
+    args, kwargs = inputs(4)
+    pipe(*args, **kwargs)
+    pipe.eval()
+    with torch.no_grad():
+        found = pipe(*args, **kwargs).logits
+        args, kwargs = _to("cuda:0", (args, kwargs))
+        expected = model.cuda().eval()(*args, **kwargs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -80,6 +80,8 @@ OPS: dict[str, Op] = {
     "randn": lambda x: x + torch.randn(x.shape),
     "randint": lambda x: x * torch.randint(0, 9, (x.shape[0], 1, 6)),
     "randint_like": lambda x: x * torch.randint_like(x, 9),
+    "randint_like of a tensor": lambda x: x * torch.randint_like(x, torch.tensor(9)),
+    "normal of a size": lambda x: x + torch.normal(0.0, 1.0, x.shape),
     "randperm": lambda x: x[..., torch.randperm(6)],
     "bernoulli": lambda x: x * torch.bernoulli(x.detach().sigmoid()),
     "multinomial": picked,

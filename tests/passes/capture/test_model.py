@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import AutopipeError, CaptureError, InputError
+from autopipe.passes.capture.patches import gather_on_one_device
+from autopipe.passes.graph.fx_utils import fingerprint
 from autopipe.passes.ir.combine import Concatenate
 from autopipe.passes.ir.values import InputKind
 from tests.support.agreement import assert_agrees, assert_close, pipelined
@@ -323,3 +326,46 @@ def test_capture_works_on_meta() -> None:
     assert all(p.is_meta for p in model.parameters())
     leaves, _ = pytree.tree_flatten([o.spec.dtype for o in captured.outputs])
     assert leaves == [torch.float64]
+
+
+class Scaled(nn.Module):
+    """Parameters, tied ones among them, a buffer, a constant and a new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, D)
+        self.head = nn.Linear(D, D, bias=False)
+        self.head.weight = self.first.weight
+        self.register_buffer("scale", torch.ones(D))
+        self.constant = torch.arange(float(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(torch.tanh(self.first(x))) * self.scale + self.constant
+        return self.head(x) + torch.arange(D, device=x.device)
+
+
+def test_capture_works_on_several_devices() -> None:
+    """As once a pipeline has placed the parameters. Truth: the graph of the model on one device."""
+    model, x = Scaled(), batch()
+    expected = captured_of(model, x)
+    placed = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU need not be there
+        for device, layer in (("cuda:0", model.first), ("cuda:1", model.last)):
+            for name, parameter in list(layer.named_parameters()):
+                moved = nn.Parameter(torch.empty(parameter.shape, device=device))
+                layer.register_parameter(name, moved)
+                placed[moved] = device
+    model.head.weight = model.first.weight
+    examples = [x]
+    with gather_on_one_device(model, examples):
+        gathered = [*examples, *model.parameters(), *model.buffers()]
+        assert {t.device.type for t in gathered} == {"cpu"}
+        assert model.head.weight is model.first.weight
+    found = captured_of(model, x)
+    graphs = found.graph_module.graph, expected.graph_module.graph
+    assert fingerprint(graphs[0]) == fingerprint(graphs[1])
+    assert [(i.name, i.kind, i.target) for i in found.inputs] == [
+        (i.name, i.kind, i.target) for i in expected.inputs
+    ]
+    assert {str(n.meta["val"].device) for n in graphs[0].nodes if "val" in n.meta} == {"cpu"}
+    assert {p: str(p.device) for p in model.parameters()} == placed, "the model is as it was"

@@ -114,6 +114,21 @@ def test_random_calls(node: fx.Node, expected: bool) -> None:
     assert is_random(node) == expected
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"p": 0.0}, {"dropout_p": 0.0}, {"dropout": 0.0}, {"train": False}]
+)
+def test_arguments_of_other_libraries_may_mean_anything(arguments: dict[str, Any]) -> None:
+    """Only torch's own operators are known to draw nothing with a probability of 0."""
+    (name, value), *_ = arguments.items()
+    kind = "bool" if isinstance(value, bool) else "float"
+    library = torch.library.Library("autopipe_test_random", "FRAGMENT")
+    tags = (torch.Tag.nondeterministic_seeded,)
+    library.define(f"noise_{name}(Tensor x, {kind} {name}) -> Tensor", tags=tags)
+    op = getattr(torch.ops.autopipe_test_random, f"noise_{name}").default
+    assert is_random(call(op, None, value))
+    assert is_random(call(op, None, **arguments))
+
+
 def test_side_effects_and_written_arguments() -> None:
     graph, (x, y, m, v) = written("x", "y", "m", "v")
     add = graph.call_function(aten.add_.Tensor, (x, y))
