@@ -55,8 +55,8 @@ def compile(
             fewer samples; it need not divide). None: the planner chooses on the first batch.
         plan: a `Plan` or the file of one. Its cut is used, and its devices, chunks, schedule and
             remat where these are not given. It must be of the same model with similar inputs.
-        schedule: "gpipe" (default): all micro-batches forward, then all backward; "auto": the best
-            of those that the runtime executes.
+        schedule: "gpipe" (default): all micro-batches forward, then all backward; "auto": the
+            default of this version (only "gpipe" is executed so far).
         remat: which activations stages save between forward and backward. "full" (default): only
             what they received, and their forward is recomputed (GPipe section 2.3); "none": all
             that autograd saves; "min-cut": what functorch's partitioner chooses; a number from 0

@@ -73,7 +73,9 @@ class AutopipeError(Exception):
 
 
 def _restore(kind: type[AutopipeError], args: tuple[Any, ...]) -> AutopipeError:
-    return kind.__new__(kind, *args)
+    error = kind.__new__(kind)
+    error.args = args  # (where a base reads arguments of its own, `__new__` need not keep them)
+    return error
 
 
 class OptionError(AutopipeError, ValueError):

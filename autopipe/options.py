@@ -205,13 +205,13 @@ def _check_chunks(chunks: int | None) -> None:
 
 
 def _check_schedule(schedule: str | None) -> None:
+    known = ", ".join((*EXECUTED, "auto"))
     if schedule not in (None, *KINDS, "auto"):
-        known = ", ".join((*EXECUTED, "auto"))
         raise OptionError("unknown schedule", expected=f"one of {known}", found=repr(schedule))
     if schedule not in (None, *EXECUTED, "auto"):
         raise UnsupportedError(
             f"the runtime does not execute schedule={schedule!r} yet",
-            expected=f"one of {', '.join(EXECUTED)}",
+            expected=f"one of {known}",
             remedy=f'use schedule="{DEFAULT_KIND}"',
         )
 

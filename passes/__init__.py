@@ -1,0 +1,13 @@
+"""The compiler: pure functions from one frozen program type to the next.
+
+`driver` runs them in order; `ir` has the types. Packages by floor, lowest first (imports go down):
+
+    devices, partition, remat_policies, schedule   models of devices, cuts, policies, schedules;
+                                                   without torch
+    ops                                            operators of our own
+    ir                                             the program types
+    graph                                          questions about fx graphs, and edits of them
+    batch, cost, phases, codegen                   follow the batch; costs; F, R, B, W; source text
+    capture, split                                 from a model to a graph; from a graph to stages
+    driver                                         all passes in order
+"""

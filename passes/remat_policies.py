@@ -16,7 +16,7 @@ estimates for the cut and the choice of saved values all ask these objects. No t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -61,7 +61,8 @@ class RematPolicy(ABC):
 
     Attributes:
         option: what a user writes for it: a name, or a number.
-        rank: orders policies by how much they recompute: 0 "none", 1 "min-cut", 2 "full".
+        rank: orders policies by how much they recompute: 0 "none", 1 "min-cut", 2 "full"; a new
+            policy has one of its own.
     """
 
     option: str | float
@@ -156,23 +157,30 @@ class SaveMinCut(RematPolicy):
         return float(op.is_cheap)
 
 
+@dataclass(frozen=True)
 class SaveFraction(RematPolicy):
-    """Cheap ops are recomputed, and of the others what frees most bytes per FLOP."""
+    """Cheap ops are recomputed, and of the others what frees most bytes per FLOP.
+
+    Attributes:
+        share: the fraction of min-cut's saved values that is saved, from 0 to 1.
+    """
+
+    share: float
 
     @property
     def min_cut_share(self) -> float:
-        return float(self.option)
+        return self.share
 
     def select(self, values: JointValues[NodeT]) -> AbstractSet[NodeT]:
-        return values.min_cut(self.min_cut_share) if self.min_cut_share else values.received
+        return values.min_cut(self.share) if self.share else values.received
 
     def saved_bytes(self, op: OpEstimate) -> float:
-        return self.min_cut_share * op.min_cut_bytes
+        return self.share * op.min_cut_bytes
 
     def recomputed_share(self, op: OpEstimate) -> float:
         # The knapsack gives up first what is recomputed with least work: half of the bytes for a
         # quarter of it, say.
-        return 1.0 if op.is_cheap else (1.0 - self.min_cut_share) ** 2
+        return 1.0 if op.is_cheap else (1.0 - self.share) ** 2
 
 
 FULL = SaveReceived("full", 2.0)
@@ -192,7 +200,7 @@ def fraction_policy(share: float) -> RematPolicy:
     Args:
         share: from 0 (as "full") to 1 (as "min-cut").
     """
-    return SaveFraction(share, 2.0 - share)
+    return SaveFraction(share, 2.0 - share, share)
 
 
 def _parse_fraction(value: object) -> RematPolicy | None:
@@ -207,15 +215,38 @@ def _parse_fraction(value: object) -> RematPolicy | None:
     return fraction_policy(float(value))
 
 
-PARAMETERIZED: Mapping[str, Callable[[object], RematPolicy | None]] = {
-    "a fraction from 0 to 1 of what min-cut saves": _parse_fraction
-}
-"""Parsers of policies that have a parameter, by a description of what they accept."""
+class PolicyParser(NamedTuple):
+    """A policy that has a parameter.
 
-LADDER: tuple[RematPolicy, ...] = tuple(
-    sorted((*POLICIES, fraction_policy(0.5)), key=lambda policy: policy.rank)
+    Attributes:
+        accepts: what it accepts, in words.
+        parse: the policy that a value denotes; None: the value denotes none.
+        policy: the class of the policies.
+    """
+
+    accepts: str
+    parse: Callable[[object], RematPolicy | None]
+    policy: type[RematPolicy]
+
+
+PARAMETERIZED: tuple[PolicyParser, ...] = (
+    PolicyParser("a fraction from 0 to 1 of what min-cut saves", _parse_fraction, SaveFraction),
 )
-"""The policies that the planner tries, from least recomputation to least memory."""
+"""The policies that have a parameter."""
+
+
+def _ladder() -> tuple[RematPolicy, ...]:
+    """All policies with a name, and one half, unless a policy with a name saves that."""
+    half = fraction_policy(0.5)
+    named = any(policy.min_cut_share == half.min_cut_share for policy in POLICIES)
+    return tuple(sorted((*POLICIES, *[half] * (not named)), key=lambda policy: policy.rank))
+
+
+LADDER = _ladder()
+"""What ``remat="auto"`` tries, by rank: from least recomputation to least memory.
+
+A policy with a name is part of it by itself. No two have the same rank.
+"""
 
 
 def parse_policy(value: object) -> RematPolicy | None:
@@ -230,10 +261,10 @@ def parse_policy(value: object) -> RematPolicy | None:
     for policy in POLICIES:
         if value == policy.option:
             return policy
-    found = (parse(value) for parse in PARAMETERIZED.values())
+    found = (parser.parse(value) for parser in PARAMETERIZED)
     return next((policy for policy in found if policy is not None), None)
 
 
 def policy_options() -> tuple[str, ...]:
     """What a user may write for a policy, in words, for messages and help texts."""
-    return (*(policy.name for policy in POLICIES), *PARAMETERIZED)
+    return (*(policy.name for policy in POLICIES), *(parser.accepts for parser in PARAMETERIZED))

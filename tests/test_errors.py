@@ -22,6 +22,10 @@ class LimitError(errors.AutopipeError):
         self.unit = unit
 
 
+class DiskError(errors.AutopipeError, OSError):
+    """A base that reads its arguments in `__new__`."""
+
+
 CLASSES = [
     kind
     for _, kind in inspect.getmembers(errors, inspect.isclass)
@@ -54,7 +58,7 @@ def test_the_classes_are_found() -> None:
     assert facts(made(errors.MemoryLimitError))["missing_bytes"] == 7
 
 
-@pytest.mark.parametrize("kind", [*CLASSES, LimitError])
+@pytest.mark.parametrize("kind", [*CLASSES, LimitError, DiskError])
 def test_an_error_gets_a_line_of_the_model(kind: type[errors.AutopipeError]) -> None:
     error = made(kind)
     before = str(error)
@@ -69,7 +73,7 @@ def test_an_error_gets_a_line_of_the_model(kind: type[errors.AutopipeError]) -> 
 
 
 @pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("kind", [*CLASSES, LimitError])
+@pytest.mark.parametrize("kind", [*CLASSES, LimitError, DiskError])
 def test_copies_have_the_facts(kind: type[errors.AutopipeError], way: str) -> None:
     error = made(kind).at("model.py:12")
     copied = COPIES[way](error)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 
-from autopipe.errors import OptionError, UnsupportedError
+from autopipe.errors import AutopipeError, OptionError, UnsupportedError
 from autopipe.options import Options, models_of, parse_options
 from autopipe.passes.devices import CPU_CORE, L4
 from autopipe.passes.remat_policies import parse_policy
@@ -81,8 +82,11 @@ def test_one_micro_batch_that_was_asked_for_is_the_whole_batch() -> None:
     ],
 )
 def test_wrong_options(given: dict[str, Any], error: type[Exception], problem: str) -> None:
-    with pytest.raises(error, match=problem):
+    with pytest.raises(error, match=problem) as caught:
         options(**given)
+    if "schedule" in given:
+        assert isinstance(caught.value, AutopipeError)
+        assert {"gpipe", "auto"} <= {*re.findall(r"[\w-]+", str(caught.value.expected))}
 
 
 def test_options_beside_a_plan() -> None:

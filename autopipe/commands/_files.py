@@ -41,22 +41,34 @@ def convert_plan(options: Namespace, ending: str, convert: Callable[[Plan], str]
         OptionError: a file cannot be read or written, or the output would replace the plan.
         PlanError: the file is no plan.
     """
-    from autopipe.planning.plans import Plan
-
     source = Path(options.plan)
     target = Path(options.output) if options.output else source.parent / f"{source.stem}{ending}"
     check_writable(target)
-    try:
-        same = target.exists() and target.samefile(source)
-        plan = Plan.load(source)
-    except OSError as error:
-        raise OptionError("the plan cannot be read", found=_reason(error)) from error
-    if same:
+    plan = load_plan(source)
+    if target.exists() and target.samefile(source):
         raise OptionError("the output would replace the plan", found=str(target))
     text = convert(plan)
     with writing():
         target.write_text(text, encoding="utf-8")
     say(f"{target}: {target.stat().st_size / 1000:.0f} kB")
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan.
+
+    Args:
+        path: of a file that `autopipe plan -o` wrote.
+
+    Raises:
+        OptionError: the file cannot be read.
+        PlanError: the file is no plan.
+    """
+    from autopipe.planning.plans import Plan
+
+    try:
+        return Plan.load(path)
+    except OSError as error:
+        raise OptionError("the plan cannot be read", found=_reason(error)) from error
 
 
 def say(text: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopipe.errors import PlanError, VerifyError, require
-from autopipe.passes.remat_policies import parse_policy
+from autopipe.passes.remat_policies import parse_policy, policy_options
 from autopipe.passes.schedule import KINDS
 from autopipe.planning.plan_data import PlanData
 from autopipe.report.table import table
@@ -54,7 +54,8 @@ class Plan(PlanData):
         require(0 < len(self.sizes) <= self.chunks, "micro-batches and sizes disagree")
         require(not self.whole or len(self.sizes) == 1, "a whole batch in several micro-batches")
         require(min(self.sizes) > 0, "a micro-batch without samples")
-        require(self.schedule in KINDS, "an unknown schedule", found=self.schedule)
+        kinds = f"one of {', '.join(KINDS)}"
+        require(self.schedule in KINDS, "an unknown schedule", expected=kinds, found=self.schedule)
         require(
             KINDS[self.schedule].virtual_stages == 1,
             "a schedule with several stages on a device",
@@ -71,7 +72,12 @@ class Plan(PlanData):
             for name, value in facts:
                 if isinstance(value, (int, float)):
                     require(value >= 0, f"{name} is negative", found=str(value))
-            require(parse_policy(stage.remat) is not None, f"{where}.remat", found=stage.remat)
+            require(
+                parse_policy(stage.remat) is not None,
+                f"{where}.remat is an unknown policy",
+                expected=f"one of {', '.join(policy_options())}",
+                found=stage.remat,
+            )
             empty = stage.first is None
             require(empty == (stage.calls == 0), f"stages[{k}]: `first` and `calls` disagree")
             require(not empty or K == 1, f"stages[{k}] has no call")
@@ -132,7 +138,10 @@ class Plan(PlanData):
             ) from error
         except VerifyError as error:
             raise PlanError(
-                f"a plan that cannot be: {error.problem}", source=str(path), found=error.found
+                f"a plan that cannot be: {error.problem}",
+                source=str(path),
+                expected=error.expected,
+                found=error.found,
             ) from error
         return plan
 

@@ -161,7 +161,8 @@ KINDS = {
 EXECUTED = tuple(kind.name for kind in KINDS.values() if kind.runs_here)
 """The kinds that the runtime executes."""
 
-DEFAULT_KIND = EXECUTED[0]
+DEFAULT_KIND = "gpipe"
+"""The kind that runs if the user names none."""
 
 
 def _alternate(

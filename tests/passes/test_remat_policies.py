@@ -76,7 +76,9 @@ def test_policies_are_equal_if_their_options_are() -> None:
 
 
 def test_the_ladder_goes_from_least_recomputation_to_least_memory() -> None:
-    assert LADDER == (NONE, MIN_CUT, HALF, FULL)
+    assert {*POLICIES} <= {*LADDER}
+    assert LADDER[0] == NONE
+    assert LADDER[-1] == FULL
     op = OpEstimate(autograd_bytes=12, min_cut_bytes=8, is_cheap=False)
     cheap = op._replace(is_cheap=True)
     for light, lean in pairwise(LADDER):
@@ -84,11 +86,13 @@ def test_the_ladder_goes_from_least_recomputation_to_least_memory() -> None:
         assert light.saved_bytes(op) > lean.saved_bytes(op)
         assert light.recomputed_share(op) <= lean.recomputed_share(op)
         assert light.recomputed_share(cheap) <= lean.recomputed_share(cheap)
-    assert [policy.saved_bytes(op) for policy in LADDER] == [12, 8, 4, 0]
-    assert [policy.recomputed_share(op) for policy in LADDER] == [0, 0, 0.25, 1]
-    assert [policy.recomputed_share(cheap) for policy in LADDER] == [0, 1, 1, 1]
-    assert [policy.min_cut_share for policy in LADDER] == [None, 1, 0.5, 0]
-    assert [policy.saves_received for policy in LADDER] == [False, True, True, True]
+    four = (NONE, MIN_CUT, HALF, FULL)
+    assert [policy.saved_bytes(op) for policy in four] == [12, 8, 4, 0]
+    assert [policy.recomputed_share(op) for policy in four] == [0, 0, 0.25, 1]
+    assert [policy.recomputed_share(cheap) for policy in four] == [0, 1, 1, 1]
+    assert [policy.min_cut_share for policy in four] == [None, 1, 0.5, 0]
+    assert [policy.saves_received for policy in four] == [False, True, True, True]
+    assert [p.min_cut_share for p in LADDER].count(0.5) == 1, "by a name, or by the fraction"
 
 
 def test_each_policy_selects_its_values() -> None:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 import autopipe
 from autopipe import Plan
 from autopipe.errors import AutopipeError, OptionError, PlanError, VerifyError
+from autopipe.passes.remat_policies import policy_options
+from autopipe.passes.schedule.kinds import KINDS
 from tests.support.agreement import assert_agrees
 
 pytestmark = pytest.mark.few(4)
@@ -254,7 +256,7 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "stages in a text": (in_plan(stages="three"), "stages"),
     "an unknown field": (in_plan(code="import os"), "plan.code"),
     "a missing field": (edited(lambda d: d["plan"].pop("sizes")), "plan.sizes"),
-    "an unknown schedule": (in_plan(schedule="soon"), "schedule"),
+    "an unknown schedule": (in_plan(schedule="soon"), f"one of {', '.join(KINDS)}"),
     "no samples": (in_plan(sizes=[3, 0]), "without samples"),
     "more micro-batches than chunks": (in_plan(sizes=[1] * 9), "disagree"),
     "half a call": (in_stage(calls=1.5), "stages[1].calls"),
@@ -263,8 +265,8 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "times of another size": (edited(lambda d: d["plan"]["stages"][1]["times"].pop()), "each size"),
     "bytes below nothing": (in_stage(peak_bytes=-1), "negative"),
     "a limit below nothing": (in_stage(limit_bytes=-1), "negative"),
-    "another policy": (in_stage(remat="most"), "remat"),
-    "more than all": (in_stage(remat="1.5"), "remat"),
+    "another policy": (in_stage(remat="most"), f"one of {', '.join(policy_options())}"),
+    "more than all": (in_stage(remat="1.5"), "stages[1].remat is an unknown policy"),
     "a bound below nothing": (in_plan(bound_seconds=-1.0), "negative"),
     "one batch in parts": (in_plan(whole=True), "whole batch"),
     "several stages on a device": (in_plan(schedule="zb-v"), "several stages"),

@@ -61,7 +61,7 @@ def page() -> str:
             ["remat", "what the backward recomputes"],
             [
                 *([f"`{p.name}`", first_line(type(p))] for p in POLICIES),
-                *([text, ""] for text in PARAMETERIZED),
+                *([p.accepts, first_line(p.policy)] for p in PARAMETERIZED),
             ],
         ),
         section(
