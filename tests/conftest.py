@@ -43,3 +43,10 @@ def traces_once() -> Iterator[None]:
     """A stage is traced once for all tests in which it is the same program."""
     with once.traces_once():
         yield
+
+
+@pytest.fixture
+def pure_passes_once() -> Iterator[None]:
+    """And a model is captured once for all plans of a test."""
+    with once.pure_passes_once():
+        yield

@@ -37,6 +37,12 @@ FRACTIONS = {
 }
 """Limits that are tried, of what the largest stage takes without one."""
 
+
+def of_models(*cases: tuple[Any, ...]) -> list[Any]:
+    """Parameters that begin with a model's name: one worker has all plans of a model."""
+    return [pytest.param(*c, marks=pytest.mark.xdist_group(f"search {c[0]}")) for c in cases]
+
+
 TWO = [(name, fractions[i]) for name, fractions in FRACTIONS.items() for i in (2, 5)]
 SMALL = [(name, fraction) for name, fraction in TWO if name != "gpt2"]
 """For tests of many plans."""
@@ -91,7 +97,7 @@ def _once() -> Iterator[None]:
 
 
 shared_model = functools.cache(made)
-"""For plans, which leave a model as it is."""
+"""Captured once. What changes are its parameters' values, on which no plan depends."""
 
 
 def planned(name: str, *, batch: int = BATCH, **options: Any) -> Plan:
@@ -116,11 +122,20 @@ def under(name: str, fraction: float) -> Plan | None:
         return None
 
 
+@functools.cache
+def pipelined_under(name: str, fraction: float) -> Plan:
+    """A plan under a limit that has several micro-batches."""
+    plan = under(name, fraction)
+    if plan is None or len(plan.sizes) == 1:  # (see the last test)
+        plan = planned(name, chunks=2, memory=int(most(name) * fraction))
+    return plan
+
+
 def largest(plan: Plan) -> int:
     return max(stage.memory_bytes for stage in plan.stages)
 
 
-@pytest.mark.parametrize("name", ["skip", "shared"])
+@pytest.mark.parametrize("name", of_models(("skip",), ("shared",)))
 def test_with_less_memory_no_step_is_shorter(name: str) -> None:
     found = [under(name, fraction) for fraction in FRACTIONS[name]]
     plans = [plan for plan in found if plan is not None]
@@ -134,7 +149,7 @@ def test_with_less_memory_no_step_is_shorter(name: str) -> None:
     assert steps[0] <= planned(name).step_seconds  # there is as much as that needs
 
 
-@pytest.mark.parametrize(("name", "fraction"), SMALL)
+@pytest.mark.parametrize(("name", "fraction"), of_models(*SMALL))
 def test_no_plan_with_given_policies_and_micro_batches_is_faster(
     name: str, fraction: float
 ) -> None:
@@ -166,15 +181,13 @@ def slow(monkeypatch: pytest.MonkeyPatch, stage: int | None) -> None:
 
 
 @pytest.mark.parametrize("late", [None, 0, 1])
-@pytest.mark.parametrize(("name", "fraction"), TWO)
+@pytest.mark.parametrize(("name", "fraction"), of_models(*TWO))
 def test_what_a_pipeline_takes_is_not_above_the_limit(
     name: str, fraction: float, late: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow(monkeypatch, late)
-    plan = under(name, fraction)
-    if plan is None or len(plan.sizes) == 1:  # (see the test below)
-        plan = planned(name, chunks=2, memory=int(most(name) * fraction))
-    model, call = made(name)
+    plan = pipelined_under(name, fraction)
+    model, call = shared_model(name, BATCH)
     pipe = autopipe.compile(model, plan=plan, kwargs=call)
     optimizer = torch.optim.Adam(pipe.parameters())
 
@@ -188,6 +201,7 @@ def test_what_a_pipeline_takes_is_not_above_the_limit(
     gc.collect()
     with watching(model) as ledger:
         step()
+    optimizer.zero_grad()
     for k, stage in enumerate(plan.stages):
         own = [model.get_parameter(target) for target in stage.parameters]
         state = [t for p in own for t in optimizer.state[p].values() if t.ndim]
@@ -205,7 +219,7 @@ def fits(attempt: Callable[[], Plan]) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("name", "fraction"), [("skip", 0.3), ("shared", 0.65)])
+@pytest.mark.parametrize(("name", "fraction"), of_models(("skip", 0.3), ("shared", 0.65)))
 def test_what_would_help_does_and_a_little_less_does_not(name: str, fraction: float) -> None:
     limit = int(most(name) * fraction)
     with pytest.raises(MemoryLimitError, match=r"stage \d does not fit its device") as error:
@@ -232,6 +246,7 @@ def test_what_would_help_does_and_a_little_less_does_not(name: str, fraction: fl
     assert any(named.values()), remedy
 
 
+@pytest.mark.xdist_group("search skip")
 def test_stages_of_a_plan_have_policies_that_can_be_written() -> None:
     for fraction in FRACTIONS["skip"]:
         plan = under("skip", fraction)
@@ -239,8 +254,9 @@ def test_stages_of_a_plan_have_policies_that_can_be_written() -> None:
             assert parse_policy(stage.remat) is not None
 
 
+@pytest.mark.xdist_group("search shared")
 def test_a_plan_that_chose_one_micro_batch_can_be_run() -> None:
     plan = planned("shared", memory=int(most("shared") * 0.92))
     assert len(plan.sizes) == 1
-    model, call = made("shared")
+    model, call = shared_model("shared", BATCH)
     autopipe.compile(model, plan=plan, kwargs=call)

@@ -5,6 +5,7 @@ What differs between plans stays: the cut in space, chains of tensor metadata, c
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from autopipe.passes import driver
 from autopipe.passes.capture.request import CaptureRequest
+from autopipe.passes.cost import node_costs
+from autopipe.passes.cost.grad_flow import GradientAnalysis
 from autopipe.passes.phases import cut as phases
 
 TRACES: dict[Hashable, tuple[Any, Any]] = {}
@@ -23,13 +26,19 @@ fingerprint may hold addresses of functions that a stage calls."""
 MOST = 400
 """Traces that are kept."""
 
+CALLS: dict[Hashable, dict[Hashable, Any]] = defaultdict(dict)
+"""By `_modes`, the calls that were costed so far in this process: `GradientAnalysis` keeps those of
+one model."""
+MOST_CALLS = 4000
+
 
 @contextmanager
 def traces_once() -> Iterator[None]:
-    """Within this, a stage is traced and cut once, for all models in which it is the same program.
+    """Within this, a stage is traced and cut once, for all models in which it is the same program,
+    and calls that are alike are costed once.
 
-    A stage is known by its fingerprint, as in a pipeline's own cache. Not for tests of tracing, and
-    not for tests of source lines: they are those of the model that was traced first.
+    A stage is known by its fingerprint, as in a pipeline's own cache. Not for tests of tracing or
+    of costs, and not for tests of source lines: they are those of the model that came first.
     """
     trace_joint, cut_joint = phases.trace_joint, phases.cut_joint
     forward_metadata = phases.forward_metadata
@@ -60,7 +69,15 @@ def traces_once() -> Iterator[None]:
             cuts[key] = cut_joint(stage, joint, remat, device)
         return cuts[key]
 
+    class Analysis(GradientAnalysis):
+        def __init__(self, captured: Any) -> None:
+            super().__init__(captured)
+            self._distinct = CALLS[_modes()]
+            if len(self._distinct) >= MOST_CALLS:
+                self._distinct.clear()
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node_costs, "GradientAnalysis", Analysis)
         patch.setattr(phases, "trace_joint", trace_once)
         patch.setattr(phases, "forward_metadata", metadata_once)
         patch.setattr(phases, "cut_joint", cut_once)

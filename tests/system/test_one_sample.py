@@ -99,13 +99,13 @@ def assert_equal(pipe: autopipe.Pipeline, model: nn.Module, args: Any, truth: Tr
         assert torch.equal(found, gradient) if gradient is not None else found is None, name
 
 
-# Of the U-Net of the tests every sixteenth position: to trace all takes minutes.
+# Of the U-Net of the tests every fortieth position: to trace all takes minutes.
 @pytest.mark.parametrize(
     ("make", "step", "remat", "least"),
     [
         (small, 1, "none", 30),
         (small, 3, "full", 10),
-        (MODELS["unet"].make, 16, "none", 14),
+        (MODELS["unet"].make, 40, "none", 5),
         (rolled, 1, "none", 3),
     ],
     ids=["small", "small, recomputed", "unet", "rolled"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import numpy
 import pytest
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autopipe
-from autopipe.passes import driver
 
 pytestmark = [pytest.mark.few(6), pytest.mark.usefixtures("traces_once")]
 
@@ -128,25 +126,12 @@ def step(pipe: autopipe.Pipeline, x: Tensor) -> list[Tensor]:
     return [out.detach(), x.grad, *gradients]
 
 
-@pytest.fixture
-def capture_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of one model under many plans: capturing is pure, so once will do."""
-    capture, known = driver.capture, []
-
-    def once(*args: Any, **kwargs: Any) -> Any:
-        if not known:
-            known.append(capture(*args, **kwargs))
-        return known[0]
-
-    monkeypatch.setattr(driver, "capture", once)
-
-
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     assert len(a) == len(b)
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.usefixtures("capture_once")
+@pytest.mark.usefixtures("pure_passes_once")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_result_belongs_to_its_seed_whatever_the_plan(name: str) -> None:
     model, x = made(name), shape(6)
@@ -191,7 +176,7 @@ def convnext() -> tuple[nn.Module, Tensor]:
     return ConvNextForImageClassification(config), torch.randn(6, 3, 16, 16)
 
 
-@pytest.mark.usefixtures("capture_once")
+@pytest.mark.usefixtures("pure_passes_once")
 @pytest.mark.parametrize("make", [swin, convnext])
 def test_stochastic_depth_of_real_models(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     torch.manual_seed(0)

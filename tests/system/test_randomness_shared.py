@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autopipe
-from autopipe.passes import driver
-from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.graph.fx_utils import fingerprint
 from autopipe.runtime.random import derive_seed, step_seed
 from tests.support.programs import calls, sole_stage
@@ -104,20 +102,7 @@ def batch(size: int = 6) -> Tensor:
     return torch.randn(size, 6, generator=generator, dtype=torch.float64)
 
 
-@pytest.fixture
-def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of one model under many plans: as one micro-batch, and as several."""
-    capture, known = driver.capture, {}
-
-    def once(request: CaptureRequest) -> Any:
-        if request.whole not in known:
-            known[request.whole] = capture(request)
-        return known[request.whole]
-
-    monkeypatch.setattr(driver, "capture", once)
-
-
-@pytest.mark.usefixtures("captured_once")
+@pytest.mark.usefixtures("pure_passes_once")
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_number_that_all_samples_share_is_drawn_once(name: str) -> None:
     """Whatever the stages, micro-batches and rematerialization: the same, and eager's gradients."""
@@ -152,7 +137,7 @@ class Dropped(nn.Module):
         return self.last(torch.tanh(self.first(x) @ weight.sum(0).T)), weight
 
 
-@pytest.mark.usefixtures("captured_once")
+@pytest.mark.usefixtures("pure_passes_once")
 @pytest.mark.parametrize("name", DROPPED)
 def test_a_weight_is_dropped_once(name: str) -> None:
     model = Dropped(DROPPED[name])

@@ -103,7 +103,7 @@ EXACT = [n for n, e in MODELS.items() if not e.random]
 STAGES = (1, 2, 3, 4)
 SLOW = ("unet", "transformer", "t5", "bert", "resnet", "gpt2")
 """Of these not every combination is run, but every pair of a number of stages or a policy and a
-number of micro-batches; all with ``AUTOPIPE_ALL=1``."""
+number of micro-batches, in batches of one size; all with ``AUTOPIPE_ALL=1``."""
 
 
 def _combinations() -> Any:
@@ -126,24 +126,33 @@ def _combinations() -> Any:
     )
 
 
-def _chunks(name: str, devices: int, remat: str) -> tuple[int, ...]:
+def _splits(name: str, devices: int, remat: str) -> list[tuple[int, tuple[int, ...]]]:
+    """Numbers of micro-batches, each with the sizes of its batches."""
     if name not in SLOW or os.environ.get("AUTOPIPE_ALL"):
-        return CHUNKS
-    return (CHUNKS[(devices + REMATS.index(remat)) % len(CHUNKS)],)
+        return [(chunks, BATCHES) for chunks in CHUNKS]
+    i = devices + REMATS.index(remat)
+    return [(CHUNKS[i % len(CHUNKS)], (BATCHES[devices % len(BATCHES)],))]
 
 
 def test_slow_models_too_meet_every_pair() -> None:
-    met = [(k, r, c) for k in STAGES for r in REMATS for c in _chunks(SLOW[0], k, r)]
-    assert {(k, c) for k, _, c in met} == set(itertools.product(STAGES, CHUNKS))
-    assert {(r, c) for _, r, c in met} == set(itertools.product(REMATS, CHUNKS))
+    met = [
+        (k, r, c, b)
+        for k, r in itertools.product(STAGES, REMATS)
+        for c, batches in _splits(SLOW[0], k, r)
+        for b in batches
+    ]
+    assert {(k, c) for k, _, c, _ in met} == set(itertools.product(STAGES, CHUNKS))
+    assert {(r, c) for _, r, c, _ in met} == set(itertools.product(REMATS, CHUNKS))
+    assert {(r, b) for _, r, _, b in met} == set(itertools.product(REMATS, BATCHES))
+    assert {(c, b) for _, _, c, b in met} == set(itertools.product(CHUNKS, BATCHES))
 
 
 @_combinations()
 def test_bit_equal_to_the_captured_graph(name: str, devices: int, remat: str) -> None:
     model, inputs = _model(name)
-    for chunks in _chunks(name, devices, remat):
+    for chunks, batches in _splits(name, devices, remat):
         pipe = autopipe.compile(model, devices=devices, chunks=chunks, remat=remat)
-        for batch in BATCHES:
+        for batch in batches:
             found = _run(pipe, model, inputs, batch)
             _assert_same(found, _truth(name, pipe.captured, batch, chunks))
 

@@ -24,6 +24,8 @@ from tests.support.zoo import TOLERANCE, ZOO, Entry, agreement, randomness
 from tests.support.zoo.compare import CHUNKS, eager, step
 from tests.support.zoo.speech import captioned, clip
 
+pytestmark = pytest.mark.usefixtures("traces_once")
+
 REFUSED: dict[str, str] = {}
 """Models that do not train as a pipeline, and why."""
 
@@ -42,9 +44,17 @@ QUICK = ("Llama", "Qwen2-MoE", "ViT", "LoRA on GPT-2")
 
 
 def marked(names: Iterable[str], failing: dict[str, str], quick: Iterable[str]) -> list[Any]:
-    """Parameters of a test; those in `failing` fail, and why; only `quick` is in the first tier."""
+    """Parameters of a test; those in `failing` fail, and why; only `quick` is in the first tier.
+
+    A group per model, so that one worker has what the tests of a model have in common.
+    """
     marks = {n: [pytest.mark.xfail(strict=True, reason=r)] for n, r in failing.items()}
-    return [pytest.param(n, marks=[*marks.get(n, []), *full_unless(n in quick)]) for n in names]
+    return [
+        pytest.param(
+            n, marks=[*marks.get(n, []), *full_unless(n in quick), pytest.mark.xdist_group(n)]
+        )
+        for n in names
+    ]
 
 
 each = pytest.mark.parametrize("name", marked(ZOO, REFUSED, QUICK))
