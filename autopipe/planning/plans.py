@@ -14,7 +14,7 @@ from autopipe.errors import PlanError, VerifyError, require
 from autopipe.passes.remat_policies import parse_policy, policy_options
 from autopipe.passes.schedule import KINDS
 from autopipe.planning.plan_data import PlanData
-from autopipe.report.table import table
+from autopipe.report.plan_text import plan_text
 from autopipe.typed_json import MisfitError, convert, parse, short, to_json
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Plan(PlanData):
         return what(self) == what(other)
 
     def __str__(self) -> str:
-        return table(self)
+        return plan_text(self)
 
     def verify(self) -> None:
         """Check the rules that types do not express.

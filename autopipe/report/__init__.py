@@ -1,6 +1,6 @@
 """Plans and stages for people: text tables, the HTML page, `pipe.stages`.
 
-`columns` (a table's columns), `table` (text of a plan), `stages` (`pipe.stages`); of the page:
+`columns` (a table's columns), `plan_text` (text of a plan), `stages` (`pipe.stages`); of the page:
 `page_data` (numbers that are drawn), `svg` (primitives), `bars_figure`, `graph_figure`,
-`timeline_figure`, `chunks_figure`, `tables`, `style`, `page`.
+`timeline_figure`, `chunks_figure`, `page_tables`, `style`, `page`.
 """

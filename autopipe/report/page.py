@@ -10,9 +10,7 @@ from .bars_figure import memory_bars, time_bars
 from .chunks_figure import chunks_chart
 from .graph_figure import MOST, stage_graph
 from .page_data import CAVEAT, PageData, check, memory, times
-from .style import STYLE
-from .svg import escape, tag
-from .tables import (
+from .page_tables import (
     chunks_table,
     crossing_table,
     device_table,
@@ -20,6 +18,8 @@ from .tables import (
     parameter_lists,
     stage_table,
 )
+from .style import STYLE
+from .svg import escape, tag
 from .timeline_figure import NAMES, phases, timeline
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Columns of tables: what is shown where, and that a column is one entry.
 
-Covers report/table.py.
+Covers report/plan_text.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from autopipe.report import columns, table, tables
+from autopipe.report import columns, page_tables, plan_text
 from autopipe.report.columns import STAGE_COLUMNS, Column, columns_of, stage_rows
 from autopipe.report.page_data import PageData
 from tests.support.pages import Page
@@ -20,7 +20,7 @@ MIXED = replace(PLAN, stages=(replace(PLAN.stages[0], remat="none"), *PLAN.stage
 
 
 def test_the_text_has_a_column_for_policies_only_if_they_differ() -> None:
-    assert table.table(PLAN).splitlines()[1:5] == [
+    assert plan_text.plan_text(PLAN).splitlines()[1:5] == [
         "stage  device  calls  parameters     flops   load    sends        saves"
         "               memory",
         "    0  cpu         3     4.0 KiB  1.00e+06  22.2%    512 B   3 × 1000 B"
@@ -30,12 +30,12 @@ def test_the_text_has_a_column_for_policies_only_if_they_differ() -> None:
         "    2  cpu         5    12.0 KiB  3.00e+06  44.4%      0 B  3 × 2.9 KiB"
         "  47.0 KiB of 1.0 MiB",
     ]
-    lines = table.table(MIXED).splitlines()
+    lines = plan_text.plan_text(MIXED).splitlines()
     assert [line.split()[-1] for line in lines[1:5]] == ["remat", "none", "full", "full"]
 
 
 def test_the_page_has_its_columns() -> None:
-    found = Page(tables.stage_table(PageData(PLAN)))
+    found = Page(page_tables.stage_table(PageData(PLAN)))
     heads = [e.text for e in found.named("th") if e.attributes.get("scope") == "col"]
     assert heads == [c.heading for c in columns_of(STAGE_COLUMNS, stage_rows(PLAN), "page")]
     assert len(found.named("td")) == 3 * (len(heads) - 1)
@@ -48,9 +48,9 @@ def test_a_column_is_one_entry(shown: str, monkeypatch: pytest.MonkeyPatch) -> N
         lambda row: f"<{row.stage.gradient_bytes}>",
         shown=shown,  # type: ignore[arg-type]
     )
-    for module in (table, tables):
+    for module in (plan_text, page_tables):
         monkeypatch.setattr(module, "STAGE_COLUMNS", (*STAGE_COLUMNS, more))
-    text, page = table.table(PLAN), Page(tables.stage_table(PageData(PLAN)))
+    text, page = plan_text.plan_text(PLAN), Page(page_tables.stage_table(PageData(PLAN)))
     assert ("gradients <g>" in text and "<8192>" in text) == (shown != "page")
     cells = [e.text for e in page.elements if e.name in ("th", "td")]
     assert ("gradients <g>" in cells and "<8192>" in cells) == (shown != "text")

@@ -1,6 +1,6 @@
 """The report page: well formed, closed to the world, complete; every name in it is only text.
 
-Covers report/tables.py and report/style.py.
+Covers report/page_tables.py and report/style.py.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autopipe.planning.plan_data import PlanData
 
 
-def table(plan: PlanData) -> str:
+def plan_text(plan: PlanData) -> str:
     """Format a plan as text.
 
     Returns:
