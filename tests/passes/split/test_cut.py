@@ -221,7 +221,7 @@ def test_more_stages_than_calls() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     with pytest.raises(PartitionError, match="cannot be cut into 4 stages") as caught:
         split_of(model, 4, torch.randn(4, 4))
-    assert "3 calls" in str(caught.value)
+    assert "3 ops" in str(caught.value)
     assert "use fewer devices" in str(caught.value)
 
 
