@@ -30,8 +30,8 @@ __all__ = [
     "simulate",
 ]
 
-# Names are imported on first use (PEP 562), because torch takes seconds to import and a simulation,
-# a page or `autopipe --help` does without it.
+# Names are imported on first use (PEP 562), because torch takes seconds to import, and a
+# simulation, a report page or `autopipe --help` does not need it.
 _HOMES = {
     "api": ("compile", "plan"),
     "module": ("Pipeline",),

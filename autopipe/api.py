@@ -1,4 +1,4 @@
-"""The two ways in: `compile` a model, or `plan` one."""
+"""The two entry points: `compile` a model, or `plan` one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compile(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Pipeline:
-    """Make a micro-batch pipeline of a model (GPipe, arXiv 1811.06965).
+    """Compile a model into a micro-batch pipeline (GPipe, arXiv 1811.06965).
 
     Args:
         model: any module (also a GraphModule), or an ExportedProgram with a dynamic batch
@@ -54,7 +54,7 @@ def compile(
         chunks: M, the number of micro-batches that a batch is split into (fewer for a batch with
             fewer samples; it need not divide). None: the planner chooses on the first batch.
         plan: a `Plan` or the file of one. Its cut is used, and its devices, chunks, schedule and
-            remat where these are not given. It must be of the same model with similar inputs.
+            remat if these are not given. It must be a plan of the same model with similar inputs.
         schedule: "gpipe" (default): all micro-batches forward, then all backward; "auto": the
             default of this version (only "gpipe" is executed so far).
         remat: which activations stages save between forward and backward. "full" (default): only
@@ -63,32 +63,32 @@ def compile(
             to 1: that fraction of min-cut's bytes; "auto": for each stage the policy that
             recomputes least and fits. Or a list of one for each stage.
         memory: limit per device, in bytes or as "16GiB" or "80GB", or a list of one for each
-            device. It is for parameters, gradients, Adam's state, saved activations of all
+            device. It covers parameters, gradients, Adam's state, saved activations of all
             micro-batches in flight, and temporary tensors.
-        profile: time the model's calls and stages on the devices, where choices need times,
-            instead of computing times from the device table.
+        profile: if choices need times, measure the model's ops and stages on the devices instead of
+            computing times from the device table.
         in_dims: the batch dimension of the inputs, as for `torch.vmap`: an integer for all, None
             for "not batched", a tuple by position or a dict by name.
-        out_reduce: how micro-batches' results are combined if they are single numbers and the rule
-            cannot be derived from the graph: "mean" (weighted by samples) or "sum".
+        out_reduce: how scalar results of micro-batches are combined if the rule cannot be derived
+            from the graph: "mean" (weighted by samples) or "sum".
         batch_norm: each micro-batch is normalised by its own statistics (GPipe section 2.2).
             "deferred": running statistics, and other buffers written in the forward, change once
             per step, as if the whole batch had been seen at once; "micro": once per micro-batch.
         loss_fn: for `Pipeline.step`: ``loss_fn(output, target)``.
         backend: "eager".
-        args, kwargs: example inputs: compile now. Without them, compile on the first call.
+        args, kwargs: example inputs, to compile immediately. Without them, the first call compiles.
 
     Returns:
         A `Pipeline`: a module with the model's own parameters and the same results.
 
     Raises:
-        OptionError, DeviceError, UnsupportedError: an argument is wrong or not implemented.
+        OptionError, DeviceError, UnsupportedError: an argument is wrong or not supported.
         CaptureError: the model cannot be captured faithfully.
         CouplingError: the model mixes the samples of a batch.
         InputError: the example inputs have no common batch size.
-        PartitionError: the model has too few calls for so many stages.
-        MemoryLimitError: no plan keeps the memory limit; the error says which changes would.
-        PlanError: the file is not a plan, or the plan is of another model.
+        PartitionError: the model has too few ops for the number of stages.
+        MemoryLimitError: no plan fits the memory limit; the error names changes that would fit.
+        PlanError: the file is not a plan, or the plan is for another model.
     """
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.load(plan)
@@ -130,7 +130,7 @@ def plan(
 ) -> Plan:
     """Predict how `compile` cuts a model, the memory and time of each stage, and of a step.
 
-    It needs neither weights nor GPUs: the model may be built under ``torch.device("meta")``.
+    This needs neither weights nor GPUs: the model may be built under ``torch.device("meta")``.
 
     Args:
         model, schedule, remat, memory, profile, in_dims, out_reduce, batch_norm: as for `compile`.

@@ -1,4 +1,4 @@
-"""Which inputs of a call are batched, in which dimension, and how many samples they hold."""
+"""Find which inputs of a call are batched, in which dimension, and the number of samples."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def batch_of(
 
     Args:
         in_dims: an integer or None for all inputs; a tuple for the positional ones (keyword inputs
-            are then batched in dimension 0), its entries nested like the inputs if need be; or a
-            dict by argument name, in which what is left out is batched in dimension 0. Tensors
-            without dimensions are never batched.
+            are then batched in dimension 0), its entries may be nested like the inputs; or a dict
+            by argument name, in which arguments that are left out are batched in dimension 0.
+            Tensors without dimensions are never batched.
         model: for the names of its arguments.
 
     Returns:
-        For each leaf of ``(args, kwargs)`` the dimension that micro-batches cut, or None; and the
+        For each leaf of ``(args, kwargs)`` the dimension that micro-batches split, or None; and the
         number of samples.
 
     Raises:
         OptionError: `in_dims` does not fit the inputs.
-        InputError: there is no sample, or batched inputs differ in how many they hold.
+        InputError: there is no sample, or batched inputs have different numbers of samples.
     """
     kwargs = dict(sorted(kwargs.items()))  # as `call_signature.flatten` does
     leaves = pytree.tree_leaves((args, kwargs))

@@ -1,4 +1,4 @@
-"""The modes a pipeline is called in: function transforms, hooks, anomaly detection, autocast."""
+"""Handle the modes of a call: function transforms, hooks, anomaly detection, autocast."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def refuse_transforms(leaves: Sequence[Any]) -> None:
-    """Refuse function transforms: they wrap tensors to see operators, a pipeline runs kernels.
+    """Refuse function transforms: they wrap tensors to intercept ops, but a pipeline runs kernels.
 
     Args:
         leaves: flattened inputs of a call, or gradients.
@@ -41,7 +41,7 @@ def refuse_transforms(leaves: Sequence[Any]) -> None:
 def plain_autograd() -> Iterator[None]:
     """Trace without the caller's hooks on saved tensors and without anomaly detection.
 
-    Both would see fake tensors; the gradients that they are meant for come later.
+    Both would see fake tensors; they are meant for the real backward, which runs later.
     """
     with ExitStack() as stack:
         if has_saved_tensor_hooks():  # with hooks, autograd does not check for in-place changes

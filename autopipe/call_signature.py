@@ -54,7 +54,7 @@ class CallInputs(NamedTuple):
 
 
 class CallSignature(NamedTuple):
-    """What a call must share with a captured one; sizes are free.
+    """What a call must have in common with a captured one; sizes may differ.
 
     Attributes:
         spec: structure of ``(args, kwargs)``.
@@ -77,11 +77,11 @@ class CallSignature(NamedTuple):
 
 
 def structure_error(expected: CallSignature, found: CallSignature) -> InputError:
-    """Return the error for a call with another structure than the captured ones.
+    """Return the error for a call whose structure differs from the captured ones.
 
     Args:
-        expected: a captured one.
-        found: that of the call.
+        expected: the signature of a captured call.
+        found: the signature of the call.
     """
     return InputError(
         "the inputs differ in structure from those that the pipeline was compiled for",

@@ -1,7 +1,7 @@
 """The `autopipe` command line: parse the arguments, run a command, return an exit code.
 
 The commands are the modules of `autopipe.commands`. Exit codes: 0; 1: the model cannot be planned;
-2: an argument or a file is wrong. An exception of the user's own callable shows its traceback.
+2: an argument or a file is wrong. An exception in the user's own callable shows its traceback.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG_ARGUMENT
     except AutopipeError as error:
         print(f"autopipe: {error}", file=sys.stderr)
-        # Without a node or source line, it is an option that asks for what is not implemented.
+        # Without a node or source line, an option asks for something that is not implemented.
         asked = isinstance(error, UnsupportedError) and error.node is None and error.source is None
         return WRONG_ARGUMENT if asked else CANNOT_PLAN
     return 0

@@ -1,4 +1,4 @@
-"""One captured model: its stages, and a runnable program per kind of call."""
+"""One captured model: its stages, and a runnable program for each `ProgramKey`."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ class CompiledModel:
 
     Args:
         model: the user's module.
-        options: with nothing left to choose.
+        options: resolved: the planner has nothing left to choose.
         workers: one per stage.
         split: the stages.
-        traces: what was traced of these stages so far.
+        traces: traces of these stages so far.
 
     Attributes:
         expected: names of the outputs that the next call expects gradients for.
@@ -118,7 +118,7 @@ class CompiledModel:
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
 
     def fits(self, batch: int) -> bool:
-        """Whether the model takes the captured branches for a batch of this size.
+        """Whether the model would take the captured branches for a batch of this size.
 
         Args:
             batch: number of samples.
@@ -141,7 +141,7 @@ class CompiledModel:
         return self.model.get_buffer(target)
 
     def place_parameters(self) -> None:
-        """Move each parameter, in place, to the device of the stage that holds it.
+        """Move each parameter, in place, to the device of the stage that owns it.
 
         Raises:
             DeviceError: a parameter or buffer is on the meta device.
@@ -171,7 +171,8 @@ class CompiledModel:
         Args:
             worker: the stage's worker.
             kind, target: as for `tensor`.
-            written: a buffer that the stage writes to: it is moved instead of copied.
+            written: whether it is a buffer that the stage writes to, which is moved instead of
+                copied.
         """
         tensor = self.tensor(kind, target)
         if tensor.device == worker.device:
@@ -193,7 +194,7 @@ class CompiledModel:
 
         Args:
             inputs: the call.
-            progress: called with what is being done.
+            progress: called with a text for each step.
 
         Raises:
             MemoryLimitError: the batch needs more memory than the devices have.
@@ -220,7 +221,7 @@ class CompiledModel:
     def program_for_outputs(
         self, program: CompiledProgram, names: frozenset[str]
     ) -> CompiledProgram:
-        """Return a program for gradients of other outputs; the next call expects these, too.
+        """Return a program for gradients of other outputs, which the next call then expects too.
 
         Args:
             program: one of this model's.
@@ -256,7 +257,7 @@ class CompiledModel:
         return self._programs[key]
 
     def plan(self, program: CompiledProgram) -> Plan:
-        """The plan of a program: the one it was made from, or else one by the device table."""
+        """The plan of a program: the one that it was compiled with, or one by the device table."""
         options, sizes = self.options, program.key.sizes
         timers = modeled_timers(options.device_models)
         plan = make_plan(self.model, self.split, program.lowered.phased, sizes, options, timers)

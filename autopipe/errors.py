@@ -1,10 +1,10 @@
-"""All errors that autopipe raises on purpose, one class for each kind.
+"""All errors that autopipe raises deliberately, one class for each kind.
 
-Every error has the same facts, and every message lists them in the same order: the problem, the
-graph node, the line of the model, what was expected and found, what the reader can do about it.
+Every error has the same fields, and every message lists them in the same order: the problem, the
+graph node, the line of the model, what was expected and found, and the remedy.
 
-A new class only needs a docstring. If it has arguments of its own, its constructor passes the
-facts to `AutopipeError` and stores the others as attributes.
+A new class only needs a docstring. If it has further arguments, its constructor passes these fields
+to `AutopipeError` and stores the others as attributes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class AutopipeError(Exception):
         found: str | None = None,
         remedy: str | None = None,
     ) -> None:
-        """Store the facts, and make the message of them."""
+        """Store the fields, and build the message from them."""
         self.problem = problem
         self.node = node
         self.source = source
@@ -57,7 +57,7 @@ class AutopipeError(Exception):
         return "\n".join(lines)
 
     def at(self, source: str | None) -> Self:
-        """Return a copy of this error with the line of the model that it is about.
+        """Return a copy of this error with the line of the model that caused it.
 
         Args:
             source: ``file:line``; None if it is not known.
@@ -74,7 +74,7 @@ class AutopipeError(Exception):
 
 def _restore(kind: type[AutopipeError], args: tuple[Any, ...]) -> AutopipeError:
     error = kind.__new__(kind)
-    error.args = args  # (where a base reads arguments of its own, `__new__` need not keep them)
+    error.args = args  # (`__new__` of a base class with other arguments may not have set them)
     return error
 
 
@@ -103,7 +103,7 @@ class PartitionError(AutopipeError, ValueError):
 
 
 class MemoryLimitError(AutopipeError, ValueError):
-    """No plan keeps the memory limit: which stage, how much is missing, and what would fit.
+    """No plan fits the memory limit; the message names the stage, missing bytes and a remedy.
 
     Attributes:
         missing_bytes: how much more the stage would need; None: not known to the byte.
@@ -128,15 +128,15 @@ class PlanError(AutopipeError, ValueError):
 
 
 class VerifyError(AutopipeError, AssertionError):
-    """A pass produced a program that breaks its own rules: a bug in autopipe."""
+    """A pass produced a program that breaks the rules of its type: a bug in autopipe."""
 
 
 def require(condition: bool, problem: str, **facts: str | None) -> None:
-    """Check one rule that a program or a plan must keep.
+    """Check one rule that a program or a plan must satisfy.
 
     Args:
-        condition: whether it is kept.
-        problem: what is wrong if it is not.
+        condition: whether it is satisfied.
+        problem: what is wrong otherwise.
         facts: node, source, expected, found or remedy of the error.
 
     Raises:
@@ -147,7 +147,7 @@ def require(condition: bool, problem: str, **facts: str | None) -> None:
 
 
 class UnsupportedError(AutopipeError, NotImplementedError):
-    """A feature that autopipe knows about but does not implement."""
+    """A feature that autopipe recognizes but does not support."""
 
 
 class StageError(AutopipeError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Numbers as short texts for people: bytes, seconds, counts; and rows as aligned lines."""
+"""Format numbers as short texts: bytes, seconds, counts; and rows as aligned lines."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Detect changes of a model's Python state, which a captured graph does not see.
 
-A graph has the branches that were taken at capture, with plain numbers as constants: a temperature,
-a layer that is exchanged later, an adapter that is switched off. The state that such decisions
-usually depend on is compared in every call; if it has changed, the model is captured again.
+A graph has the branches that were taken at capture, with plain numbers as constants. A later
+change, such as another temperature, a replaced layer or a disabled adapter, would go unnoticed. So
+the state that such decisions usually depend on is compared in every call; if it has changed, the
+model is captured again.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 def model_state_key(model: nn.Module) -> Hashable:
-    """Return a value that stays equal while nothing changes that capture depends on.
+    """Return a key of the state that capture depends on: it changes if that state does.
 
-    It has, for every module: the class; attributes (such as the training flag) that are plain
+    The key has, for every module: the class; attributes (such as the training flag) that are plain
     values, tensors, or containers and configurations of those; hooks; shapes and dtypes of
     parameters and buffers, and which of them are the same tensor.
 
@@ -79,7 +80,7 @@ def _attribute_key(name: Any, value: Any, seen: set[int]) -> Iterator[Hashable]:
     if type(value) in PLAIN:
         yield name, value
     elif isinstance(value, Tensor):
-        yield name, id(value)  # in-place changes are seen by the captured graph
+        yield name, id(value)  # the captured graph sees in-place changes
     elif id(value) in seen:
         return
     elif isinstance(value, dict):

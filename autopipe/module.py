@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 class Pipeline(ModuleProxy):
-    """A model that runs as a pipeline of stages; made by `autopipe.compile`.
+    """A model that runs as a pipeline of stages; returned by `autopipe.compile`.
 
-    Its parameters, buffers and submodules are the model's own objects, under the model's own
-    names, so that optimizers, checkpoints and hooks made for one work with the other. Other
-    attributes, such as ``pipe.config``, are looked up in the model.
+    Its parameters, buffers and submodules are the model's own objects, under the model's own names,
+    so that optimizers, checkpoints and hooks of one work with the other. Other attributes, such as
+    ``pipe.config``, are looked up in the model.
 
     The model is captured on the first call in each mode (train, eval), or by `capture`; and again
     if its modules, their plain attributes, hooks or ties have changed (`model_state_key`).
@@ -45,7 +45,7 @@ class Pipeline(ModuleProxy):
         self._reset()
 
     def _reset(self) -> None:
-        """Forget everything that was compiled."""
+        """Discard everything that was compiled."""
         self._programs = ProgramCache(self.model, self.options)
         self.memory = SavedBytesCounter(len(self._programs.workers))
 
@@ -64,7 +64,7 @@ class Pipeline(ModuleProxy):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on a batch, cut into micro-batches.
+        """Run the model on a batch, split into micro-batches.
 
         Returns:
             The model's result for the whole batch: same structure, same shapes, one loss.
@@ -116,9 +116,9 @@ class Pipeline(ModuleProxy):
         return loss.detach()
 
     def capture(self, *args: Any, **kwargs: Any) -> None:
-        """Compile for inputs like these now, in the current mode, without running.
+        """Compile for inputs like these, in the current mode, without running.
 
-        It also makes a pipeline accept another structure of inputs, which is an error in a call.
+        This also allows another structure of inputs, which would be an error in a call.
 
         Args:
             args, kwargs: example inputs.
@@ -131,14 +131,14 @@ class Pipeline(ModuleProxy):
     def verify(self, *args: Any, tolerance: float | None = None, **kwargs: Any) -> Verification:
         """Compare a training step of this pipeline with one of the model itself, on one batch.
 
-        Randomness is disabled in both runs, and the model's batch norm is made to normalise
-        micro-batch by micro-batch. Parameters, gradients, buffers and random state do not change.
-        The model itself runs on the whole batch, on one device: it must fit there.
+        Randomness is disabled in both runs, and in the model's run, batch norm normalises each
+        micro-batch separately. Parameters, gradients, buffers and random state do not change. The
+        model itself runs on the whole batch, on one device: it must fit there.
 
         Args:
             args, kwargs: the model's inputs.
-            tolerance: what counts as rounding, relative to the largest entry; without it, by
-                dtype (1e-5 for float32).
+            tolerance: the largest difference that counts as rounding, relative to the largest
+                entry; None: by dtype (1e-5 for float32).
 
         Returns:
             A `Verification`: ``ok``, the largest difference of every output, gradient and buffer,

@@ -19,7 +19,7 @@ class ModuleProxy(nn.Module):
     """A module that shares another one's parameters, buffers, submodules and attributes.
 
     Args:
-        model: the other one.
+        model: the other module.
         devices: where its parameters may be.
     """
 
@@ -54,7 +54,7 @@ class ModuleProxy(nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model":  # not set yet: a copy is being made
+        if name == "model":  # not set yet: the module is being copied
             raise AttributeError(name)
         try:
             return super().__getattr__(name)
@@ -62,11 +62,11 @@ class ModuleProxy(nn.Module):
             return getattr(self.model, name)
 
     def install(self) -> nn.Module:
-        """Make calls of the model itself run as this pipeline.
+        """Make calls of the model itself run this pipeline.
 
-        For trainers, which check a model's class and signature and call `save_pretrained`:
-        ``Trainer(model=pipe.install(), ...)``. The hook is the one of `nn.Module.compile`; copies
-        and pickles of the model do not have it.
+        It is for trainers, which check a model's class and signature and call `save_pretrained`:
+        ``Trainer(model=pipe.install(), ...)``. It uses the hook of `nn.Module.compile`, which
+        copies and pickles of the model do not have.
 
         Returns:
             The model.
@@ -115,10 +115,10 @@ def _changes_nothing(
     before = shared(sample)
     try:
         moved = fn(sample)
-    except (RuntimeError, AssertionError):  # to a device that is not present
+    except (RuntimeError, AssertionError):  # the device is not present
         return False
     if moved.is_meta:
         return device.type == "meta"
     here = moved.device == device or moved.device in own
-    same = moved.dtype == dtype and bool((moved == 1).all())  # to_empty keeps no values
+    same = moved.dtype == dtype and bool((moved == 1).all())  # to_empty does not copy values
     return here and same and shared(moved) == before

@@ -53,7 +53,7 @@ def policy(value: Any) -> RematPolicy:
 
 
 def speeds(value: Any) -> Device:
-    """A device model, by itself or by its name in the table."""
+    """Parse a device model: a `Device`, or its name in the table."""
     return value if isinstance(value, Device) else device_of(value)
 
 
@@ -106,14 +106,15 @@ def parse_devices(
 
     Args:
         devices: a number of accelerators (of CPU workers where there are none), or a list.
-        elsewhere: the pipeline will run on another machine: a number may be above what is here.
+        elsewhere: the pipeline will run on another machine, so more devices than are here are
+            allowed.
 
     Returns:
         One device for each stage, with its index.
 
     Raises:
         OptionError: it is neither a number above 0 nor a list with an entry.
-        DeviceError: a device is not here.
+        DeviceError: a device does not exist here.
     """
     present = accelerators()
     if isinstance(devices, int) and not isinstance(devices, bool):
@@ -143,7 +144,7 @@ def parse_devices(
 
 
 def _parse_device(value: str | torch.device) -> torch.device:
-    """A device that is here, with its index."""
+    """Parse one device, which must exist here, and add its index."""
     try:
         device = torch.device(value)
     except (RuntimeError, TypeError) as error:

@@ -30,7 +30,7 @@ BATCH_NORM = ("deferred", "micro")
 
 
 class ResolvedOptions(NamedTuple):
-    """Options that the planner may choose, once they are chosen.
+    """The options that the planner may choose, with the values chosen.
 
     Attributes:
         chunks: number of micro-batches.
@@ -43,7 +43,7 @@ class ResolvedOptions(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Checked options of `autopipe.compile` and `autopipe.plan`; see there.
+    """Checked options of `autopipe.compile` and `autopipe.plan`, which describe them.
 
     Attributes:
         devices: one per stage.
@@ -68,7 +68,7 @@ class Options:
 
     @property
     def needs_planning(self) -> bool:
-        """Whether a search must choose something or keep a memory limit."""
+        """Whether a search must choose something or satisfy a memory limit."""
         choices = (self.chunks, self.schedule, self.remat)
         return self.plan is None and (None in choices or self.limits is not None or self.profile)
 
@@ -79,7 +79,7 @@ class Options:
 
     @property
     def whole_batch(self) -> bool:
-        """Whether one micro-batch was asked for (not chosen): samples may depend on one another."""
+        """Whether the user asked for one micro-batch: then samples may depend on one another."""
         return self.chunks == 1 if self.plan is None else self.plan.whole
 
     @property
@@ -103,7 +103,7 @@ class Options:
         *,
         single: bool = False,
     ) -> CaptureRequest:
-        """Ask for a model's captured graph under these options.
+        """Build the request to capture a model under these options.
 
         Args:
             model, leaves, spec, batch_dims, single: see `CaptureRequest`.
@@ -150,13 +150,14 @@ def parse_options(
     plan: Plan | None = None,
     elsewhere: bool = False,
 ) -> Options:
-    """Check what the user wrote; what is None comes from the plan or has a default.
+    """Check what the user wrote; None means the plan's value or the default.
 
     Args:
         devices, chunks, schedule, remat, memory, in_dims, out_reduce, batch_norm: as for `compile`.
         backend, loss_fn, profile, plan: as for `compile`.
         device: as for `autopipe.plan`.
-        elsewhere: the pipeline will run on another machine: `devices` may be more than are here.
+        elsewhere: the pipeline will run on another machine, so more `devices` than are here are
+            allowed.
 
     Raises:
         OptionError, DeviceError, UnsupportedError: an option is wrong; the error says what is
@@ -243,7 +244,7 @@ def _devices_beside_plan(
     remat: Any,
     memory: Any,
 ) -> Any:
-    """Check that options beside a plan agree with it (devices: in number); return the devices."""
+    """Check that the other options agree with a plan (devices: in number); return the devices."""
     K = len(plan.stages)
     asked = devices if isinstance(devices, int) or devices is None else len(devices)
     policies = tuple(option_parsing.policy(s.remat) for s in plan.stages)

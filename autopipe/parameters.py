@@ -22,7 +22,7 @@ def parameter(model: nn.Module, target: str) -> nn.Parameter:
         target: qualified name.
 
     Raises:
-        UnsupportedError: another tensor was put in its place, or it is gone.
+        UnsupportedError: it was replaced by another tensor or deleted.
     """
     *path, name = target.split(".")
     try:
@@ -41,7 +41,7 @@ def move(tensor: Tensor, device: torch.device) -> None:
 
     Args:
         tensor: a parameter or buffer.
-        device: where to.
+        device: the target device.
     """
     tensor.data = tensor.data.to(device)
     if tensor.grad is not None:

@@ -54,7 +54,7 @@ class PipelineCall:
         self.run: Run | None = None
         self._saved: tuple[Any, ...] = ()  # for `share_gradients`
         self._versions: list[int] = []  # of `wanted`, at the forward
-        self._buffers: dict[str, Tensor] = {}  # as they were before the forward
+        self._buffers: dict[str, Tensor] = {}  # their values before the forward
 
     def differentiable(self) -> list[bool]:
         return [o.name in self.ready.differentiable for o in self.compiled.split.captured.outputs]
@@ -80,7 +80,7 @@ class PipelineCall:
         """Run the backward of all micro-batches.
 
         Args:
-            gradients: one per output; None where none came.
+            gradients: one per output; None if the output got none.
 
         Returns:
             The gradients of `wanted`.
@@ -99,8 +99,8 @@ class PipelineCall:
             run.drop()
             return (None,) * len(self.wanted)
         if pattern != self.ready.differentiated:
-            # The program was made for gradients from other outputs. Run the forward of the right
-            # one, with the same seed and buffers, once; the next step starts with it.
+            # The program was compiled for gradients from other outputs. Run the forward of the
+            # right program once, with the same seed and buffers; the next step starts with it.
             run.drop()
             self.ready = self.compiled.program_for_outputs(self.ready, pattern)
             run = self._new_run(self.ready, self._buffers)
@@ -121,7 +121,7 @@ class PipelineCall:
         return tuple(found)
 
     def _take_run(self) -> Run:
-        """The forward's run, which serves one backward."""
+        """Take the forward's run, which can do one backward."""
         run = self.run
         if run is None:
             raise StageError(
@@ -143,11 +143,11 @@ class PipelineCall:
         return run
 
     def _new_run(self, ready: CompiledProgram, before: dict[str, Tensor]) -> Run:
-        """A run whose stages have their tensors and inputs.
+        """Create a run and pass its stages their tensors and inputs.
 
         Args:
             ready: the program.
-            before: buffers to use in place of the model's own, which then stay as they are.
+            before: buffers to use in place of the model's own, which then do not change.
         """
         buffers: dict[str, Tensor] = {}
         held = self._held(ready, before, buffers)
@@ -171,7 +171,7 @@ class PipelineCall:
     def _held(
         self, ready: CompiledProgram, before: dict[str, Tensor], buffers: dict[str, Tensor]
     ) -> list[list[Tensor]]:
-        """The tensors that each stage holds; those that it writes to are added to `buffers`."""
+        """The tensors of each stage's state; buffers that it writes to are added to `buffers`."""
         compiled, split = self.compiled, self.compiled.split
         held = []
         targets = {i.name: i.target for i in compiled.parameters}

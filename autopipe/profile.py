@@ -1,4 +1,4 @@
-"""`profile`: times of a model's calls on a real device (from `autopipe.planning.profile_calls`)."""
+"""`profile`: times of a model's ops on a real device (from `autopipe.planning.profile_calls`)."""
 
 from autopipe.planning.profile_calls import profile
 

@@ -1,12 +1,12 @@
-"""Find the program for a call, or make it: capture, choose a plan, cut, trace.
+"""Find the program for a call, or build it: capture, choose a plan, cut, trace.
 
     call ──▶ ModelKey: model state, structure of the inputs, static shapes ──▶ `CompiledModel`s,
              of which the first whose size guards hold for the batch is used
          ──▶ ProgramKey: micro-batch sizes, grad, outputs with gradients, parameters, metadata
              of the inputs, autocast ──▶ `CompiledProgram`
 
-A model is captured once per `ModelKey` (seldom more: a batch of one sample may take branches of
-its own); its stages are traced once per `ProgramKey`.
+A model is captured once per `ModelKey` (rarely more often: for a batch of one sample the model may
+take other branches); its stages are traced once per `ProgramKey`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from autopipe.planning.plans import Plan
 
 MANY_STATES = 16
-"""Captured states of a model (training flags, attributes) after which a warning is due."""
+"""Warn after capturing a model in this many states (training flags, attributes)."""
 
 
 class ModelKey(NamedTuple):
-    """Everything but the batch size that decides which captured graph a call can use."""
+    """Everything, except the batch size, that decides which captured graph a call can use."""
 
     state: Hashable
     signature: CallSignature
@@ -57,7 +57,7 @@ class ProgramCache:
 
     Args:
         model: the user's module.
-        options: checked; what they leave open is chosen on the first call of a mode.
+        options: checked; options left open are chosen on the first call in each mode.
 
     Attributes:
         workers: one per stage.
@@ -75,17 +75,17 @@ class ProgramCache:
     def program_for(
         self, inputs: CallInputs, *, strict: bool
     ) -> tuple[CompiledModel, CompiledProgram]:
-        """Find the program for a call, or capture and trace what is missing for it.
+        """Find the program for a call, or build it by capturing and tracing.
 
         Args:
             inputs: the call.
-            strict: accept only input structures that were captured before, if there are any.
+            strict: if any input structure was captured before, refuse other structures.
 
         Returns:
             The captured model and the program.
 
         Raises:
-            InputError: another structure than the captured ones.
+            InputError: the structure is not one of the captured ones.
             CaptureError, CouplingError, PartitionError, MemoryLimitError: see `autopipe.compile`.
         """
         state, signature = model_state_key(self.model), CallSignature.of(inputs)
@@ -102,10 +102,10 @@ class ProgramCache:
 
     @property
     def last(self) -> tuple[CompiledModel, CompiledProgram]:
-        """What the last call used.
+        """The captured model and program that the last call used.
 
         Raises:
-            OptionError: there was none.
+            OptionError: there was no call.
         """
         if self._last is None:
             raise OptionError(
@@ -116,19 +116,19 @@ class ProgramCache:
 
     @property
     def options(self) -> Options:
-        """The options with the plan that was chosen in this mode, or else for training."""
+        """The options with the plan chosen in this mode, or else with the one for training."""
         plan = self._plans.get(self.model.training) or self._plans.get(True)
         return self._options if plan is None else self._options.planned(plan)
 
     def _capture(
         self, key: ModelKey, inputs: CallInputs, progress: Callable[[str], None]
     ) -> CompiledModel:
-        """Capture the model for a call that no captured graph serves."""
+        """Capture the model for a call that no captured graph fits."""
         models = self._models.setdefault(key, [])
         single = inputs.batch == 1 and bool(models)
         compiled = self._compile(inputs, progress, single=single)
         if inputs.batch == 1 and not compiled.fits(1):
-            # One sample was traced as two, which took another branch: trace it as one.
+            # One sample was traced as two, which gave another branch: trace it as one.
             models.append(compiled)
             compiled = self._compile(inputs, progress, single=True)
         models.append(compiled)
@@ -163,7 +163,7 @@ class ProgramCache:
         batch: int,
         progress: Callable[[str], None],
     ) -> Split:
-        """Cut as a plan says, or else balanced, where nothing is left to choose."""
+        """Cut as in the plan, or balanced if there is none; nothing is left to choose."""
         plan, (chunks, remat) = options.plan, options.resolved
         sizes = microbatch.sizes(batch, chunks)
         models = options.device_models
@@ -178,7 +178,7 @@ class ProgramCache:
         )
 
     def _remember(self, key: ModelKey) -> None:
-        """Do not capture again because of what the model changed in itself while captured."""
+        """Record the key after capture: do not capture again for changes that capture caused."""
         state = model_state_key(self.model)
         if state != key.state:
             self._models[key._replace(state=state)] = self._models[key]

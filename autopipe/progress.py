@@ -1,4 +1,4 @@
-"""A progress bar for compiling, on a terminal, once it takes longer than a second."""
+"""A progress bar for compiling, shown on a terminal after one second."""
 
 from __future__ import annotations
 

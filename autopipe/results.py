@@ -7,7 +7,7 @@ After the forward, in this order:
     write_buffers    final values → the model's buffers
     fill_result      final values → the structure that the model returns
 
-and for the backward `share_gradients`, the reverse of `gather_outputs`, and `input_gradient`.
+For the backward: `share_gradients`, the reverse of `gather_outputs`, and `input_gradient`.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def share_gradients(
 
     Args:
         outputs: of the captured graph.
-        gradients: one per output; None where none came.
+        gradients: one per output; None if the output got none.
         saved: `GatheredOutputs.saved`.
         sizes: samples per micro-batch.
 
     Returns:
-        For each output with a gradient those of the M micro-batches' values.
+        For each output with a gradient, the gradients of the M micro-batches' values.
     """
     return {
         output.name: output.combine.share(gradient, kept, sizes)
@@ -101,7 +101,7 @@ def input_gradient(
         item: the input.
         parts: ("grad NAME", micro-batch) → gradient; one that is missing is zero.
         sizes: samples per micro-batch.
-        device: where the input lies.
+        device: the input's device.
 
     Returns:
         The gradient, or None if no micro-batch has one.

@@ -85,7 +85,7 @@ def _named(name: str) -> ModuleType:
         sys.path.insert(0, os.getcwd())  # as with `python -m`
     try:
         found = importlib.util.find_spec(name)
-    except ModuleNotFoundError as error:  # a package that it is said to be in
+    except ModuleNotFoundError as error:  # its parent package does not exist
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         found = None

@@ -21,7 +21,7 @@ def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict
     """Return the metadata of a call's tensors in a micro-batch.
 
     Args:
-        captured: whose placeholders.
+        captured: the graph with the placeholders.
         leaves: the call's flattened inputs.
         size: samples in the micro-batch.
     """
@@ -41,7 +41,7 @@ def state_metadata(captured: Captured, tensor: Callable[[Input], Tensor]) -> dic
     """Return the metadata of a model's parameters, buffers and constants.
 
     Args:
-        captured: whose placeholders.
+        captured: the graph with the placeholders.
         tensor: returns the tensor of a placeholder.
     """
     return {
@@ -55,7 +55,7 @@ def usual_outputs(captured: Captured) -> frozenset[str]:
     If the model returns a loss, only that does; otherwise any output may.
 
     Args:
-        captured: whose outputs.
+        captured: the graph with the outputs.
     """
     results = [o for o in captured.outputs if not o.internal]
     reduced = {o.name for o in results if o.combine.is_reduction}
@@ -70,7 +70,7 @@ def training_request(
     devices: Sequence[torch.device],
     remat: Sequence[RematPolicy],
 ) -> PhaseRequest:
-    """Ask for a split program's phases in training, with gradients from the usual outputs.
+    """Build the request to trace a split program in training, with gradients of the usual outputs.
 
     Args:
         model: what was captured; its weights are not needed.

@@ -1,6 +1,6 @@
-"""Write frozen dataclasses as JSON and read them back, refusing what does not fit their types.
+"""Write frozen dataclasses as JSON and read them back, refusing data of other types.
 
-Nothing in a file is executed or looked up: `json` parses it, and each value is checked against the
+Nothing in a file is executed or imported: `json` parses it, and each value is checked against the
 type annotation of its field.
 """
 
@@ -29,7 +29,7 @@ class MisfitError(ValueError):
 
 
 def json_name(name: str) -> dict[str, str]:
-    """Metadata for `dataclasses.field`: the field's name in JSON, where that differs.
+    """Metadata for `dataclasses.field`: the field's name in JSON, if that differs.
 
     Args:
         name: its key in the file.

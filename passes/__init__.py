@@ -4,10 +4,10 @@
 
     devices, partition, remat_policies, schedule   models of devices, cuts, policies, schedules;
                                                    without torch
-    ops                                            operators of our own
+    ops                                            autopipe's custom operators
     ir                                             the program types
-    graph                                          questions about fx graphs, and edits of them
-    batch, cost, phases, codegen                   follow the batch; costs; F, R, B, W; source text
+    graph                                          analyze and edit fx graphs
+    batch, cost, phases, codegen                   batch dimension; costs; F, R, B, W; source text
     capture, split                                 from a model to a graph; from a graph to stages
     driver                                         all passes in order
 """

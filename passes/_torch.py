@@ -94,7 +94,7 @@ __all__ = [
 
 @contextmanager
 def lazy_graph_code() -> Iterator[None]:
-    """Within this, torch's graph modules generate their Python code only when they run.
+    """Within this context, torch's graph modules generate their Python code only when they run.
 
     The passes read graph modules and run none of them; this saves a tenth of the compile time.
     """
@@ -108,7 +108,7 @@ def symbolic_fake_mode() -> FakeTensorMode:
 
 
 def is_functorch_call(target: Any) -> bool:
-    """Whether an exported call belongs to a function transform, such as vmap's levels."""
+    """Whether an exported op belongs to a function transform, such as vmap's levels."""
     return str(getattr(target, "__module__", "")).startswith("torch._functorch.")
 
 
@@ -137,9 +137,9 @@ def has_tangent(tensor: Tensor) -> bool:
 def keep_no_grad_regions() -> Iterator[None]:
     """Let export respect `no_grad` inside an autocast region.
 
-    Export cuts its graph where gradients are enabled or disabled, and reads from the first call of
-    each part which of the two it is. But a part inside an autocast region begins with a call that
-    enters the region again; this patch skips it.
+    Export cuts its graph where gradients are enabled or disabled, and tells by the first op of each
+    piece which of the two it is. But a piece inside an autocast region begins with an op that
+    enters the region again; this patch skips that op.
     """
 
     def switches(node: fx.Node, omit_if_same_with_ambient: bool = False) -> bool:
@@ -158,7 +158,7 @@ def keep_no_grad_regions() -> Iterator[None]:
 
 @contextmanager
 def fix_lstm_state_shapes() -> Iterator[None]:
-    """Give the states of a fake LSTM their real shape (torch 2.11 adds a dimension)."""
+    """Correct the shape of a fake LSTM's states (torch 2.11 adds a dimension)."""
 
     def corrected(layer: Callable[..., Any]) -> Callable[..., Any]:
         def run(x: Tensor, hidden: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +178,7 @@ def fix_lstm_state_shapes() -> Iterator[None]:
 
 @contextmanager
 def record_checks_unordered() -> Iterator[None]:
-    """Record error checks of linear algebra (a singular matrix) like any other call.
+    """Record error checks of linear algebra (a singular matrix) like any other op.
 
     Newer torch versions order them by tokens, which exist only in AOTAutograd's own tracing.
     """
@@ -192,7 +192,7 @@ def record_checks_unordered() -> Iterator[None]:
 
 
 def set_traced_call(call: int, stack_trace: str | None) -> None:
-    """While tracing: attribute what follows to the call at a position of the traced graph."""
+    """While tracing: attribute the following nodes to the op at a position of the traced graph."""
     if has_preserved_node_meta():
         get_current_meta()["custom"] = {"call": call}
         set_stack_trace([stack_trace] if stack_trace else [])
@@ -227,7 +227,7 @@ def to_functional(tensor: Tensor) -> Tensor:
 
 
 def from_functional(tensor: Tensor) -> Tensor:
-    """Return the tensor inside, with every pending in-place update applied."""
+    """Unwrap a functional tensor, with every pending in-place update applied."""
     if not isinstance(tensor, FunctionalTensor):
         return tensor
     torch._sync(tensor)  # type: ignore[no-untyped-call, attr-defined]

@@ -1,14 +1,14 @@
 """Scheduled + Phased -> Generated: write the pipeline as Python source text.
 
-The text has three layers; each calls the one before:
+The text has three layers; each calls the layer before it:
 
-    F_1_b4, RBW_1_b4      what stage 1 computes on a micro-batch of 4: calls of ATen operators
+    F_1_b4, RBW_1_b4      what stage 1 computes on a micro-batch of 4, in ATen operators
     forward_1             one micro-batch at stage 1: receive, compute, send, save
     device_1_forward      what the worker of device 1 does in one step: its list of actions
 
 The text needs only torch and the `run` object that the runtime passes in; it calls the methods of
-`autopipe.runtime.executor.Run`. `pipe.code` prints this text, and this text runs. Functions take
-their arguments in a list and empty it, so that a value is freed after its last use.
+`autopipe.runtime.executor.Run`. `pipe.code` is this text. Functions get their arguments in a list
+and empty it, so that a value is freed after its last use.
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ def codegen(
 
 
 def _verify_two_passes(scheduled: Scheduled) -> None:
-    """Check that a step is what the runtime executes: all forwards, then all whole backwards.
+    """Check that the runtime can execute the step: all forwards, then all whole backwards.
 
-    The text has one function for each of the two. Another order would run as this one, with more
-    saved activations than its plan says. Buffers that a stage updates go from one micro-batch to
-    the next, so forwards follow the order of micro-batches too.
+    The text has one function for each of the two, so any other order would run in this order, with
+    more saved activations than its plan says. Buffers that a stage updates pass from one
+    micro-batch to the next, so forwards must run in the order of micro-batches too.
     """
     order = (*product("F", range(scheduled.chunks)), *product(("RBW",), range(scheduled.chunks)))
     for device, row in enumerate(scheduled.devices):
@@ -207,13 +207,13 @@ def _listed(arguments: Sequence[str]) -> str:
 
 
 def stage_function(stage: StagePhases, phase: str, device: torch.device, name: str) -> str:
-    """Write the calls of some phases as a function ``name(ctx, args)``, which empties `args`.
+    """Write the ops of some phases as a function ``name(ctx, args)``, which empties `args`.
 
     `StagePhases` shows the arguments and results of these functions.
 
     Args:
-        stage: its joint graph has the calls.
-        phase: letters of the phases whose calls are written: "F", or some of "RBW".
+        stage: its joint graph has the ops.
+        phase: letters of the phases whose ops are written: "F", or some of "RBW".
         device: where the function runs.
         name: of the function.
 
@@ -249,7 +249,7 @@ def stage_function(stage: StagePhases, phase: str, device: torch.device, name: s
         if stage.phase_of.get(node.name, "-") in phase:
             env[node] = graph.node_copy(node, env.__getitem__)
             _replace_device(env[node], stage.device, device)
-        for i in own_grads.get(node, ()):  # at once, so that only the sum stays alive
+        for i in own_grads.get(node, ()):  # immediately, so that only the sum stays alive
             done = graph.call_method("accumulate", (env[ctx], i, env[node]))
             done.meta = {"stack_trace": node.meta.get("stack_trace")}
     graph.output([env[v] if isinstance(v, fx.Node) else v for v in values])
@@ -257,7 +257,7 @@ def stage_function(stage: StagePhases, phase: str, device: torch.device, name: s
 
 
 def _replace_device(node: fx.Node, traced: torch.device, device: torch.device) -> None:
-    """Write the device that a stage runs on; it may be traced for another one of the same type."""
+    """Replace the traced device by the one that runs; both have the same type."""
     if traced != device:
         node.kwargs = {k: device if v == traced else v for k, v in node.kwargs.items()}
 

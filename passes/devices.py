@@ -5,8 +5,8 @@
 The roofline model: Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009. Peak FLOP/s,
 bandwidth and memory size are the vendors' figures for dense matrices (vendors print tensor-core
 figures for sparse matrices, which are twice as high), with GB and GFLOP as powers of ten. No data
-sheet says which fraction of the peak is reached: `Fractions` are assumptions of this project, in
-fields of their own so that measurements (`autopipe.planning.profile_calls`) can replace them.
+sheet says which fraction of the peak is reached. `Fractions` are assumptions of this project, in
+separate fields so that measurements (`autopipe.planning.profile_calls`) can replace them.
 
 To add a device: define it below and list it in `DEVICES`. Its name is then accepted wherever a
 device is named, help texts and messages list it, and a GPU whose CUDA name contains one of its
@@ -45,8 +45,8 @@ PRECISIONS = ("fp32", "half")
 ADAM_BYTES = 8
 """Optimizer state in bytes per trained parameter element: the default of every memory estimate.
 
-Adam and AdamW keep two moments of 4 bytes (fp32) each: Kingma and Ba, "Adam", ICLR 2015,
-algorithm 1.
+Adam and AdamW store two moments of 4 bytes (fp32) each: Kingma and Ba, "Adam", ICLR 2015, algorithm
+1.
 """
 
 
@@ -55,7 +55,7 @@ class Link:
     """A connection between two devices, in one direction.
 
     Attributes:
-        gbytes_per_second: bandwidth in 10⁹ bytes per second; infinite where nothing is copied.
+        gbytes_per_second: bandwidth in 10⁹ bytes per second; infinite if nothing is copied.
         latency_seconds: time of an empty transfer.
 
     Raises:
@@ -107,7 +107,7 @@ class Fractions:
     def of(self, kind: str) -> float:
         """Return the fraction of the peak for a kind of work.
 
-        (For memory-bound work it hardly matters: it has few FLOPs.)
+        (It hardly matters for memory-bound work, which has few FLOPs.)
         """
         return self.matmul if kind == "memory" else float(getattr(self, kind))
 
@@ -251,14 +251,14 @@ DEVICES = {d.name: d for d in (H100, H200, A100, L4, RTX4090, CPU_CORE)}
 """Every device model, by its name."""
 
 DEFAULT = CPU_CORE
-"""The device whose times are shown where the user names none."""
+"""The device whose times are shown if the user names none."""
 
 UNKNOWN_GPU = H100
-"""The device model of a GPU that none of the table recognizes."""
+"""The device model of a GPU that no entry of the table matches."""
 
 
 def device_of(name: str) -> Device:
-    """Look a device model up by its name in `DEVICES`.
+    """Look up a device model by its name in `DEVICES`.
 
     Raises:
         OptionError: no device has that name.

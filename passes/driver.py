@@ -5,7 +5,7 @@
     Split ─cut_phases─▶ Phased                                              `phases_by_size`
     Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated                     `lower_to_code`
 
-Every program is verified where it is created. With ``AUTOPIPE_DUMP=dir`` in the environment each is
+Every program is verified when it is created. With ``AUTOPIPE_DUMP=dir`` in the environment each is
 also written to that folder, numbered in the order of creation.
 """
 
@@ -112,8 +112,8 @@ def phases_by_size(
     """Trace and cut a split program's stages at each micro-batch size of a request.
 
     Args:
-        request: the stages and what they are traced for.
-        cache: what was traced so far; grows. None: nothing.
+        request: the stages and their metadata, devices and policies.
+        cache: stages that were traced so far; new ones are added. None: an empty cache.
         progress: is called with each stage that is traced.
 
     Raises:

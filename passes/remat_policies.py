@@ -1,12 +1,11 @@
-"""Rematerialization policies: which values F saves for the backward, and what that is estimated to
-cost.
+"""Rematerialization policies: which values F saves for the backward, and estimates of the cost.
 
     none      save everything that the backward reads, as autograd does
     full      save only what the stage received; the backward recomputes the rest (GPipe, sec. 2.3)
     min-cut   save what functorch's min-cut partitioner selects: results of matrix products, mostly;
               the backward recomputes cheap ops
     0.0..1.0  save a fraction of what min-cut saves beyond the received values: functorch's memory
-              budget, whose knapsack recomputes first what frees most bytes per FLOP
+              budget, whose knapsack first recomputes the values that free most bytes per FLOP
 
 Each policy is one class below and one entry in `POLICIES` (or, if it has a parameter, in
 `PARAMETERIZED`). Option parsing, error messages, help texts, the planner's ladder of policies, the
@@ -40,7 +39,7 @@ class JointValues(Generic[NodeT]):
 
 
 class OpEstimate(NamedTuple):
-    """What is estimated for one op before any stage is traced.
+    """Estimates for one op before any stage is traced.
 
     Attributes:
         autograd_bytes: bytes of its results that autograd saves.
@@ -62,7 +61,7 @@ class RematPolicy(ABC):
     Attributes:
         option: what a user writes for it: a name, or a number.
         rank: orders policies by how much they recompute: 0 "none", 1 "min-cut", 2 "full"; a new
-            policy has one of its own.
+            policy needs a distinct rank.
     """
 
     option: str | float
@@ -75,14 +74,15 @@ class RematPolicy(ABC):
 
     @property
     def saves_received(self) -> bool:
-        """Whether received values are saved even if no backward reads them (recomputing does)."""
+        """Whether received values are saved even if no backward reads them (recomputation does)."""
         return True
 
     @property
     def min_cut_share(self) -> float | None:
         """The fraction of min-cut's saved values that this policy saves.
 
-        None if it saves other values. Between policies that have one the planner tries fractions.
+        None if it saves other values. The planner tries fractions between policies that have a
+        share.
         """
         return None
 
@@ -103,7 +103,7 @@ class RematPolicy(ABC):
 
     @abstractmethod
     def recomputed_share(self, op: OpEstimate) -> float:
-        """How much of an op's forward is recomputed, from 0 to 1, if the backward can need it."""
+        """The share (0 to 1) of an op's forward that is recomputed, if the backward may need it."""
 
 
 class SaveAll(RematPolicy):
@@ -178,8 +178,8 @@ class SaveFraction(RematPolicy):
         return self.share * op.min_cut_bytes
 
     def recomputed_share(self, op: OpEstimate) -> float:
-        # The knapsack gives up first what is recomputed with least work: half of the bytes for a
-        # quarter of it, say.
+        # The knapsack first drops values that need least work to recompute: for example, half of
+        # the bytes for a quarter of the work.
         return 1.0 if op.is_cheap else (1.0 - self.share) ** 2
 
 
@@ -191,7 +191,7 @@ POLICIES: tuple[RematPolicy, ...] = (FULL, NONE, MIN_CUT)
 """The policies that have a name."""
 
 DEFAULT = FULL
-"""The policy of stages for which none is given."""
+"""The policy of stages if none is given."""
 
 
 def fraction_policy(share: float) -> RematPolicy:
@@ -204,7 +204,7 @@ def fraction_policy(share: float) -> RematPolicy:
 
 
 def _parse_fraction(value: object) -> RematPolicy | None:
-    """The policy of a number from 0 to 1, or of its text."""
+    """The policy for a number from 0 to 1, or for its text."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -216,7 +216,7 @@ def _parse_fraction(value: object) -> RematPolicy | None:
 
 
 class PolicyParser(NamedTuple):
-    """A policy that has a parameter.
+    """A kind of policy that has a parameter.
 
     Attributes:
         accepts: what it accepts, in words.
@@ -236,7 +236,7 @@ PARAMETERIZED: tuple[PolicyParser, ...] = (
 
 
 def _ladder() -> tuple[RematPolicy, ...]:
-    """All policies with a name, and one half, unless a policy with a name saves that."""
+    """All named policies, and the fraction one half, unless a named policy has that share."""
     half = fraction_policy(0.5)
     named = any(policy.min_cut_share == half.min_cut_share for policy in POLICIES)
     return tuple(sorted((*POLICIES, *[half] * (not named)), key=lambda policy: policy.rank))
@@ -245,12 +245,12 @@ def _ladder() -> tuple[RematPolicy, ...]:
 LADDER = _ladder()
 """What ``remat="auto"`` tries, by rank: from least recomputation to least memory.
 
-A policy with a name is part of it by itself. No two have the same rank.
+Named policies are included automatically. No two have the same rank.
 """
 
 
 def parse_policy(value: object) -> RematPolicy | None:
-    """The policy that someone wrote.
+    """The policy that a value denotes.
 
     Args:
         value: a name, a number, or a number as text.

@@ -1,8 +1,8 @@
-"""The commands of `autopipe`, a module each.
+"""The commands of `autopipe`, one module each.
 
-To add a command, add a module here that defines `COMMAND`. The command line finds it by itself; a
-module whose name begins with an underscore is no command. Torch takes seconds to import, so a
-module imports it (and what imports it) within `run` only.
+To add a command, add a module here that defines `COMMAND`. The command line finds it automatically;
+modules whose names begin with an underscore are not commands. Torch takes seconds to import, so a
+module imports it (and modules that import it) only inside `run`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Command:
         help: one line for the list of commands.
         description: for the command's own help.
         add_arguments: adds its arguments to its parser.
-        run: carries it out. Errors of `autopipe.errors` become messages and exit codes.
+        run: executes it. Errors of `autopipe.errors` become messages and exit codes.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Reading plans and writing results, as several commands do."""
+"""Read plans and write results, for several commands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_plan_arguments(parser: ArgumentParser, ending: str) -> None:
 
 
 def convert_plan(options: Namespace, ending: str, convert: Callable[[Plan], str]) -> None:
-    """Read the plan that the options name, write what `convert` makes of it, and print where.
+    """Read the plan that the options name, write the result of `convert`, and print its path.
 
     Args:
         options: parsed from the arguments of `add_plan_arguments`.
@@ -72,7 +72,7 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def say(text: str) -> None:
-    """Print a text; stop quietly if nobody reads it any more (``| head``)."""
+    """Print a text; exit quietly if the reader has closed the pipe (``| head``)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:  # Python would fail again when it flushes at exit
@@ -80,7 +80,7 @@ def say(text: str) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Check, before minutes of work, that the output has a folder to go to.
+    """Check, before minutes of work, that the folder of the output exists.
 
     Raises:
         OptionError: there is no such folder, or the path is a folder itself.
@@ -94,7 +94,7 @@ def check_writable(path: str | Path) -> None:
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Turn errors of writing within into `OptionError`.
+    """Within this context, turn errors of writing into `OptionError`.
 
     Raises:
         OptionError: the file cannot be written.

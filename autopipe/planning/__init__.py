@@ -1,17 +1,17 @@
-"""Plans: what each device runs, holds and takes, and which plan is the best.
+"""Plans: what each device runs, its memory and time, and the search for the best plan.
 
 Read in this order:
 
     `plan_parts`       the parts of a plan: stages, times, segments
-    `plan_data`        the data of a plan, and what follows from them
+    `plan_data`        the data of a plan, and values computed from them
     `plans`            `Plan`: a plan that can be checked, printed, saved and loaded
     `make_plan`        a split program and its phases → a plan
     `fitting`          the policies with which a cut fits its memory limits
-    `estimate_errors`  correct estimates by what traces show
+    `estimate_errors`  correct estimates by traces
     `cut_trials`       the best cut for one number of micro-batches
     `search`           the best of all numbers of micro-batches
-    `remedies`         what would help if nothing fits
-    `profile_calls`    measure calls on a device
+    `remedies`         changes that would help if nothing fits
+    `profile_calls`    measure ops on a device
     `profile_stages`   measure whole stages on a device
     `choice`           options and a captured graph → the plan to run
 """

@@ -1,6 +1,6 @@
 """Choose the plan to run for options and a captured graph with costs.
 
-`compile` and `plan` both call `choose`. Where the user fixed everything, the search has a single
+`compile` and `plan` both call `choose`. If the user fixed everything, the search has a single
 candidate.
 """
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from autopipe.planning.plans import Plan
 
 REFINEMENTS = 3
-"""How often a cut is repeated with measured times of its stages."""
+"""How often a model is cut again with measured times of its stages."""
 
 
 class Choice(NamedTuple):
     """A chosen plan.
 
     Attributes:
-        plan: it.
+        plan: the plan.
         split: the stages.
-        traces: what was traced of these stages; graphs of other candidates are not in it.
+        traces: the traces of these stages, without those of other candidates.
     """
 
     plan: Plan
@@ -62,12 +62,12 @@ def choose(
         annotated: its captured graph with costs.
         leaves: a call's flattened inputs.
         batch: its number of samples.
-        options: checked; what is None is chosen.
-        progress: called with what is being done.
+        options: checked; options that are None are chosen.
+        progress: called with a text for each step.
 
     Raises:
-        MemoryLimitError: nothing fits; the error says which changes would.
-        PartitionError: the model has too few calls for so many stages.
+        MemoryLimitError: nothing fits; the error names changes that would fit.
+        PartitionError: the model has too few ops for the number of stages.
         InputError: a batch norm would see a single value per channel.
     """
     search = _search(model, annotated, leaves, options, progress)
@@ -111,7 +111,7 @@ def _search(
     def measured(size: int) -> Mapping[str, CallSeconds]:
         progress(f"timing calls on {size} samples")
         timed = profile(annotated, size, options.devices[0]).timings
-        nothing = Timing(0.0, 0.0)  # for what does not run: sizes, unpacking of results
+        nothing = Timing(0.0, 0.0)  # for nodes that run nothing: sizes, unpacking of results
         timings = {name: timed.get(name, nothing) for name in annotated.costs}
         return {
             name: CallSeconds(t.forward_seconds, t.backward_seconds, t.forward_seconds)
@@ -123,11 +123,11 @@ def _search(
 
 
 def _recut_by_measured_stages(search: Search, chosen: Candidate, batch: int) -> Candidate:
-    """Cut again with per-call times scaled by the measured times of whole stages.
+    """Cut again with per-op times scaled by the measured times of whole stages.
 
-    Calls are timed one by one, alone and with their arguments in the cache. Stages are timed as
-    they run. The times of a stage's calls are scaled so that they sum up to the stage's time, and
-    the model is cut again by these, as long as the predicted step gets shorter.
+    Ops are timed one by one, alone and with their arguments in the CPU cache. Stages are timed as
+    in a step. The times of a stage's ops are scaled so that they sum to the stage's time, and the
+    model is cut again with these, as long as the predicted step gets shorter.
     """
     first, asked = chosen.plan, search.options
     remat = asked.planned(first).remat
@@ -146,8 +146,8 @@ def _recut_by_measured_stages(search: Search, chosen: Candidate, batch: int) -> 
         if again.plan.step_seconds >= chosen.plan.step_seconds:
             break
         chosen = again
-    # The smallest of several measurements is too low: time the chosen cut once more. Its plan is
-    # made with the user's options, because a single micro-batch may have been chosen.
+    # The smallest of several measurements is too low: time the chosen cut once more. Use the
+    # user's options for its plan, because a single micro-batch may have been chosen.
     timers = measured_timers(asked.devices, search.models)
     timed = make_plan(search.model, chosen.split, chosen.phased, first.sizes, asked, timers)
     return replace(chosen, plan=timed)

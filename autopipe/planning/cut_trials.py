@@ -1,13 +1,13 @@
 """Try cuts for one number of micro-batches and keep the fastest plan that fits.
 
-The balanced cut, without regard to memory, is tried first; then cuts under the limits, which choose
-a policy for each stage by estimate. On a cut, each stage gets the policy with least recomputation
-among those with which it really fits (`fitting`). The errors that its traces show in the estimate
-(`estimate_errors`) correct the next cut.
+The balanced cut, which ignores memory, is tried first; then cuts under the limits, which choose a
+policy for each stage by estimate. For each cut, every stage gets the policy with least
+recomputation among those with which its trace fits (`fitting`). The differences between traces and
+estimates (`estimate_errors`) correct the next cut.
 
-Cuts for tighter limits are tried too: the estimate is not exact, and a step takes longer than its
-largest stage. (Each limit is a little below what the last plan uses, so that a plan that is found
-with less memory is seldom missed with more.)
+Cuts for tighter limits are tried too: estimates are not exact, and the largest stage alone does not
+determine the step time. (Each limit is a little below the memory of the last plan, so that a plan
+that is found with less memory is rarely missed with more.)
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ TIGHTER_CUTS, TIGHTER_CUTS_RECUTS, TIGHTER = 8, 2, 0.97
 of the last one, at most."""
 
 WIDER = (1.1, 1.25, 1.5)
-"""Fractions of the limits to cut for when by the estimate nothing fits: it may be too high."""
+"""Fractions of the limits to cut for if nothing fits by the estimate, which may be too high."""
 
 
 class SearchSpace(Protocol):
-    """What `CutTrials` uses of a `Search`."""
+    """The part of `Search` that `CutTrials` uses."""
 
     annotated: Annotated
     options: Options
@@ -74,9 +74,9 @@ class CutTrials:
     Attributes:
         search: model, options and device models.
         sizes: samples in each micro-batch.
-        fastest: seconds of the fastest step known elsewhere; cuts that will hardly be faster are
-            not traced.
-        any_plan: stop at the first plan that fits; the one with least memory is tried first.
+        fastest: seconds of the fastest step found for other numbers of micro-batches; cuts that are
+            unlikely to be faster are not traced.
+        any_plan: stop at the first plan that fits; try the plan with least memory first.
     """
 
     search: SearchSpace
@@ -92,10 +92,10 @@ class CutTrials:
         """Find the fastest plan that fits.
 
         Returns:
-            The plan; None: no plan that was traced fits, and others would not be faster.
+            The plan; None if no traced plan fits and the others would not be faster.
 
         Raises:
-            MemoryLimitError, PartitionError, InputError: there is none.
+            MemoryLimitError, PartitionError, InputError: there is no plan.
         """
         K, fixed, limits = self._stages, self.search.options.remat, self.search.options.limits
         unlimited = self.search.objective(self.sizes, fixed or LADDER[:1] * K)
@@ -139,7 +139,7 @@ class CutTrials:
         """Cut under limits, repeatedly, with estimates corrected by the last cut's traces.
 
         Returns:
-            The plans of the last cut; None: there is no cut, or none that could be faster.
+            The plans of the last cut; None if there is no cut, or none that could be faster.
         """
         errors = dict(self._errors)
         found: FittedCut | None = None
@@ -175,7 +175,7 @@ class CutTrials:
             raise
 
     def _try(self, split: Split, objective: Objective) -> FittedCut:
-        """Choose policies for a cut, unless that was done, and record the outcome."""
+        """Choose policies for a cut, unless that was done before, and record the result."""
         cut = tuple(stage.origins for stage in split.stages)
         if cut in self._cuts:
             return self._cuts[cut]
@@ -201,7 +201,7 @@ class CutTrials:
 def step_bound(split: Split, sizes: Sequence[int]) -> float:
     """Return a bound on the seconds of a step by the estimates for a cut.
 
-    (Every stage works on some micro-batch, the slowest one on each.)
+    (The slowest stage runs all micro-batches; each other stage runs at least one.)
 
     Args:
         split: the cut.
@@ -212,7 +212,7 @@ def step_bound(split: Split, sizes: Sequence[int]) -> float:
 
 
 def missing_or_inf(error: Exception) -> float:
-    """Return how many bytes a failed plan lacks; infinity if the error does not say.
+    """Return how many bytes a failed plan is missing; infinity if the error does not say.
 
     Args:
         error: why there is no plan.

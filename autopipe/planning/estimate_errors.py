@@ -1,4 +1,4 @@
-"""Learn from traced stages by how many bytes the estimates of a cut were too low."""
+"""Compare traced stages with estimates: by how many bytes the estimates were too low."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 def underestimated_bytes(
     split: Split, objective: Objective, found: FittedCut
 ) -> dict[StagePolicy, int]:
-    """Return by how many bytes each stage's estimate was too low, with each policy tried.
+    """Return the bytes by which each stage's estimate was too low, with each policy tried.
 
     Args:
         split: a cut.
-        objective: what it was made for.
-        found: its plans.
+        objective: the objective that it was cut for.
+        found: the plans of the cut.
 
     Returns:
         (stage, policy) → bytes; negative where the estimate was too high.
@@ -47,7 +47,7 @@ def corrections_for(
     """Return a correction for each stage's policies; for an untried one, the nearest one's.
 
     Args:
-        objective: whose stages and policies.
+        objective: has the stages and policies.
         errors: what `underestimated_bytes` returned.
     """
     corrections = {}

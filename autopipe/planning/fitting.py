@@ -1,8 +1,8 @@
 """Choose policies for a given cut: each stage recomputes as little as its memory limit allows.
 
-Policies are ordered from least recomputation to least memory; such a sequence is called a ladder.
-A stage's policy affects the memory and time of that stage and hardly any other, so in each round
-all stages move at once, each on its own ladder.
+Policies are ordered from least recomputation to least memory; such a sequence is called a ladder. A
+stage's policy affects the memory and time of that stage and hardly those of others, so in each
+round all stages move at once, each on its own ladder.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ HALVINGS = 3
 """Bisection steps between two neighbouring policies, to find the fraction that just fits."""
 
 WORTHWHILE = 0.002
-"""Fraction of a step's time that finer fractions must be able to save to be tried."""
+"""Finer fractions are tried only if they could save this fraction of a step's time."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan, with what it was made from."""
+    """A plan, with the split and the phases that it was computed from."""
 
     plan: Plan
     split: Split
@@ -41,7 +41,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage keeps its limit."""
+        """Whether every stage stays within its limit."""
         return not any(map(missing_bytes, self.plan.stages))
 
 
@@ -76,16 +76,16 @@ def fit_policies(
     *,
     climb: bool = True,
 ) -> FittedCut:
-    """Give each stage the first policy of its ladder with which it fits.
+    """Give each stage the first policy on its ladder with which it fits.
 
-    A stage that fits with its first policy tries those before it on the ladder, one that does not
-    fit tries those after it; if it fits with none, it keeps the last one.
+    A stage that fits with its starting policy tries the policies before it on the ladder; one that
+    does not fit tries those after it. A stage that fits with none gets the last one.
 
     Args:
         make: plans the cut with a policy per stage.
         ladders: for each stage, policies from least recomputation to least memory.
         start: for each stage the policy of its ladder to try first.
-        climb: whether to try policies with less recomputation than one that fits.
+        climb: whether a stage that fits tries policies with less recomputation.
     """
     steps = [ladder.index(policy) for ladder, policy in zip(ladders, start, strict=True)]
     tried: tuple[dict[RematPolicy, StagePlan], ...] = tuple({} for _ in steps)
@@ -119,7 +119,7 @@ def refine_policies(make: MakeCandidate, found: FittedCut) -> Candidate:
     own = [_policy(stage) for stage in found.chosen.plan.stages]
     plans = [found.chosen]
     for i in range(HALVINGS + 1):
-        # Try the middle between what fits and what does not; at last what fits.
+        # Try the middle between a fraction that fits and one that does not; at the end, what fits.
         tried = {k: (a + b) / 2 if i < HALVINGS else a for k, (a, b) in ranges.items()}
         chosen = make([_at_share(policy, tried.get(k)) for k, policy in enumerate(own)])
         plans += [chosen] if chosen.fits else []
@@ -171,12 +171,12 @@ def _at_share(policy: RematPolicy, share: float | None) -> RematPolicy:
 
 
 def missing_bytes(stage: StagePlan) -> int:
-    """Return by how many bytes a planned stage exceeds its limit; 0 if it fits or has none."""
+    """Return the bytes by which a planned stage exceeds its limit; 0 if it fits or has no limit."""
     return 0 if stage.limit_bytes is None else max(0, stage.memory_bytes - stage.limit_bytes)
 
 
 def memory_limit_error(plan: Plan) -> MemoryLimitError:
-    """Return the error for a plan that does not fit; it names the stage that lacks most."""
+    """Return the error for a plan that does not fit; it names the stage that exceeds most."""
     k, stage = max(enumerate(plan.stages), key=lambda one: missing_bytes(one[1]))
     assert stage.limit_bytes is not None
     count = len(plan.sizes)

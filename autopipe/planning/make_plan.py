@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 class StageTimer(NamedTuple):
-    """How long a traced stage's phases take: by a device model or measured.
+    """Gives the times of a traced stage's phases: by a device model, or measured.
 
     Attributes:
         name: of the device model, or "measured on" a device.
-        link: over which the stage receives.
+        link: the link over which the stage receives.
         seconds: returns the seconds of a stage's phases for one micro-batch, given the number of
             micro-batches in flight.
         copy_seconds: returns the seconds that copying a number of bytes takes.
@@ -135,7 +135,7 @@ def _stage_bytes(phased: Phased, k: int) -> StageBytes:
 
 
 def planned_cut(plan: Plan) -> PlannedCut:
-    """Return what is needed to cut a captured graph as a plan says."""
+    """Return the plan's cut in the form that `split` uses."""
     runs = tuple((segment.call, segment.stage) for segment in plan.segments)
     duplicated = tuple((one.call, one.stages) for one in plan.duplicated)
     return PlannedCut(plan.graph, plan.starts, runs, duplicated)
@@ -198,7 +198,7 @@ def _times(split: Split, cut: Phased, k: int, timer: StageTimer, in_flight: int)
 
 
 def _gather_seconds(split: Split, sizes: Sequence[int], timers: Sequence[StageTimer]) -> float:
-    """Seconds to copy results that come in parts, one per micro-batch, into one tensor."""
+    """Seconds to copy the micro-batches' results into one tensor."""
     if len(sizes) == 1:
         return 0.0
     parts = {

@@ -26,14 +26,14 @@ class PlanData:
         sizes: samples in each micro-batch of the batch that was planned for.
         stages: K stages.
         crossings: the tensors that stages receive from the caller and from one another.
-        segments: the calls of each stage, as runs of the captured order; empty if each stage is a
+        segments: the ops of each stage, as runs of the captured order; empty if each stage is a
             single run.
-        duplicated: the calls that several stages make.
+        duplicated: the ops that several stages compute.
         bound_seconds: lower bound of the largest stage's time over all cuts of this model, by the
-            costs that the cut was made with; None: not computed.
-        cut_seconds: the largest stage's time by the same costs; None likewise.
+            costs that the cut is based on; None: not computed.
+        cut_seconds: the largest stage's time by the same costs; None: not computed.
         gather_seconds: time to concatenate the micro-batches' results for the caller.
-        notes: remarks of the capture for the user.
+        notes: the capture's notes for the user.
     """
 
     model: str
@@ -54,7 +54,7 @@ class PlanData:
 
     @property
     def starts(self) -> tuple[str, ...]:
-        """The first call of each stage but the first."""
+        """The first op of each stage except the first."""
         return tuple(s.first for s in self.stages[1:] if s.first is not None)
 
     @property

@@ -1,4 +1,4 @@
-"""The parts of a plan: what it says of each stage and of each tensor between stages. Plain data."""
+"""The parts of a plan, as plain data: entries for stages, and for the tensors between them."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Crossing(Boundary):
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of calls of one stage, in the captured order; it ends where the next one begins.
+    """A run of ops of one stage, in the captured order; it ends where the next run begins.
 
     Attributes:
-        call: its first call.
-        stage: the stage that its calls belong to.
+        call: name of its first op.
+        stage: the stage that its ops belong to.
     """
 
     call: str
@@ -59,11 +59,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class DuplicatedCall:
-    """A call that several stages make, because that costs less than to send its result.
+    """An op that several stages compute, because that costs less than sending its result.
 
     Attributes:
-        call: its name.
-        stages: the stages that make it, ascending.
+        call: name of the op.
+        stages: the stages that compute it, ascending.
     """
 
     call: str
@@ -78,7 +78,7 @@ class Times:
         forward, recompute, backward, weight: of the phases F, R, B and W; where B and W are one
             phase, `backward` is the time of both.
         receive: from the end of the previous stage's forward until its results have arrived.
-        send_gradients: until the gradients of those have arrived at the previous stage.
+        send_gradients: the same for their gradients, to the previous stage.
     """
 
     forward: float
@@ -90,7 +90,7 @@ class Times:
 
     @property
     def work(self) -> float:
-        """Time of all phases, transfers left out."""
+        """Time of all phases, without transfers."""
         return self.forward + self.recompute + self.backward + self.weight
 
 
@@ -99,8 +99,8 @@ class StagePlan:
     """One stage in numbers. FLOPs and bytes are for the largest micro-batch, unless they say more.
 
     Attributes:
-        first: name of its first call in the captured graph; None if it has no call.
-        calls: number of calls of the captured graph that it makes.
+        first: name of its first op in the captured graph; None if it has no op.
+        calls: number of ops of the captured graph that it computes.
         device: the device that it was planned for, as text.
         speeds: where the times come from: a device of `autopipe.passes.devices`, or
             "measured on ...".
@@ -117,9 +117,9 @@ class StagePlan:
         saved_bytes: saved by one micro-batch from forward to backward.
         in_flight: number of micro-batches whose tensors are saved at once, at most.
         peak_saved_bytes: saved by all of them.
-        peak_bytes: peak of the memory that a step uses beyond `static_bytes`: saved tensors,
-            messages that wait, temporaries of a phase, and accumulated gradients (which are
-            assumed to be freed before the next forward, as `zero_grad` does).
+        peak_bytes: peak of the memory that a step uses beyond `static_bytes`: saved tensors, queued
+            messages, temporaries of a phase, and accumulated gradients (which are assumed to be
+            freed before the next forward, as `zero_grad` does).
         limit_bytes: memory limit of the device; None: no limit was set.
     """
 

@@ -1,7 +1,7 @@
 """`Plan`: which stage runs what, as plain data that can be printed, saved as JSON and loaded.
 
-A plan holds names of calls of the captured graph, and numbers; no tensors, graphs or devices. So a
-plan made on one machine can be used on another: ``autopipe.compile(model, plan="plan.json")``.
+A plan has names of ops of the captured graph, and numbers, but no tensors, graphs or devices. So a
+plan from one machine can be used on another: ``autopipe.compile(model, plan="plan.json")``.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "autopipe plan", 3
 LARGEST_FILE = 64 * 2**20
-"""Bytes. (The plan of a model with ten thousand boundary tensors has two million.)"""
+"""Largest file, in bytes. (A plan with ten thousand boundary tensors has two million.)"""
 
 
 @dataclass(frozen=True)
 class Plan(PlanData):
-    """Which stage runs what: the data of `PlanData`, which print, are checked, saved and loaded."""
+    """Which stage runs what: `PlanData` that can be printed, checked, saved and loaded."""
 
     def is_of(self, other: Plan) -> bool:
-        """Whether another plan is the same, times and peak memory left aside."""
+        """Whether another plan is the same, apart from times and peak memory."""
 
         def what(plan: Plan) -> Plan:
             stages = tuple(replace(s, times=(), speeds="", peak_bytes=0) for s in plan.stages)

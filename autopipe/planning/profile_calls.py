@@ -1,12 +1,12 @@
 """Measure how long the ops of a captured graph take on a real device; cache the times on disk.
 
 Each distinct op (operator, sizes, strides, dtypes, which operands need gradients) is run alone,
-forward and backward. After a warm-up the median is taken, timed as the device's `Backend` does: by
-the host's clock on the CPU, between two events on a GPU. A pipeline's stages do not run autograd's
-engine, so its time is measured on a backward without work and subtracted.
+forward and backward. The result is the median after a warm-up. The device's `Backend` does the
+timing: by the host's clock on the CPU, between two events on a GPU. A pipeline's stages do not run
+autograd's engine, so its time is measured on a backward without work and subtracted.
 
 Times are stored as JSON, one file per torch version, device and number of threads. A file with
-other content is left as it is, with a warning.
+other content is not changed, and a warning is issued.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Timer = Callable[[Callable[[], Any]], tuple[Any, float]]  # result and seconds of a function
 
 FORMAT = 1
-"""Of the files: increased when the meaning of a key or a time changes."""
+"""Version of the files: increased when the meaning of a key or a time changes."""
 
 WARM_UP, LEAST, MOST, ENOUGH_SECONDS = 2, 5, 30, 0.02
 """Untimed runs; then timed runs: at least, at most, and until they took this long in all."""

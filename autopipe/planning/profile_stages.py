@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import StagePhases
 
 MOST_AHEAD = 8
-"""At most so many micro-batches go forward before the first goes backward."""
+"""The largest number of micro-batches that go forward before the first goes backward."""
 
 WARM_UP, LEAST, MOST, ENOUGH_SECONDS = 1, 4, 20, 0.5
 """Untimed rounds; then timed rounds: at least, at most, and until they took this long in all."""
 
 COPIES = 5
-"""Timed copies, of which the median is taken."""
+"""Number of timed copies; the result is their median."""
 
 
 def measured_timers(
@@ -79,7 +79,7 @@ def measured_timers(
 
 @dataclass
 class _MeasuredDevice:
-    """Measures stages on one device; each graph once.
+    """Measures stages on one device, each graph once.
 
     Attributes:
         device: where the stages run.

@@ -1,4 +1,4 @@
-"""Find out what would help if no plan fits the memory limits."""
+"""Find changes that would help if no plan fits the memory limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def remedies(search: Search, batch: int) -> Iterator[str]:
     """Find changes of the options with which a plan fits, the smallest of each kind.
 
     Args:
-        search: with options under which nothing fits.
+        search: a search under whose options nothing fits.
         batch: number of samples.
 
     Returns:

@@ -1,7 +1,7 @@
 """Choose cut, rematerialization and number of micro-batches together, judged by the simulator.
 
-A candidate is a complete `Plan`, made as for a run: stages are cut, traced, timed and simulated.
-Of the candidates in which every stage keeps its memory limit, the one with the shortest predicted
+A candidate is a complete `Plan`, as for a run: stages are cut, traced, timed and simulated. Of the
+candidates in which every stage stays within its memory limit, the one with the shortest predicted
 step wins.
 
 Numbers of micro-batches are tried in the order of a bound on their step time; those whose bound is
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from autopipe.planning.make_plan import StageTimer
 
 BOUND_TOLERANCE = 0.9
-"""A traced plan may be faster than the bound by per-call costs, down to this fraction of it."""
+"""A traced plan may be faster than the bound by per-op costs, down to this fraction of it."""
 
 MOST_CHUNKS = 1024
 """The largest number of micro-batches that is tried."""
@@ -50,18 +50,18 @@ MOST_CHUNKS = 1024
 
 @dataclass
 class Search:
-    """The space of plans for a model, and what their times and memory are computed from.
+    """The space of plans for a model, and the inputs for their times and memory.
 
     Attributes:
         model: the user's module.
         annotated: its captured graph with costs.
         leaves: a call's flattened inputs.
         options: what the user fixed, and what is left to choose.
-        models: a device model per stage: cuts are balanced by these.
-        timers: one per stage: plans are timed by these.
-        measured: returns times of the graph's calls, by name, for a micro-batch size; None: by the
-            device models.
-        progress: called with what is being tried.
+        models: a device model per stage, by which cuts are balanced.
+        timers: one per stage, by which plans are timed.
+        measured: returns measured times of the graph's ops, by name, for a micro-batch size; None:
+            use the device models.
+        progress: called with a text for each trial.
         traces: what was traced so far.
     """
 
@@ -76,14 +76,14 @@ class Search:
     traces: TraceCache = field(default_factory=TraceCache)
 
     def best(self, batch: int) -> Candidate:
-        """Find the plan with the shortest predicted step that keeps the memory limits.
+        """Find the plan with the shortest predicted step within the memory limits.
 
         Args:
             batch: number of samples.
 
         Raises:
-            MemoryLimitError: no plan keeps them.
-            PartitionError: the model has too few calls for so many stages.
+            MemoryLimitError: no plan is within them.
+            PartitionError: the model has too few ops for the number of stages.
             InputError: no number of micro-batches gives batch norms enough values.
         """
         best: tuple[FittedCut, Sequence[int]] | None = None
@@ -100,7 +100,7 @@ class Search:
                 continue
             if found is not None and (best is None or found.step_seconds < best[0].step_seconds):
                 best = found, sizes
-        best = best or self._leanest(batch)  # which may find what the others miss
+        best = best or self._leanest(batch)  # may find a plan that the others miss
         if best is None:
             raise min(failures, key=missing_or_inf)
         if self.options.limits is None or self.options.remat is not None:
@@ -108,13 +108,13 @@ class Search:
         return refine_policies(partial(self.candidate, best[0].chosen.split, best[1]), best[0])
 
     def fits(self, batch: int) -> bool:
-        """Whether any plan keeps the memory limits; those with least memory are tried first.
+        """Whether any plan is within the memory limits; those with least memory are tried first.
 
         Args:
             batch: number of samples.
 
         Raises:
-            PartitionError: the model has too few calls for so many stages.
+            PartitionError: the model has too few ops for the number of stages.
         """
         return self._leanest(batch) is not None
 

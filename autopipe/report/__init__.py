@@ -1,4 +1,4 @@
-"""Plans and stages for people: text tables, the HTML page, `pipe.stages`.
+"""Show plans and stages: text tables, the HTML page, `pipe.stages`.
 
 `columns` (a table's columns), `plan_text` (text of a plan), `stages` (`pipe.stages`); of the page:
 `page_data` (numbers that are drawn), `svg` (primitives), `bars_figure`, `graph_figure`,

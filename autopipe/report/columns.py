@@ -31,10 +31,10 @@ class Column(Generic[Row]):
     Attributes:
         heading: its title.
         cell: the text of a row's cell. It is plain text: the page escapes it.
-        words: cells are words, flush left; else numbers, flush right.
-        code: the page sets the cells as code (names that come from the model).
-        shown: where: in the "text" table, on the HTML "page", or in "both".
-        when: whether a table with these rows has the column.
+        words: True if cells are words, flush left; else they are numbers, flush right.
+        code: whether the page shows cells as code (names that come from the model).
+        shown: where the column is shown: in the "text" table, on the HTML "page", or in "both".
+        when: tells whether a table with these rows has the column.
     """
 
     heading: str

@@ -24,7 +24,7 @@ FROM_CALLER = -1
 WIDTH = 1176.0
 NARROW, WIDE, GAP, CALLER, HEIGHT, LANE = 85.0, 190.0, 54.0, 54.0, 116.0, 21.0
 MOST = 24
-"""How many arcs are drawn above the stages, and below: the largest. The table has them all."""
+"""The largest number of arcs above the stages, and below: the largest ones. The table has all."""
 
 
 @dataclass(frozen=True)

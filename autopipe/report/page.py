@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .page_data import Part
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""Content security policy: the browser runs and loads nothing, whatever names contain."""
+"""Content security policy: the browser runs and loads nothing, even if names contain code."""
 
 
 def page(plan: Plan) -> str:

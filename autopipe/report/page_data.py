@@ -20,8 +20,8 @@ CAVEAT = (
     "against another than of a clock."
 )
 LARGEST_SIMULATION = 20_000
-"""Stages times micro-batches beyond which other numbers of micro-batches are not simulated: it
-would take seconds for each."""
+"""Stages times micro-batches above which other numbers of micro-batches are not simulated: each
+would take seconds."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class PageData:
     def step_seconds(self) -> tuple[tuple[int, float], ...]:
         """(M, predicted step time) for powers of two up to four times the plan's M, and that M.
 
-        No more micro-batches than samples; none whose simulation would take long. The plan's own
-        time is that of its step, where all micro-batches take as long as the largest.
+        M is at most the number of samples, and values whose simulation would take long are left
+        out. The plan's own time is that of its step, in which all micro-batches take as long as the
+        largest.
         """
         own, K = len(self.plan.sizes), len(self.plan.stages)
         known = {own: self.plan.step_seconds}
@@ -134,7 +135,7 @@ def pieces(plan: Plan, phase: str, stage: int) -> tuple[tuple[str, float], ...]:
     """
     s = plan.stages[stage]
     size = {"F": s.forward_seconds, "R": s.recompute_seconds, "B": s.backward_seconds}
-    # A plan does not tell B from W: where both run together, B stands for both.
+    # A plan does not distinguish B from W: if they run together, B is the time of both.
     letters = phase.replace("BW", "B")
     total = sum(size.get(letter, 0.0) for letter in letters)
     if len(letters) == 1 or not total:
@@ -158,13 +159,13 @@ def crossing_ends(crossing: Crossing) -> tuple[str, str]:
 
 
 def with_chunks(plan: Plan, chunks: int) -> Plan:
-    """The same cut and batch in another number of micro-batches.
+    """The same cut and batch with another number of micro-batches.
 
     Times are assumed to be proportional to samples; all micro-batches take the mean time.
 
     Args:
         plan: the plan to change.
-        chunks: number of micro-batches; no more than samples are made.
+        chunks: number of micro-batches; at most the number of samples is used.
     """
     batch = sum(plan.sizes)
     chunks = min(chunks, batch)

@@ -1,4 +1,4 @@
-"""The page's tables: everything that is drawn, and every name, as text."""
+"""The page's tables: all drawn numbers, and all names, as text."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def html_table(caption: str, columns: Sequence[Column[Row]], rows: Sequence[Row]
     Args:
         caption: its title.
         columns: those that are shown on the page are used.
-        rows: what the columns make cells of.
+        rows: the rows from which the columns get their cells.
     """
     columns = columns_of(columns, rows, "page")
     align = ["w" if c.words else None for c in columns]

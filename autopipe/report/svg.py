@@ -73,7 +73,7 @@ def figure(name: str, heading: str, summary: str, width: float, height: float, *
         name: part of its ids; unique on the page.
         heading, summary: title and description for screen readers.
         parts: the elements of the drawing.
-        width, height: of the drawing, in its own units (pixels where there is room).
+        width, height: of the drawing, in its own units (pixels if it fits the page).
     """
     least, most = (min(width * 0.8, 940), width * 1.25) if width <= 1200 else (width, width)
     drawing = tag(

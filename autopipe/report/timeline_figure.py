@@ -22,7 +22,7 @@ WIDTH, LEFT, RIGHT, TOP = 1176.0, 62.0, 26.0, 6.0
 DIGIT = 6.2
 """Width of a digit of a micro-batch's number."""
 EACH = 2_000
-"""Number of actions beyond which those of a device share one path per colour, without tooltips."""
+"""Above this many actions, those of a device share one path per colour, without tooltips."""
 
 STEPS = tuple(f * 10**i for i in range(6) for f in (1, 2, 5))
 

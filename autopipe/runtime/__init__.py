@@ -1,6 +1,6 @@
 """Execute generated programs: workers, transfers, random numbers, autograd.
 
-Knows nothing of models, graphs or passes. Read in this order:
+It does not use models, graphs or passes. Read in this order:
 
     `executor`    `Program` and `Run`: the methods that generated code calls
     `random`      `MicroBatchContext`: `ctx` in generated code; seeded random ops
@@ -11,8 +11,8 @@ Knows nothing of models, graphs or passes. Read in this order:
     `microbatch`  sizes of micro-batches; cut a batch, combine results
     `autograd`    the pipeline as one autograd node
     `memory`      count the bytes of saved activations
-    `failure`     say at which stage, micro-batch and node an exception was raised
-    `load`        generated source code as Python functions
+    `failure`     report the stage, micro-batch and node of an exception
+    `load`        load generated source code as Python functions
 
 In: a `Program` (functions of generated code, with sizes, devices and strides), tensors.
 Out: results, gradients, updated buffers; or a `StageError`.

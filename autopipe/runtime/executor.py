@@ -1,4 +1,4 @@
-"""Run a generated program for one training step: `Run` has the methods that its code calls."""
+"""Run a generated program for one training step: `Run` has the methods that the code calls."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Program:
         backward: likewise; empty for inference.
         workers: the worker of each stage (stage k runs on worker k).
         sizes: samples per micro-batch.
-        draws: per micro-batch size, per stage, its random ops (see `MicroBatchContext`).
+        draws: per micro-batch size and stage, its random ops (see `MicroBatchContext`).
         strides: (value, stage, micro-batch size) → the strides that the stage was traced with, in
             elements, for values that the caller passes in.
-        filename: under which `linecache` has the source.
+        filename: the name under which `linecache` has the source.
     """
 
     forward: tuple[Callable[[Run], None], ...]
@@ -66,7 +66,7 @@ class Run:
         memory: counters of saved bytes to update.
 
     Attributes:
-        inputs: (value, stage, micro-batch) → a tensor from the caller that was not yet received.
+        inputs: (value, stage, micro-batch) → a tensor from the caller that is not yet received.
         results: (value, micro-batch) → a tensor for the caller.
         gradients: by parameter, summed over the micro-batches so far.
     """
@@ -114,7 +114,7 @@ class Run:
         """
         functions = self.program.forward if direction == "forward" else self.program.backward
         self._mailbox = Mailbox()
-        # Workers wait for what the caller has queued so far, and the caller for the workers' work.
+        # Workers wait for the caller's queued work, and the caller waits for the workers' work.
         self._caller_streams = {
             w.device: stream
             for w in self._workers
@@ -146,7 +146,7 @@ class Run:
             function(self)
 
     def _join_caller_streams(self) -> None:
-        """Let the caller's streams wait for the workers', and keep what the caller will read."""
+        """Let the caller's streams wait for the workers'; record the results' use on them."""
         for worker in self._workers:
             if worker.compute is not None:
                 self._caller_streams[worker.device].wait_stream(worker.compute)
@@ -165,7 +165,7 @@ class Run:
         self.gradients.clear()
 
     def __del__(self) -> None:
-        # A forward that got no backward: its saved bytes are free now.
+        # A forward without a backward: free its saved bytes.
         self.drop()
 
     # Called by generated code
@@ -175,12 +175,12 @@ class Run:
         return self.state_tensors[stage]
 
     def context(self, stage: int, m: int, parameters: Sequence[str] = ()) -> MicroBatchContext:
-        """What the code of one stage needs besides tensors, for one micro-batch.
+        """Create the context that a stage's code uses for one micro-batch, besides tensors.
 
         Args:
             stage: the stage.
             m: the micro-batch.
-            parameters: those whose gradients the code computes, in its own order.
+            parameters: the parameters whose gradients the code computes, in the code's order.
         """
         draws = self.program.draws[self.program.sizes[m]][stage]
         return MicroBatchContext(
@@ -251,7 +251,7 @@ class Run:
         self._saved[stage, m] = (tensors, nbytes)
 
     def pop_saved(self, stage: int, m: int) -> list[Tensor]:
-        """The saved activations of a micro-batch, which are no longer kept here."""
+        """Remove and return the saved activations of a micro-batch."""
         tensors, nbytes = self._saved.pop((stage, m), ([], 0))
         self.memory.remove(stage, nbytes)
         return tensors
@@ -263,6 +263,6 @@ class Run:
             self.gradients[parameter] = gradient
         elif parameter in self._own_sums:
             total.add_(gradient)
-        else:  # others may hold the first gradient, too: add out of place, once
+        else:  # the first gradient may have other owners: add out of place, once
             self.gradients[parameter] = total + gradient
             self._own_sums.add(parameter)

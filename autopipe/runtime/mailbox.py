@@ -1,4 +1,4 @@
-"""Bounded queues between the workers of one step; a failure wakes everyone who waits."""
+"""Bounded queues between the workers of one step; a failure wakes all waiting workers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Key = tuple[str, int, int]
 
 
 def queue_capacity(source: int, to: int) -> int:
-    """How many micro-batches of one value may be on their way from one stage to another.
+    """The number of micro-batches of one value that may be in transit between two stages.
 
-    A value for a stage n stages away waits there for n micro-batches even if no stage is late; one
-    more lets its sender be early. Memory estimates count on this bound.
+    A value for a stage n stages away is queued for n micro-batches even if no stage is late; one
+    more slot lets the sender run ahead. Memory estimates rely on this bound.
 
     Args:
         source: the stage that sends.
-        to: the stage that receives, before it or after it.
+        to: the stage that receives, earlier or later in the pipeline.
 
     Returns:
         The number of messages, at least 1.
@@ -34,8 +34,8 @@ class Mailbox:
     """Messages between the workers of one step, one queue for each (value, receiving stage).
 
     A sender reserves a slot before it copies the tensor, so no more tensors than the capacity are
-    on the receiver's device. A stage takes the messages of a queue in the order in which they are
-    sent, so no capacity from 1 up can deadlock.
+    on the receiver's device. A stage reads the messages of a queue in the order in which they are
+    sent, so any capacity of at least 1 is free of deadlocks.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Mailbox:
             return message
 
     def abort(self) -> None:
-        """Drop all messages and wake everyone; every call from now on raises `AbortError`."""
+        """Drop all messages and wake all workers; every later call raises `AbortError`."""
         with self._changed:
             self._aborted = True
             self._messages.clear()

@@ -1,7 +1,7 @@
 """Count the bytes of saved activations per stage while a pipeline runs.
 
 Each storage counts once, and as a whole even if only a view of it is saved. Storages of parameters
-and buffers do not count. Of the caller's batch, the part that is in the micro-batch counts.
+and buffers do not count. Of the caller's batch, only the micro-batch's slice counts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class StageMemory:
     """Bytes of saved activations at one stage.
 
     Attributes:
-        now: saved at this moment.
-        peak: the most at any moment since `SavedBytesCounter.reset`.
-        per_microbatch: what one micro-batch saves, by its size in samples.
+        now: bytes saved at this moment.
+        peak: the largest value of `now` since `SavedBytesCounter.reset`.
+        per_microbatch: bytes that one micro-batch saves, by its size in samples.
     """
 
     now: int = 0
@@ -47,7 +47,7 @@ class SavedBytesCounter:
         self._nbytes: dict[Any, int] = {}  # of one micro-batch, by program, stage and size
 
     def reset(self) -> None:
-        """Start new peaks, from what is saved now."""
+        """Reset the peaks to the bytes saved now."""
         for stage in self.stages:
             stage.peak = stage.now
 
@@ -66,11 +66,11 @@ class SavedBytesCounter:
         program, stage and size count the same.
 
         Args:
-            program: any hashable object that stands for the program.
+            program: any hashable object that identifies the program.
             stage: the stage that saves.
             size: samples in the micro-batch.
             saved: the tensors.
-            state: parameters, buffers and constants, which are there anyway.
+            state: parameters, buffers and constants, which do not count.
             caller_storages: addresses of the storages of the caller's tensors.
 
         Returns:

@@ -1,9 +1,9 @@
-"""Random ops as functions of (step seed, op, micro-batch), or of (step seed, op) where all samples
+"""Random ops as functions of (step seed, op, micro-batch), or of (step seed, op) if all samples
 share the random numbers.
 
-Each random op seeds a generator with its key and uses it once. So a step draws the same numbers
-with any number of stages, any schedule and on any thread, and rematerialization repeats what the
-forward drew. The step's seed comes from torch's default generator, which `torch.manual_seed` sets.
+Each random op seeds a generator with its key and uses it once. So a step draws the same numbers for
+any number of stages, any schedule and any thread, and rematerialization repeats the numbers of the
+forward. The step's seed comes from torch's default generator, which `torch.manual_seed` sets.
 
 (Seeding costs about a microsecond. `torch.func`'s stateless Philox keys have no CPU kernels.)
 """
@@ -57,7 +57,7 @@ class MicroBatchContext:
     Args:
         seed: of the step.
         draws: for each of the stage's random ops (captured op, which of that op's draws it is,
-            whether all micro-batches share it: each then draws what micro-batch 0 does).
+            whether all micro-batches share it: then each draws the numbers of micro-batch 0).
         microbatch: index of the micro-batch.
         add: called with ``(i, gradient)`` for the stage's i-th parameter.
     """
@@ -88,7 +88,7 @@ class MicroBatchContext:
             args, kwargs: its arguments; a generator among them is None.
 
         Returns:
-            What the op returns. The default generators are left as they were.
+            What the op returns. The default generators do not change.
         """
         device = _device(args, kwargs)
         call, nth, shared = self._draws[index]
@@ -147,8 +147,8 @@ class _WithGenerator:
         overload: the operator to call.
         name: of its generator argument.
         position: of that argument.
-        given: how many generators the op's own arguments have there: 1 if `overload` is the op
-            itself, else 0.
+        given: how many generators the op's own arguments have at that position: 1 if `overload` is
+            the op itself, else 0.
     """
 
     overload: Any

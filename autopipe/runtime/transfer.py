@@ -1,10 +1,10 @@
 """Move tensors between the devices of workers.
 
-On a device with streams a worker computes on a stream of its own. What it sends to another device
-is copied on a second stream, so that the copy overlaps the next micro-batch's work; the receiver's
+On a device with streams, each worker computes on its own stream. A tensor for another device is
+copied on a second stream, so that the copy overlaps the next micro-batch's work; the receiver's
 stream waits for an event, and the host does not wait. A tensor that crosses streams is recorded on
 both, so that the allocator does not reuse its memory too early. Between CPU workers a tensor is
-handed over as it is. Streams and events of a device type are in its `Backend`.
+passed without a copy. Streams and events of a device type are in its `Backend`.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def receive(sent: SentTensor, worker: WorkerDevice) -> Tensor:
 def fetch_from_caller(
     tensor: Tensor, worker: WorkerDevice, streams: Mapping[torch.device, Stream]
 ) -> Tensor:
-    """Bring a tensor of the pipeline's caller to a worker.
+    """Move a tensor of the pipeline's caller to a worker.
 
     The worker's compute stream waits for the caller's work already (`Run.execute`). A copy from one
-    accelerator to another is made on the caller's stream, behind that work.
+    accelerator to another runs on the caller's stream, after that work.
 
     Args:
         tensor: on any device.
@@ -127,7 +127,7 @@ def fetch_from_caller(
 
 
 def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Lay a tensor out as a stage was traced to receive it.
+    """Give a tensor the strides with which the stage that receives it was traced.
 
     Args:
         tensor: with any strides.

@@ -1,8 +1,8 @@
 """One thread per worker, started for each forward and each backward.
 
-Starting a thread costs less than 0.1 ms. In exchange nothing outlives a step: there is nothing to
-shut down, to copy or to pickle, and an exception leaves no thread behind. A single worker runs in
-the caller's thread.
+Starting a thread costs less than 0.1 ms. In exchange, no thread outlives a step: there is nothing
+to shut down, copy or pickle, and an exception leaves no thread behind. A single worker runs in the
+caller's thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run_workers(
 
     Args:
         tasks: one per worker.
-        abort: called when a task fails; must make every other task end soon.
+        abort: called when a task fails; must make all other tasks end soon.
         cores: CPU cores for each worker; None: the operating system decides.
 
     Raises:
@@ -45,7 +45,7 @@ def run_workers(
         try:
             if cores is not None:
                 os.sched_setaffinity(0, cores[index])
-            # OpenMP's setting is per thread. Sums are split by it, so results depend on it.
+            # OpenMP's setting is per thread. It splits sums, so results depend on it.
             torch.set_num_threads(threads_per_call)
             with _plain_execution():
                 tasks[index]()
@@ -66,7 +66,7 @@ def run_workers(
             thread.start()
         for thread in threads:
             thread.join()
-    except BaseException:  # Ctrl-C in the caller: take the workers down with it
+    except BaseException:  # Ctrl-C in the caller: end the workers too
         abort()
         for thread in started:
             if thread.ident is not None:
@@ -78,7 +78,7 @@ def run_workers(
 
 @contextmanager
 def _plain_execution() -> Iterator[None]:
-    """Disable autograd and autocast: generated programs spell out what these would do."""
+    """Disable autograd and autocast: generated programs contain the ops that these would add."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for kind in autocast_types():
@@ -88,15 +88,15 @@ def _plain_execution() -> Iterator[None]:
 
 
 def cores_per_worker(devices: Sequence[torch.device]) -> list[set[int]] | None:
-    """Give each CPU worker cores of its own, so that no two share one while another is idle.
+    """Assign separate cores to each CPU worker, so that no two share one while another is idle.
 
     Args:
         devices: one per worker.
 
     Returns:
-        `torch.get_num_threads()` cores for each worker; None, which leaves it to the operating
-        system, if there are fewer cores than that, if some worker is no CPU worker, or if there is
-        one worker only.
+        `torch.get_num_threads()` cores for each worker. None, which lets the operating system
+        decide, if there are too few cores, if some worker is not a CPU worker, or if there is only
+        one worker.
     """
     if len(devices) < 2 or any(d.type != "cpu" for d in devices):
         return None

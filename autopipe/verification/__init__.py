@@ -3,7 +3,7 @@
 Read in this order:
 
     `step_snapshot`  outputs, gradients and buffers of one training step
-    `deterministic`  run a model without randomness, and with BatchNorm by micro-batch
+    `deterministic`  run a model without randomness, with BatchNorm per micro-batch
     `locate`         the first value that differs
     `compare`        the comparison: `Pipeline.verify`
 """

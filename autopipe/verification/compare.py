@@ -1,7 +1,7 @@
 """Compare a pipeline's training step with the model's own, on one batch (`Pipeline.verify`).
 
-Compared is everything that a training step produces: outputs, gradients, buffers. If something
-differs, two further comparisons find where. Each submodule's result is compared with the captured
+Everything that a training step produces is compared: outputs, gradients, buffers. If something
+differs, two further comparisons locate it. Each submodule's result is compared with the captured
 graph's (an error of capture), and each tensor that a stage sent with the captured graph's (an error
 of the pipeline).
 """
@@ -91,13 +91,13 @@ class Verification:
 
 
 class ComparedPipeline(NamedTuple):
-    """A pipeline, as far as `compare` uses it.
+    """The parts of a pipeline that `compare` uses.
 
     Attributes:
         model: the user's module.
         programs: its programs.
         run: the pipeline as a function.
-        fresh: returns another pipeline of the same model, without programs.
+        fresh: returns a new pipeline of the same model, without programs.
     """
 
     model: nn.Module
@@ -209,7 +209,7 @@ def _run_recording_sends(
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore the model's buffers (objects and values) and the random state afterwards."""
+    """On exit, restore the model's buffers (objects and values) and the random state."""
     before = [(b, b.clone()) for b in model.buffers()]
     try:
         with torch.random.fork_rng(), preserve_buffers(model):

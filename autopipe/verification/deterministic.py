@@ -1,8 +1,9 @@
 """Run a model so that its pipeline can be compared with it.
 
 Two things differ by design between a model and its pipeline: random numbers, which a pipeline draws
-by (seed, call, micro-batch), and BatchNorm, which sees micro-batches. `NoRandomness` disables the
-first on both sides, `MicroBatchNorm` makes the model itself do the second.
+by (seed, op, micro-batch), and BatchNorm, which sees micro-batches. `NoRandomness` disables
+randomness in both runs; `MicroBatchNorm` makes the model itself normalise micro-batch by
+micro-batch.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ CONSTANTS: dict[str, float] = {
 class NoRandomness(TorchFunctionMode):
     """Make random functions deterministic: dropout drops nothing, noise is constant.
 
-    Functions that it does not know stay random; a graph captured under it shows them (`verify`).
+    Functions that are not in its table stay random; a graph captured under it shows them
+    (`verify`).
     """
 
     def __torch_function__(
@@ -62,7 +64,7 @@ class NoRandomness(TorchFunctionMode):
                 args = (*args[:4], 0.0, *args[5:])
             kwargs.pop("dropout_p", None)
             return func(*args, **kwargs)
-        # These dispatch as a whole: the mode does not see the random functions that they call.
+        # The mode intercepts these as a whole, not the random functions that they call.
         if func is F.multi_head_attention_forward:
             kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
             args = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args
@@ -89,7 +91,7 @@ class NoRandomness(TorchFunctionMode):
 def _softmax(
     logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
 ) -> Tensor:
-    """Gumbel softmax without noise; soft, even where the model asks for a hard one."""
+    """Gumbel softmax without noise; soft, even if the model asks for a hard one."""
     return (logits / tau).softmax(dim)
 
 

@@ -99,7 +99,7 @@ def _stage(compiled: CompiledModel, position: int) -> int | None:
 
 
 class _ComparingInterpreter(fx.Interpreter):
-    """Run one micro-batch through the captured graph and compare values on the way."""
+    """Run one micro-batch through the captured graph and compare its values."""
 
     def __init__(
         self,

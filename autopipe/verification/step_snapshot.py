@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Relative to the largest entry (for gradients: of any gradient): what another order of summation
-may change."""
+"""Relative to the largest entry (for gradients: of any gradient): the largest difference that
+another order of summation may cause."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Difference:
         name: of the output, parameter, input or buffer.
         largest: largest absolute difference of two entries (nan where only one of them is nan).
         scale: largest entry of the model's tensor; of all its gradients for a gradient.
-        tolerance: what counts as rounding, relative to `scale`.
+        tolerance: the largest difference that counts as rounding, relative to `scale`.
     """
 
     kind: str
@@ -114,7 +114,7 @@ class StepSnapshot:
 
 
 def _named(result: Any) -> list[tuple[str, Any]]:
-    """The leaves of a result, named by their path if its containers have keys, else numbered."""
+    """The leaves of a result, named by their path if its containers have keys, else by number."""
     try:
         return [(pytree.keystr(p), x) for p, x in pytree.tree_leaves_with_path(result)]
     except ValueError:  # a container registered without keys
@@ -122,7 +122,7 @@ def _named(result: Any) -> list[tuple[str, Any]]:
 
 
 def _weights(root: Tensor) -> Tensor:
-    """A gradient for an output: one for a loss, else a different number for each entry."""
+    """Choose a gradient for an output: one for a loss, else a different number for each entry."""
     if root.numel() == 1:
         return torch.ones_like(root)
     steps = torch.linspace(0.5, 1.5, root.numel(), device=root.device)

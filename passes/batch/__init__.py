@@ -11,16 +11,16 @@ Files, in reading order:
     `propagate`           state of every node, in one pass over the graph
     `rules_shape`         rules for views and ops along dimensions; the table of rules
     `rules_join`          rules for slicing, concatenating, repeating
-    `rules_new`           rules for new tensors
+    `rules_new`           rules for ops that create tensors
     `rules_index`         rules for indexing
     `rules_math`          rules for arithmetic, reductions, products
     `rules_layers`        rules for convolutions, norms, pooling, embeddings
     `rules_losses`        rules for losses
-    `slicing`             values sliced by samples, and joined again
-    `numeric_trial`       undecided states tried by running a few samples
+    `slicing`             slice values by samples, and join the slices
+    `numeric_trial`       decide open states by running the graph on a few samples
     `backward_trial`      the same for the backward of custom autograd.Functions
     `decide_states`       whether a trial is needed, and what it decided
-    `partial_reductions`  reductions rewritten into sums per micro-batch
+    `partial_reductions`  reductions rewritten as sums per micro-batch
     `epilogue`            the graph that runs once per step
     `epilogue_cut`        the captured graph cut at its batch reductions
     `combine_outputs`     a rule of combination for every result

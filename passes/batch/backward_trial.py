@@ -1,7 +1,7 @@
-"""Try on numbers whether the backward of a custom autograd.Function keeps samples apart.
+"""Test numerically whether a custom autograd.Function's backward keeps samples independent.
 
-The gradients for a batch must equal those for its parts: concatenated for a tensor that holds
-samples, added up for one that does not.
+The gradients for all samples must equal those for slices of them: concatenated for a tensor that
+holds samples, added up for one that does not.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class TrialRun:
     """One application of a Function with gradients enabled.
 
     Args:
-        call: the op that stands for the Function.
-        tensors: its tensors.
+        call: the op that calls the Function.
+        tensors: its tensor arguments.
 
     Attributes:
-        results: of the forward.
+        results: the tensors that the forward returned.
     """
 
     def __init__(self, call: fx.Node, tensors: Sequence[Tensor]) -> None:
@@ -61,15 +61,15 @@ def backward_keeps_apart(
     states: Sequence[State],
     cuts: Sequence[tuple[int, int]],
 ) -> bool:
-    """Compare the gradients of one result, for all samples and for parts of them.
+    """Compare the gradients of one result for all samples with those for slices of them.
 
     Args:
-        whole: the Function on all samples.
-        parts: the Function on each part of the samples.
+        whole: the Function's run on all samples.
+        parts: the Function's run on each slice.
         result: position of the result.
-        found: its state.
-        states: of the Function's tensors.
-        cuts: (first sample, number of samples) of each part.
+        found: the state of that result.
+        states: of the Function's tensor arguments.
+        cuts: (first sample, number of samples) of each slice.
     """
     value = whole.results[result]
     generator = torch.Generator(value.device).manual_seed(0)

@@ -1,11 +1,11 @@
 """Give every result of a captured graph a rule that combines the micro-batches' values.
 
-A result that holds the samples is concatenated. A scalar loss is more delicate: the mean of the
+A result that holds the samples is concatenated. A scalar loss is harder: the mean of the
 micro-batches' means is not the batch's mean if micro-batches differ in size or in how many targets
-`ignore_index` leaves out. So the graph is cut at its batch reductions (`epilogue_cut`). What comes
-before runs per micro-batch and yields sums (and counts). What follows, the *epilogue*, runs once
-per step on the combined values, so that any arithmetic on reduced values (a weighted sum of losses,
-a ratio of sums) is the whole batch's.
+`ignore_index` leaves out. So the graph is cut at its batch reductions (`epilogue_cut`). The ops
+before the cut run per micro-batch and return sums (and counts). The ops after it, the *epilogue*,
+run once per step on the combined values, so any arithmetic on reduced values (a weighted sum of
+losses, a ratio of sums) gives the whole batch's result.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class CombinedGraph:
     """A captured graph whose outputs have rules of combination.
 
     Attributes:
-        graph_module: what runs per micro-batch.
-        outputs: what it yields, and how the micro-batches' values are combined.
-        epilogue: what runs once on the whole batch's outputs; None where nothing is left to do.
+        graph_module: the graph that runs per micro-batch.
+        outputs: what it returns, and how the micro-batches' values are combined.
+        epilogue: the graph that runs once on the whole batch's outputs; None if it is not needed.
         leaves: where each of the model's results comes from.
         updates: (buffer, index of its new value among the final values).
     """
@@ -58,12 +58,12 @@ def combine(
         graph: normalized; changed in place.
         inputs: its placeholders.
         states: how its nodes depend on the batch (see `lattice`); a node without a state does not.
-        updates: for a buffer's placeholder the node of its value after the call.
-        out_reduce: a name in `REDUCTIONS`: the rule for results of one number whose own rule
-            cannot be derived.
+        updates: buffer placeholder → node of the buffer's value after the call.
+        out_reduce: a name in `REDUCTIONS`: the rule for scalar results whose own rule cannot be
+            derived.
 
     Raises:
-        CouplingError: samples of the batch are mixed by something else than a final reduction.
+        CouplingError: an op other than a final reduction mixes the samples of the batch.
     """
     cut = EpilogueCut(graph, inputs, states)
     stated = None if out_reduce is None else REDUCTIONS[out_reduce]

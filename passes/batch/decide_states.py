@@ -1,4 +1,4 @@
-"""Decide states that the rules leave open, by a trial if the model has weights."""
+"""Decide the states that the rules leave open: by a numeric trial, if the model has weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def decide_by_trial(
         states: as found by `propagate_states`.
         results: the nodes whose states matter.
         tensor: returns a placeholder's value. If one is on the meta device, nothing can be run:
-            undecided samples are then assumed to stay apart.
+            samples are then assumed to stay independent where the rules cannot decide.
 
     Returns:
         The states, and a note for each op that the trial decided.
@@ -54,10 +54,10 @@ def decide_by_trial(
 
 
 class AssumeApart:
-    """A trial for models without weights: assumes that samples stay apart.
+    """A trial for models without weights: assumes that samples stay independent.
 
     Attributes:
-        decided: node that mixed samples → what was assumed, for a note.
+        decided: node where samples may have mixed → what was assumed, for a note.
     """
 
     def __init__(self) -> None:

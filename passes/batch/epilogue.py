@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Epilogue:
-    """A graph whose placeholders are called ``batch_size``, or as nodes of the captured graph."""
+    """A graph whose placeholders are named ``batch_size`` or after nodes of the captured graph."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
@@ -42,12 +42,12 @@ class Epilogue:
     def finish(
         self, outputs: Sequence[str], program: Sequence[fx.Node], results: Sequence[fx.Node]
     ) -> fx.GraphModule:
-        """Put the graph in order: placeholders (outputs, batch size, buffers), then ops.
+        """Add the output and sort the graph: placeholders (outputs, batch size, buffers), then ops.
 
         Args:
             outputs: names of the captured graph's outputs, in order.
-            program: ops of the epilogue in the order of the captured graph; some write in place.
-                Each comes right after the ops that it needs.
+            program: ops whose order must be that of the captured graph, because some write in
+                place. Each is placed right after the ops that it needs.
             results: the nodes that the epilogue returns.
         """
         self.graph.output(tuple(results))

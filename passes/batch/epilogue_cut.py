@@ -1,11 +1,11 @@
-"""Cut a captured graph at its batch reductions: micro-batch graph → outputs and an epilogue.
+"""Cut a captured graph at its batch reductions into a micro-batch graph and an epilogue.
 
 A node's state (see `lattice`) decides where the whole batch's value is computed:
 
     Samples  per micro-batch, then concatenated
-    Static   per micro-batch; the first micro-batch's value is taken
-    Reduced  the first reduction per micro-batch, then combined; what follows it in the epilogue
-    Mixed    nowhere: micro-batches would change it, so the model is refused
+    Static   per micro-batch; the first micro-batch's value is used
+    Reduced  the first reduction per micro-batch, then combined; later ops in the epilogue
+    Mixed    nowhere: micro-batches would change the value, so the model is refused
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ aten = torch.ops.aten
 
 
 class EpilogueCut:
-    """Collects the outputs of the micro-batch graph in order, and builds the epilogue beside them.
+    """Collects the outputs of the micro-batch graph in order, and builds the epilogue.
 
     Args:
-        graph: the captured graph; gets further ops and, by `finish`, its outputs.
+        graph: the captured graph; ops are added to it, and `finish` sets its outputs.
         inputs: its placeholders.
         states: how its nodes depend on the batch.
 
     Attributes:
-        outputs: node of the captured graph → output that every micro-batch yields.
+        outputs: node of the captured graph → output that every micro-batch returns.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class EpilogueCut:
         self._order = {n: i for i, n in enumerate(self._program)}
         self._inputs = {i.name: i for i in inputs}
         self._epilogue = Epilogue()
-        self._final: dict[fx.Node, fx.Node] = {}  # captured graph → epilogue
+        self._final: dict[fx.Node, fx.Node] = {}  # captured node → epilogue node
         self._writes = InPlaceWrites(graph)
-        self._replayed: set[fx.Node] = set()  # whose memory is written to in the epilogue
+        self._replayed: set[fx.Node] = set()  # memory owners whose writes run in the epilogue
         self._needs_epilogue = False
-        self._for_buffers = False  # outputs from now on serve buffers, not results
+        self._for_buffers = False  # outputs added from now on are for buffers, not results
 
     def finish(self, values: Sequence[fx.Node]) -> fx.GraphModule | None:
-        """Let the captured graph return the outputs.
+        """Set the outputs of the captured graph, and finish the epilogue.
 
         Args:
             values: the final values, as nodes of the epilogue.
@@ -98,7 +98,7 @@ class EpilogueCut:
         return self.states.get(node, STATIC)
 
     def reduces_samples(self, node: fx.Node) -> bool:
-        """Whether a node reads samples: a reduction, not a value computed from one."""
+        """Whether a node reads samples itself: it is a reduction, not a value computed from one."""
         return any(isinstance(self.state(n), (Samples, tuple)) for n in node.all_input_nodes)
 
     def output(self, node: fx.Node, combine: Combine) -> fx.Node:
@@ -132,13 +132,13 @@ class EpilogueCut:
                 refuse(state.node, state.reason + tried)
             else:
                 value = node
-                if node.op == "placeholder":  # stages return no tensor of their own: copy it
+                if node.op == "placeholder":  # a stage cannot return its placeholder: copy it
                     value = add_call(self.graph, aten.clone.default, node)
                 self._final[node] = self.output(value, SAME)
         return self._final[node]
 
     def buffer_value(self, node: fx.Node) -> fx.Node:
-        """A buffer's new value; what depends on buffers alone is computed in the epilogue."""
+        """A buffer's new value; the epilogue computes values that depend on buffers alone."""
         self._needs_epilogue = self._for_buffers = True
         if node not in self._final and self._reads_only_buffers(node):
             self._final[node] = self._copied_from_buffers(node)
@@ -149,7 +149,7 @@ class EpilogueCut:
     def _concatenated(self, node: fx.Node, state: Samples) -> fx.Node:
         """Concatenate along the samples' dimension.
 
-        If it holds ``outer`` batches in a row, each batch is concatenated by itself:
+        If it holds ``outer`` batches in a row, each batch is concatenated separately:
         (outer·n, …) → (outer, n, …) per micro-batch → (outer, N, …) → (outer·N, …).
         """
         if state.index_step is not None:
@@ -171,7 +171,7 @@ class EpilogueCut:
         return state.how if isinstance(state, Reduced) else None
 
     def _reduced(self, node: fx.Node, how: Combine | PartialReduction | None) -> fx.Node:
-        """Combine a reduction over the batch; what was computed from one is copied."""
+        """Combine a reduction over the batch; copy a value computed from one to the epilogue."""
         if isinstance(how, Combine):
             return self.output(node, how)
         if how is not None:
@@ -185,13 +185,13 @@ class EpilogueCut:
         return how.finish(self._epilogue.graph, node, sums, base)
 
     def _copied(self, node: fx.Node) -> fx.Node:
-        """The op itself, in the epilogue."""
+        """Copy the op to the epilogue."""
         if self.reduces_samples(node):
             refuse(node, "a result is reduced over the batch in a way that has no known sum")
         return self._epilogue.copy_op(node, partial(self._argument, node))
 
     def _argument(self, reader: fx.Node, node: fx.Node) -> Any:
-        """What `reader`, copied to the epilogue, reads there instead of `node`."""
+        """The value that `reader`, copied to the epilogue, reads there instead of `node`."""
         if is_size(node):
             return emit_size(node.meta["val"], self._epilogue.batch_size)
         item = self._inputs.get(node.name)
@@ -199,20 +199,20 @@ class EpilogueCut:
             return self._epilogue.placeholder_for(node)
         later = self._writes.writers_of(node)[-1:]
         if self.state(node) == STATIC and later and self._order[later[0]] > self._order[reader]:
-            with self.graph.inserting_before(reader):  # as it is now
+            with self.graph.inserting_before(reader):  # its value before the later write
                 node = add_call(self.graph, aten.clone.default, node)
         return self.final_value(node)
 
-    # InPlaceWrites to reduced values
+    # In-place writes to reduced values
 
     def _is_replayed(self, node: fx.Node) -> bool:
-        """Whether a reduced value in its memory is written to: writes happen in the epilogue."""
+        """Whether its memory holds a reduced value and is written to: then the epilogue writes."""
         if not self.states or not self._writes.writers_of(node):
             return False
         return isinstance(self.state(self._writes.owner[node]), Reduced)
 
     def _replay_writes(self, node: fx.Node) -> None:
-        """Copy to the epilogue what writes to a value's memory, in program order."""
+        """Copy the ops that write to a value's memory to the epilogue, in program order."""
         owner = self._writes.owner[node]
         if owner not in self._replayed:
             self._replayed.add(owner)

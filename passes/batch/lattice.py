@@ -1,12 +1,12 @@
 """How a value depends on the batch: the states that `propagate_states` finds for every node.
 
-Micro-batches compute what the whole batch would if each sample's part of a value depends on that
-sample alone. Every value is in one of these states:
+Micro-batches give the whole batch's result if each sample's part of a value depends on that sample
+alone. Every value is in one of these states:
 
     Static   it does not depend on the batch
-    Samples  one dimension holds the samples, each computed from itself alone
+    Samples  one dimension holds the samples, each computed independently of the others
     Reduced  a sum, a mean or another reduction over all samples; no batch dimension is left
-    Mixed    samples were combined in a way that micro-batches change, or may change
+    Mixed    samples were combined in a way for which micro-batches give, or may give, another value
     Size     a number computed from shapes
 """
 
@@ -48,12 +48,12 @@ class Samples:
 
     Attributes:
         dim: the dimension.
-        batches: how many whole batches lie one after another.
+        batches: number of whole batches that follow one another in the dimension.
         per_sample: entries of each sample in each batch.
         index_step: the values are ``index_step * b``, the first index of sample b in a dimension
             with ``per_sample = index_step``. They may only index that dimension, as in
             ``x[torch.arange(B), i]``.
-        uniform: the part of every sample is the same, as in zeros or after `expand`.
+        uniform: all samples have equal entries, as in zeros or after `expand`.
     """
 
     dim: int
@@ -72,9 +72,9 @@ class Reduced:
     """A reduction over all samples, or a value computed from one.
 
     Attributes:
-        how: the rule that combines the micro-batches' values, or the partial sums that the batch's
-            value is computed from; None if there is no rule, or if it is computed from another
-            reduction.
+        how: the rule that combines the micro-batches' values, or the partial sums from which the
+            batch's value is computed; None if there is no rule, or if the value is computed from
+            another reduction.
     """
 
     how: Combine | PartialReduction | None = None
@@ -87,8 +87,8 @@ class Mixed:
     Attributes:
         node: the op that mixed them.
         reason: for the error message.
-        proven: micro-batches do change the value. If not proven, only a trial can tell, as where
-            tokens are sorted by expert and sorted back later.
+        proven: micro-batches certainly change the value. If False, only a trial can decide, for
+            example where tokens are sorted by expert and later sorted back.
     """
 
     node: fx.Node

@@ -1,10 +1,11 @@
-"""Run the captured graph on a few samples to decide states that the rules cannot.
+"""Run the captured graph on a few samples to decide states that the rules leave open.
 
 Where tokens are sorted by expert and sorted back, or entries are picked by computed indices, only
-data can tell whether samples stay apart. `NumericTrial` runs the graph beside `propagate_states`,
-once on all samples and, where samples have been mixed, also on two or three parts of them. As soon
-as a value equals its parts joined, its samples count as apart again. The gradients of custom
-autograd.Functions are tried too. Randomness is disabled where samples are mixed.
+data can tell whether samples stay independent. `NumericTrial` runs the graph together with
+`propagate_states`: once on all samples and, where samples have been mixed, also on two or three
+slices of them. As soon as a value equals its joined slices, its samples count as independent again.
+The gradients of custom autograd.Functions are tested too. Randomness is disabled where samples are
+mixed.
 """
 
 from __future__ import annotations
@@ -41,35 +42,35 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 FEWEST, MOST = 5, 32
-"""Bounds for the number of samples that are tried; else as many as the example has."""
+"""Least and largest number of samples to run; between them, as many as the example has."""
 
 IDENTITIES = (aten.dropout.default, aten.alpha_dropout.default, aten.feature_dropout.default)
 
 
 class UnknownValueError(Exception):
-    """A value cannot be computed. The class also stands for such a value."""
+    """A value cannot be computed. The class itself is stored in place of such a value."""
 
 
 FAILURES = (UnknownValueError, RuntimeError, IndexError, ValueError)
 
 
 class NumericTrial:
-    """A trial that compares all samples with parts of them; see the module.
+    """A trial that compares all samples with slices of them; see the module.
 
     Args:
         graph: normalized.
         inputs: its placeholders.
-        tensor: returns a placeholder's value; of an input of the call, at least one sample.
+        tensor: returns a placeholder's value; for an input of the call, with at least one sample.
 
     Attributes:
-        samples: how many are tried.
-        cuts: (first sample, number of samples) of each part.
-        whole: node → its value for all samples, while it is still used.
-        parts: node → its value for each part, where samples are mixed.
-        functions: custom Function → its run on all samples, those on each part, and the states of
-            its tensors.
+        samples: number of samples that are run.
+        cuts: (first sample, number of samples) of each slice.
+        whole: node → its value for all samples, until its last use.
+        parts: node → its value for each slice, where samples are mixed.
+        functions: node of a custom Function → its run on all samples, its runs on each slice, and
+            the states of its tensors.
         states: node → its state when it was visited.
-        decided: node that mixed samples → what the trial found, for a note.
+        decided: node where samples may have mixed → what the trial found, for a note.
     """
 
     def __init__(
@@ -137,9 +138,9 @@ class NumericTrial:
         return value
 
     def _part_value(self, states: Mapping[fx.Node, Any], n: int, source: fx.Node) -> Any:
-        """A node's value in the n-th part."""
+        """A node's value for the n-th slice."""
         if source not in self.parts:
-            if isinstance(states[source], Mixed):  # written through another view
+            if isinstance(states[source], Mixed):  # was written to through another view
                 raise UnknownValueError
             return slice_samples(self._whole_value(source), self.states[source], *self.cuts[n])
         value = self.parts[source][n]
@@ -166,7 +167,7 @@ class NumericTrial:
         return results
 
     def _run_function(self, node: fx.Node) -> None:
-        """Run a custom Function with gradients, so that its backward can be tried per result."""
+        """Run a custom Function with gradients, so that its backward can be tested per result."""
         sources: list[fx.Node] = node.args[0]  # type: ignore[assignment]
         states = [self.states[s] for s in sources]
         if any(isinstance(s, Mixed) for s in states):
@@ -213,7 +214,7 @@ class NumericTrial:
 
 
 def candidate_states(node: fx.Node) -> list[Samples]:
-    """The states with samples that fit a result's shape; the usual one first."""
+    """The `Samples` states that fit a result's shape, the most common one first."""
     tensors = tensors_of(node)
     if len(tensors) != 1 or not is_inexact(tensors[0]):
         return []
@@ -228,7 +229,7 @@ def candidate_states(node: fx.Node) -> list[Samples]:
 def _run(
     node: fx.Node, value: Callable[[fx.Node], Any], batch: int, *, no_random: bool = False
 ) -> Any:
-    """One call; `still`: without drawing random numbers."""
+    """Run one op; with `no_random`, refuse ops that draw random numbers."""
 
     def argument(source: fx.Node) -> Any:
         return (

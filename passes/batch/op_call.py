@@ -1,4 +1,4 @@
-"""One op as the rules see it, and how the states of its operands give that of its result."""
+"""`OpCall`, one op as the rules see it; compute a result's state from those of its operands."""
 
 from __future__ import annotations
 
@@ -130,10 +130,10 @@ def new_tensor_state(call: OpCall, shape: Shape, *, uniform: bool = False) -> St
 
 
 def view_state(call: OpCall, state: Samples, old: Shape, new: Shape) -> State:
-    """The state after a view that keeps the elements in row-major order.
+    """The state of a view that keeps the elements in row-major order.
 
     Such a view keeps the flat index, which is ``(before, b, behind)`` with sample b in the middle.
-    The extents of ``before`` and ``behind`` stay; only the split into dimensions changes:
+    The extents of ``before`` and ``behind`` do not change; only their split into dimensions does:
 
         before = Π old[:dim] · batches      batches'    = before / Π new[:dim']
         behind = per_sample · Π old[dim+1:]  per_sample' = behind / Π new[dim'+1:]
@@ -163,7 +163,7 @@ def view_state(call: OpCall, state: Samples, old: Shape, new: Shape) -> State:
 def join_states(call: OpCall, states: Iterable[State]) -> State:
     """The state of a value computed entry by entry from values in these states.
 
-    Static is neutral; Samples must agree in all but `uniform`; Samples with Reduced are mixed.
+    Static changes nothing; Samples must be equal but for `uniform`; Samples and Reduced give Mixed.
     """
     found = list(states)
     mixed = [s for s in found if isinstance(s, Mixed)]

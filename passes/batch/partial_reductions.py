@@ -1,11 +1,11 @@
-"""Batch reductions that are computed in two steps: sums per micro-batch, and the rest at the end.
+"""Batch reductions computed in two steps: sums per micro-batch, the rest on the whole batch.
 
     object        per micro-batch m       for the whole batch
     COUNTED_MEAN  s_m = Σ losses          Σ_m s_m / Σ_m c_m
                   c_m = Σ weights
     ACCUMULATION  s_m = op(0, samples)    base + Σ_m s_m
 
-The ops per micro-batch go to the captured graph, those for the whole batch to the epilogue.
+The ops per micro-batch are added to the captured graph, those for the whole batch to the epilogue.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SUM_REDUCTION = 2
 
 @dataclass(frozen=True)
 class PartialReduction(ABC):
-    """A reduction over the batch that is rewritten into sums per micro-batch."""
+    """A reduction over the batch that is rewritten as sums per micro-batch."""
 
     @abstractmethod
     def partial_sums(self, graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, ...]:
@@ -44,13 +44,13 @@ class PartialReduction(ABC):
     def finish(
         self, graph: fx.Graph, node: fx.Node, sums: Sequence[fx.Node], base: fx.Node | None
     ) -> fx.Node:
-        """Add the ops to the epilogue's `graph` that give the batch's value of `node`.
+        """Add to the epilogue's `graph` the ops that compute the batch's value of `node`.
 
         Args:
             graph: of the epilogue.
             node: the reduction, in the captured graph.
             sums: the batch's sums, in the epilogue.
-            base: what `base(node)` is in the epilogue.
+            base: the epilogue's node for `base(node)`.
         """
 
 
@@ -58,8 +58,8 @@ class PartialReduction(ABC):
 class CountedMean(PartialReduction):
     """The mean of a cross entropy over the targets that are not ``ignore_index``.
 
-    With class weights w and targets t it is Σ w[t_i] loss_i / Σ w[t_i]. A micro-batch that has
-    nothing to count adds 0 to both sums.
+    With class weights w and targets t it is Σ w[t_i] loss_i / Σ w[t_i]. A micro-batch without such
+    targets adds 0 to both sums.
     """
 
     def partial_sums(self, graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, ...]:
@@ -88,8 +88,8 @@ class CountedMean(PartialReduction):
 class Accumulation(PartialReduction):
     """`scatter_add`, `index_add` or an accumulating `index_put`, in place or not.
 
-    Each sample adds its part to a base that does not depend on the batch. A micro-batch's sum is
-    the same op on zeros.
+    Each sample adds its contribution to a base that does not depend on the batch. A micro-batch's
+    sum is the same op on zeros.
     """
 
     def base(self, node: fx.Node) -> fx.Node:

@@ -1,9 +1,9 @@
-"""Find the state of every node of a captured graph: where the samples of the batch are.
+"""Find the state of every node of a captured graph: which dimension holds the samples.
 
 One pass in program order, with one rule per operator (`RULES`). An op that writes in place changes
 the state of every value that shares the memory. Where no rule applies, or where the answer depends
 on the data (indices), the state is `Mixed` with proven=False; a `NodeTrial` may then decide it by
-running the graph on numbers.
+running the graph on data.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ RULES = (
     | rules_losses.RULES
 )
 SHAPE_ONLY = (rules_new.new_tensor, rules_new.new_like)
-"""Rules for new tensors: their operands' values do not matter."""
+"""Rules for ops that create tensors: the values of their operands do not matter."""
 
 USES_BATCH_SIZE = (
     rules_shape.USES_BATCH_SIZE
@@ -74,18 +74,18 @@ USES_BATCH_SIZE = (
 
 
 class NodeTrial(Protocol):
-    """Runs the graph node by node, on a small batch and on its parts, to decide open states."""
+    """Runs the graph node by node, on a small batch and on slices of it, to decide open states."""
 
     def step(self, node: fx.Node, state: Any, states: dict[fx.Node, Any]) -> Any:
         """Run one node.
 
         Args:
             node: the next one in program order.
-            state: what the rules say of it.
+            state: its state by the rules.
             states: of the nodes before it.
 
         Returns:
-            Its state; the same one unless it was undecided and the numbers decide it.
+            Its state: the given one, unless that was undecided and the trial decides it.
         """
 
 
@@ -110,7 +110,7 @@ class _StatePropagation:
 
     Attributes:
         states: of the nodes visited so far.
-        owner: the node whose memory a node shows (itself, unless it is a view).
+        owner: node → the node that owns its memory (itself, unless it is a view).
     """
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[Input], trial: NodeTrial | None) -> None:
@@ -145,7 +145,7 @@ class _StatePropagation:
         return state
 
     def _write(self, target: fx.Node, new: Any, call: OpCall) -> None:
-        """Update the states of all that shares `target`'s memory, after `new` was written there."""
+        """Update the states of all nodes in `target`'s memory, after `new` was written there."""
         old, owner = self.states[target], self.owner[target]
         if isinstance(self.states[owner], Mixed):
             return
@@ -164,7 +164,7 @@ class _StatePropagation:
         for node, state in self.states.items():
             if self.owner[node] is owner and not isinstance(state, tuple):
                 if isinstance(state, Reduced) and isinstance(new, Reduced):
-                    continue  # its own rule holds for what was reduced before the write
+                    continue  # it was reduced before the write: its own rule holds
                 shapes = [tuple(map(symbolic_size, t.shape)) for t in tensors_of(node)]
                 ok = isinstance(new, Mixed) or not any(batch_dims(s) for s in shapes)
                 self.states[node] = new if ok else call.mixed("a reduction is written to samples")
@@ -179,9 +179,10 @@ class _StatePropagation:
 def _state_of(call: OpCall) -> Any:
     """The state of one op's result.
 
-    In this order: a rule for new tensors decides by shape alone. A mixed operand makes the result
-    mixed. Without samples among the operands or in the result's shape, the result is reduced or
-    static as its operands are. Otherwise the operator's rule decides; without one it is undecided.
+    The first of these that applies decides. A rule for new tensors decides by shape alone. If an
+    operand is mixed, so is the result. If neither the operands nor the result's shape have samples,
+    the result is reduced if an operand is, else static. Otherwise the operator's rule decides;
+    without a rule the state is undecided.
     """
     packet = getattr(call.node.target, "overloadpacket", None)
     rule = RULES.get(packet)
@@ -218,7 +219,7 @@ def _state_of(call: OpCall) -> Any:
 
 
 def _checked(call: OpCall, state: Any) -> Any:
-    """`state` if it fits the shape of the op's result; undecided if not, as the rule is wrong."""
+    """`state` if it fits the shape of the op's result; else the rule is wrong: undecided."""
     outs = tensors_of(call.node)
     states = state if isinstance(state, tuple) else (state,) * len(outs)
     shapes = [tuple(map(symbolic_size, t.shape)) for t in outs]

@@ -24,8 +24,8 @@ FROM_OTHERS = "entries are picked from other samples by index"
 def pointwise_index(call: OpCall) -> State:
     """gather, scatter: ``out[i, j] = x[i, index[i, j]]`` for operands of one rank and dim = 1.
 
-    The samples may be in any dimension but `dim`; along `dim`, entries of other samples could be
-    picked.
+    The samples may be in any dimension except `dim`: along `dim`, an index could pick entries of
+    other samples.
     """
     nodes = call.tensors
     state = broadcast_state(call, nodes)
@@ -52,7 +52,7 @@ def scatter_add(call: OpCall) -> State:
     if isinstance(call.state(call["self"]), Samples) or not adds:
         return pointwise_index(call)
     parts = join_states(call, [call.state(call["index"]), call.state(call["src"])])
-    if isinstance(parts, Samples):  # along another dimension each sample writes its own row
+    if isinstance(parts, Samples):  # along another dimension each sample writes to its own entries
         along = call["dim"] % len(call.out_shape) == parts.dim
         return Reduced(ACCUMULATION) if along else call.mixed(BY_POSITION)
     return parts
@@ -64,7 +64,7 @@ def bucketize(call: OpCall) -> State:
 
 
 def searchsorted(call: OpCall) -> State:
-    """searchsorted: per entry, its position in one sorted row for all, or in its sample's row."""
+    """searchsorted: per entry, its position in a sorted row: one row for all, or one per sample."""
     write_rows, order = call["sorted_sequence"], call["sorter"]
     last = call.rank(write_rows) - 1
     known = [n for n in (write_rows, order) if n is not None]
@@ -94,7 +94,7 @@ def _compared_with_all(call: OpCall, others: fx.Node | None) -> Mixed | None:
 
 
 def index_select(call: OpCall) -> State:
-    """index_select: entries of one dimension by a vector of indices."""
+    """index_select: picks entries of one dimension by a vector of indices."""
     indexed, index = call["self"], call["index"]
     state, picked = call.state(indexed), call.state(index)
     dim = call["dim"] % max(call.rank(indexed), 1)
@@ -133,7 +133,7 @@ def _state_after_index(
         state: of the indexed tensor.
         picked: indexed dimension → state of its index, broadcast to `rank` dimensions.
         rank: of the broadcast indices.
-        first: the dimension of the result where those of the indices begin.
+        first: the first dimension of the result that comes from the indices.
     """
     own = picked.get(state.dim) if isinstance(state, Samples) else None
     if own is not None and isinstance(state, Samples):

@@ -1,4 +1,4 @@
-"""State rules for ops that take tensors apart or join them (see `rules_shape`)."""
+"""State rules for ops that slice, split, join or repeat tensors (see `rules_shape`)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def select(call: OpCall) -> State:
 
 
 def narrow(call: OpCall) -> State:
-    """slice, narrow: along the batch only whole batches may be taken."""
+    """slice, narrow: along the batch, only whole batches may be selected."""
     node, state = call.first, call.state(call.first)
     if not isinstance(state, Samples):
         return state
@@ -128,7 +128,7 @@ def repeat_interleave(call: OpCall) -> State:
     """repeat_interleave: along the batch, k times as many entries per sample."""
     state: State = call.state(call.first)
     shape, dim = call.shape(call.first), call["dim"]
-    if dim is None and isinstance(state, Samples):  # of all entries in a row
+    if dim is None and isinstance(state, Samples):  # it repeats the flattened entries
         whole, dim = shape, 0
         shape = (sympy.prod(whole),)
         state = view_state(call, state, whole, shape)
@@ -143,7 +143,7 @@ def repeat_interleave(call: OpCall) -> State:
 
 
 def as_strided(call: OpCall) -> State:
-    """as_strided: each sample's windows must lie in that sample's memory.
+    """as_strided: each sample's windows must be within that sample's memory.
 
     If the samples' dimension has the stride t, address a belongs to sample
     ``a // (t * per_sample) % B``, whether or not the batch is the first dimension in memory.
@@ -182,7 +182,7 @@ def _number(argument: Any) -> Any:
 def _stays_within(
     block: Any, begin: Any, strides: Sequence[Any], shape: Shape, dim: int, times: int
 ) -> bool:
-    """Whether steps along all other dimensions stay in a sample's block or skip whole batches."""
+    """Whether moving along other dimensions stays in a sample's block or skips whole batches."""
     reach = begin + (times - 1) * strides[dim]
     for d, (stride, extent) in enumerate(zip(strides, shape, strict=True)):
         if d != dim and not (stride / (block * B)).is_Integer:
@@ -191,14 +191,14 @@ def _stays_within(
 
 
 def as_strided_scatter(call: OpCall) -> State:
-    """Writes through windows: only a trial can tell which samples read them."""
+    """as_strided_scatter: only a trial can decide which samples read what is written."""
     if memory_owner(call.first).op == "placeholder" and isinstance(call.state(call.first), Samples):
         return call.mixed("windows over memory of the whole batch")
     return call.undecided("windows that may overlap several samples")
 
 
 def diagonal(call: OpCall) -> State:
-    """diagonal: two dimensions become one, the last."""
+    """diagonal: two dimensions become one, which is the last."""
     node, state = call.first, call.state(call.first)
     if not isinstance(state, Samples):
         return state

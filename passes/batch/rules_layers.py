@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def batch_first(call: OpCall) -> State:
-    """Group norm and others whose samples must be in the first dimension."""
+    """Group norm and other ops whose samples must be in the first dimension."""
     state = first_operand_state(call, "a weight that depends on the batch")
     if isinstance(state, Samples) and state.dim != 0:
         return call.mixed(ALONG_BATCH)
@@ -29,7 +29,7 @@ def batch_first(call: OpCall) -> State:
 def feature_dropout(call: OpCall) -> State:
     """feature_dropout, feature_alpha_dropout: one draw for each entry of the first two dimensions.
 
-    Along another dimension all samples share a draw, and micro-batches would draw one each.
+    Along another dimension all samples share a draw, but each micro-batch would draw its own.
     """
     state = call.state(call.first)
     if isinstance(state, Samples) and state.dim > 1 and is_random(call.node):
@@ -50,7 +50,7 @@ def convolution(call: OpCall) -> State:
 
 
 def upsample(call: OpCall) -> State:
-    """Upsampling leaves the first two dimensions, samples and channels, alone."""
+    """Upsampling does not change the first two dimensions: samples and channels."""
     state = join_states(call, [call.state(call.first)])
     if isinstance(state, Samples) and state.dim > 1:
         return call.mixed(ALONG_BATCH)
@@ -72,7 +72,7 @@ def layer_norm(call: OpCall) -> State:
 
 
 def embedding(call: OpCall) -> State:
-    """embedding: rows of a table."""
+    """embedding: looks up rows of a table."""
     if call.state(call["weight"]) != STATIC:
         return call.undecided("a table that depends on the batch")
     if call["scale_grad_by_freq"]:

@@ -23,7 +23,7 @@ MEAN_REDUCTION, SUM_REDUCTION = 1, 2
 
 
 def element_loss(call: OpCall) -> State:
-    """mse_loss and others that compare entry by entry and then reduce."""
+    """mse_loss and other losses that compare entry by entry and then reduce."""
     return _reduced_state(call, broadcast_state(call, call.tensors))
 
 

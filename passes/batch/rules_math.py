@@ -1,4 +1,4 @@
-"""State rules for arithmetic, reductions and layers (see `rules_shape`)."""
+"""State rules for arithmetic, reductions and products (see `rules_shape`)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def copy_or_cast(call: OpCall) -> State:
 
 
 def copy_into(call: OpCall) -> State:
-    """copy_: the source is broadcast to the shape of the destination."""
+    """copy_: broadcasts the source to the shape of the destination."""
     return broadcast_state(call, call.tensors, len(call.out_shape))
 
 
@@ -87,7 +87,7 @@ def sum_of_products(
     Args:
         call: the op.
         operands: each with a letter per dimension.
-        out: the letters of the result; the others are summed over.
+        out: the letters of the result; dimensions with other letters are summed over.
         bias: whether the op also adds a bias (then a sum over the batch has no rule).
     """
     letters: dict[str, list[State]] = {}
@@ -111,7 +111,7 @@ def sum_of_products(
 
 
 def _letters(last: str, leading: int) -> str:
-    """`last`, after letters for `leading` dimensions that are aligned at the right."""
+    """Letters for `leading` dimensions, aligned at the right, followed by `last`."""
     return "".join(chr(ord("A") + i) for i in reversed(range(leading))) + last
 
 
@@ -146,7 +146,7 @@ def linear(call: OpCall) -> State:
 
 
 def einsum(call: OpCall) -> State:
-    """einsum with an explicit result; other equations are undecided."""
+    """einsum with an explicit result (``->``); other equations are undecided."""
     equation = str(call["equation"]).replace(" ", "")
     nodes = list(call["tensors"])
     if "." in equation or "->" not in equation:
@@ -161,7 +161,7 @@ def outer_product(call: OpCall) -> State:
 
 
 def attention(call: OpCall) -> State:
-    """Attention: neither queries nor keys may lie along the batch."""
+    """Attention: the samples must not be in the dimension of the queries or of the keys."""
     state = broadcast_state(call, call.tensors)
     if isinstance(state, Samples) and state.dim >= call.rank(call["query"]) - 2:
         return call.mixed("attention among samples")

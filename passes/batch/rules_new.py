@@ -23,7 +23,7 @@ def new_tensor(call: OpCall) -> State:
 
 
 def new_like(call: OpCall) -> State:
-    """zeros_like, rand_like and others that only take an operand's shape."""
+    """zeros_like, rand_like and other ops that only use an operand's shape."""
     state, uniform = call.state(call.first), not is_random(call.node)
     if isinstance(state, Samples):
         return _filled(call, Samples(state.dim, state.batches, state.per_sample, uniform=uniform))
@@ -39,7 +39,7 @@ def normal(call: OpCall) -> State:
 
 
 def _filled(call: OpCall, state: State) -> State:
-    """The state of a tensor filled with arguments, or drawn from a distribution with them."""
+    """The state of a tensor filled with argument values, or drawn from a distribution with them."""
     values = [call[n] for n in ("fill_value", "low", "high", "mean", "std")]
     state = join_states(call, [state, *(call.state(v) for v in values if _is_tensor(v))])
     return _with_batch_size(call, state) if any(map(depends_on_batch_size, values)) else state
@@ -50,7 +50,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _with_batch_size(call: OpCall, state: State) -> State:
-    """`state` of a result that is also computed from the batch size."""
+    """The state of a result that is also computed from the batch size."""
     if isinstance(state, Samples):
         return call.mixed(COUNT_AS_VALUE)
     return REDUCED if state == STATIC else state

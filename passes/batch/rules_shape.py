@@ -1,7 +1,7 @@
 """State rules for views and for ops that work along dimensions.
 
-A rule takes an `OpCall`, none of whose tensors is `Mixed`, and returns the state of the result, or
-a tuple of states for several results. `propagate_states` checks it against the result's shape. A
+A rule gets an `OpCall` without `Mixed` tensors and returns the state of the result, or a tuple of
+states for several results. `propagate_states` checks the state against the result's shape. Each
 line of a rule table gives a rule and the names of its operators.
 """
 
@@ -74,7 +74,7 @@ def broadcast_tensors(call: OpCall) -> tuple[State, ...]:
 def permute_dims(call: OpCall) -> State:
     """Permutations of dimensions.
 
-    Where a dimension goes is read off a meta tensor whose sizes are all different.
+    The op runs on a meta tensor whose sizes are all different, to see where each dimension goes.
     """
     state = call.state(call.first)
     if not isinstance(state, Samples):
@@ -86,7 +86,7 @@ def permute_dims(call: OpCall) -> State:
 
 
 def along_dims(call: OpCall) -> State:
-    """Ops along the named dimensions that keep all others: softmax, cumsum, sort, flip, fft."""
+    """Ops along given dimensions, separately along the others: softmax, cumsum, sort, flip, fft."""
     node = call.first
     state = broadcast_state(call, call.tensors)
     if isinstance(state, Samples) and state.dim in _named_dims(
@@ -97,7 +97,7 @@ def along_dims(call: OpCall) -> State:
 
 
 def _named_dims(call: OpCall, rank: int) -> set[int]:
-    """The dimensions that an op names; all of them if it names none."""
+    """The dimensions in an op's arguments; all dimensions if there are none."""
     named = next((call[n] for n in ("dim", "dims", "axis", "dimension") if n in call), None)
     if named is None or named == []:
         return set(range(rank))
@@ -117,11 +117,11 @@ def last_dims(count: int) -> Callable[[OpCall], State]:
 
 
 def pad(call: OpCall) -> State:
-    """Padding of the last dimensions; an amount of 0 leaves a dimension alone."""
+    """Padding of the last dimensions; an amount of 0 does not change a dimension."""
     amounts: Any = call["pad"] or call["padding"] or ()
     state = join_states(call, [call.state(call.first)])
     if isinstance(state, Samples):
-        n = 2 * (call.rank(call.first) - 1 - state.dim)  # the last dimension's stand first
+        n = 2 * (call.rank(call.first) - 1 - state.dim)  # amounts start with the last dimension's
         if any(isinstance(a, fx.Node) or a for a in amounts[n : n + 2]):
             return call.mixed(ALONG_BATCH)
     return state

@@ -23,7 +23,7 @@ def slice_samples(value: Any, state: Any, start: int, count: int) -> Any:
         count: number of samples.
 
     Returns:
-        A copy of that part; the value itself if it holds no samples.
+        A copy of the slice; the value itself if it holds no samples.
     """
     if isinstance(value, (tuple, list)):
         each = state if isinstance(state, tuple) else (state,) * len(value)
@@ -33,7 +33,7 @@ def slice_samples(value: Any, state: Any, start: int, count: int) -> Any:
     if isinstance(state, Samples):
         dim = state.dim
         part = _blocks(value, state).narrow(dim + 1, start, count).flatten(dim, dim + 2)
-        return part.clone()  # in memory of its own: views into it show no other samples
+        return part.clone()  # in its own memory, so that views of it cannot read other samples
     return value
 
 
@@ -52,8 +52,8 @@ def join_parts(parts: Sequence[Tensor], state: Samples) -> Tensor:
 def take_samples(value: Tensor, dim: int, count: int) -> Tensor:
     """Take `count` samples of `value` along `dim`.
 
-    If there are fewer, they are repeated; repetitions are rolled along another dimension so that
-    all samples differ.
+    If there are fewer, samples are repeated; repeated ones are rolled along another dimension so
+    that all samples differ.
     """
     if value.shape[dim] >= count:
         return value.narrow(dim, 0, count)

@@ -1,20 +1,21 @@
 """Capture a model: module and example inputs → one flat graph of ATen ops, its batch symbolic.
 
 In: a `CaptureRequest`: the user's model (see `FRONTENDS`), example inputs, their batch dimensions.
-Out: a `Captured`; from `Frontend`s what a user may pass as a model, and the module that it means.
+Out: a `Captured`; from `Frontend`s, which objects a user may pass as a model, and the module of
+each.
 
 Files, in reading order:
 
 - `request`: `CaptureRequest`, the arguments of `capture`
 - `model`: `capture`, the steps in order
-- `frontends`: the kinds of models; for each the way to its normalized graph
+- `frontends`: the kinds of models, and how each is traced to a normalized graph
 - `tracing`: calls a front end, with the patches and checks that a faithful graph needs
 - `flat_module`: the model as a function from flat tensors to flat tensors
-- `exporting`: torch.export, quiet, and refusing what it would lose
+- `exporting`: runs torch.export: silences it, refuses what it would lose
 - `normalize`: the exported graph → plain ops, one placeholder for each tensor
-- `inlining`: copies the ops of the exported graph and of the regions in it
-- `canonicalize`: rewrites of single ops: dropouts that drop nothing, squeezes
-- `scalar_reads`: Python numbers read off tensors become tensors of one entry
+- `inlining`: copies the ops of the exported graph, and those of its no_grad and autocast regions
+- `canonicalize`: rewrites single ops: dropouts that drop nothing, squeezes
+- `scalar_reads`: Python numbers read from tensors become tensors of one entry
 - `patches`: replacements of parts of a model while it is traced
 - `module_state`: snapshots of attributes and buffers, and how to restore them
 - `hidden_state`: refuses models whose next call depends on attributes that this one set

@@ -1,10 +1,10 @@
 """Buffers that a forward assigns: ``self.n = self.n + 1``.
 
 For the model this equals ``self.n.copy_(self.n + 1)`` at the end of the forward, because only the
-next forward, or a checkpoint, reads it. The graph shows it only if it is written that way.
+next forward, or a checkpoint, reads the new value. torch.export records only the in-place form.
 
-There is one difference: what was computed from the old value needs it again in the backward. A
-buffer that is written within each micro-batch is therefore copied first (`read_buffer_copies`).
+There is one difference: the backward may need the old value. A buffer that is written within each
+micro-batch is therefore copied first (`read_buffer_copies`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_in_place(
     """Write the new values of assigned buffers into the tensors that the model had before.
 
     Args:
-        model: has its old buffers again.
+        model: its old buffers have been restored.
         assigned: the buffers that the forward assigned.
         results: the tensors that the forward returned.
 
@@ -57,7 +57,7 @@ def write_in_place(
     _check_shared_memory(model, assigned)
     memory = {storage_id(c.before) for c in assigned}
     unchanged = tuple(x.clone() if storage_id(x) in memory else x for x in results)
-    values = [c.after.detach().clone() for c in assigned]  # some may be old values of others
+    values = [c.after.detach().clone() for c in assigned]  # may alias old values of others
     with torch.no_grad():
         for changed, value in zip(assigned, values, strict=True):
             changed.before.copy_(value)

@@ -2,12 +2,12 @@
 
 An in-place op on a buffer would run once per micro-batch: BatchNorm's running statistics would take
 M small steps, a counter would count micro-batches. Here such ops are rewritten so that buffers are
-only read, and their new values are results: reductions over the batch are combined over the
-micro-batches, and each buffer is written once a step (see `autopipe.passes.batch`).
+only read and their new values are results of the graph. Reductions over the batch are combined over
+the micro-batches, and each buffer is written once a step (see `autopipe.passes.batch`).
 
 Nodes are visited in program order. An op that writes is replaced by its out-of-place variant. If it
-wrote to a view, the new value of the view is put into a copy of the viewed tensor. Later uses of
-the buffer, or of a view of it, use the new value, or a new view of it.
+wrote to a view, the view's new value is put into a copy of the viewed tensor. Later users of the
+buffer, or of a view of it, read the new value, or a new view of it.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def defer_buffer_writes(
         inputs: its placeholders.
 
     Returns:
-        Buffer placeholder → node of its new value; and, for nodes in those values, how they are
-        combined over micro-batches.
+        Buffer placeholder → node of its new value; and, for nodes from which those values are
+        computed, how they are combined over micro-batches.
 
     Raises:
         UnsupportedError: a buffer is written in a way that cannot be rewritten.
@@ -114,10 +114,10 @@ class _BufferRewriter:
 
     Attributes:
         value: buffer written so far → node of its new value.
-        reductions: node in a new value → how it is combined over micro-batches.
-        buffer_of: node → the written buffer in whose memory it lies.
+        reductions: node that a new value is computed from → how it is combined over micro-batches.
+        buffer_of: node → the written buffer whose memory it shares.
         view_args: view of a buffer → its arguments, before they were replaced.
-        current: node in a buffer's memory → node that views the new value in the same way.
+        current: view of a buffer → the same view of the new value.
     """
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[Input]) -> None:
@@ -146,7 +146,7 @@ class _BufferRewriter:
                 self.refuse(written[buffer], [buffer], f"whose memory {node.name} shares")
 
     def _counters(self, placeholders: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
-        """Running mean → counter of the batches that its layer has seen."""
+        """Running mean → counter of the batches that its norm has seen."""
         by_target = {self.target[n.name]: n for n in placeholders if n.name in self.target}
         return {
             node: by_target[counter]
@@ -170,7 +170,7 @@ class _BufferRewriter:
         else:
             with self.graph.inserting_before(node):
                 self.write(node, targets[0], self.out_of_place(node, targets))
-            node.replace_all_uses_with(targets[0])  # in eager torch they are one tensor
+            node.replace_all_uses_with(targets[0])  # an in-place op returns the tensor itself
             self.graph.erase_node(node)
 
     def read(self, arguments: Any) -> Any:
@@ -199,7 +199,7 @@ class _BufferRewriter:
         return new
 
     def out_of_place(self, node: fx.Node, targets: list[fx.Node]) -> fx.Node:
-        """The value that a node would write, from an op that is not in place."""
+        """The value that a node would write, computed by an out-of-place op."""
         old = targets[0].meta["val"]
         if node.target is aten.copy_.default:  # aten.copy has no derivative
             new = self.add(node, aten.expand.default, node.args[1], list(old.shape))
@@ -220,7 +220,7 @@ class _BufferRewriter:
         return new if same else self.add(node, aten.to.dtype, new, dtype)
 
     def write(self, node: fx.Node, view: fx.Node, new: fx.Node) -> None:
-        """Let `view` have the value `new` from here on."""
+        """From here on, use `new` as the value of `view`."""
         buffer = self.buffer_of[view]
         current = {view: new}
         while view is not buffer:

@@ -1,4 +1,4 @@
-"""Rewrites of single ops while a graph is normalized: dropouts that drop nothing, squeezes."""
+"""Rewrite single ops while a graph is normalized: dropouts that drop nothing, squeezes."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ DROPOUTS = {
 
 
 def name_squeezed_dims(node: fx.Node) -> None:
-    """Let a squeeze list the dimensions of size 1 in the captured batch.
+    """Rewrite a squeeze to list the dimensions that have size 1 in the captured batch.
 
-    A micro-batch of one sample then keeps its batch dimension. A whole batch of one sample would
-    not; the node is marked "squeezed" for `size_guards`.
+    A micro-batch of one sample then keeps its batch dimension. The model itself would squeeze a
+    whole batch of one sample; the node is marked "squeezed" for `size_guards`.
 
     Args:
-        node: a call of one of the `SQUEEZES`; is changed.
+        node: one of the `SQUEEZES`; changed in place.
     """
     source: Any = node.args[0]
     shape = source.meta["val"].shape

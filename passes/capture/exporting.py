@@ -1,7 +1,7 @@
 """Run torch.export: silence it, refuse what it would lose, and explain its errors.
 
-torch.export drops some constructs from the gradient without a word (tensor hooks, inference mode),
-and makes constants of random numbers that are not torch's. Here they raise a `CaptureError`.
+torch.export silently drops some constructs from the gradient (tensor hooks, inference mode), and
+turns random numbers that are not torch's into constants. Here both raise a `CaptureError`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class SizeUses:
     """How the model's own code used symbolic sizes while it was traced.
 
     Attributes:
-        concretized: lines (``file:line``) that turned one into a Python integer, which fixes it.
-        conditions: (condition on sizes, its value) for each that was evaluated.
+        concretized: lines (``file:line``) that turned a symbolic size into a Python integer, which
+            fixes it.
+        conditions: (condition on sizes, its value) for each condition that was evaluated.
     """
 
     concretized: list[str] = field(default_factory=list)
@@ -64,7 +65,7 @@ def export(
     Args:
         flat: the module.
         examples: its arguments.
-        dims: for each argument the dimension that becomes symbolic, or None.
+        dims: for each argument, the dimension that becomes symbolic, or None.
 
     Returns:
         The exported program, and how the module's code used symbolic sizes.
@@ -190,7 +191,7 @@ def _raise_in_user_code(
 
 @contextmanager
 def _refuse_lossy_constructs() -> Iterator[None]:
-    """Keep custom autograd.Functions; refuse what export would drop from the gradient silently."""
+    """Keep custom autograd.Functions; refuse constructs that export would silently drop."""
 
     def keep_function(cls: type[torch.autograd.Function], *args: Any) -> Any:
         if cls.__module__.startswith("torch._library"):  # an operator's registered derivative
@@ -256,7 +257,7 @@ def _hook_error(found: str, source: str | None) -> CaptureError:
 
 
 def _explain(error: Exception) -> CaptureError:
-    """Export's error, in short, with the line of the model."""
+    """Turn export's error into a short one with the line of the model."""
     source = user_source_line(traceback.extract_tb(error.__traceback__))
     kind, text = type(error).__name__, str(error)
     first = next((line for line in text.splitlines() if line.strip()), kind)

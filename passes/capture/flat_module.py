@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TensorSlot:
-    """The position of a tensor among the leaves of a result."""
+    """A placeholder for a tensor among the leaves of a result."""
 
 
 @dataclasses.dataclass
@@ -34,10 +34,10 @@ class ForwardResult:
     """What the last forward returned and changed.
 
     Attributes:
-        leaves: the flattened result; a `TensorSlot` for each tensor.
+        leaves: the flattened result, with a `TensorSlot` in place of each tensor.
         spec: its structure; None before the first forward.
-        notes: what was left out of it.
-        changed: attributes that the forward set (they are set back).
+        notes: descriptions of what was left out of the result.
+        changed: other attributes that the forward set (they have been restored).
         assigned: qualified names of the buffers that it assigned.
     """
 
@@ -51,8 +51,8 @@ class ForwardResult:
 class FlatModel(nn.Module):
     """A model as a function from flat tensors to flat tensors.
 
-    After each forward, `result` says which attributes it changed; they are set back. The new value
-    of a buffer that the model assigns is written in place, so that the graph shows it.
+    Attributes that a forward changes are recorded in `result` and restored. The new value of a
+    buffer that the model assigns is written in place, so that the graph records it.
     """
 
     prefix = "model."
@@ -63,7 +63,7 @@ class FlatModel(nn.Module):
 
         Args:
             model: is not changed.
-            leaves: flattened ``(args, kwargs)``; what is not a tensor becomes a constant.
+            leaves: flattened ``(args, kwargs)``; leaves that are not tensors become constants.
             spec: structure of ``(args, kwargs)``.
         """
         super().__init__()
@@ -97,7 +97,7 @@ class FlatModel(nn.Module):
         return write_in_place(self.model, assigned, self._flatten_result(out, kwargs))
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The tensors of a result; its other leaves go to `result`."""
+        """The tensors of a result; its other leaves are stored in `result`."""
         register_dataclasses(out)
         found, spec = pytree.tree_flatten(out, is_leaf=_is_cache)
         result = self._result
@@ -130,7 +130,7 @@ class FlatModel(nn.Module):
 
 @dataclasses.dataclass
 class _Opaque:
-    """Hides a container from export, which visits a module's attributes."""
+    """Hides a container from torch.export, which visits a module's attributes."""
 
     value: Any
 

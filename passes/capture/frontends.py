@@ -1,8 +1,8 @@
 """The kinds of models that a user may pass: one `Frontend` each, in the table `FRONTENDS`.
 
-All other code asks this file: `as_module` for the module whose parameters are meant, `is_model` for
-a check, `argument_names` for the names of its arguments, `frontend_of` for the way to its graph.
-A new kind of model is one entry of the table.
+All other code uses these functions: `as_module` returns the module whose parameters are trained,
+`is_model` checks an object, `argument_names` returns the names of its arguments, and `frontend_of`
+returns the front end that traces it. A new kind of model is one entry in the table.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Frontend:
 
     Attributes:
         name: what messages call it.
-        accepts: whether an object is a model of this kind, or the module made of one.
+        accepts: whether an object is a model of this kind, or the module created from one.
         module: model → the module whose parameters are trained and whose `forward` is called. It
             must be accepted by the same front end.
         trace: (flat module, examples, batch dimensions, names) → normalized graph; see
@@ -81,7 +81,7 @@ FRONTENDS = (
         module=lambda program: program.module(),
     ),
 )
-"""Every kind of model; the first that accepts an object counts."""
+"""Every kind of model; the first one that accepts an object is used."""
 
 
 def is_model(value: Any) -> bool:
@@ -93,7 +93,7 @@ def frontend_of(model: Any) -> Frontend:
     """The front end for a model.
 
     Args:
-        model: what the user passed, or the module made of it.
+        model: what the user passed, or the module created from it.
 
     Raises:
         OptionError: it is no kind of model in `FRONTENDS`.
@@ -125,7 +125,7 @@ def argument_names(model: UserModel) -> list[str]:
     """Names of the positional arguments of a model's forward, in order.
 
     Args:
-        model: what the user passed, or the module made of it.
+        model: what the user passed, or the module created from it.
 
     Raises:
         OptionError: it is no kind of model in `FRONTENDS`.

@@ -1,13 +1,13 @@
-"""Refuse models that carry state from call to call in module attributes.
+"""Refuse models whose module attributes carry state from one call to the next.
 
-The captured graph has no Python attributes: what the model's next call would read from them, a
-captured model never sees. An attribute that is recomputed in every call (a cache of masks) is
-harmless. A counter that a loss warm-up reads, or a state that is carried to the next batch, is not.
+The captured graph has no Python attributes, so it cannot read what an earlier call stored in them.
+An attribute that is recomputed in every call (a cache of masks) is harmless. A counter that a loss
+warm-up reads, or a state that is carried to the next batch, is not.
 
 So a model that sets attributes is traced a second time, with the attributes that the first call
-left. If that gives another graph, real calls on two samples decide. Buffers are part of the model's
-state: where the forward creates or replaces one, real calls decide at once. (Assigning a buffer of
-the same shape and dtype counts as a write, see `buffer_assignment`.)
+left. If the second graph differs, the model is called on two samples to decide. Buffers are part of
+the model's state: if the forward creates or replaces one, calls decide at once. (Assigning a buffer
+of the same shape and dtype counts as a write, see `buffer_assignment`.)
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _is_same_program(a: Normalized, b: Normalized) -> bool:
 def _later_calls_agree(
     flat: FlatModel, examples: Sequence[Tensor], dims: Sequence[int | None]
 ) -> bool:
-    """Whether real calls on two samples give the same after a call on other samples."""
+    """Whether a call on two samples returns the same results after a call on other samples."""
     model = flat.model
     tensors = [*examples, *model.parameters(), *model.buffers()]
     if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):
@@ -107,7 +107,7 @@ def _later_calls_agree(
 
 
 def _run_calls(flat: FlatModel, calls: Sequence[Sequence[Tensor]]) -> list[Any]:
-    """Run the model several times; leave it as it was before.
+    """Run the model several times, then restore its state.
 
     Returns:
         The last call's results, the values that it gave the model's buffers (each call starts from

@@ -34,7 +34,7 @@ ASSERTIONS = {
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 }
-"""Ops that only check; the normalized graph has none."""
+"""Assertion ops; the normalized graph has none."""
 
 
 def inline_ops(
@@ -49,7 +49,7 @@ def inline_ops(
 
     Args:
         module: an exported graph, or a region in one.
-        env: its nodes → nodes of `graph`, the placeholders at first; is filled.
+        env: node of `module` → node of `graph`; has the placeholders, the other nodes are added.
         graph: is changed.
         autocast: the arguments of the autocast region around it; None: there is none.
         without_grad: whether it is in a no_grad region.
@@ -111,9 +111,9 @@ def _inline_region(
     autocast: tuple[Any, ...] | None,
     without_grad: bool,
 ) -> list[Any]:
-    """Inline a region in which the model switched gradients or autocast.
+    """Inline a region in which the model disabled gradients or switched autocast.
 
-    A no_grad region gets detached values. Then nothing in it has a gradient, not even what it
+    A no_grad region gets detached values, so nothing in it has a gradient, not even values that it
     writes in place. A value that it only returns keeps its gradient.
     """
     if node.target is wrap_with_set_grad_enabled:
@@ -148,7 +148,7 @@ def _first_alias(value: Any) -> Any:
     """The first node whose value is the same tensor object as that of `value`.
 
     An op may return its argument: in-place ops, ``x.contiguous()``, dropout in evaluation, the
-    broadcasting in a loss. Later ops refer to the object by the op's result.
+    broadcasting in a loss. The exported graph refers to the object by the op's result.
     """
     while isinstance(value, fx.Node) and value.op == "call_function":
         call, index = value, None
@@ -177,8 +177,8 @@ def copied_meta(node: fx.Node) -> dict[str, Any]:
         node: of an exported graph.
 
     Returns:
-        "val": its value on fake tensors; "stack_trace": the user's frame; "modules": the paths of
-        the submodules that it was called in, outermost first.
+        "val": its value on fake tensors; "stack_trace": the user's stack frame; "modules": the
+        paths of the submodules that it was called in, outermost first.
     """
     meta = {"val": node.meta["val"]} if "val" in node.meta else {}
     trace = trim_to_user_frame(node.meta.get("stack_trace"))

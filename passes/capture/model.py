@@ -1,9 +1,9 @@
-"""Capture a model: module and example inputs → `Captured`, one flat graph of ATen calls.
+"""Capture a model: module and example inputs → `Captured`, one flat graph of ATen ops.
 
-In the order of `capture`: the model is traced (`tracing`, which prevents what torch.export would
-get wrong silently) and its graph normalized; the batch sizes that it holds for are collected
-(`size_guards`); writes to buffers become results (`buffer_mutation`); each result gets a rule by
-which micro-batches combine (`autopipe.passes.batch`).
+The steps of `capture`, in order: trace the model and normalize its graph (`tracing`, which refuses
+what torch.export would silently get wrong); collect the batch sizes for which the graph is valid
+(`size_guards`); turn writes to buffers into results (`buffer_mutation`); give each result a rule
+that combines micro-batches (`autopipe.passes.batch`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def capture(request: CaptureRequest) -> Captured:
         request: the model, its example inputs, and how micro-batches will be used.
 
     Returns:
-        A verified `Captured`; the model's own tensors are referred to by name.
+        A verified `Captured`, which refers to the model's own tensors by name.
 
     Raises:
         CaptureError: control flow that depends on data, a batch size fixed by the model, a tensor
@@ -60,7 +60,7 @@ def capture(request: CaptureRequest) -> Captured:
             container.
         UnsupportedError: only some batch sizes are possible; a buffer is used in a way that
             micro-batches cannot reproduce.
-        CouplingError: an output that micro-batches cannot be combined to.
+        CouplingError: an output that cannot be combined from micro-batches.
     """
     trace = trace_model(request)
     inputs = _describe_inputs(trace, request)
@@ -88,7 +88,7 @@ def capture(request: CaptureRequest) -> Captured:
 
 
 def _describe_inputs(trace: Trace, request: CaptureRequest) -> tuple[Input, ...]:
-    """The graph's placeholders; those of the call by position among its leaves."""
+    """Describe the graph's placeholders; inputs of the call by their position among its leaves."""
 
     def of_call(item: Input) -> Input:
         position = trace.positions[item.index]
@@ -104,7 +104,7 @@ def _describe_inputs(trace: Trace, request: CaptureRequest) -> tuple[Input, ...]
 
 
 def _supported_sizes(trace: Trace, inputs: Sequence[Input]) -> SizeGuards:
-    """The batch sizes for which the graph computes what the model does."""
+    """The batch sizes for which the graph computes the same as the model."""
     if trace.batch is None:
         return SINGLE_SAMPLE
     _check_batch_is_symbolic(inputs, next(iter(trace.sizes.concretized), None))
@@ -162,7 +162,7 @@ def _assigned_buffers(trace: Trace, inputs: Sequence[Input]) -> list[fx.Node]:
 
 
 def _combine_one(trace: Trace, inputs: Sequence[Input]) -> CombinedGraph:
-    """Results of a single micro-batch: each is the whole batch's already."""
+    """Combine a single micro-batch: each result is the whole batch's already."""
     graph = trace.normalized.graph
     updates = defer_buffer_writes(graph, inputs)[0] if trace.cumulative else {}
     return combine(graph, inputs, {}, updates=updates)
@@ -171,7 +171,7 @@ def _combine_one(trace: Trace, inputs: Sequence[Input]) -> CombinedGraph:
 def _combine_many(
     trace: Trace, inputs: Sequence[Input], request: CaptureRequest
 ) -> tuple[CombinedGraph, list[str]]:
-    """Results of several micro-batches, and notes on the values whose rule was tried out."""
+    """Combine several micro-batches; also return notes on values that a numeric trial decided."""
     graph = trace.normalized.graph
     refuse_batched_writes(graph, inputs)
     updates, reductions = (
@@ -187,7 +187,7 @@ def _combine_many(
 
 
 def _mark_static(states: Mapping[fx.Node, Any]) -> None:
-    """Mark the ops that do not depend on the batch: all micro-batches share their random draws."""
+    """Mark ops that do not depend on the batch: all micro-batches share their random draws."""
     for node, state in states.items():
         each = state if isinstance(state, tuple) else (state,)
         if node.op == "call_function" and all(s == STATIC for s in each):

@@ -1,7 +1,7 @@
 """Snapshots of a model's Python state: attributes, forward hooks and buffers of its modules.
 
 torch.export traces a model by calling its forward, which may change attributes. These functions
-record what a call changed (`snapshot_attributes`, `changed_attributes`), and set it back
+record what a call changed (`snapshot_attributes`, `changed_attributes`) and restore it
 (`set_attributes`, `preserve_buffers`, `restore_values`).
 """
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 PLAIN_TYPES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
-"""Attributes that torch keeps in a module: parameters, hooks, flat copies of recurrent weights."""
+"""Attributes that torch sets in a module: parameters, hooks, flat copies of recurrent weights."""
 
 HOOK_REGISTRIES = ("_forward_pre_hooks", "_forward_hooks")
-"""Compared as well: a forward may register hooks, and set a flag that it has done so."""
+"""Hook registries, which are compared too: a forward may register hooks and set a flag for that."""
 
 
 class Missing:

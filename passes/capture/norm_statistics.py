@@ -1,16 +1,17 @@
 """Running statistics of the whole batch, computed from those of its micro-batches.
 
 A norm still normalises each micro-batch by its own statistics, as in the GPipe paper (section 2.2).
-Its op is changed to write them to separate tensors (momentum 1), and the new values of its buffers
-are computed from these.
+Its op is changed to write them to separate tensors (momentum 1), from which the new values of its
+buffers are computed.
 
 BatchNorm: n is the number of samples times positions of the batch, n_i of one micro-batch; s is the
 old running mean, subtracted against cancellation:
 
     mean = Σ n_i mean_i / n,   variance = Σ n_i (var_i + (mean_i - s)²) / n - (mean - s)²
 
-InstanceNorm: its running statistics are means over the samples, of their means and unbiased
-variances. Those of the batch are the mean of the micro-batches', weighted by their samples.
+InstanceNorm: its running statistics are the means over the samples of each sample's mean and
+unbiased variance. Those of the batch are the mean of the micro-batches' statistics, weighted by
+their numbers of samples.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def momentum_of(node: fx.Node) -> float | None:
 def separate_statistics(
     graph: fx.Graph, node: fx.Node, add: Add, counter: fx.Node | None, shift: fx.Node
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """Let a norm write its statistics to separate tensors; compute the new running ones.
+    """Let a norm write its statistics to separate tensors; compute its new running statistics.
 
     Args:
         graph: nodes are added after `node`; the tensors that it writes to, before it.
@@ -57,7 +58,8 @@ def separate_statistics(
         shift: the running mean before the step.
 
     Returns:
-        The new running mean and variance, and a node that combines over micro-batches by "mean".
+        The new running mean and variance, and the node that is combined over micro-batches by
+        "mean".
     """
     x, mean, variance = node.args[0], node.args[3], node.args[4]
     momentum: Any = momentum_of(node)

@@ -1,7 +1,8 @@
 """Normalize an exported graph to the form that later passes rely on.
 
-Plain ops only (no_grad and autocast regions are inlined), no assertions, one placeholder for each
-tensor (tied parameters are merged), every size an expression in one symbol, `B`.
+The normalized graph has plain ops only (no_grad and autocast regions are inlined), no assertions,
+one placeholder for each tensor (tied parameters are merged), and sizes that are expressions in one
+symbol, `B`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def normalize(
 
     Args:
         program: its graph is not changed.
-        model: the exported module, for the identity of its tensors.
+        model: the exported module; tells which of its tensors are the same object.
         prefix: prefix of the model's own names in the program's signature.
         names: what to call the inputs of the call, in order.
 
@@ -69,7 +70,7 @@ def normalize(
 
 
 class _Placeholders:
-    """The placeholders of a normalized graph, and what they stand for.
+    """The placeholders of a normalized graph, and the tensors that they represent.
 
     Attributes:
         graph: the normalized graph, at first only placeholders.
@@ -98,7 +99,7 @@ class _Placeholders:
         self._by_tensor: dict[int, fx.Node] = {}
 
     def add(self, node: fx.Node) -> None:
-        """Add a placeholder, or let `node` stand for the one of the same tensor."""
+        """Add a placeholder for `node`, or map it to the existing one of the same tensor."""
         spec = self._specs[node.name]
         kind = _kind(spec.kind.name, node)
         if kind is InputKind.INPUT:
@@ -134,7 +135,7 @@ class _Placeholders:
         requires_grad: bool = False,
     ) -> fx.Node:
         new = self.graph.placeholder(name)
-        new.target = new.name  # fx has made the name unique, not the target
+        new.target = new.name  # fx makes names unique, but not targets
         new.meta = copied_meta(node) | {"kind": kind}
         self.env[node] = new
         spec = tensor_spec(new)
@@ -153,7 +154,7 @@ class _Placeholders:
 
 
 def _drop_unused(graph: fx.Graph, inputs: Sequence[Input]) -> tuple[Input, ...]:
-    """Erase unused placeholders, but not the call's: their gradients are the user's."""
+    """Erase unused placeholders, except the call's inputs: the user may ask for their gradients."""
     unused = {n.name: n for n in graph.nodes if n.op == "placeholder" and not n.users}
     kept = []
     for item in inputs:
@@ -170,7 +171,7 @@ def _placeholder_name(kind: InputKind, target: str) -> str:
 
 
 RESERVED = {"args", "compute", "ctx", "device", "inf", "m", "nan", "results", "run", "torch"}
-"""Names that generated programs use for something else."""
+"""Names that generated programs use for other things."""
 
 
 def _unreserved(name: str) -> str:

@@ -32,14 +32,14 @@ class DetachInsteadOfData(TorchFunctionMode):
 def find_observer_hooks(module: nn.Module) -> Iterator[list[str]]:
     """Find the user's forward hooks that return nothing.
 
-    What a hook returns is captured. A hook that returns nothing may only observe (and store what it
-    sees): it runs while the model is traced, and never again.
+    What a hook returns is captured. A hook that returns nothing may only observe, and store what it
+    sees. It runs while the model is traced, but not when the pipeline runs.
 
     Args:
         module: its hooks are wrapped until exit.
 
     Yields:
-        A list, filled on exit: for each hook the modules that have it, and where it is written.
+        A list, filled on exit: for each hook, the modules that have it and its source line.
     """
     found: dict[str, list[str]] = {}
 
@@ -77,10 +77,10 @@ def find_observer_hooks(module: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def trace_cumulative_norms(module: nn.Module) -> Iterator[list[str]]:
-    """Let batch norms with momentum None be traced.
+    """Make batch norms with momentum None traceable.
 
-    Their forward reads the value of a counter, which a traced tensor does not have. Until exit
-    their momentum is `CUMULATIVE_MOMENTUM`.
+    Their forward reads the value of a counter, but a traced tensor has no value. Until exit, their
+    momentum is `CUMULATIVE_MOMENTUM`.
 
     Args:
         module: the model.
@@ -109,9 +109,9 @@ def trace_cumulative_norms(module: nn.Module) -> Iterator[list[str]]:
 def gather_on_one_device(module: nn.Module, examples: list[Tensor]) -> Iterator[None]:
     """Replace a model's tensors on other devices, and the examples, by fakes on one until exit.
 
-    Parameters are on several devices once a pipeline has placed them, and the examples may be
-    elsewhere: the model could not be called. On meta, tensors that the model creates, such as
-    ``torch.tensor(3.0, device=x.device)``, would be captured as constants without values.
+    Parameters are on several devices once a pipeline has placed them, and the examples may be on
+    yet another one, so the model could not be called. On meta, tensors that the model creates, such
+    as ``torch.tensor(3.0, device=x.device)``, would be captured as constants without values.
 
     The device is that of the first example, or the CPU if there is a meta tensor.
 
@@ -123,7 +123,7 @@ def gather_on_one_device(module: nn.Module, examples: list[Tensor]) -> Iterator[
         h for m in module.modules() for h in (m._parameters, m._buffers)
     ]
     held = [(h, n, t) for h in holders for n, t in h.items() if t is not None]
-    # A tensor without dimensions may be on the CPU beside others on a GPU.
+    # A tensor without dimensions may be on the CPU while the others are on a GPU.
     tensors = [*examples, *(t for _, _, t in held)]
     devices = list(dict.fromkeys(t.device for t in tensors if t.dim()))
     meta = any(t.is_meta for _, _, t in held)

@@ -18,12 +18,12 @@ class CaptureRequest:
     """Arguments of `capture`.
 
     Attributes:
-        model: the model in the mode (train or eval) to capture; an ExportedProgram must have been
+        model: the model, in the mode (train or eval) to capture; an ExportedProgram must have been
             exported with a dynamic batch dimension.
-        leaves: the flattened ``(args, kwargs)``; what is not a tensor becomes part of the graph.
+        leaves: the flattened ``(args, kwargs)``; leaves that are not tensors become constants.
         spec: structure of ``(args, kwargs)``.
         batch_dims: for each leaf the dimension that micro-batches split, or None.
-        whole: there will only ever be one micro-batch, so results need not be combined.
+        whole: there is always a single micro-batch, so results need not be combined.
         single: the batch has one sample, and the graph need only hold for that size.
         batch_norm: "deferred": buffers change as if the whole batch had been seen once; "micro":
             once per micro-batch.

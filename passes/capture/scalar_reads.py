@@ -1,8 +1,9 @@
 """Python numbers that are read from tensors: ``loss.sum() / mask.sum().item()``.
 
 torch.export represents such a number by a symbol. Here it becomes a tensor of one entry without a
-gradient, and so does everything computed from it. Then it can be summed over micro-batches, or used
-in the epilogue, like any other value. Where a real number is needed, such as a size, it is refused.
+gradient, and so does everything computed from it. Like any other value, it can then be summed over
+micro-batches or used in the epilogue. Where a Python number is required, such as a size, the model
+is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def scalars_to_tensors(graph: fx.Graph) -> None:
         graph: normalized; is changed.
 
     Raises:
-        CaptureError: a shape, or something else that is a number, depends on values.
+        CaptureError: a shape, or something else that must be a number, depends on tensor values.
     """
     tensors: dict[fx.Node, fx.Node] = {}  # number → tensor
     for node in list(graph.nodes):
@@ -67,7 +68,7 @@ def _read_tensor(graph: fx.Graph, source: fx.Node) -> fx.Node:
 def _tensor_arithmetic(
     graph: fx.Graph, node: fx.Node, tensors: Mapping[fx.Node, fx.Node]
 ) -> fx.Node:
-    """Arithmetic on numbers, at least one of which is a tensor now."""
+    """Arithmetic on numbers, of which at least one has become a tensor."""
     args = [tensors.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
     tensor_first = isinstance(args[0], fx.Node) and not is_size(args[0])
     rule = (ARITHMETIC if tensor_first else REVERSED).get(node.target)
@@ -101,7 +102,7 @@ ARITHMETIC: dict[Any, Any] = {
     torch.sym_max: lambda call, x, y: _larger(call, x, y, of=aten.maximum.default, bound="min"),
     torch.sym_min: lambda call, x, y: _larger(call, x, y, of=aten.minimum.default, bound="max"),
 }
-"""Operations on numbers → ops on tensors, where the first operand is a tensor."""
+"""Operations on numbers → ops on tensors, for a first operand that is a tensor."""
 
 REVERSED: dict[Any, Any] = {
     operator.add: lambda call, y, x: call(aten.add.Tensor, x, y),
@@ -113,7 +114,7 @@ REVERSED: dict[Any, Any] = {
     torch.sym_max: lambda call, y, x: call(aten.clamp_min.default, x, y),
     torch.sym_min: lambda call, y, x: call(aten.clamp_max.default, x, y),
 }
-"""The same where the first operand is a number and the second is a tensor."""
+"""The same for a first operand that is a number and a second that is a tensor."""
 
 
 def _tensor_overload(node: fx.Node, tensors: Mapping[fx.Node, fx.Node]) -> Any:

@@ -1,8 +1,8 @@
-"""The batch sizes that a captured graph holds for.
+"""The batch sizes for which a captured graph is valid.
 
-A model may branch on the number of samples, or make a plain number of it (``1 / len(x)``). Its
-graph then holds the branch for the batch that it was captured with. As in eager torch, the size is
-that of the whole batch, not of a micro-batch.
+A model may branch on the number of samples, or turn it into a plain number (``1 / len(x)``). Its
+graph then contains the branch for the batch that it was captured with. As in eager torch, this size
+is that of the whole batch, not of a micro-batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def collect_guards(
     """Collect the conditions on the batch size under which a graph was captured.
 
     Args:
-        graph: normalized; its placeholders' symbols know what export assumed of them.
+        graph: normalized; its placeholders' symbols have export's assumptions about them.
         conditions: (condition on sizes, its value) for those that the model itself evaluated.
         batch: the number of samples that it was traced with.
 
@@ -42,7 +42,7 @@ def collect_guards(
                 assumed |= {in_batch_symbol(g.expr): None for g in environment.guards}
     squeezed = any("squeezed" in n.meta for n in graph.nodes)
     single = all(holds_at(in_batch_symbol(c), 1) == value for c, value in conditions)
-    # (Where an example's strides were assumed to differ from what its sizes give, the symbols stand
-    # for more than the batch size. A condition that is false for the example itself says nothing.)
+    # (If an example's strides are not those that its sizes imply, not every symbol is the batch
+    # size. So a condition that is false for the example itself is ignored.)
     guards = (c for c in assumed if c.free_symbols and holds_at(c, batch))
     return SizeGuards(tuple(guards), single and not squeezed)

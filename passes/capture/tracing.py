@@ -1,4 +1,4 @@
-"""Trace a model: call it once on example tensors, by way of its front end."""
+"""Trace a model: call it once on example tensors, through its front end."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Trace(NamedTuple):
         normalized: its graph.
         sizes: how the model's code used symbolic sizes.
         result: how its results fill the structure that it returns; the buffers that it assigns.
-        cumulative: paths of batch norms that keep a cumulative average (momentum None).
+        cumulative: paths of batch norms with a cumulative average (momentum None).
         positions: for each input of the graph its position among the call's leaves.
-        batch: number of samples it was traced with; None: not symbolic.
+        batch: number of samples that it was traced with; None: no dimension is symbolic.
     """
 
     module: nn.Module
@@ -58,7 +58,7 @@ class Trace(NamedTuple):
 def trace_model(request: CaptureRequest) -> Trace:
     """Trace a model once, and again if it sets attributes of its modules.
 
-    Warns of forward hooks that return nothing, and of attributes that the forward sets.
+    It warns about forward hooks that return nothing, and about attributes that the forward sets.
 
     Args:
         request: the model, its example inputs and their batch dimensions.
@@ -83,7 +83,7 @@ def trace_model(request: CaptureRequest) -> Trace:
         hooks = stack.enter_context(find_observer_hooks(module))
         stack.enter_context(DetachInsteadOfData())
         normalized, sizes = trace(flat, examples, dims, names)
-        result = replace(flat.result)  # later calls of `flat` give it other values
+        result = replace(flat.result)  # later calls of `flat` replace it
         attributes = check_hidden_state(
             flat, normalized, lambda: trace(flat, examples, dims, names)[0], examples, dims
         )
@@ -109,7 +109,8 @@ def _warn(hooks: Sequence[str], attributes: Sequence[str]) -> None:
 def example_tensors(leaves: Sequence[Any], batch_dims: Sequence[int | None]) -> list[Tensor]:
     """Tensors to trace with: distinct objects, with at least two samples.
 
-    Two arguments that are one tensor would become one input; a batch of one a constant.
+    Otherwise two arguments that are the same tensor would become one input, and a batch size of one
+    would become a constant.
 
     Args:
         leaves: the flattened call.

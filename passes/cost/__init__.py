@@ -1,18 +1,18 @@
-"""Estimate what calls and stages cost: FLOPs, bytes and seconds. Nothing runs on real data.
+"""Estimate what ops and stages cost: FLOPs, bytes and seconds. Nothing runs on real data.
 
-In: a `Captured` graph (costs per call, to decide where to cut it) or a traced `StagePhases` (time
-and memory of its phases), and `Device` models.
-Out: `Annotated` (a `NodeCost` per call, in the batch size `B`), `CallSeconds`, `StageCost`,
+In: a `Captured` graph (costs per op, to decide where to cut it) or a traced `StagePhases` (time and
+memory of its phases), and `Device` models.
+Out: `Annotated` (a `NodeCost` per op, in the batch size `B`), `CallSeconds`, `StageCost`,
 `PhaseSeconds`, `StageBytes`.
 
 Read the files in this order:
 
-    `node_costs`    Captured -> Annotated: the cost of every call; seconds of a call on a device
+    `node_costs`    Captured -> Annotated: the cost of every op; seconds of an op on a device
     `grad_flow`     which values need a gradient and which get one
-    `call_cache`    calls that are alike are costed once
-    `meta_run`      one call and its backward, run on tensors without memory
-    `op_counter`    counts FLOPs and bytes of what is dispatched; fits polynomials in `B`
-    `stage_cost`    the sum over a stage's calls, and the bytes of its parameters
+    `call_cache`    equal ops are costed once
+    `meta_run`      runs one op and its backward on tensors without memory
+    `op_counter`    counts FLOPs and bytes of dispatched kernels; fits polynomials in `B`
+    `stage_cost`    the sum over a stage's ops, and the bytes of its parameters
     `phase_time`    seconds of F, R, B and W of a traced stage
     `phase_memory`  bytes that one micro-batch occupies at a traced stage
     `peak_memory`   peak bytes of each stage during one training step

@@ -1,7 +1,7 @@
-"""The cost of a distinct call: computed once, shared by all calls that are alike.
+"""The cost of a distinct op: computed once, shared by all equal ops.
 
-Two calls are alike if their operator, sizes, strides, dtypes and gradients are equal. The layers of
-a model usually repeat the same few calls.
+Two ops are equal if their operator, sizes, strides, dtypes and gradients are. The layers of a model
+usually repeat the same few ops.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from torch import fx
 
 Flags = tuple[bool, ...]
-"""One boolean per tensor of a value: does it need a gradient, or get one?"""
+"""One boolean per tensor of a value: whether it needs a gradient, or gets one."""
 
 
 class DistinctCall:
-    """One distinct call: its runs by batch size, its backwards by which results get a gradient.
+    """One distinct op: its runs by batch size, its backwards by which results get a gradient.
 
     Attributes:
-        node: a node of the graph that makes the call.
+        node: one of the graph's nodes with this op.
         operands_need_grad: for each tensor operand, for each of its tensors.
-        is_fused: whether it runs on fake CPU tensors, where fused kernels are chosen.
-        memory_call: the call by which memory is counted: this one, or for attention its fused
+        is_fused: whether it runs on fake CPU tensors, for which torch chooses fused kernels.
+        memory_call: the object whose run gives the memory: this one, or for attention its fused
             variant.
         failed: whether it cannot run without memory, so that its cost is an estimate.
     """
@@ -54,7 +54,7 @@ class DistinctCall:
 
     @classmethod
     def first_run(cls, node: fx.Node, operands_need_grad: tuple[Flags, ...]) -> DistinctCall:
-        """Run a call for the first time and note whether it can run without memory.
+        """Run an op for the first time and note whether it can run without memory.
 
         It runs on meta tensors, or else on fake CPU tensors (a custom autograd.Function may create
         CPU tensors).
@@ -67,12 +67,12 @@ class DistinctCall:
                     call.memory_call = cls(node, operands_need_grad, fused=True)
                     call.memory_call.run(PROBE_BATCHES[0])
                 return call
-            except Exception:  # whatever an operator, or a user's Function, may raise
+            except Exception:  # an operator or a user's Function may raise anything
                 call.failed = True
         return call
 
     def run(self, batch: int) -> MetaRun:
-        """Run the call at one batch size, once."""
+        """Run the op at a batch size, unless that was done."""
         if batch not in self._runs:
             self._runs[batch] = run_forward(
                 self.node, batch, self.operands_need_grad, fused=self.is_fused
@@ -80,7 +80,7 @@ class DistinctCall:
         return self._runs[batch]
 
     def run_backward(self, batch: int, results_get_grad: Flags) -> MetaBackward:
-        """Run its backward at one batch size, once for each set of results that get a gradient."""
+        """Run its backward at a batch size, once for each set of results that get a gradient."""
         key = (batch, results_get_grad)
         if key not in self._backwards:
             self._backwards[key] = run_backward(self.run(batch), results_get_grad)
@@ -94,14 +94,14 @@ class DistinctCall:
 
     @property
     def saves_results(self) -> bool:
-        """Whether its backward reads its results (intermediates that only it sees do not count)."""
+        """Whether its backward reads its results (intermediates of the operator do not count)."""
         return self.failed or self.memory_call.run(PROBE_BATCHES[0]).saves_results
 
     def grad_flow(self, results_get_grad: Flags) -> GradFlow:
-        """Return the gradients that the call takes part in if these results get one."""
+        """Return the op's gradients, given which results get one."""
         try:
             self.cost(results_get_grad)
-        except Exception:  # it fails at another batch size, or its backward does
+        except Exception:  # it, or its backward, fails at another batch size
             self.failed = True
         if self.failed or not any(results_get_grad):
             return GradFlow(
@@ -116,7 +116,7 @@ class DistinctCall:
         )
 
     def cost(self, results_get_grad: Flags) -> NodeCost:
-        """Return the part of its cost that does not depend on its neighbours in the graph."""
+        """Return the part of its cost that does not depend on other ops of the graph."""
         if results_get_grad not in self._costs:
             self._costs[results_get_grad] = _cost(self, results_get_grad)
         return self._costs[results_get_grad]

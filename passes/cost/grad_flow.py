@@ -1,11 +1,11 @@
 """Find which values of a captured graph need a gradient, and which get one.
 
-A value needs a gradient if it is computed from a parameter or input that requires one; autograd
-itself says so, call by call (a walk forward). A value gets a gradient if one flows to it from the
-outputs that a program is differentiated at (a walk backward). A frozen part of a model gets none,
-and a first layer computes none for its input.
+A value needs a gradient if it is computed from a parameter or input that requires one. A forward
+walk finds these values: it runs each op and asks autograd. A value gets a gradient if one flows to
+it from the outputs that the program differentiates. A backward walk finds these. A frozen part of a
+model gets none, and a first layer computes none for its input.
 
-In-place writes are followed by memory: what is read after a write depends on it.
+In-place writes are tracked by memory: a value that is read after a write depends on it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class GradientAnalysis:
     """The gradients of one captured graph.
 
     Attributes:
-        call_of: for each call that is costed, its distinct call.
-        flows: for each call that is costed, the gradients that it takes part in.
-        saved_storages: identities of the memory that autograd saves for the backward.
+        call_of: for each op with a cost, its `DistinctCall`.
+        flows: for each op with a cost, which of its operands and results have gradients.
+        saved_storages: identities of the storages that autograd saves for the backward.
         gradient_count: for each value, the number of gradients that are summed for it.
     """
 
@@ -50,8 +50,8 @@ class GradientAnalysis:
         self._metadata: dict[fx.Node, Hashable] = {}
         self._needs: dict[fx.Node, Flags] = {}
         self._gets: dict[fx.Node, list[bool]] = {}
-        self._last_writer: dict[int, fx.Node] = {}  # by the identity of memory
-        self._earlier_writers: dict[fx.Node, list[fx.Node]] = {}  # of what a call reads
+        self._last_writer: dict[int, fx.Node] = {}  # by storage identity
+        self._earlier_writers: dict[fx.Node, list[fx.Node]] = {}  # of what an op reads
 
     def run(self) -> None:
         """Walk the graph forward, then backward."""
@@ -86,7 +86,7 @@ class GradientAnalysis:
 
     def _needs_of_operator(self, node: fx.Node) -> Flags:
         operands = tensor_operands(node)
-        # The last write to what is read; that write reads the ones before it.
+        # The last write to the memory that is read; that write depends on the earlier ones.
         writers = {
             n: [self._last_writer[s] for s in _storages(n) if s in self._last_writer]
             for n in operands
@@ -107,7 +107,7 @@ class GradientAnalysis:
         return call.run(PROBE_BATCHES[0]).results_need_grad
 
     def _key(self, node: fx.Node, needs: tuple[Flags, ...]) -> Hashable:
-        """Equal for calls that are alike (see `call_cache`)."""
+        """A key that is the same for equal ops (see `call_cache`)."""
         position = {n: i for i, n in enumerate(tensor_operands(node))}
 
         def describe(value: Any) -> Hashable:
@@ -126,7 +126,7 @@ class GradientAnalysis:
         return (node.target, describe(node.args), describe(node.kwargs), needs, aliases)
 
     def operand_storages(self, node: fx.Node) -> set[int]:
-        """Return the identities of the memory of a call's operands."""
+        """Return the identities of the storages of an op's operands."""
         return {s for n in tensor_operands(node) for s in _storages(n)}
 
     # ------------------------------------------------------------------ which get one
@@ -153,7 +153,7 @@ class GradientAnalysis:
                 self._pass_backward(node, results_get_grad)
 
     def _pass_through(self, node: fx.Node, results_get_grad: Flags) -> None:
-        """Hand a gradient through one of Python's own functions."""
+        """Pass gradients through a Python function, such as `getitem`."""
         if not any(results_get_grad):
             return
         for n in tensor_operands(node):
@@ -164,7 +164,7 @@ class GradientAnalysis:
                 self._add_gradient(n, self._needs[n])
 
     def _pass_backward(self, node: fx.Node, results_get_grad: Flags) -> None:
-        """Hand gradients to a call's operands, and note what is saved for its backward."""
+        """Pass gradients to an op's operands, and record what is saved for its backward."""
         operands, call = tensor_operands(node), self.call_of[node]
         for n, flags in zip(operands, call.operands_get_grad(results_get_grad), strict=True):
             self._add_gradient(n, flags)
@@ -177,7 +177,7 @@ class GradientAnalysis:
 
 
 def _differentiated(captured: Captured, needs: Mapping[fx.Node, Flags]) -> list[fx.Node]:
-    """The outputs that a program takes gradients from: the reduced ones if there are any."""
+    """The outputs that a program differentiates: the reduced ones if there are any."""
     found = [
         (n, o.combine.is_reduction)
         for n, o in zip(results_of(captured.graph_module.graph), captured.outputs, strict=True)
@@ -187,7 +187,7 @@ def _differentiated(captured: Captured, needs: Mapping[fx.Node, Flags]) -> list[
 
 
 def _metadata(node: fx.Node) -> Hashable:
-    """A node's tensors by size, stride and dtype; a number by its value."""
+    """Describe a node's tensors by size, stride and dtype; a number by its value."""
     if is_size(node):
         return str(symbolic_size(node.meta["val"]))
     return tuple((str(t.shape), str(t.stride()), t.dtype) for t in tensors_of(node))

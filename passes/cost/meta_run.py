@@ -1,12 +1,13 @@
-"""Run one call of a captured graph, and its backward, on tensors without memory.
+"""Run one op of a captured graph, and its backward, on tensors without memory.
 
-No table says what a backward costs; autograd does. The call runs on meta tensors with its operands'
-sizes and strides, which require a gradient where the operands do. `torch.autograd.grad` runs its
-backward. `op_counter` counts what both dispatch, and hooks see what autograd saves.
+The cost of a backward comes from running it, not from a table. The op runs on meta tensors with its
+operands' sizes and strides, which require a gradient if the operands do. `torch.autograd.grad` runs
+its backward. `op_counter` counts the kernels that both dispatch, and hooks record what autograd
+saves.
 
 The kernels of fused attention depend on the device. Its FLOPs are those of its plain kernels, which
-a meta tensor runs (two products forward, four backward; a fused backward on a GPU repeats one
-more). Its memory is that of a fused kernel, since every device has one: the CPU's is taken.
+run on meta tensors (two products forward, four backward; a fused backward on a GPU recomputes one
+more). Its memory is that of a fused kernel, since every device has one: the CPU's is used.
 """
 
 from __future__ import annotations
@@ -32,28 +33,28 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 ATTENTION = (aten.scaled_dot_product_attention.default,)
-"""Operators whose kernels depend on the device: memory is counted with their fused CPU kernel.
+"""Operators whose kernels depend on the device: their memory is that of the fused CPU kernel.
 
-An operator whose plain and fused kernels save different memory is added here."""
+Add an operator here if its plain and fused kernels save different amounts of memory."""
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes that a call takes tensors from, each once, in order."""
+    """Return the argument nodes of an op that compute tensors, each once, in order."""
     return [n for n in node.all_input_nodes if not is_size(n)]
 
 
 def operand_values(
     node: fx.Node, batch: int, make: Callable[[Sequence[int], Sequence[int], torch.dtype], Any]
 ) -> dict[fx.Node, Any]:
-    """Create the values of a call's argument nodes at one batch size.
+    """Create the values of an op's argument nodes at one batch size.
 
     Args:
-        node: the call.
+        node: the op.
         batch: samples.
         make: shape, strides, dtype → tensor. (Kernels are chosen by strides, too.)
 
     Returns:
-        For each argument node its value: made tensors, concrete numbers.
+        For each argument node its value: tensors that `make` returned, or concrete numbers.
     """
 
     def concrete(value: Any) -> Any:
@@ -84,14 +85,14 @@ Edges = tuple[tuple[Any, ...], ...]
 
 @dataclass(frozen=True)
 class BoundCall:
-    """A call with tensors to run it on.
+    """An op with tensors to run it on.
 
     Attributes:
-        node: the call.
+        node: the op.
         values: the values of its argument nodes.
         operands_need_grad: for each tensor operand, for each of its tensors.
         batch: samples.
-        device: where factory calls create their tensors.
+        device: where factory ops create their tensors.
     """
 
     node: fx.Node
@@ -109,8 +110,8 @@ class BoundCall:
         """Prepare the arguments for one run.
 
         Returns:
-            args, kwargs, the operands' values, and their gradient edges. An operand that the call
-            writes to is a fresh copy.
+            args, kwargs, the operands' values, and their gradient edges. An operand that the op
+            writes to is a new copy.
         """
         operands, schema = tensor_operands(self.node), self.target._schema
         marked = {
@@ -133,21 +134,21 @@ class BoundCall:
 
 
 def tensor_leaves(value: Any) -> tuple[Tensor | None, ...]:
-    """Return the leaves of a call's result, with None for each leaf that is not a tensor."""
+    """Return the leaves of an op's result, with None for each leaf that is not a tensor."""
     return tuple(x if isinstance(x, Tensor) else None for x in pytree.tree_leaves(value))
 
 
 @dataclass(frozen=True)
 class MetaRun:
-    """A call that has run once, with its autograd graph.
+    """An op that has run once, with its autograd graph.
 
     Attributes:
         edges: gradient edges of the operands.
         results: the resulting tensors (None for a leaf that is not a tensor).
         flops: of the forward.
         saved_operands: positions of the operands whose memory autograd saved.
-        saves_results: whether it saved the memory of a result.
-        inner_bytes: other memory that it saved: intermediates inside the operator.
+        saves_results: whether autograd saved the memory of a result.
+        inner_bytes: other memory that autograd saved: intermediates inside the operator.
     """
 
     edges: Edges
@@ -165,7 +166,7 @@ class MetaRun:
 
 @dataclass(frozen=True)
 class MetaBackward:
-    """A call's backward.
+    """The backward of an op.
 
     Attributes:
         flops: floating-point operations.
@@ -181,7 +182,7 @@ class MetaBackward:
 def run_forward(
     node: fx.Node, batch: int, operands_need_grad: Sequence[Sequence[bool]], *, fused: bool = False
 ) -> MetaRun:
-    """Run a call at one batch size.
+    """Run an op at one batch size.
 
     Args:
         node: its target is an operator.
@@ -190,7 +191,7 @@ def run_forward(
         fused: run on fake CPU tensors instead of meta tensors, so that fused kernels are chosen.
 
     Raises:
-        Exception: whatever an operator raises that has no kernel for such tensors.
+        Exception: any kind, from an operator that has no kernel for such tensors.
     """
     device = torch.device("cpu" if fused else "meta")
 
@@ -237,11 +238,11 @@ def run_forward(
 
 
 def run_backward(run: MetaRun, results_get_grad: Sequence[bool]) -> MetaBackward:
-    """Run the backward of a call.
+    """Run the backward of an op.
 
     Args:
-        run: the call's forward.
-        results_get_grad: for each result.
+        run: the op's forward.
+        results_get_grad: for each result, whether it gets a gradient.
     """
     roots = [
         r
@@ -265,7 +266,7 @@ def run_backward(run: MetaRun, results_get_grad: Sequence[bool]) -> MetaBackward
 
 
 def _require_grad(value: Any, needs: Sequence[bool], written: bool) -> Any:
-    """Let tensors require a gradient where they need one; copies if the call writes to them."""
+    """Make tensors require a gradient where they need one; copy them if the op writes to them."""
     leaves, spec = pytree.tree_flatten(value)
     for x, need in zip(leaves, needs, strict=True):
         if need:
@@ -276,7 +277,7 @@ def _require_grad(value: Any, needs: Sequence[bool], written: bool) -> Any:
 
 
 def work_key(node: fx.Node, batch: int, flow: GradFlow) -> str:
-    """Describe a call as a string, equal for calls that do the same work at this batch size."""
+    """Describe an op as a string, equal for ops that do the same work at this batch size."""
     metadata = operand_values(
         node, batch, lambda shape, stride, dtype: f"{dtype}{list(shape)}{list(stride)}"
     )

@@ -1,13 +1,12 @@
 """Captured -> Annotated: compute the cost of every node, as expressions in the batch size `B`.
 
 `B` is the only symbol, because the batch is the only dimension of a captured graph that is not
-fixed (a sequence of another length is captured again).
+fixed (for another sequence length the model is captured again).
 
-Each call runs without memory, forward and backward (`meta_run`), with exactly the gradients that it
-takes part in (`grad_flow`). Calls that are alike are costed once (`call_cache`). FLOPs follow
-torch's own formulas; element-wise work, for which torch has none, counts 0. Bytes moved by a
-forward are one read of every argument and one write of every result of the call as captured; views
-move nothing.
+Each op runs without memory, forward and backward (`meta_run`), with exactly the gradients that it
+has in the graph (`grad_flow`). Equal ops are costed once (`call_cache`). FLOPs follow torch's own
+formulas; element-wise work, for which torch has none, counts 0. A forward moves one read of every
+argument and one write of every result of the captured op; views move no bytes.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import GradFlow
 
 ZERO_COST = NodeCost()
-"""The cost of what is not run: sizes, and Python's own functions."""
+"""The cost of nodes that run no operator: sizes, and Python functions."""
 
 
 def annotate(captured: Captured) -> Annotated:
-    """Compute the cost of every call of a captured graph.
+    """Compute the cost of every op of a captured graph.
 
     Args:
         captured: the graph; it is not changed.
 
     Returns:
-        `Annotated`, with a `NodeCost` per call whose only symbol is `B`.
+        `Annotated`, with a `NodeCost` per op, whose only symbol is `B`.
     """
     gradients = GradientAnalysis(captured)
     with torch.random.fork_rng(devices=[]):  # a custom Function may draw numbers
@@ -59,7 +58,7 @@ def annotate(captured: Captured) -> Annotated:
 
 
 class CallSeconds(NamedTuple):
-    """Seconds of one call at one batch size on one device.
+    """Seconds of one op at one batch size on one device.
 
     Attributes:
         forward: of its forward.
@@ -73,10 +72,10 @@ class CallSeconds(NamedTuple):
 
 
 def call_seconds(cost: NodeCost, device: Device, batch: int) -> CallSeconds:
-    """Estimate the time of a call on a device at one batch size.
+    """Estimate the time of an op on a device at one batch size.
 
     Args:
-        cost: of the call.
+        cost: of the op.
         device: its roofline gives the times.
         batch: samples.
     """
@@ -90,14 +89,14 @@ def call_seconds(cost: NodeCost, device: Device, batch: int) -> CallSeconds:
 
 
 def recomputed_calls(nodes: Sequence[fx.Node], flows: Mapping[str, GradFlow]) -> set[fx.Node]:
-    """Find the calls that a backward recomputes if a stage saves only what it received.
+    """Find the ops that a backward recomputes if a stage saves only what it received.
 
-    These are the calls whose results a backward reads (their own or that of another call of the
-    stage), and the calls that lead to them. No backward needs the others again.
+    These are the ops whose results some backward in the stage reads, and the ops that those results
+    are computed from. No backward needs the results of the others.
 
     Args:
-        nodes: the calls of the stage, in order.
-        flows: by the name of the call.
+        nodes: the ops of the stage, in order.
+        flows: by the name of the op.
     """
     read: set[fx.Node] = set()
     for node in nodes:
@@ -114,7 +113,7 @@ def recomputed_calls(nodes: Sequence[fx.Node], flows: Mapping[str, GradFlow]) ->
 
 
 def _cost(node: fx.Node, gradients: GradientAnalysis) -> NodeCost:
-    """Add what depends on a call's neighbours: whether its results are saved, gradient sums."""
+    """Add what depends on other ops: whether its results are saved, and sums of gradients."""
     cost = gradients.call_of[node].cost(gradients.flows[node].results_get_grad)
     owned = gradients.operand_storages(node)
     created = {s: nbytes(t) for t in tensors_of(node) if (s := storage_id(t)) not in owned}

@@ -1,4 +1,4 @@
-"""Count the FLOPs and bytes of what is dispatched; fit polynomials in `B` to counts.
+"""Count the FLOPs and bytes of dispatched kernels; fit polynomials in `B` to the counts.
 
 FLOPs follow torch's own formulas (`torch.utils.flop_counter`). Bytes are one read of every argument
 and one write of every result of each kernel.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 PROBE_BATCHES = (2, 3, 5)
-"""Batch sizes at which a call is run and counted."""
+"""Batch sizes at which an op is run and counted."""
 
 EXTRA_PROBE = 7
 """A fourth batch size, used where the counts at those three are not on a line."""
@@ -53,7 +53,7 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def touches_memory(target: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> bool:
-    """Whether a call reads or writes memory; creating views or empty tensors does not.
+    """Whether an op reads or writes memory; creating views or empty tensors does not.
 
     Args:
         target: the operator; None for any other function.

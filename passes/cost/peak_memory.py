@@ -1,10 +1,9 @@
 """Compute the peak bytes that the micro-batches of one training step occupy at each stage.
 
-A micro-batch occupies what F needs while F runs, then what F saved, then what its backward needs
-while that runs, then nothing. A message from another stage occupies memory from when it was sent
-until the stage uses it. When a message arrives is not known, only when it can arrive at the
-earliest; so the runtime's queues are counted as full. The caller's inputs belong to the caller
-until they are used.
+While F runs, a micro-batch occupies what F needs; after it, what F saved; while its backward runs,
+what that needs; then nothing. A message from another stage occupies memory from the time when it is
+sent until the stage uses it. Only the earliest arrival of a message is known, so the runtime's
+queues are counted as full. The caller's inputs count as the caller's memory until they are used.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class _Waiting(NamedTuple):
-    """Messages of one kind that wait at a stage.
+    """Messages of one kind that are queued at a stage.
 
-    forward: whether F uses them, or the backward.
+    forward: True if F uses them, False if the backward does.
     nbytes: of one message.
-    capacity: how many may wait.
-    earliest: seconds from the start of the step before which none arrives.
+    capacity: how many may be queued.
+    earliest: seconds from the start of the step; none arrives before.
     """
 
     forward: bool
@@ -55,7 +54,7 @@ def stage_peak_bytes(
         sizes: samples of each micro-batch.
         nbytes: by stage and micro-batch size.
         routes: of the values between stages.
-        capacity: (from, to) → how many messages of one kind the runtime lets wait.
+        capacity: (from, to) → how many messages of one kind the runtime queues.
 
     Returns:
         K sizes in bytes.

@@ -1,8 +1,8 @@
 """Compute the bytes that a stage saves and allocates, from its joint graph, before anything runs.
 
-Distinct storages are counted, each as a whole even if only a view of it is saved, without those of
-parameters, buffers and constants: the same rule by which `runtime.memory` counts at run time.
-Workspaces inside a kernel are unknown.
+Distinct storages are counted, each as a whole even if only a view of it is saved. Those of
+parameters, buffers and constants do not count. `runtime.memory` counts by the same rule at run
+time. Workspaces inside a kernel are unknown.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 class StageBytes(NamedTuple):
-    """Bytes that one micro-batch occupies at a stage, beside the stage's parameters and buffers.
+    """Bytes that one micro-batch occupies at a stage, in addition to parameters and buffers.
 
     Attributes:
         saved: what F saves for the backward.
         forward: peak while F runs, received values included.
-        first_backward: peak while R, B and W run for the first micro-batch that comes to it:
-            includes what was saved, received gradients, and the new parameter gradients.
-        backward: likewise for a later micro-batch; the sums of parameter gradients are allocated
-            from the start.
+        first_backward: peak while R, B and W run for the first micro-batch of a step: includes
+            saved values, received gradients, and the new parameter gradients.
+        backward: the same for a later micro-batch, which starts with the sums of parameter
+            gradients allocated.
         received: size of each value that the stage receives, by name.
         tangents: size of each gradient that it receives, by the name of the value it belongs to.
     """
@@ -88,13 +88,13 @@ def _peak(
     ignored: set[Any],
     accumulated: Container[fx.Node] = (),
 ) -> int:
-    """Return the peak bytes while `calls` run, if each value is freed after its last use.
+    """Return the peak bytes while ops run, if each value is freed after its last use.
 
     Args:
-        calls: in order.
+        calls: the ops, in order.
         inputs: values that exist when they begin; also freed after their last use.
         results: values that still exist when they end.
-        ignored: storages that do not count.
+        ignored: storages that are not counted.
         accumulated: gradients that are added to a sum as soon as they are computed. The addition
             allocates a new sum while the old sum and the gradient still exist.
     """

@@ -1,6 +1,6 @@
-"""Estimate the time of each phase of a traced stage, call by call of its joint graph.
+"""Estimate the time of each phase of a traced stage, op by op of its joint graph.
 
-`node_costs` predicts what a call of the captured graph will cost, to decide where to cut. Here the
+`node_costs` predicts what an op of the captured graph will cost, to decide where to cut. Here the
 stage has been traced: its joint graph contains every kernel of the forward and the backward, each
 in its phase, and recomputed ones twice. So F, R, B and W are summed separately, for any
 rematerialization policy.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class CallWork(NamedTuple):
-    """The work of one call, as `Device.seconds` takes it."""
+    """The work of one op: the arguments of `Device.seconds`."""
 
     flops: int
     moved_bytes: int
@@ -75,16 +75,16 @@ def _phase_work(stage: StagePhases) -> Counter[tuple[str, CallWork]]:
 
 
 def stage_work(stage: StagePhases) -> Mapping[fx.Node, CallWork]:
-    """Return the work of every call of a traced stage that belongs to a phase, in order."""
+    """Return the work of every op of a traced stage that belongs to a phase, in order."""
     nodes = [n for n in stage.graph.nodes if n.name in stage.phase_of]
     return {n: work for n in nodes if (work := _work(n)) is not None}
 
 
 def _work(node: fx.Node) -> CallWork | None:
-    """The work of one call; None if it does nothing (it unpacks results)."""
+    """The work of one op; None if it does none (it unpacks results)."""
     target: Any = node.target
     args = node.args
-    if node.op == "call_method":  # of the runtime's `ctx`: the operator precedes its arguments
+    if node.op == "call_method":  # of `ctx`: an operator and then its arguments
         target = next((a for a in args if callable(a) and not isinstance(a, fx.Node)), None)
         args = args[args.index(target) + 1 :] if target is not None else args[1:]
     elif not hasattr(target, "_schema"):

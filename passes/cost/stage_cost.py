@@ -1,7 +1,7 @@
-"""Sum up the cost of a stage: over its ops, and the bytes of its parameters.
+"""Sum up the costs of a stage's ops, and the bytes of its parameters.
 
-A parameter takes memory up to four times: its value, its gradient, the optimizer's state, and a
-copy in each other stage that uses it (`shared`), with the gradient that goes back.
+A parameter can occupy memory for four things: its value, its gradient, the optimizer's state, and a
+copy in each other stage that uses it (`shared`), with the gradient that is sent back.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StageCost:
         saved_bytes: the part of these that autograd saves for the backward.
         parameter_bytes: of the parameters that the stage owns.
         gradient_bytes: of the gradients of those that require one.
-        optimizer_bytes: of the optimizer state of those.
+        optimizer_bytes: of the optimizer state for them.
         shared_copy_bytes: of its copies of shared parameters that other stages own.
         seconds: estimated forward plus backward on a device. If the device was not measured, only
             ratios between stages are meaningful.
@@ -69,7 +69,7 @@ def cost_of_stage(
     device: Device = DEFAULT,
     state_bytes: int = ADAM_BYTES,
 ) -> StageCost:
-    """Sum up a stage.
+    """Sum up the costs of a stage.
 
     Args:
         split: the program it belongs to.

@@ -1,8 +1,8 @@
-"""Questions about fx graphs, and small edits of them, that several passes share.
+"""Analyses and small edits of fx graphs that several passes share.
 
 In: fx graphs whose nodes carry fake tensors in `meta["val"]`.
-Out: answers (sizes in `B`, tensors, memory owners, side effects, source lines), appended ops, and
-a fake tensor mode with the strides of real kernels.
+Out: facts about nodes (sizes in `B`, tensors, memory owners, side effects, source lines), appended
+ops, and a fake tensor mode with the strides of real kernels.
 
 Read the files in this order:
 

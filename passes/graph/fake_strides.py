@@ -1,16 +1,16 @@
-"""Fake tensors with the strides that real kernels give.
+"""Fake tensors with the strides that real kernels return.
 
-Fake tensors have the right shapes and dtypes, but not always the right strides: where a dimension
-has size one, torch's fake often has another stride than the kernel's result. That matters. An
+Fake tensors have the right shapes and dtypes, but not always the right strides: for a dimension of
+size one, torch's fake often has another stride than the kernel's result. That matters. An
 upsampling, a norm or a convolution chooses the memory format of its result by *all* strides of its
-argument (`suggest_memory_format`), so one wrong stride, in a batch of one sample, leads to a result
-with another order of dimensions. By that order a product chooses its kernel, `contiguous` whether
-it copies, and `view` whether it is possible.
+argument (`suggest_memory_format`), so one wrong stride, in a batch of one sample, changes the order
+of dimensions in memory. That order decides which kernel a matrix product uses, whether `contiguous`
+copies, and whether `view` is possible.
 
-Corrected here is what real models need: views, pointwise arithmetic, `*_like` factories, norms,
-upsampling. Still different are flip, roll, index, tril, glu, prelu, hardswish's backward and
-reflection padding. Therefore a stage accepts a tensor from another stage with any strides: cutting
-changes nothing, and only the decisions inside one trace can differ.
+This module corrects the operators that real models need: views, pointwise arithmetic, `*_like`
+factories, norms, upsampling. It does not correct flip, roll, index, tril, glu, prelu, hardswish's
+backward and reflection padding. Therefore a stage accepts a tensor from another stage with any
+strides: cutting changes nothing, and only decisions within one trace can differ.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SUGGESTED = {
 
 
 UNARY = ("lerp", "pow")
-"""Operators with a kernel of their own for Python numbers."""
+"""Operators with a separate kernel for Python numbers."""
 
 COPIES = ("clone", "_to_copy", "convert_element_type")
 """Operators tagged pointwise whose memory format is an argument."""
@@ -87,7 +87,7 @@ class _StaticFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
 def _kernel_strides(
     func: Any, args: Sequence[Any], kwargs: dict[str, Any], shape: torch.Size
 ) -> tuple[int, ...] | None:
-    """Return the strides of an operator's first result if torch's fake may have wrong ones.
+    """Return the strides of an operator's first result if those of torch's fake may be wrong.
 
     Args:
         func: the operator.
@@ -114,10 +114,10 @@ def _kernel_strides(
 def _iterated(
     func: OpOverload, name: str, args: Sequence[Any], shape: torch.Size
 ) -> tuple[int, ...] | None:
-    """Return the strides that TensorIterator gives to a pointwise result.
+    """Return the strides that TensorIterator chooses for a pointwise result.
 
-    It takes a number for a tensor without dimensions, except in operators with a kernel for
-    numbers. Such a tensor keeps it from its fast paths.
+    TensorIterator treats a number as a tensor without dimensions, except in operators with a kernel
+    for numbers. Such a tensor disables its fast paths.
     """
     operands = [x for x in args if isinstance(x, Tensor)]
     in_tensor_slots = [

@@ -51,11 +51,11 @@ def source_line(node: fx.Node) -> str | None:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a call draws random numbers.
+    """Whether an op draws random numbers.
 
-    Any operator counts whose overload has torch's tag `nondeterministic_seeded`: a new random
-    operator needs no entry anywhere. The exception is a dropout of torch's own that drops nothing.
-    An operator of another library may draw whatever its `p` or `train` is.
+    An operator is random if its overload has torch's tag `nondeterministic_seeded`, so a new random
+    operator needs no entry anywhere. The exception is a dropout of torch that drops nothing. An
+    operator of another library may draw regardless of its `p` or `train`.
     """
     tags = getattr(node.target, "tags", ())
     schema = getattr(node.target, "_schema", None)
@@ -70,7 +70,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def has_side_effect(node: fx.Node) -> bool:
-    """Whether an op writes to one of its arguments, so that it matters without its result."""
+    """Whether an op writes to an argument, so that it matters even if its result is unused."""
     schema = getattr(node.target, "_schema", None)
     return (schema is not None and schema.is_mutable) or node.target in HIDDEN_WRITES
 
@@ -171,7 +171,7 @@ OTHER_NAMES = {
     aten.zero_.default: aten.zeros_like.default,  # aten.zero has no derivative
     aten.normal_.default: aten.normal_functional.default,
 }
-"""In-place operator → functional variant, where the name does not give it."""
+"""In-place operator → functional variant, if it does not follow from the name."""
 
 
 def functional_variant(target: Any) -> Any:

@@ -31,7 +31,7 @@ class InPlaceWrites:
     def writers_of(self, node: fx.Node) -> list[fx.Node]:
         """Return the ops that write to the memory of `node`, in order.
 
-        None if no call of the graph allocated that memory.
+        There are none if no op of the graph allocated that memory.
         """
         owner = self.owner.get(node)
         if owner is None or owner.op != "call_function":
@@ -51,7 +51,7 @@ class InPlaceWrites:
         remove_dead_calls(self.graph)
 
     def new_users_before_write(self, owner: fx.Node) -> list[fx.Node]:
-        """Return the users of a value, appended since this analysis, before its first write."""
+        """Return the users of a value added since this analysis, before its first write."""
         first = self._calls[owner][0]
         order = {n: i for i, n in enumerate(self.graph.nodes)}
         return [u for u in owner.users if u not in self.owner and order[u] < order[first]]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Tolerance relative to the largest entry; 2e-2 for shorter dtypes.
+"""Tolerance relative to the largest entry; 2e-2 for lower-precision dtypes.
 
-Kernels round differently for other sizes."""
+Kernels may round differently for another size."""
 
 
 def is_inexact(tensor: Tensor) -> bool:

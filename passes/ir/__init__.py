@@ -1,7 +1,7 @@
-"""The program types that passes hand to each other, and the values in them.
+"""The program types that passes exchange, and the values in them.
 
     Captured   one forward graph of the whole model, its batch dimension symbolic
-    Annotated  the same, with the cost of every call
+    Annotated  the same, with the cost of every op
     Split      K stage graphs and the values that cross between them
     Phased     each stage's joint forward and backward graph, cut into F, R, B and W
 

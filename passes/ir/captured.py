@@ -1,4 +1,4 @@
-"""`Captured` and `Annotated`: the whole model as one graph, then with the cost of every call."""
+"""`Captured` and `Annotated`: the whole model as one graph, then with the cost of every op."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """The whole model as one flat graph of ATen calls.
+    """The whole model as one flat graph of ATen ops.
 
     Attributes:
         graph_module: placeholders in the order of `inputs`, returns a tuple in the order of
             `outputs`.
-        inputs: parameters, buffers, constants and the call's tensors.
+        inputs: parameters, buffers, constants and the tensors of a call of the model.
         outputs: what each micro-batch returns.
         constants: tensors of the model that are neither parameters nor buffers, by key.
         epilogue: graph from the combined outputs to the final values, run once per step on the
@@ -47,8 +47,8 @@ class Captured:
         updates: (buffer, index of its value after the call among the final values).
         size_guards: the batch sizes that the graph is valid for.
         notes: remarks of the capture pass for the user.
-        original_positions: for each node its position before the calls were reordered; empty if
-            they were not. Random draws are keyed by it.
+        original_positions: for each node its position before ops were reordered; empty if they were
+            not. Random draws are keyed by it.
     """
 
     graph_module: fx.GraphModule
@@ -106,7 +106,7 @@ class Captured:
             )
 
     def original_position(self, position: int) -> int:
-        """Return where the node at a position was when the graph was captured."""
+        """Return the position that the node at `position` had when the graph was captured."""
         return self.original_positions[position] if self.original_positions else position
 
     def tensor_of(self, model: nn.Module, item: Input) -> Tensor:
@@ -139,8 +139,8 @@ class NodeCost:
         backward_flops: of what autograd runs for the operands that need a gradient.
         backward_bytes: bytes read plus bytes written by the backward, kernel by kernel; includes
             the sums of gradients of a value that is used several times.
-        saved_bytes: the part of the memory allocated by this call that autograd saves for the
-            backward, whichever call saves it; includes memory inside a composite operator.
+        saved_bytes: the part of the memory allocated by this op that autograd saves for the
+            backward of this or any other op; includes memory inside a composite operator.
         kind: kind of work, which determines the fraction of a device's peak that it reaches: one
             of `autopipe.passes.devices.KINDS`.
         precision: "half" for elements of two bytes, else "fp32".
@@ -173,14 +173,14 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class GradFlow:
-    """The gradients that one call takes part in.
+    """Which operands and results of one op have gradients.
 
     Attributes:
-        operands_need_grad: for each tensor operand (a node), for each of its tensors: does it need
-            a gradient?
-        results_get_grad: for each result: does a gradient arrive for it?
-        saved_operands: positions of the operands that the call's backward reads again.
-        saves_results: whether its backward reads the call's own results or intermediates.
+        operands_need_grad: for each tensor operand (a node), for each of its tensors: whether it
+            needs a gradient.
+        results_get_grad: for each result, whether a gradient arrives for it.
+        saved_operands: positions of the operands that the op's backward reads.
+        saves_results: whether the op's backward reads its own results or intermediates.
     """
 
     operands_need_grad: tuple[tuple[bool, ...], ...]
@@ -191,13 +191,13 @@ class GradFlow:
 
 @dataclass(frozen=True, eq=False)
 class Annotated:
-    """A captured graph with the cost of every call.
+    """A captured graph with the cost of every op.
 
     Attributes:
         captured: the graph.
         costs: by the name of the node.
-        flows: the gradients that each call takes part in, by the name of the node; only for calls
-            of operators (not for sizes, nor Python's own functions).
+        flows: which operands and results of each op have gradients, by the name of the node; not
+            for sizes or Python functions.
     """
 
     captured: Captured

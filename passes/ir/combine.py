@@ -51,7 +51,7 @@ class Combine(ABC):
             sizes: samples per micro-batch.
 
         Returns:
-            The value for the whole batch; of a single micro-batch its own, untouched.
+            The value for the whole batch; for a single micro-batch, its value itself.
         """
         return parts[0] if len(parts) == 1 else self._gather(parts, sizes)
 
@@ -69,7 +69,7 @@ class Combine(ABC):
         return [gradient] if len(sizes) == 1 else self._share(gradient, saved, sizes)
 
     def saved_for_share(self, parts: Sequence[Tensor]) -> Any:
-        """What `share` needs to know of the values; kept between forward and backward."""
+        """What `share` needs of the values; saved between forward and backward."""
         return None
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Concatenate(Combine):
     copies = True
 
     def saved_for_share(self, parts: Sequence[Tensor]) -> list[int]:
-        """The values' sizes along `dim`: a sample may yield several rows."""
+        """The values' sizes along `dim`: a sample may have several entries."""
         return [p.shape[self.dim] for p in parts]
 
     def _gather(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -23,12 +23,12 @@ PHASES = ("F", "R", "B", "W")
 
 
 class RandomDraw(NamedTuple):
-    """The key of a random draw, beside the step's seed and the index of the micro-batch.
+    """The key of a random draw, apart from the step's seed and the index of the micro-batch.
 
     Attributes:
-        call: position of the random call, in the stage graph or in the captured graph.
-        nth: which of that call's draws it is.
-        shared: whether all micro-batches draw the same numbers, since the call does not depend on
+        call: position of the random op, in the stage graph or in the captured graph.
+        nth: which of that op's draws it is.
+        shared: whether all micro-batches draw the same numbers, because the op does not depend on
             the batch.
     """
 
@@ -46,7 +46,7 @@ class StagePhases:
     `updates`, one gradient per name in `own_grads`, one per name in `sent_grads`.
 
     `codegen` writes a function per phase group (R, B and W are one where the schedule runs them
-    together). It takes `ctx` and a list of tensors, which it empties, and returns a list::
+    together). Its arguments are `ctx` and a list of tensors, which it empties; it returns a list::
 
         F_{index}_b{size}(ctx, [*state, *receives]) -> [*returns, *updates, *saved]
         RBW_{index}_b{size}(ctx, [*state, *saved, *tangents]) -> [*sent_grads]
@@ -64,15 +64,15 @@ class StagePhases:
         F_2_b4(ctx, [p_c_weight, p_c_bias, y, relu]) -> [mse_loss, relu, y]
         RBW_2_b4(ctx, [p_c_weight, p_c_bias, relu, y, grad_mse_loss]) -> [mm]
 
-    The first stage sends no gradient, since `x` requires none. Each `mm` is the gradient of what
-    the stage received. The last stage's `mse_loss` goes to the caller, who sends `grad_mse_loss`.
-    For inference there is only F, and nothing is saved.
+    The first stage sends no gradient, since `x` requires none. Each `mm` is the gradient of the
+    value that the stage received. The last stage's `mse_loss` goes to the caller, who sends
+    `grad_mse_loss`. For inference there is only F, and nothing is saved.
 
     Attributes:
         index: of the stage.
         graph: joint forward and backward; pure except for random draws and caches of kernels.
         phase_of: node name → "F", "R", "B" or "W"; placeholders and the output have none.
-        saved: values that F saves for the other phases (received values among them).
+        saved: values that F saves for the other phases (including received values).
         state: the stage's parameters, buffers and constants, then its copies of shared parameters.
         receives: values that arrive with every micro-batch.
         tangents: values whose gradients arrive with every micro-batch.
@@ -80,7 +80,7 @@ class StagePhases:
         updates: buffers that the forward changes.
         own_grads: parameters whose gradients the stage computes.
         sent_grads: received values and copies whose gradients it sends back.
-        draws: the key of each random draw; `call` is the position of the captured call.
+        draws: the key of each random draw; `call` is the position in the captured graph.
         device: the device that it was traced for.
     """
 

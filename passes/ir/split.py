@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from autopipe.passes.remat_policies import RematPolicy
 
 CALLER = -1
-"""The "stage" number of the pipeline's caller, where inputs come from and outputs go to."""
+"""The "stage" number of the pipeline's caller, which sends inputs and receives outputs."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class StageEstimates:
             transfers of what the stage receives and of the gradients that it sends back.
         nbytes: memory of each stage.
         remat: the policy that each stage is estimated with.
-        lower_bound: seconds that the largest stage of no convex cut of the graph is below; 0 if
-            none is known.
+        lower_bound: seconds; the largest stage of every convex cut of the graph takes at least
+            that; 0 if no bound is known.
     """
 
     seconds: tuple[float, ...]
@@ -150,7 +150,7 @@ class StageEstimates:
         return self.bottleneck / self.lower_bound - 1 if self.lower_bound else 0.0
 
     def fits(self, limits: Sequence[int | None]) -> bool:
-        """Whether each stage keeps its limit.
+        """Whether each stage stays within its limit.
 
         Args:
             limits: bytes for each stage; None: no limit.
@@ -164,7 +164,7 @@ class Split:
     """K stage graphs, the routes of the values between them, and the estimates of the cut.
 
     Attributes:
-        annotated: the whole program, its ops in an order in which stages follow one another.
+        annotated: the whole program, its ops stage by stage.
         stages: the stage graphs.
         routes: the values that cross between stages, or between a stage and the caller, by name.
         estimates: estimated time and memory of the stages.
@@ -185,7 +185,7 @@ class Split:
     def ops(self) -> tuple[tuple[fx.Node, ...], ...]:
         """For each stage its ops, as nodes of the captured graph.
 
-        (Not by name: sizes that a stage computes in its own graph may take the names of ops.)
+        (Not by name: sizes that a stage computes in its own graph may have the names of ops.)
         """
         nodes = list(self.captured.graph_module.graph.nodes)
         return tuple(tuple(nodes[i] for i in s.origins if i >= 0) for s in self.stages)

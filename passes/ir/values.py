@@ -17,7 +17,7 @@ from .combine import Combine, Concatenate
 B = sympy.Symbol("B")
 """The batch size: number of samples of the whole batch, or of one micro-batch.
 
-It carries no sympy assumptions, so that ``expr.subs("B", 8)`` means this symbol."""
+It has no sympy assumptions, so that ``expr.subs("B", 8)`` replaces this symbol."""
 
 
 def at_batch(expr: sympy.Expr | int, batch: int) -> int:
@@ -32,7 +32,7 @@ def results_of(graph: fx.Graph) -> list[Any]:
 
 
 class InputKind(str, Enum):
-    """What a placeholder of a graph stands for."""
+    """The kinds of tensors that a graph's placeholders represent."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
@@ -88,7 +88,7 @@ class Input:
         index: position among the call's flattened inputs; -1 for the other kinds.
         batch_dim: the dimension that is divided into micro-batches; None if there is none.
         requires_grad: whether it required a gradient at capture. (Costs use this; a program uses
-            what is true when it runs.)
+            the flag at run time.)
     """
 
     spec: TensorSpec
@@ -108,7 +108,7 @@ class Output:
     """A tensor that every micro-batch returns, and how the M of them are combined.
 
     combine: the rule that gathers the values and shares the gradient.
-    internal: it serves the new value of a buffer, no result: no gradient will come for it.
+    internal: it is for a buffer's new value, not for a result: it gets no gradient.
     """
 
     spec: TensorSpec
@@ -142,8 +142,8 @@ class ResultLeaf:
 
     Attributes:
         kind: "value", "input", "parameter", "size" or "constant".
-        value: accordingly an index into the final values, an index into the call's flattened
-            inputs, a qualified name, a function of the batch size, or the object itself.
+        value: depending on the kind, an index into the final values, an index into the call's
+            flattened inputs, a qualified name, a function of the batch size, or the object itself.
     """
 
     kind: str
@@ -155,7 +155,7 @@ class SizeGuards:
     """The batch sizes that a captured graph is valid for.
 
     Attributes:
-        conditions: conditions on `B`: branches that the model took, sizes that it used as numbers.
+        conditions: conditions on `B`, from branches that the model took and sizes used as numbers.
         valid_for_one: whether a batch of one sample, which is traced as two, takes the same
             branches.
     """

@@ -1,7 +1,7 @@
-"""Operators of autopipe's own, for what torch.export cannot keep whole.
+"""Custom operators for functions that torch.export cannot capture as they are.
 
 In: while a model is traced, calls of ``torch.ctc_loss`` and of custom autograd.Functions.
-Out: ops in the graph (``autopipe::ctc_loss``, ``autopipe::function``) that compute the same, with
+Out: ops in the graph (``autopipe::ctc_loss``, ``autopipe::function``) with the same results and
 the same gradients.
 
 Files, in reading order:

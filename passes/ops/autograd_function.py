@@ -1,9 +1,9 @@
-"""Keep custom autograd.Functions whole through capture.
+"""Capture each custom autograd.Function as one op, with the user's own backward.
 
-An exported graph has no backward, so a `Function` traced through would lose its own. While a model
-is exported, `Function.apply` becomes one call of the op ``autopipe::function``, which the graph
-keeps. When a stage is traced with its gradients, that op runs the real `apply`, and autograd calls
-the user's backward.
+An exported graph has no backward, so tracing into a `Function` would lose its custom backward.
+While a model is exported, `Function.apply` becomes one op in the graph, ``autopipe::function``.
+When a stage is traced with its gradients, that op runs the real `apply`, and autograd calls the
+user's backward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PLAIN_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
-_APPLY: Any = torch.autograd.Function.apply  # while a model is exported, torch has another there
+_APPLY: Any = torch.autograd.Function.apply  # torch replaces it while a model is exported
 
 
 @dataclass
@@ -47,7 +47,7 @@ class _FunctionCall:
     out_spec: pytree.TreeSpec | None = None
 
     def is_like(self, other: _FunctionCall) -> bool:
-        """Whether both calls differ in their tensors only."""
+        """Whether the two calls differ only in their tensors."""
         return (
             self.function is other.function
             and self.spec == other.spec
@@ -64,7 +64,7 @@ _method_context: ContextVar[AbstractContextManager[Any] | None] = ContextVar(
 )
 
 METHODS = ("forward", "setup_context", "backward", "vjp")
-"""The methods of a Function that a user writes."""
+"""The methods of a Function that users write."""
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def run_methods_under(context: AbstractContextManager[Any]) -> Iterator[None]:
     """Run the methods of Functions within a context, their backward included.
 
     Args:
-        context: is entered around each method of every Function that is applied until exit.
+        context: entered around each method of every Function that is applied before this exits.
     """
     token = _method_context.set(context)
     try:
@@ -102,7 +102,7 @@ def _with_context(function: type[torch.autograd.Function]) -> type[torch.autogra
 
 
 _CALLS: list[_FunctionCall] = []
-"""All kinds of calls so far. An op's arguments are tensors and numbers: it has the index here."""
+"""All kinds of calls so far. An op's arguments are tensors and numbers, so it has an index here."""
 
 _library = torch.library.Library("autopipe", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -126,7 +126,7 @@ def _run(tensors: list[Tensor], site: int) -> list[Tensor]:
     return found
 
 
-# Composite: the exporter keeps such a call whole, everything else runs through it.
+# Composite: the exporter keeps the op as it is; everything else runs its implementation.
 _library.impl(  # type: ignore[no-untyped-call]
     "function", _run, "CompositeImplicitAutograd"
 )
@@ -143,7 +143,7 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def record_function(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Replace ``function.apply(*args)`` by one call of ``autopipe::function``.
+    """Replace ``function.apply(*args)`` by one op, ``autopipe::function``.
 
     Args:
         function: a custom autograd.Function.

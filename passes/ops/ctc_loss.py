@@ -1,8 +1,8 @@
 """The loss of connectionist temporal classification (CTC) as ops that torch.export can capture.
 
 torch's own op saves a table (the forward variables α of Graves et al. 2006, section 4.1) whose size
-depends on the longest target, a value; torch.export refuses it. Here the table is sized for targets
-as long as their padded row, 2 S + 1 entries. The kernels are torch's.
+depends on the length of the longest target, a tensor value, so torch.export refuses it. Here the
+table is sized for targets that fill their padded row: 2 S + 1 entries. The kernels are torch's.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def ctc_loss(
     """Replace ``torch.ctc_loss``: same arguments, same result.
 
     Args:
-        log_probs: (T, N, C); with another rank the original is called, which cannot be captured.
-        targets: (N, S), padded; with another rank the original is called.
+        log_probs: (T, N, C); for another rank the original is called, which cannot be captured.
+        targets: (N, S), padded; for another rank the original is called.
         input_lengths, target_lengths: (N,), tensors or sequences of integers.
         blank: the class that stands for no label.
         reduction: 0 none, 1 mean, 2 sum.

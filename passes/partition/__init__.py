@@ -12,9 +12,9 @@ Files, in reading order:
 - `scaled_integers`: floats as integers without rounding, so that every comparison is exact.
 - `dag`: the graph that searches work on.
 - `chain_cut`: the exact cut of one order over equal devices.
-- `device_loads`: times and memory of items on devices that differ.
+- `device_loads`: times and memory of items on different devices.
 - `stage_reach`: how far a stage can reach within a time and its memory.
-- `hetero_cut`: the exact cut of one order over devices that differ.
+- `hetero_cut`: the exact cut of one order over different devices.
 - `cut_traffic`: few bytes across boundaries among equally good cuts.
 - `order_search`: the search over topological orders, which uses
 - `lower_bounds`: bounds that hold for every cut,

@@ -2,9 +2,9 @@
 
 A pipeline is as slow as its slowest stage, so the cut minimizes the largest stage (GPipe, arXiv
 1811.06965, section 2.2, minimizes the variance by a heuristic instead). Every acyclic K-split of a
-graph is a contiguous cut of *some* topological order. For one order the optimum is cheap
-(`chain_cut`). Finding the order is NP-hard; `order_search` searches for it, and bounds what any
-order can reach.
+graph is a contiguous cut of *some* topological order. For one order the optimum is cheap to compute
+(`chain_cut`). Finding the best order is NP-hard; `order_search` searches for it, and bounds the
+optimum over all orders.
 
 All comparisons are between integers (`scaled_integers`), so the optimum is exact, and a second
 criterion (the bytes that cross a cut) never finds it "infeasible by one ulp".
@@ -32,19 +32,19 @@ from .order_search import OrderSearchResult, alternative_orders, is_refuted, sea
 from .scaled_integers import to_integers, unit_of
 
 ORDER_STEPS = 1 << 18
-"""Budget for cuts of orders on different devices, in items times stages (at least one is cut)."""
+"""Budget for cutting orders on different devices, in items times stages (at least one is cut)."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Which stage each node is in, and how good that is.
+    """The stage of each node, and how close to optimal the cut is.
 
     Attributes:
         stage_of: node name to stage index.
         stage_seconds: K stage costs.
         bottleneck: seconds of the largest stage.
         lower_bound: seconds; the largest stage of every K-split of the graph, in any order, takes
-            at least that. If it equals the bottleneck, the cut is optimal.
+            at least that long. If it equals the bottleneck, the cut is optimal.
         stage_bytes: memory of each stage on its device, K values; None if no devices were given.
     """
 
@@ -85,8 +85,8 @@ class Partition:
         Raises:
             VerifyError: a node in no stage or out of range, an empty stage, an edge that goes
                 backward, sums that do not agree, a stage above its device's limit, or a bound that
-                is above the bottleneck, below what the costs alone give, or not proven by as much
-                search as `partition` does.
+                is above the bottleneck, below the bound that follows from the costs alone, or not
+                proven by as much search as `partition` does.
         """
         K = len(self.stage_seconds)
         members: list[list[int]] = [[] for _ in range(K)]
@@ -133,7 +133,7 @@ class Partition:
     def _verify_devices(
         self, graph: CostGraph, devices: Sequence[DeviceSpec], members: Sequence[Sequence[int]]
     ) -> None:
-        # The nodes stage by stage are an order as well; its runs are the stages.
+        # The nodes, stage by stage, are an order in which the stages are contiguous.
         order = [node for nodes in members for node in nodes]
         loads = _device_loads(graph, devices, order)
         starts = list(accumulate(len(nodes) for nodes in members))[:-1]
@@ -156,14 +156,14 @@ def partition(
     slack: float = 0.0,
     devices: Sequence[DeviceSpec] | None = None,
 ) -> Partition:
-    """Cut a cost graph into K stages; the largest is as small as the search finds.
+    """Cut a cost graph into K stages; the largest stage is the smallest that the search finds.
 
-    Never worse than the exact contiguous cut of `costs.order()`. Optimal, and known to be, where
-    the bound meets the bottleneck: for chains, and for graphs whose ideals can be enumerated within
-    a bounded amount of work (see `order_search`).
+    The cut is never worse than the exact contiguous cut of `costs.order()`. It is proven optimal if
+    the bound equals the bottleneck: always for chains, and for graphs whose ideals can be
+    enumerated within a bounded amount of work (see `order_search`).
 
-    Where output sizes are known, a cut with few bytes across boundaries is taken among equally good
-    ones (a value that passes over a stage counts once for each boundary it crosses).
+    If output sizes are known, a cut with few bytes across boundaries is chosen among equally good
+    ones (a value that skips a stage counts once for each boundary that it crosses).
 
     With `devices`, stage k is on device k. The cut is then exact for `costs.order()` under the
     devices' memory limits, and the other orders that the search finds for equal devices are tried
@@ -179,8 +179,8 @@ def partition(
     Raises:
         OptionError: `stages` < 1, `slack` is not a finite fraction >= 0, or `devices` are not K or
             have a value out of range.
-        PartitionError: the graph is not valid, or has fewer nodes than `stages`; or no cut keeps
-            the memory limits: which stage, and how many bytes are missing.
+        PartitionError: the graph is not valid, or has fewer nodes than `stages`; or no cut fits the
+            memory limits: which stage, and how many bytes are missing.
     """
     order, N = costs.order(), len(costs.names)
     if stages < 1:
@@ -273,7 +273,7 @@ def _dag(graph: CostGraph) -> tuple[Dag, Fraction]:
 
 
 def _seconds(units: int, unit: Fraction) -> float:
-    """Convert with correct rounding, which keeps the order of values."""
+    """Convert with correct rounding, which preserves the order of values."""
     return float(units * unit)
 
 

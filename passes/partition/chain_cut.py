@@ -1,7 +1,7 @@
 """Cut N items in a row into K stages so that the largest stage is as small as possible.
 
-Exact, on integers. This is the cut for equal devices. Where a second criterion decides (`crossing`)
-it is the cut for different devices (`hetero_cut`) with K equal ones.
+Exact, on integers. This is the cut for equal devices. With a second criterion (`crossing`) it calls
+the cut for different devices (`hetero_cut`) with K equal ones.
 """
 
 from __future__ import annotations

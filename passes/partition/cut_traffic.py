@@ -2,8 +2,8 @@
 
 A value crosses every boundary between the stage that computes it and the last one that uses it. For
 one order `chain_cut.cut_chain` finds the exact minimum. Over orders this is a local search: nodes
-of the cut are moved one by one, then the nodes are brought into an order in which each stage is a
-contiguous run again, and that order is cut again.
+of the cut are moved one by one; then the nodes are sorted so that each stage is contiguous again,
+and that order is cut again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CUT_STEPS = 1 << 22
 """Budget for all exact cuts of one graph, in positions times stages."""
 
 MOVE_STEPS = 1 << 21
-"""Budget for all moves of nodes of one graph, in edges looked at."""
+"""Budget for all moves of nodes of one graph, in edges visited."""
 
 RECUTS = 3
-"""How often an improved cut is brought into an order and cut again, per order."""
+"""How often an improved cut is sorted and cut again, per order."""
 
 
 def crossing_at(lifetimes: Iterable[tuple[int, int, int]], items: int) -> list[int]:
@@ -181,5 +181,5 @@ def _move_nodes(
 
 
 def _node_crossing(own: int, inputs: Sequence[tuple[int, int]], k: int) -> int:
-    """Bytes over boundaries because of a node in stage k, up to a constant."""
+    """Bytes across boundaries due to a node in stage k, up to a constant."""
     return sum(size * max(other, k) for size, other in inputs) - own * k

@@ -1,4 +1,4 @@
-"""A DAG in topological order with an integer cost on every node: what the search works on.
+"""The graph for the search: a DAG in topological order with an integer cost on every node.
 
 Costs are floats scaled by one power of two (`scaled_integers`), so every comparison is exact.
 """

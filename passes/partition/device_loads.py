@@ -1,4 +1,4 @@
-"""Times and bytes of N items in a row on K devices that may differ.
+"""Times and bytes of N items in a row on K devices, equal or different.
 
 The order of the devices is fixed: stage k is on device k. All numbers are integers. A stage may
 have several options (rematerialization policies, for example), each with its own times and bytes.
@@ -27,7 +27,7 @@ class DeviceSpec:
     Attributes:
         speed: the graph's times are divided by it, > 0.
         seconds: forward + backward time of each node on this device, N values >= 0; None: the
-            graph's times by `speed`.
+            graph's times divided by `speed`.
         memory_bytes: memory for one stage; None: no limit.
         parameter_factor: bytes stored for each byte of parameters: 1 for parameters alone, 4 with
             gradients and two optimizer moments.
@@ -66,10 +66,10 @@ class DeviceSpec:
 
 @dataclass(frozen=True)
 class BoundaryValue:
-    """A value that a stage must receive, or store a copy of, if an earlier stage has it first.
+    """A value that a stage must receive, or store a copy of, if an earlier stage has it.
 
     Attributes:
-        producer: the item that computes it (of a parameter: that uses it first); -1: it exists
+        producer: the item that computes it (for a parameter: that uses it first); -1: it exists
             before all items.
         consumers: the later items that use it, ascending.
     """
@@ -83,16 +83,15 @@ class DeviceLoads:
     """Times and bytes of N items in a row on each of K devices, in integers, for A >= K options.
 
     An option is one way to run a stage. The cost of a stage under an option is the sum over its
-    items, plus, once for each value that one of its items uses and that was computed before its
-    first item, the value's receive time and copy bytes. A stage takes its fastest option among
-    those that keep their byte limits, the first of several; if none does, the option that is over
-    its limit by least. (Options with equal numbers may share the tuples; shared tuples are
-    processed once.)
+    items, plus the receive time and copy bytes of each value that its items use and that was
+    computed before its first item, counted once. A stage uses its fastest option among those within
+    their byte limits, the first of several; if there is none, the option that exceeds its limit
+    least. (Options with equal numbers may share the tuples; shared tuples are processed once.)
 
     Attributes:
         times: A times N costs, in one unit for all.
         unit: seconds of one unit of `times`.
-        nbytes: A times N memory costs, in byte units of each option's own.
+        nbytes: A times N memory costs, in the byte units of each option.
         byte_limits: A limits on sums of `nbytes`, in the same units; None: no limit.
         units_per_byte: A integers: how many byte units of an option make one byte.
         values: V values that more than one item uses.
@@ -189,7 +188,7 @@ class DeviceLoads:
 
     @property
     def lower_bound(self) -> int:
-        """A time that the largest stage of no cut is below, for any order and without limits.
+        """A lower bound on the largest stage's time, for any order and without memory limits.
 
         The larger of two bounds: the largest over items of their minimal time; and, since
         T sum(w) >= sum over stages of w times stage time for any weights w >= 0 of the devices, the
@@ -219,7 +218,7 @@ class DeviceLoads:
         return tuple(tuple(sorted(each)) for each in found)
 
     def chosen_options(self, starts: Sequence[int]) -> tuple[int, ...]:
-        """The option that each stage of a cut takes.
+        """The option that each stage of a cut uses.
 
         Args:
             starts: the K - 1 items at which stages 1..K-1 start.
@@ -253,7 +252,7 @@ class DeviceLoads:
         return tuple(self._stage_sums(self.times, self.receive_times, starts))
 
     def _excess_bytes(self, option: int, size: int) -> Fraction:
-        """By how many bytes a sum of `nbytes` is above the option's limit."""
+        """The number of bytes by which a sum of `nbytes` exceeds the option's limit."""
         limit = self.byte_limits[option]
         excess = 0 if limit is None else max(0, size - limit)
         return Fraction(excess, self.units_per_byte[option])

@@ -1,14 +1,14 @@
-"""Cut N items in a row over K devices that may differ. Exact.
+"""Cut N items in a row over K equal or different devices. Exact.
 
-If a stage fits a device, so does every beginning of it. So a stage that starts at item i may end at
-every position up to some reach(i), the farthest reach of its options within the time and their
-memory; the cut and the options are chosen together. A stage that starts later may have more to
-receive, so reach need not grow with i.
+If a stage fits a device, so does every prefix of it. So a stage that starts at item i may end at
+any position up to reach(i), the farthest end of any of its options within the time limit and the
+option's memory; the cut and the options are chosen together. A stage that starts later may have
+more to receive, so reach(i) need not grow with i.
 
 For a limit T on the stages' times, cuts are searched stage by stage, from the last one: of all ends
-within reach, the one with the least crossing, found in a stack of minima. Only starts are visited
-from which both ends of the row could be reached if receiving were free. Near the optimum these are
-few, so a search takes about O(N), not O(N K).
+within reach, the one with the least crossing, found in a stack of minima. Only those starts are
+visited from which both ends of the row could be reached if receiving were free. Near the optimum
+these are few, so a search takes about O(N), not O(N K).
 
 The optimum is the smallest T that has a cut, found by bisection; each failed search returns the
 next T at which some reach grows.
@@ -34,9 +34,9 @@ def cut_for_devices(
     """Cut N items into one stage of at least one item for each device; the largest is minimal.
 
     Exact, over all cuts and all options of their stages. Among the cuts whose largest stage is at
-    most (1 + slack) times the optimum, one with the least sum of `crossing` is taken; among those,
-    one whose largest stage is within 1/1024 of the optimum of the least possible; among those, the
-    one whose positions come first.
+    most (1 + slack) times the optimum, those with the least sum of `crossing` are selected; among
+    those, the ones whose largest stage exceeds the least possible by at most 1/1024 of the optimum;
+    among those, the one whose positions come first.
 
     Args:
         loads: N items on K devices.
@@ -48,7 +48,7 @@ def cut_for_devices(
         The K - 1 items at which stages 1..K-1 start, increasing.
 
     Raises:
-        PartitionError: no cut keeps the devices' limits; it names a stage, and how many bytes are
+        PartitionError: no cut fits the devices' limits; it names a stage, and how many bytes are
             missing there.
     """
     stages = options_of_stages(loads)
@@ -71,7 +71,7 @@ def cut_for_devices(
 
 
 def has_cut_within(loads: DeviceLoads, limit: int) -> bool:
-    """Whether some cut keeps the devices' memory limits and every stage within a time.
+    """Whether some cut fits the devices' memory limits with every stage within a time.
 
     Args:
         loads: N items on K devices.
@@ -82,7 +82,7 @@ def has_cut_within(loads: DeviceLoads, limit: int) -> bool:
 
 
 def _optimal_cut(loads: DeviceLoads, stages: Sequence[StageOptions]) -> tuple[list[int], int]:
-    """A cut with the smallest largest stage, and that time."""
+    """A cut with the least bottleneck, and that time."""
     no_crossing, end = [0] * (stages[0].items + 1), max(each.max_time for each in stages)
     limit = low = _min_time_filled(stages, end)
     step = max(1, low >> 10)
@@ -171,7 +171,7 @@ def _least_crossing_cut(
     choices: list[list[int]] = []
     for k in range(len(stages) - 1, -1, -1):
         stage, reach = stages[k], reaches[id(stages[k])]
-        ends: list[int] = []  # negative, so that they ascend
+        ends: list[int] = []  # negated, so that they ascend
         minima: list[int] = []
         with_stage: list[int | None] = []
         choice: list[int] = []

@@ -3,15 +3,16 @@
 Minimising the largest stage over all convex cuts is the simple assembly line balancing problem of
 type 2 (SALBP-2), and for a given limit T it is SALBP-1. Its dynamic programme (Held, Karp and
 Shareshian, "Assembly-line balancing: dynamic programming with precedence constraints", Operations
-Research 1963) visits ideals: sets of nodes that contain the producers of each of their nodes. Of
-the path to an ideal only (stages used, load of the open stage) matters, and the lexicographically
-least is best. Here both are one integer, the clock: stages used times T plus load.
+Research 1963) visits ideals: sets of nodes that contain the producers of each of their nodes. Only
+(stages used, load of the open stage) matters of the path to an ideal, and the lexicographically
+least pair is best. Here both are one integer, the clock: stages used times T plus load.
 
-Exact: without a bound on the width, every ideal that could lead to a cut is visited. Pruned are
+Without a bound on the width the search is exact: every ideal that could lead to a cut is visited.
+It prunes
 
 - opening a stage while a node still fits into the open one (Jackson, "A computing procedure for a
   line balancing problem", Management Science 1956: some best cut fills every stage maximally);
-- states whose idle time is more than K stages of T leave;
+- states whose idle time is more than K stages of T allow;
 - states that lack a node which, with all its descendants, no longer fits in the stages left.
 
 With a bound on the width it is a beam search that keeps the states with the least idle time.
@@ -28,7 +29,7 @@ from operator import or_
 from .dag import Dag
 
 PRICE_NODES = 1024
-"""Every so many nodes, a step counts once more: sets get longer."""
+"""A step on a graph of N nodes counts 1 + N // PRICE_NODES times: sets get longer."""
 
 _State = tuple[int, int, int, int, int]
 """(clock, idle, ready nodes as a bit set, index of the state before it, node added)"""
@@ -39,10 +40,10 @@ class IdealSearchResult:
     """Result of `search_ideals`.
 
     Attributes:
-        order: a topological order whose contiguous cuts keep the limit, or None.
-        complete: nothing that could lead to a cut was pruned: without an order, no cut keeps the
-            limit.
-        steps: work done, in nodes looked at.
+        order: a topological order with a contiguous cut within the limit, or None.
+        complete: nothing that could lead to a cut was pruned: if `order` is None, no cut is within
+            the limit.
+        steps: work done, in nodes visited.
     """
 
     order: tuple[int, ...] | None
@@ -93,9 +94,9 @@ def search_ideals(
         graph: N nodes.
         stages: K >= 1.
         limit: T, at least the largest cost.
-        width: how many ideals of one size are kept; None: all.
-        steps: the search stops after looking at this many nodes; in a graph with thousands, a node
-            counts more than once, as its sets are long.
+        width: how many ideals of one size stay in the beam; None: all.
+        steps: the search stops after visiting this many nodes; in a graph with thousands of nodes,
+            a visit counts more than once, because the sets are long.
     """
     bits, before, free = graph.bits, graph.before, graph.free
     costs, after, N = graph.dag.costs, graph.dag.after, len(graph.bits)

@@ -16,12 +16,12 @@ from heapq import heapify, heappop, heappush
 from .dag import Dag
 
 STEPS_PER_SIZE = 8
-"""A schedule is abandoned after looking at this many nodes times the graph's size: where many
-nodes are ready and few fit, it would look at K times N."""
+"""A schedule is abandoned after this many visits times the graph's size: if many nodes are
+ready and few fit, it would visit K times N nodes."""
 
 
 def list_schedules(dag: Dag, limit: int, tails: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Topological orders whose contiguous cuts into stages of `limit` waste little.
+    """Topological orders whose contiguous cuts into stages of `limit` leave little idle time.
 
     Args:
         dag: N nodes.
@@ -35,7 +35,7 @@ def list_schedules(dag: Dag, limit: int, tails: Sequence[int]) -> Iterator[tuple
 
 
 def _by_rank(dag: Dag, limit: int, rank: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Pick the ready node of the least rank that fits; without ranks, the newest."""
+    """Always pick the fitting ready node of the least rank; without ranks, the newest one."""
     missing = [len(producers) for producers in dag.before]
     new = [v for v, count in enumerate(missing) if count == 0]
     ready: list[tuple[int, int]] = []
@@ -69,7 +69,7 @@ def _by_rank(dag: Dag, limit: int, rank: Sequence[int] | None) -> tuple[int, ...
 
 
 def _largest_that_fits(dag: Dag, limit: int) -> tuple[int, ...]:
-    """Pick the ready node of the largest cost that fits."""
+    """Always pick the fitting ready node of the largest cost."""
     missing = [len(producers) for producers in dag.before]
     ready = sorted((dag.costs[v], -v) for v, count in enumerate(missing) if count == 0)
     order: list[int] = []

@@ -4,9 +4,9 @@
 bounds by destructive improvement", EJOR 1999): they assume a limit T and try to refute it, and the
 bound is the least T that is not refuted.
 
-- Heads and tails: a node with all its ancestors fills whole stages up to it, and with all its
-  descendants from it on. So each node has an earliest and a latest stage, and the nodes that must
-  lie within some run of stages must fit into them.
+- Heads and tails: a node and all its ancestors must fit into the stages up to the node's own, and
+  it and all its descendants into the stages from its own on. So each node has an earliest and a
+  latest stage, and the nodes that must be in some run of stages must fit into them.
 - Bin packing: K bins of T must hold all costs, order or not (Martello and Toth's L2, "Lower bounds
   and reduction procedures for the bin packing problem", Discrete Applied Mathematics 1990; Fekete
   and Schepers' dual feasible functions, "New classes of fast lower bounds for bin packing
@@ -36,7 +36,7 @@ FUNCTIONS = 16
 
 
 def simple_bound(costs: Sequence[int], stages: int) -> int:
-    """The largest of: mean stage; largest cost; costs that must share a stage.
+    """The largest of: the mean stage; the largest cost; costs that must share a stage.
 
     Of the K j + 1 largest costs, some stage has at least j + 1; together they cost at least as much
     as the j + 1 smallest of them.
@@ -101,7 +101,7 @@ class Bounds:
         return low
 
     def refutes(self, limit: int) -> bool:
-        """Whether it is shown that no cut keeps a limit.
+        """Whether it is proven that no cut is within a limit.
 
         Args:
             limit: > 0, at least the largest cost.
@@ -160,11 +160,11 @@ def bins_needed(costs: Sequence[int], limit: int) -> Iterator[int]:
     upward = costs[::-1]
     sums = list(accumulate(upward, initial=0))
     N = len(costs)
-    half = bisect_right(upward, limit // 2)  # from here on no two share a bin
+    half = bisect_right(upward, limit // 2)  # from here on, no two fit in one bin
     for at in range(half if half < N else 0):  # L2, with the threshold upward[at] <= limit / 2
         if at and upward[at] == upward[at - 1]:
             continue
-        alone = bisect_right(upward, limit - upward[at])  # from here on nothing counted fits
+        alone = bisect_right(upward, limit - upward[at])  # from here on, none shares a bin
         free = (alone - half) * limit - (sums[alone] - sums[half])
         yield N - half + max(0, -(-(sums[half] - sums[at] - free) // limit))
     yield N - half

@@ -17,7 +17,7 @@ def min_cut_source_side(
 
     Args:
         edges: (from, to) → capacity >= 0, infinite where the edge must not be cut.
-        source: some edge of finite capacity must lie on each of its paths to the sink.
+        source: each path from it to the sink must have an edge of finite capacity.
         sink: the other end.
     """
     residual: dict[Hashable, dict[Hashable, float]] = {source: {}, sink: {}}

@@ -1,7 +1,7 @@
 """Search all topological orders of a DAG for the best cut, and prove how good it is.
 
 Every convex cut is a contiguous cut of some order, so orders are searched, and each is cut exactly
-(`chain_cut.min_bottleneck`). In turn, each step narrowing the gap that the previous ones left:
+(`chain_cut.min_bottleneck`). The steps, each of which narrows the gap that the previous ones left:
 
 1. bounds that hold for every cut (`lower_bounds.py`);
 2. list schedules (`list_scheduling.py`) for limits between the bound and the best cut so far;
@@ -9,7 +9,7 @@ Every convex cut is a contiguous cut of some order, so orders are searched, and 
 4. an exhaustive search for anything better than the best cut. If there is none, the cut is
    optimal. Where that is too much work, lower limits are refuted, which raises the bound.
 
-Work is counted in nodes looked at, not in seconds, so results are the same everywhere.
+Work is counted in visited nodes, not in seconds, so results are the same on every machine.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ LIST_PROBES = 8
 """How many limits list schedules are tried for."""
 
 ROUNDS = ((8, 1 << 14), (32, 1 << 16), (128, 1 << 18), (512, 1 << 20))
-"""By round: (width of beam searches, nodes that one exhaustive search may look at)."""
+"""By round: (width of beam searches, nodes that one exhaustive search may visit)."""
 
 SET_NODES = 1 << 15
 """Up to this many nodes, ideals are searched (sets of N bits for each of N nodes)."""
 
 WORK = 1 << 21
-"""Nodes that all searches over ideals may look at; a million takes about 0.1 s."""
+"""Nodes that all searches over ideals may visit; a million takes about 0.1 s."""
 
 CLOSE = 4096
 """At a gap of one part in this many, list schedules, beam searches and better bounds stop."""
@@ -51,7 +51,7 @@ class OrderSearchResult:
         orders: topological orders, each better than the one before; the first is the given one.
         bottleneck: the largest stage of the best cut, that of the last order.
         lower_bound: no cut has a smaller largest stage.
-        steps: nodes that searches over ideals have looked at.
+        steps: nodes that searches over ideals have visited.
     """
 
     orders: tuple[tuple[int, ...], ...]
@@ -79,7 +79,7 @@ class OrderSearchResult:
 
 
 def search_orders(dag: Dag, stages: int) -> OrderSearchResult:
-    """Minimize the largest stage over all convex cuts of a graph into K stages, or come near.
+    """Minimize the largest stage over all convex cuts of a graph into K stages, approximately.
 
     Args:
         dag: N nodes; their numbering is the order that is cut first.
@@ -111,7 +111,7 @@ def search_orders(dag: Dag, stages: int) -> OrderSearchResult:
 def alternative_orders(dag: Dag, stages: int, limit: int) -> list[tuple[int, ...]]:
     """More topological orders, from both ends, that may have a cut within a limit.
 
-    For a second criterion: many cuts are equally good, so it matters which one is found.
+    They serve a second criterion, which chooses among many equally good cuts.
 
     Args:
         dag: N nodes.
@@ -160,7 +160,7 @@ def is_refuted(dag: Dag, stages: int, limit: int) -> bool:
 
 @dataclass(frozen=True)
 class _BothEnds:
-    """A graph, to be searched from either end."""
+    """A graph and its reverse, to search from either end."""
 
     stages: int
     forward: SearchGraph
@@ -179,7 +179,7 @@ class _BothEnds:
         width: int | None,
         steps: int = WORK,
     ) -> tuple[OrderSearchResult, bool]:
-        """The result after a search for a cut within `limit`, and whether it decided the limit."""
+        """Search for a cut within `limit`; return the result, and whether the limit is decided."""
         graph = self.backward if backward else self.forward
         steps = min(steps, WORK - best.steps)
         found = search_ideals(graph, self.stages, limit, width=width, steps=steps)

@@ -1,7 +1,7 @@
 """Scale floats to integers without rounding, so that comparisons are exact.
 
-A float is an integer over a power of two. With integer costs an optimum is the optimum, and no
-tolerance decides whether a cut keeps a limit.
+A float is an integer divided by a power of two. With integer costs the optimum is exact, and no
+tolerance decides whether a cut is within a limit.
 """
 
 from __future__ import annotations

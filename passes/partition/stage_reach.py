@@ -21,7 +21,7 @@ class OptionSums:
 
     Attributes:
         time_sums: N + 1 prefix sums of times.
-        byte_sums: N + 1 prefix sums of memory; of no use without a limit.
+        byte_sums: N + 1 prefix sums of memory; unused without a limit.
         byte_limit: see `DeviceLoads.byte_limits`.
         receive_times: of each value; empty: free.
         copy_bytes: of each value; empty: no memory.

@@ -14,11 +14,11 @@ Read the files in this order:
     `request`             the arguments as one value; the cache of traced stages
     `cut`                 Split -> Phased: trace every stage, cut its joint graph
     `joint_trace`         one stage graph -> its joint forward and backward graph
-    `stage_runner`        runs a stage graph on fake tensors while it is traced
-    `lower_random`        random ops become keyed draws of the runtime's `ctx`; other clean-up
-    `function_constants`  constants that a custom autograd.Function creates
-    `assign_phases`       one joint graph -> F, R, B and W, by reachability
-    `select_saved`        which values F saves for the backward, by policy
+    `stage_runner`        run a stage graph on fake tensors while it is traced
+    `lower_random`        clean a joint graph; turn random ops into keyed draws of `ctx`
+    `function_constants`  write constants that a custom autograd.Function creates
+    `assign_phases`       cut one joint graph into F, R, B and W, by reachability
+    `select_saved`        select the values that F saves for the backward, by policy
     `rematerialize`       rewrite a joint graph so that it recomputes what F did not save
 """
 

@@ -5,8 +5,9 @@
     B  backward: what the gradients of received values need; earlier stages wait for these
     W  weights: the rest, gradients of the stage's own parameters; no stage waits for these
 
-The only choice is what F saves, which the stage's rematerialization policy makes (`select_saved`).
-A call that R recomputes is in the graph twice, so that every node belongs to one phase.
+The only choice is which values F saves; the stage's rematerialization policy makes it
+(`select_saved`). An op that R recomputes is in the graph twice, so that every node belongs to one
+phase.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ def cut_joint(
     """Cut one joint graph into F, R, B and W by reachability.
 
     Args:
-        stage: gives the names.
+        stage: the stage graph; gives the names.
         joint: its joint graph.
         policy: chooses what F saves.
-        device: for which it was traced.
+        device: the device that it was traced for.
 
     Returns:
-        The cut stage, without names of tangents. The `call` of its draws is still a position in the
-        stage graph.
+        The cut stage, without names of tangents. In its draws, `call` is still a position in the
+        stage graph, not in the captured graph.
     """
     ctx, *placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     names = stage.signature
@@ -90,7 +91,7 @@ def cut_joint(
 
 
 def _ancestors(results: Sequence[Any]) -> set[fx.Node]:
-    """The calls and placeholders that `results` depend on, themselves included."""
+    """The ops and placeholders that `results` depend on, themselves included."""
     found: set[fx.Node] = set()
     todo = [r for r in results if isinstance(r, fx.Node)]
     while todo:

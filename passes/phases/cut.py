@@ -1,7 +1,7 @@
 """Split -> Phased: trace every stage and cut its joint graph into phases.
 
-A walk from the first stage to the last finds the metadata of all values between stages. A walk back
-traces each stage with the gradients that it receives. Identical stages are traced once.
+A walk from the first stage to the last computes the metadata of all values between stages. A walk
+back traces each stage with the gradients that it receives. Identical stages are traced once.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def cut_phases(
     """Trace every stage at one micro-batch size and cut it into phases.
 
     Args:
-        request: the stages and what they are traced for.
+        request: the stages and their metadata, devices and policies.
         size: samples in the micro-batch, one of those that `request` has metadata for.
-        cache: what was traced so far; grows.
-        progress: called with each stage that is traced.
+        cache: stages that were traced so far; new ones are added.
+        progress: called with a text for each stage that is traced.
 
     Raises:
         InputError: a batch norm would see a single value per channel.
@@ -77,7 +77,7 @@ def cut_phases(
 
 
 def received_strides(phased: Phased) -> dict[tuple[str, int], tuple[int, ...]]:
-    """Return the strides with which each stage was traced to receive values and gradients.
+    """Return the strides of received values and gradients with which each stage was traced.
 
     Returns:
         (message, stage) → strides. A message is a value's name, or ``grad name``.
@@ -137,7 +137,7 @@ def _cut_stage(
 
 
 def _arrived(value: Located, device: torch.device) -> TensorMeta:
-    """A value's metadata on the device that uses it: a copy between devices makes it dense."""
+    """A value's metadata on the device that uses it: a copy between devices is dense."""
     meta, source = value
     return meta if source == device else meta.after_copy()
 
@@ -149,7 +149,7 @@ def _contiguous(meta: TensorMeta) -> TensorMeta:
 
 
 def _check_batch_norm(split: Split, size: int) -> None:
-    """Refuse batch norm over a single value per channel, as eager execution does."""
+    """Refuse batch norm over a single value per channel, as eager PyTorch does."""
     for node in split.captured.graph_module.graph.nodes:
         if node.target is not aten.batch_norm.default or not node.args[5]:
             continue
@@ -191,7 +191,7 @@ def _tangents(
 def _with_names_of(
     stage: StageGraph, core: StagePhases, captured: Captured, tangents: Sequence[str]
 ) -> StagePhases:
-    """Give a cut stage the names of `stage`, which is identical to the one that was traced."""
+    """Rename a cut stage's values to those of `stage`, which is identical to the traced stage."""
     rename = dict(zip(core.state + core.receives, stage.signature, strict=True))
     return dataclasses.replace(
         core,

@@ -1,11 +1,11 @@
 """Write the constants that a custom autograd.Function creates into the stage's program.
 
-A Function's code runs while a stage is traced. A tensor that it uses without getting it as an
-argument becomes a constant in the trace. If the tensor came through a closure (a parameter, a
-buffer, a global), it may change between steps or require a gradient, so it is refused, and so is
-reading its values. If the Function created it from numbers in its code, the stage's program creates
-it again. The two may look the same in a trace (``torch.tensor([parameter, 1.0])`` copies a value),
-so a mode watches the calls of torch's functions while the stage is traced.
+A Function's code runs while a stage is traced. A tensor that it uses but that is not an argument
+becomes a constant in the trace. If the tensor came from a closure (a parameter, a buffer, a
+global), it may change between steps or require a gradient, so it is refused, and so is reading its
+values. If the Function created it from numbers in its code, the stage's program creates it again.
+The two can look the same in a trace (``torch.tensor([parameter, 1.0])`` copies a value), so a mode
+intercepts calls of torch's functions while the stage is traced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import StageGraph
 
 LARGEST = 64
-"""How many numbers a constant may have, so that it fits on a line of the program."""
+"""The largest number of entries of a constant, so that it fits on a line of the program."""
 
 DTYPES = {
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -47,7 +47,7 @@ DTYPES = {
 """Dtypes whose values a Python literal expresses exactly."""
 
 BUILTIN = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
-"""Types of torch's functions that run no Python code: `torch.tensor`, `new_tensor`, an index."""
+"""Types of torch functions that run no Python code: `torch.tensor`, `new_tensor`, indexing."""
 
 PLAIN = (Number, str, NoneType, EllipsisType, torch.dtype, torch.device, torch.layout)
 
@@ -64,9 +64,9 @@ REMEDY = (
 
 
 class _ConstantWatch(TorchFunctionMode):
-    """Marks what is recorded of calls on plain numbers; refuses to read the values of closures.
+    """Marks nodes recorded by calls on plain numbers; refuses to read values of closures' tensors.
 
-    A constant that is recorded with the mark was created by the call from these numbers.
+    A constant recorded with the mark was created from these numbers.
     """
 
     def __init__(self, stage: StageGraph) -> None:
@@ -87,7 +87,7 @@ class _ConstantWatch(TorchFunctionMode):
 
 
 def watch_constants(stage: StageGraph) -> AbstractContextManager[None]:
-    """While `stage` is traced: tell constants that a Function creates from tensors it closes over.
+    """While `stage` is traced: mark constants that a Function creates, unlike tensors of a closure.
 
     (A mode does not see calls inside a call that it has seen, so it is entered where the code of a
     Function begins.)
@@ -99,7 +99,7 @@ def watch_constants(stage: StageGraph) -> AbstractContextManager[None]:
 
 
 def inline_constants(stage: StageGraph, traced: fx.GraphModule) -> None:
-    """Replace the constants of a traced stage by calls that create them.
+    """Replace the constants of a traced stage by ops that create them.
 
     Args:
         stage: what was traced; for source lines in errors.
@@ -123,7 +123,7 @@ def inline_constants(stage: StageGraph, traced: fx.GraphModule) -> None:
             new.meta = dict(user.meta)
             user.replace_all_uses_with(new)
             graph.erase_node(user)
-        if not _is_created(constant):  # touched, even if only for its shape
+        if not _is_created(constant):  # used, even if only for its shape
             raise _refused(stage, _call(constant), str(constant.target))
         graph.erase_node(constant)
 
@@ -165,7 +165,7 @@ def _is_created(node: fx.Node) -> bool:
 
 
 def _call(node: fx.Node) -> int | None:
-    """Return the position, in the stage graph, of the call that a traced node comes from."""
+    """Return the position, in the stage graph, of the op that a traced node comes from."""
     position: int | None = node.meta.get("custom", {}).get("call")
     return position
 

@@ -1,17 +1,17 @@
 """Trace one stage graph at one micro-batch size into one pure joint graph, forward and backward.
 
-The stage runs on fake tensors with integer sizes, autograd runs on top, and make_fx records below
-them everything that the two dispatch. AOTAutograd's functional tensors turn in-place calls and
-views into pure ones. So the joint graph contains the kernels that eager autograd would execute, in
-its order.
+The stage runs on fake tensors with integer sizes, with autograd on top, and make_fx records every
+op that the two dispatch. AOTAutograd's functional tensors turn in-place ops and views into pure
+ones. So the joint graph contains the kernels that eager autograd would execute, in its order.
 
-`torch.autograd.grad` computes the gradients that a stage sends to other stages. It takes the
-tangents of the stage's results. For a value that later stages use too, it also takes the sum of
-their gradients, as a tangent of the stage's *input itself*. Autograd adds such a tangent before any
-contribution of this stage: the order in which it would sum the contributions in the whole graph.
+`torch.autograd.grad` computes the gradients that a stage sends to other stages. Its arguments
+include the tangents of the stage's results. For a received value that later stages use too, they
+also include the sum of those stages' gradients, as a tangent of the stage's *input itself*.
+Autograd adds such a tangent before any contribution of this stage: the order in which it would sum
+the contributions in the whole graph.
 
 (AOTAutograd's own joint export guesses the strides of tangents and drops tangents of results that
-alias an input. Both are known here, so its parts are used directly.)
+alias an input. Both are known here, so its components are used directly.)
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ aten = torch.ops.aten
 
 
 class TensorMeta(NamedTuple):
-    """Metadata of a tensor at one micro-batch size: what tracing must know of it.
+    """Metadata of a tensor at one micro-batch size, as tracing needs it.
 
     Attributes:
         shape: sizes in elements.
@@ -88,7 +88,7 @@ class JointGraph:
         graph: the joint graph.
         updates: positions among the state of the buffers whose new values are results.
         grads: positions among state and received values of those whose gradients are results.
-        draws: the key of each random draw, with the position of its call in the stage graph.
+        draws: the key of each random draw, with the position of its op in the stage graph.
     """
 
     graph: fx.Graph
@@ -146,7 +146,7 @@ def trace_joint(
         grad: False traces the forward alone, under no_grad.
 
     Returns:
-        The joint graph, its random calls replaced by keyed draws.
+        The joint graph, with its random ops replaced by keyed draws.
 
     Raises:
         CaptureError: a shape depends on the values of tensors, or a custom autograd.Function uses a
@@ -161,7 +161,7 @@ def trace_joint(
         before = list(primals)
         with FunctionalTensorMode():
             outer = [to_functional(x) for x in primals]
-            # Also for a forward alone: matmul chooses its kernel by requires_grad.
+            # For a forward alone too: matmul chooses its kernel by requires_grad.
             leaves = [
                 x.detach().requires_grad_() if i in differentiable else x
                 for i, x in enumerate(outer)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 CONTEXT = "ctx"
-"""First placeholder of every joint graph: the object through which a stage's code uses the runtime.
+"""First placeholder of every joint graph: the object by which a stage's code calls the runtime.
 
 Its methods are `draw` (a keyed random op), `in_suggested_format` (a tensor, dense in the memory
 format that its strides suggest), `with_grad` (an op with gradients enabled) and `accumulate`."""
@@ -26,11 +26,11 @@ RNN_WORKSPACE = 22
 """Position of oneDNN's workspace among the arguments of its LSTM backward."""
 
 LAYOUT_SENSITIVE = (aten.native_group_norm.default, aten.native_group_norm_backward.default)
-"""Kernels that require their arguments to be dense in the memory format that these suggest."""
+"""Kernels whose arguments must be dense in the memory format that their strides suggest."""
 
 
 def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDraw, ...]:
-    """Drop ops that do nothing below autograd, and lower some ops to methods of `ctx`.
+    """Remove ops that matter to autograd only, and lower some ops to methods of `ctx`.
 
     A random op (`autopipe.passes.graph.is_random`) becomes a keyed draw. What it draws depends on
     its key alone, so recomputation draws the same numbers and the order of execution does not
@@ -41,7 +41,7 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
     traced as if its argument were dense in a memory format that the real argument does not
     suggest. The format is chosen again at run time, as eager execution would.
 
-    An LSTM's backward gets the workspace of its forward.
+    An LSTM's backward is passed the workspace of its forward.
 
     Args:
         graph: changed in place.
@@ -82,7 +82,7 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
 
 
 def _give_workspace(graph: fx.Graph, ctx: fx.Node, backward: fx.Node) -> None:
-    """Pass oneDNN's LSTM backward its workspace, the fourth result of the forward.
+    """Pass the workspace, the forward's fourth result, to oneDNN's LSTM backward.
 
     The fake forward has no workspace to save, and the real one returns it only while gradients are
     enabled.

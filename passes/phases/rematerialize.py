@@ -1,7 +1,7 @@
-"""Rewrite a joint graph so that it spells out what the backward recomputes.
+"""Rewrite a joint graph so that it contains the ops that the backward recomputes.
 
-F comes first. The backward follows in its own order, with each recomputing op of R just before
-its first use, so that a recomputed value lives no longer than it must.
+F comes first. The backward follows in its own order, with each recomputing op of R just before its
+first use, so that a recomputed value is alive no longer than necessary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 class JointRewriter:
-    """Writes a joint graph again, with R's ops spelled out before their first use.
+    """Writes a new joint graph in which each op of R comes before its first use.
 
     Args:
         forward: the nodes that F computes.
@@ -28,7 +28,7 @@ class JointRewriter:
     Attributes:
         graph: the graph written so far.
         phase_of: the phase of every op written so far ("W" stands for B or W).
-        saved_names: names of the values that the backward takes from F, in the order of first use.
+        saved_names: names of the saved values that the backward reads, in the order of first use.
     """
 
     def __init__(self, forward: set[fx.Node], backward: set[fx.Node], saved: set[fx.Node]) -> None:
@@ -93,7 +93,7 @@ class JointRewriter:
         results = [self._in_forward[r] for r in forward_results]
         results += [self._backward_value(g) for g in gradients]
         self.graph.output(tuple(results))
-        for node in reversed(self.graph.nodes):  # an unused part of a result, a copy of a buffer
+        for node in reversed(self.graph.nodes):  # an unused `getitem`, a copy of a buffer
             if node.op == "call_function" and not node.users:
                 del self.phase_of[node.name]
                 self.graph.erase_node(node)
@@ -103,8 +103,8 @@ class JointRewriter:
         copy_argument: Callable[[fx.Node], fx.Node] = arguments.__getitem__
         new = self.graph.node_copy(node, copy_argument)
         if new.target is aten.view.default:
-            # Some kernels (batch norm's backward) give other strides than their fakes, so a traced
-            # view may not fit. Eager autograd decides by the real strides; so does reshape.
+            # Some kernels (batch norm's backward) return other strides than their fakes, so a
+            # traced view may be impossible. Eager autograd and reshape check the real strides.
             new.target = aten.reshape.default
         self.phase_of[new.name] = phase
         return new
@@ -112,8 +112,8 @@ class JointRewriter:
     def _backward_value(self, node: fx.Node) -> fx.Node:
         """Return the node that the backward uses for a value: saved by F, or recomputed.
 
-        Depth first with a list instead of recursion: a stage's forward may be thousands of ops
-        deep.
+        Walks depth first with a list instead of recursion: a stage's forward may be thousands of
+        ops deep.
         """
         todo = [node]
         while todo:

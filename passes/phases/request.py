@@ -1,4 +1,4 @@
-"""Arguments of `cut_phases` as one value, and the cache of what was traced for earlier ones."""
+"""Arguments of `cut_phases` as one value, and the cache of stages traced earlier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PhaseRequest:
-    """What a split program's phases are made for.
+    """What a split program's stages are traced and cut for.
 
     Attributes:
         split: the stages.
@@ -40,11 +40,11 @@ class PhaseRequest:
 
 @dataclass
 class TraceCache:
-    """What was traced so far, by everything it depends on: identical stages are traced once.
+    """A cache of traced stages, keyed by all that a trace depends on: identical ones share it.
 
     Attributes:
         results: metadata of stages' results.
-        joints: joint graphs, which hold for every rematerialization policy.
+        joints: joint graphs, which do not depend on the rematerialization policy.
         stages: joint graphs cut into phases.
     """
 
@@ -55,7 +55,7 @@ class TraceCache:
     def restricted_to(self, programs: Iterable[Phased]) -> TraceCache:
         """Return a cache of these programs' stages only, so that other graphs can be freed.
 
-        Joint graphs are not in it: a stage that is already cut needs none.
+        It has no joint graphs: stages that are already cut need none.
 
         Args:
             programs: results of `cut_phases` with this cache.

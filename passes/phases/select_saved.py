@@ -27,12 +27,12 @@ def select_saved(
     received: Sequence[fx.Node],
     results: int,
 ) -> set[fx.Node]:
-    """The values that F saves under a policy; some of them the backward may not read.
+    """The values that F saves under a policy; the backward may not read all of them.
 
     Args:
         graph: joint graph; its first placeholder is the runtime's context (`ctx`).
         policy: the stage's policy.
-        forward: what the forward computes or reads.
+        forward: values that the forward computes or reads.
         late: values that depend on a gradient, which F cannot save.
         held: placeholders of the stage's parameters, buffers and constants: they need no saving.
         received: placeholders of the received values, which are always saved.
@@ -45,8 +45,8 @@ def select_saved(
     def min_cut(budget: float) -> set[fx.Node]:
         return _min_cut(graph, results, budget) - late - set(held)
 
-    # The partitioner merges equal ops first, so its choice may lack a received value that an op
-    # which was merged away still reads: received values are saved whatever the policy selects.
+    # The partitioner first merges equal ops, so its choice may lack a received value that a
+    # merged op still reads: received values are saved regardless of the policy's choice.
     selected = policy.select(JointValues(forward, set(received), min_cut))
     return {*selected, *received}
 
@@ -54,8 +54,8 @@ def select_saved(
 def _min_cut(graph: fx.Graph, results: int, budget: float) -> set[fx.Node]:
     """The values that functorch's partitioner saves.
 
-    It gets a copy of the graph without `ctx`: each call of one of its methods is replaced by the
-    op that the method runs.
+    It gets a copy of the graph without `ctx`: each call of a method of `ctx` is replaced by the op
+    that the method runs.
     """
     ctx = next(iter(graph.nodes))
     copy = fx.Graph()
@@ -68,7 +68,7 @@ def _min_cut(graph: fx.Graph, results: int, budget: float) -> set[fx.Node]:
             continue
         _, *arguments = node.args
         target: Any = aten.clone.default
-        if node.target != "in_suggested_format":  # the operator precedes its arguments
+        if node.target != "in_suggested_format":  # its first argument is the operator
             start = {"draw": 1, "with_grad": 0}[node.target]
             target, arguments = arguments[start], arguments[start + 1 :]
         arguments, kwargs = fx.map_arg((arguments, node.kwargs), env.__getitem__)

@@ -1,6 +1,6 @@
 """Run a stage graph on fake tensors of any device while it is traced.
 
-What is recorded is attributed to the call of the stage graph that causes it, in the backward too.
+Each recorded node is attributed to the op of the stage graph that caused it, in the backward too.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_on_device(
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     target: Any = node.target
     if getattr(target, "overloadpacket", None) is aten.randint_like:
-        # torch's Python function passes no gradient, but the overload would ask for one.
+        # torch's Python function has no gradient, but the overload would require one.
         args = pytree.tree_map_only(Tensor, Tensor.detach, args)
     try:
         return target(*args, **kwargs)
@@ -85,7 +85,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _attribute_backward(function: Any, origin: tuple[int, str | None], seen: set[Any]) -> None:
-    """Attribute what autograd's new functions will record to the op that created them."""
+    """Attribute the nodes that autograd's new functions will record to the op that created them."""
     todo = [function]
     while todo:
         top = todo.pop()
@@ -109,7 +109,7 @@ def _replace_devices(value: Any, device: torch.device) -> Any:
 
 
 def _on_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Replace the devices in keyword arguments; give a factory that names none its device."""
+    """Replace devices in keyword arguments; set the device of a factory op that names none."""
     kwargs = _replace_devices(kwargs, device)
     if kwargs.get("device") is None and _is_factory(node.target):
         kwargs["device"] = device
@@ -125,7 +125,7 @@ def _is_factory(target: Any) -> bool:
 
 
 def uncached_autocast() -> Any:
-    """While tracing under autocast: keep fake casts of parameters out of its cache."""
+    """While tracing under autocast: keep fake casts of parameters out of autocast's cache."""
     for kind in autocast_device_types():
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)

@@ -1,7 +1,7 @@
 """A schedule is data: one list of actions per device.
 
-As data it can be printed, checked for deadlocks and timed (`simulate`) before any device is used,
-and the runtime only executes lists: it does not know what "GPipe" means.
+So it can be printed, checked for deadlocks and timed (`simulate`) before any device is used, and
+the runtime only executes lists: it does not know what "GPipe" means.
 
 An action is one micro-batch's work at one stage. Its phase is a string of letters: F forward,
 R rematerialization, B gradients of the stage's inputs, W gradients of its parameters. `RBW` is a
@@ -79,7 +79,7 @@ class Scheduled:
 
     Attributes:
         kind: name of the schedule kind.
-        stages: the number of stages; a device may hold several.
+        stages: the number of stages; a device may have several.
         chunks: M, the number of micro-batches.
         devices: for each device its actions, in order.
     """

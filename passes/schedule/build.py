@@ -25,8 +25,8 @@ def schedule(
 ) -> Scheduled:
     """List what each of K devices runs in one training step.
 
-    Stage k is on device k. Kinds with v stages per device cut the model into vK stages instead,
-    and their order says where each one is.
+    Stage k is on device k. Kinds with v stages per device cut the model into vK stages instead, and
+    their order says on which device each stage is.
 
     Args:
         kind: a name in `KINDS`, which describes each kind.

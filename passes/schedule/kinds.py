@@ -3,18 +3,18 @@
 To add a kind, write its order function and add one row to the table. Option checks, error messages
 and help texts read the table.
 
-An order function takes K devices, M micro-batches and v stages per device, so vK stages in all.
-For each device it lists what the device runs in one training step as (letters, stage,
-micro-batch), where the letters are "F", "B" and "W", or "BW" for a backward that computes the
-gradients of inputs and parameters together. It needs no times, and every stage runs the backwards
-of micro-batches 0..M-1 in that order. `schedule` (in `build`) adds rematerialization.
+An order function takes K devices, M micro-batches and v stages per device, so vK stages in all. For
+each device it lists what the device runs in one training step as (letters, stage, micro-batch),
+where the letters are "F", "B" and "W", or "BW" for a backward that computes the gradients of inputs
+and parameters together. The order does not depend on times. Every stage runs the backwards of
+micro-batches 0..M-1 in that order. `schedule` (in `build`) adds rematerialization.
 
 The bubbles in the docstrings below (idle time within the span of the longest device) hold for
 equal stages and free transfers; T = F + R + B + W.
 
-Two families are defined for some M only. Their orders are generated for more micro-batches and the
-surplus is dropped. The result is still valid: micro-batches depend on one another only through the
-order of a device.
+Two families are defined for some M only. For another M, their orders are generated for more
+micro-batches, and the surplus is dropped. The result is still valid: micro-batches depend on one
+another only through the order of a device.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def zb_v(K: int, M: int, v: int) -> Order:
 
         F down 2K-1-k   B, W down 0   F up K   B, W up K-k
 
-    That puts 2K forwards between F and W on every device: the memory of 1F1B, as a stage is half
-    of 1F1B's. The warm-up runs what those numbers skip: forwards down until the first micro-batch
+    That puts 2K forwards between F and W on every device: the memory of 1F1B, as a stage is half of
+    1F1B's. The warm-up runs the actions before these: forwards down until the first micro-batch
     comes up, forwards in turn until the gradient of the last stage arrives, then F, B, W up. In the
     cool-down, gradients of inputs go first, because other devices wait for them, and W's fill in.
     The order holds for M >= 2K - 1; for a smaller M the surplus is dropped.

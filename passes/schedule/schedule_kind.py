@@ -1,4 +1,4 @@
-"""What describes one kind of schedule; the kinds themselves are in `kinds`."""
+"""The description of one kind of schedule; the kinds are in `kinds`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RawAction = tuple[str, int, int]
 """Letters of the phases, stage, micro-batch."""
 
 Order = list[list[RawAction]]
-"""For each device, what it runs, in order."""
+"""For each device, the actions that it runs, in order."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class ScheduleKind:
         summary: one line for help texts, with the paper.
         virtual_stages: v, the stages per device; the default if users may choose it.
         any_virtual_stages: users may choose any v >= 1.
-        runs_here: the runtime executes it; if False it can only be simulated. Today that takes an
-            order of all forwards, then all backwards, of one stage per device (codegen checks it).
+        runs_here: the runtime executes it; if False it can only be simulated. Today the runtime
+            needs one stage per device and an order of all forwards, then all backwards (codegen
+            checks it).
     """
 
     name: str

@@ -1,9 +1,10 @@
 """Simulate one training step of a schedule: when each action runs, and peak memory.
 
-A plan is judged before it runs, possibly for devices that are not here, and a measured run is
-judged against its ideal. The model: every device executes its list in order, and an action starts
-when its device is free and its inputs have arrived. There are no queues, no contention and no
-launch overhead; published simulations of this kind are within 1-3% of measurements on average.
+It predicts a plan's step before it runs, possibly for devices that are not present, and gives an
+ideal to compare a measured run with. The model: every device executes its list in order, and an
+action starts when its device is free and its inputs have arrived. There are no queues, no
+contention and no launch overhead; published simulations of this kind are within 1-3% of
+measurements on average.
 
 Times have no fixed unit: results have the unit of the arguments.
 """
@@ -43,8 +44,8 @@ def simulate(
     """Simulate one training step of a schedule on K devices.
 
     Kinds with v stages per device get the same model as the others: one value is the work of a
-    device, and each of its v stages takes 1/v of it. So results of two kinds called with the same
-    arguments compare. The closed forms of the bubble are in the docstrings of `kinds`.
+    device, and each of its v stages takes 1/v of it. So results of two kinds with the same
+    arguments are comparable. The closed forms of the bubble are in the docstrings of `kinds`.
 
     Args:
         kind: a name in `KINDS`.
@@ -63,7 +64,7 @@ def simulate(
         saved_bytes: what F saves for the backward, per micro-batch; None: peak memory is not
             computed.
         recomputed_bytes: what R adds to it.
-        weight_bytes: what B leaves of it for W; None: all. See `peak_bytes`.
+        weight_bytes: what is still saved after B, for W; None: everything. See `peak_bytes`.
 
     Raises:
         OptionError: an unknown kind, a count below 1, or a time or a number of bytes that is
@@ -114,8 +115,8 @@ def simulate_schedule(
     """Simulate a given schedule; see `simulate` for the arguments.
 
     Here a sequence has one value for each stage, and a single value is that of every stage. An
-    action takes the sum of its phases, and its results are sent when it ends: with RBW the gradient
-    for the previous stage waits for W.
+    action takes as long as its phases together, and its results are sent when it ends: with RBW the
+    gradient for the previous stage waits for W.
 
     Args:
         scheduled: a valid schedule.
@@ -203,8 +204,8 @@ def peak_bytes(
 
     A micro-batch at a stage occupies nothing before F; `saved_bytes` from the start of F;
     `recomputed_bytes` more from the start of R; `weight_bytes` from the end of B; nothing from the
-    end of W. While B runs, the larger of what it reads and what it leaves is counted. A device does
-    one thing at a time, so the result follows from the order of its actions alone.
+    end of W. While B runs, the larger of what it reads and what it leaves saved is counted. A
+    device does one thing at a time, so the result follows from the order of its actions alone.
 
     Not counted: parameters, their gradients and optimizer state, temporaries within an action, and
     values that have arrived from other devices and are not used yet.
@@ -213,8 +214,8 @@ def peak_bytes(
         scheduled: a valid schedule; without backward actions nothing is saved and all are 0.
         saved_bytes: one value for all stages or one for each, per micro-batch.
         recomputed_bytes: likewise.
-        weight_bytes: likewise; None: saved + recomputed, the safe bound, as if everything were kept
-            until W. (In arXiv 2401.10241, Table 1, B frees the larger part.)
+        weight_bytes: likewise; None: saved + recomputed, a safe bound: everything is saved until W.
+            (In arXiv 2401.10241, Table 1, B frees the larger part.)
 
     Raises:
         OptionError: a number of bytes that is negative, not finite, or not one for each stage.

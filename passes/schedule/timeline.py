@@ -129,7 +129,7 @@ class Timeline:
     def __str__(self) -> str:
         """A Gantt chart: digits are forwards, letters backwards (a: micro-batch 0).
 
-        Capitals are a W apart from its B, and ``'`` is an R apart from its B.
+        Capitals are a W that is not part of its B's action; ``'`` is such an R.
         """
         title = (
             f"makespan {self.makespan:.6g}, bubble {self.bubble:.4f}, "

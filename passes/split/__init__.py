@@ -7,9 +7,9 @@ Out: `Split`: K stage graphs, the routes of the values between them, and estimat
 
 Files, in reading order:
 
-- `cut`: the driver: `split`
+- `cut`: `split`, which runs the steps
 - `objective`: what a cut is optimized for
-- `op_costs`: per-op costs at the planned micro-batch size, the pieces of all estimates
+- `op_costs`: per-op costs at the planned micro-batch size, the terms of all estimates
 - `min_cut_estimate`: what a min-cut is estimated to save and recompute
 - `stage_loads`: cost tables for the exact cut of one order of the ops
 - `stage_estimate`: the same sums for any assignment of ops to stages
@@ -17,7 +17,7 @@ Files, in reading order:
 - `assign_stages`: choose the order and the cut
 - `relocate_ops`: move ops near the inputs to where they cost least
 - `duplicate_ops`: compute cheap values in each stage that needs them
-- `replay_plan`: the cut that a plan names
+- `replay_plan`: find the cut that a plan stores
 - `reorder`: reorder the program so that its stages are runs of ops
 - `extract_stages`: build the stage graphs and routes
 """

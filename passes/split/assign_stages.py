@@ -1,8 +1,9 @@
 """Assign ops to stages: the exact cut of the captured order, or of a better one.
 
-The captured order is kept where its best cut is near the lower bound on all convex cuts: it reads
-better, and gradients are summed in it. Else other orders are searched (`search_orders`), each is
-cut exactly for what its stages cost, and one is taken if it is better by more than `SLACK`.
+The captured order is used if its best cut is near the lower bound on all convex cuts: the program
+is easier to read, and gradients are summed in the captured order. Otherwise other orders are
+searched (`search_orders`), each is cut exactly for its stages' costs, and the best one is used if
+it is better by more than `SLACK`.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ if TYPE_CHECKING:
     from .stage_loads import OrderedOps
 
 SLACK = 0.03
-"""How far above the least possible bottleneck a cut may lie if fewer bytes cross it. Costs are not
-known better than that, and a cut between layers saves memory and reads better."""
+"""How far a cut's bottleneck may be above the optimum if fewer bytes cross the cut. Costs are not
+known more precisely, and a cut between layers saves memory and is easier to read."""
 
 ORDERED_GROUPS = 4096
-"""Graphs with more groups are cut in the captured order."""
+"""Graphs with more groups are cut in the captured order only."""
 
 ORDER_STEPS = 1 << 17
-"""Groups for which orders are cut; one order always is."""
+"""Budget for cutting orders, in groups; at least one order is cut."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class StageAssignment:
 
     Attributes:
         stage_of: the stage of each op.
-        lower_bound: seconds that the largest stage of no convex cut is below.
+        lower_bound: seconds; the largest stage of every convex cut takes at least that.
     """
 
     stage_of: dict[fx.Node, int]
@@ -59,13 +60,13 @@ class StageAssignment:
 
 
 def assign_stages(groups: OpGroups) -> StageAssignment:
-    """Find the cut with the fastest largest stage; near it, the one that fewest bytes cross.
+    """Find the cut with the least bottleneck; among nearly equal ones, that with fewest bytes sent.
 
     Args:
         groups: the ops, with their costs and the objective.
 
     Raises:
-        PartitionError: no cut keeps the objective's limits; the error is that of the captured
+        PartitionError: no cut satisfies the objective's limits; the error is that of the captured
             order.
     """
     ordered, captured = groups.in_order(), range(len(groups.starts))
@@ -109,7 +110,7 @@ def _orders(groups: OpGroups, loads: DeviceLoads) -> tuple[int, list[tuple[int, 
     if not any(costs):
         return loads.lower_bound, []
     low, high, found = loads.lower_bound, min_bottleneck(list(accumulate(costs, initial=0)), K), []
-    if high > low * (1 + SLACK):  # else transfers are what makes the cut bad, not the order
+    if high > low * (1 + SLACK):  # otherwise transfers, not the order, limit the cut
         searched = search_orders(dag, K)
         low, high = max(low, searched.lower_bound), searched.bottleneck
         found = [*reversed(searched.orders[1:])]

@@ -42,8 +42,8 @@ def split(
     Args:
         annotated: the graph and its costs.
         objective: what it is cut for, K stages.
-        planned: where to cut. None: where the slowest stage is fastest under the objective's
-            limits, or within `SLACK` of that with the fewest bytes crossing.
+        planned: where to cut. None: find the cut under the objective's limits whose slowest stage
+            is fastest or within `SLACK` of that, with the fewest bytes crossing.
         must_fit: raise if the planned cut is not one of this graph; else such a cut is ignored (in
             evaluation mode a model may run other ops than in training).
 
@@ -52,7 +52,7 @@ def split(
         in another order.
 
     Raises:
-        PartitionError: the graph has fewer than K groups of ops, or no cut keeps the limits.
+        PartitionError: the graph has fewer than K groups of ops, or no cut satisfies the limits.
         PlanError: a planned cut is not one of this graph.
         UnsupportedError: the model changes an input or a parameter in place.
     """
@@ -90,7 +90,7 @@ def split(
 def _improved(groups: OpGroups, stage_of: Mapping[fx.Node, int]) -> Assignment:
     """A cut with fewer transfers: some ops relocated, some duplicated.
 
-    (Duplicates take some memory; if there is not enough, their values are sent.)
+    (Duplicates need some memory; if there is not enough, the values are sent instead.)
     """
     stage_of = relocate_ops(groups, stage_of)
     assignment = duplicate_ops(groups, stage_of)

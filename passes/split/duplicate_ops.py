@@ -1,9 +1,10 @@
-"""Duplicate cheap ops: compute a value in each stage that needs it where that beats sending it.
+"""Duplicate cheap ops: compute a value in each stage that needs it if sending it costs more.
 
 Position tables, masks, casts of ids: values that depend on inputs, constants and buffers alone,
-whose ops get no gradient and are not random. For each such value that a stage receives, the
-transfer is compared with computing it there, from what the stage has or would have to receive
-instead; so a wide mask may be sent while it is narrow, and expanded where it is used.
+whose ops get no gradient and are not random. For each such value that a stage receives, the cost of
+the transfer is compared with that of computing it there, from values that the stage has or would
+receive instead. So a mask may be sent before it is expanded, and expanded in the stage that uses
+it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def duplicable_ops(groups: OpGroups) -> set[fx.Node]:
-    """The ops that any stage may compute for itself; each is a group of its own.
+    """The ops that any stage may compute for itself; each is a separate group.
 
     Args:
         groups: the ops.
@@ -95,11 +96,11 @@ def duplicate_ops(groups: OpGroups, stage_of: Mapping[fx.Node, int]) -> Assignme
 def _cheapest(
     costs: OpCosts, k: int, own: Sequence[fx.Node], duplicable: set[fx.Node]
 ) -> list[fx.Node]:
-    """The ops that a stage had best compute itself, of those whose values it would receive.
+    """The ops that a stage should compute itself instead of receiving their values.
 
-    An exact choice, by a min-cut. Each value is available in the stage or not, and if it is, it is
-    computed there or received. The source's side of the cut holds (value, "available") and
-    (value, "computed").
+    The choice is exact, by a min-cut. Each value is available in the stage or not; if it is
+    available, it is computed there or received. If the source's side of the cut has (value,
+    "available") or (value, "computed"), that is true of the value.
     """
     device = costs.objective.devices[k]
     seconds = costs.seconds(device, costs.objective.policies(k)[0])
@@ -130,9 +131,9 @@ def _cheapest(
 def _without_unused(
     groups: OpGroups, assignment: Assignment, duplicable: set[fx.Node]
 ) -> Assignment:
-    """Remove ops from stages that need their values no more, as all users compute them themselves.
+    """Remove ops from stages that no longer need their values, because all users compute them.
 
-    (A stage keeps the last op that no stage before computes.)
+    (A stage keeps its last remaining op that no earlier stage computes.)
     """
     own = Counter(stages[0] for stages in assignment.values())
     found = dict(assignment)

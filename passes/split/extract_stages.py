@@ -1,6 +1,6 @@
 """Extract stage graphs with explicit signatures, and the routes of values between them.
 
-Sizes are not sent: each stage reads the batch size off one of its tensors.
+Sizes are not sent: each stage reads the batch size from the shape of one of its tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def extract_stages(
     """Extract the stages of an assignment.
 
     Args:
-        annotated: the program, its ops in an order in which stages are runs (but for duplicates).
+        annotated: the program, in an order in which each stage is a contiguous run, duplicates
+            aside.
         assignment: the stages of each op.
         estimates: of the K stages.
     """
@@ -53,7 +54,7 @@ def extract_stages(
         item = inputs.get(node.name)
         stages = sorted(needed)
         if item is not None and item.kind in (InputKind.BUFFER, InputKind.CONSTANT):
-            for k in stages:  # to read: what is written stays in one stage (`op_groups`)
+            for k in stages:  # readers only: writes stay in one stage (`op_groups`)
                 held[k].append(item)
             continue
         if item is None:
@@ -112,7 +113,7 @@ def _users(graph: fx.Graph, assignment: Assignment) -> dict[fx.Node, set[int]]:
         if isinstance(n.meta["val"], Tensor) and tensor_spec(n).batch_dim is not None
     ]
     has_size = {k for n in batched for k in users[n] if k not in assignment.get(n, ())}
-    for k in sized - has_size:  # a stage that needs the batch size needs a tensor to read it off
+    for k in sized - has_size:  # a stage that needs the batch size needs a tensor with it
         users[batched[0]].add(k)
     return {n: s for n, s in users.items() if s}
 

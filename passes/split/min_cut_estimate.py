@@ -1,11 +1,11 @@
 """Estimate what "min-cut" saves and recomputes, from the forward of the captured graph alone.
 
 The partitioner itself (`phases/select_saved`) sees a traced stage with its backward. Here the whole
-forward is walked once, in order. Of what autograd saves, two kinds of values stay saved: operands
-that the backward of a matrix product reads (a kernel of the backward must find them in memory), and
-results of ops that are not cheap: products, random ops, ops with side effects. The result of a
-cheap op (one without FLOPs) is recomputed if the values that must be saved for that take no more
-memory; else it is saved.
+forward is walked once, in order. Of the values that autograd saves, two kinds stay saved: operands
+that the backward of a matrix product reads (its kernels must find them in memory), and results of
+ops that are not cheap: products, random ops, ops with side effects. The result of a cheap op (one
+without FLOPs) is recomputed if the values that must be saved for that need no more memory;
+otherwise it is saved.
 
 `benchmarks.kept` compares the estimate with traced stages.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MinCutEstimate:
-    """What a min-cut is estimated to do.
+    """The estimated choice of a min-cut.
 
     Attributes:
         saved_bytes: by op, bytes of its results that are saved; ops without an entry: none.
@@ -48,9 +48,9 @@ def estimate_min_cut(
     Args:
         ops: in graph order.
         autograd_bytes: by op, bytes of its results that autograd saves.
-        result_bytes: bytes of new memory that an op's results take (a view takes none).
-        has_flops: whether an op does matrix products or the like.
-        backward_reads: the operands of an op that its backward reads.
+        result_bytes: returns the bytes of new memory that an op's results need (0 for a view).
+        has_flops: returns whether an op does matrix products or the like.
+        backward_reads: returns the operands of an op that its backward reads.
 
     Returns:
         Saved bytes and recomputed ops.
@@ -60,7 +60,7 @@ def estimate_min_cut(
     products = (n for n in ops if n in heavy and has_flops(n))
     needed = {_base(s, result_bytes) for n in products for s in backward_reads(n)}
     cheap = every - heavy - needed
-    available: set[fx.Node] = set()  # saved, or can be recomputed from what is
+    available: set[fx.Node] = set()  # saved, or can be recomputed from saved values
     for node in ops:
         if not autograd_bytes[node]:
             continue
@@ -80,7 +80,7 @@ def estimate_min_cut(
 
 
 def _base(node: fx.Node, result_bytes: Callable[[fx.Node], int]) -> fx.Node:
-    """The op whose memory a view shows in the end."""
+    """The op that computed the memory behind a chain of views."""
     while node.op == "call_function" and not result_bytes(node) and len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
     return node
@@ -89,7 +89,7 @@ def _base(node: fx.Node, result_bytes: Callable[[fx.Node], int]) -> fx.Node:
 def _recomputation(
     node: fx.Node, every: set[fx.Node], cheap: set[fx.Node], available: set[fx.Node]
 ) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The cheap ops that recompute a value from available ones, and what else has to be saved."""
+    """The cheap ops that recompute a value from available ones, and the values to save for that."""
     recomputed, missing, todo = {node}, set(), [node]
     while todo:
         for source in todo.pop().all_input_nodes:

@@ -23,8 +23,9 @@ class Objective:
         batch: samples in a micro-batch.
         devices: one per stage.
         remat: per stage a policy, or several to choose from: the stage gets the one that recomputes
-            least among those with which it keeps its limit.
-        in_flight: per stage, the most micro-batches whose saved values it holds at once.
+            least among those with which it stays within its limit.
+        in_flight: per stage, the largest number of micro-batches whose saved values it stores at
+            once.
         limits: per stage, bytes that it may use; None: no limit.
         state_bytes: optimizer state, bytes per element of a parameter.
         times: measured times of ops by name; None: those of the devices' models.
@@ -72,7 +73,7 @@ class Objective:
 
     @property
     def transfers_are_free(self) -> bool:
-        """Whether no link between devices takes any time, as between CPU workers."""
+        """Whether transfers between devices cost no time, as between CPU workers."""
         return not any(device.link.seconds(1) for device in self.devices)
 
     def policies(self, stage: int) -> tuple[RematPolicy, ...]:
@@ -82,7 +83,8 @@ class Objective:
             stage: its number.
 
         Returns:
-            Only the first one for a stage without a limit: it has no reason to recompute more.
+            The policies; for a stage without a limit only the first, since it need not recompute
+            more.
         """
         several = self.remat[stage]
         several = several if isinstance(several, tuple) else (several,)

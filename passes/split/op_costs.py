@@ -1,22 +1,22 @@
-"""Per-op costs at the planned micro-batch size, whatever the order of the ops.
+"""Per-op costs at the planned micro-batch size; they do not depend on the order of the ops.
 
-These are the pieces that both estimates of a stage are added up from: the cost tables for the exact
-cut of an order (`stage_loads`) and the estimate of any assignment of ops to stages
-(`stage_estimate`).
+Both estimates of a stage are sums of these: the cost tables for the exact cut of an order
+(`stage_loads`), and the estimate of any assignment of ops to stages (`stage_estimate`).
 
 Time of a stage: forward and backward of its ops, what its policy recomputes, and the transfers over
 its left boundary: each value that it receives, and the gradient that it sends back for it. (The
 sender is not charged.) A parameter that an earlier stage owns arrives once a step, which is not
-counted, but its gradient goes back with every micro-batch. Inputs of the model are not counted.
+counted, but its gradient is sent back with every micro-batch. Inputs of the model are not counted.
 
 Memory of a stage, an estimate for the search (tracing the stage gives the true figure):
 
 - a parameter, and if it is trained its gradient and optimizer state, in the first stage that uses
-  it; its value and gradient again in each further one; buffers and constants in each;
-- gradients of a shared parameter that wait in its first stage to be added up (a parameter counts as
-  shared if its uses lie further apart than a stage is long);
-- for one micro-batch, everything that autograd saves, whether saved or recomputed: the backward
-  needs it all;
+  it; its value and gradient in each other stage that uses it; buffers and constants in each stage
+  that uses them;
+- gradients of a shared parameter that are queued in its first stage to be summed (a parameter
+  counts as shared if its first and last use are farther apart than a stage is long);
+- for one micro-batch, everything that autograd would save, whether the policy saves or recomputes
+  it: the backward needs it all;
 - for each further micro-batch in flight, what the policy saves;
 - for each micro-batch in flight the values that the stage receives, if the policy recomputes from
   them or if some backward reads them.
@@ -57,9 +57,9 @@ class IncomingValue:
     Attributes:
         nbytes: its size.
         sent: whether another stage sends it with every micro-batch.
-        has_gradient: whether a gradient goes back with every micro-batch.
+        has_gradient: whether a gradient is sent back with every micro-batch.
         read_by_backward: whether some backward reads it.
-        is_state: whether it is a parameter, buffer or constant, of which the stage has a copy.
+        is_state: whether it is a parameter, buffer or constant, which the stage has a copy of.
     """
 
     nbytes: int
@@ -77,7 +77,7 @@ class IncomingValue:
 
         Args:
             policy: the stage's.
-            in_flight: micro-batches whose saved values the stage holds at once.
+            in_flight: micro-batches whose saved values the stage stores at once.
         """
         if self.is_state:
             return self.nbytes * (1 + self.has_gradient)
@@ -86,7 +86,7 @@ class IncomingValue:
 
 
 def activation_bytes(saved: float, saved_in_flight: float, in_flight: int) -> int:
-    """Bytes of activations: one micro-batch in its backward, the others with what is saved.
+    """Bytes of activations: one micro-batch in its backward, and the saved values of the others.
 
     Args:
         saved: bytes that autograd saves of a micro-batch.
@@ -117,7 +117,7 @@ class OpCosts:
     def ops(self) -> list[fx.Node]:
         """The ops that are assigned to stages, in graph order.
 
-        (Sizes are not among them: each stage computes those that it needs.)
+        (Sizes are not included: each stage computes those that it needs.)
         """
         graph = self.annotated.captured.graph_module.graph
         return [n for n in graph.nodes if n.op == "call_function" and not is_size(n)]
@@ -129,7 +129,7 @@ class OpCosts:
 
     @cached_property
     def recomputable(self) -> set[fx.Node]:
-        """Ops whose results some backward needs (the last ops of a stage may do without)."""
+        """Ops that may have to be recomputed: some backward needs their results."""
         return recomputed_calls(self.ops, self.annotated.flows)
 
     @cached_property
@@ -162,7 +162,7 @@ class OpCosts:
 
     @cached_property
     def _estimates(self) -> dict[fx.Node, OpEstimate]:
-        """By op, what rematerialization policies go by."""
+        """By op, the estimates that rematerialization policies use."""
         saved, found = self.saved_bytes, self.min_cut
         return {
             node: OpEstimate(saved[node], found.saved_bytes.get(node, 0), node in found.recomputed)
@@ -217,10 +217,10 @@ class OpCosts:
 
         Args:
             node: its placeholder.
-            in_flight: micro-batches whose saved values that stage holds at once.
+            in_flight: micro-batches whose saved values that stage stores at once.
 
         Returns:
-            The value, its gradient and optimizer state if it is trained, and gradients that wait.
+            The value; if it is trained, also its gradient, optimizer state and queued gradients.
         """
         item = self.inputs[node.name]
         size = self.at_batch(item.spec.nbytes)
@@ -228,14 +228,14 @@ class OpCosts:
         own = size + (size + state if is_trained(item) else 0)
         if node not in self.shared_parameters:
             return own
-        # A gradient waits from each other stage; while one is added, two sums are there.
+        # Each other stage has a queued gradient; while one is added, there are two sums.
         return own + self.nbytes(node) * (min(in_flight, self.objective.stages) + 2)
 
     @cached_property
     def shared_parameters(self) -> set[fx.Node]:
-        """Trained parameters whose uses lie further apart than a stage is long.
+        """Trained parameters whose first and last use are farther apart than a stage is long.
 
-        By the times on the first device. Several stages will use them.
+        They will be used by several stages. Lengths are times on the first device.
         """
         each = self.seconds(self.objective.devices[0], NONE)
         now, found = 0.0, set()

@@ -4,7 +4,7 @@ Ops stay together if they are
 
 - an op with several results and the ops that unpack it, or
 - the ops over the lifetime of a tensor that is changed in place: from the first op that uses its
-  memory to the last one that writes to it, so that no stage sees another stage's memory change.
+  memory to the last one that writes to it, so that no stage sees another stage change its memory.
 """
 
 from __future__ import annotations
@@ -73,17 +73,18 @@ class OpGroups:
         return OrderedOps(self.costs, [node for part in parts for node in part], starts)
 
     def dag(self, costs: Sequence[int]) -> Dag:
-        """The graph of dependences between groups.
+        """The graph of dependencies between groups.
 
         Args:
             costs: one for each group.
 
         Returns:
-            A DAG whose edges include dependences by way of sizes, which stages compute themselves.
+            A DAG. Its edges include dependencies through sizes, although stages compute sizes
+            themselves.
         """
         group_of = self.in_order().group_of
         edges = []
-        sized: dict[fx.Node, set[int]] = {}  # by size, the groups that it is computed from
+        sized: dict[fx.Node, set[int]] = {}  # size node → the groups that it is computed from
         for node in self.costs.annotated.captured.graph_module.graph.nodes:
             sources: set[int] = set()
             for source in node.all_input_nodes:
@@ -124,7 +125,7 @@ def _may_start(ops: Sequence[fx.Node], inputs: Sequence[Input]) -> list[bool]:
     changing = {storage_id_of(n) for op in ops for n in written_arguments(op)}
 
     def hold(start: int, end: int) -> None:
-        """Keep ops start…end together."""
+        """Keep ops start…end in one group."""
         if end > start:
             blocked[start + 1] += 1
             blocked[end + 1] -= 1

@@ -1,8 +1,9 @@
-"""Move ops near the inputs to the stage, up to that of their first user, where they cost least.
+"""Move ops near the inputs to the cheapest stage that is not after their first user's.
 
-An example is the lookup in a table that two stages share: computed beside the table its activations
-are sent; computed beside their user the table's gradient is, and a copy of the table takes memory.
-Another one is a position embedding, computed early in the captured order and used late.
+One example is the lookup in a table that two stages share. If the stage that owns the table
+computes it, the activations are sent. If the stage that uses them computes it, the table's gradient
+is sent, and a copy of the table needs memory. Another example is a position embedding, computed
+early in the captured order and used late.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     from .stage_estimate import Assignment
 
 MAX_ANCESTORS = 12
-"""Groups that a group may depend on, itself included, if it is to be moved."""
+"""A group is moved only if it and the groups that it depends on are at most this many."""
 
 MOVE_STEPS = 1 << 19
-"""Ops that all evaluations of moves look at, per graph; a few microseconds each."""
+"""Budget per graph for evaluating moves, in ops; each takes a few microseconds."""
 
 
 def relocate_ops(groups: OpGroups, stage_of: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
@@ -38,7 +39,7 @@ def relocate_ops(groups: OpGroups, stage_of: Mapping[fx.Node, int]) -> dict[fx.N
         stage_of: the stage of each op.
 
     Returns:
-        Stages with which the sum of the stages' times is less and the largest is no larger.
+        Stages that reduce the sum of the stages' times and do not increase the largest.
     """
     costs, members = groups.costs, groups.members
     objective = costs.objective
@@ -73,8 +74,8 @@ def relocate_ops(groups: OpGroups, stage_of: Mapping[fx.Node, int]) -> dict[fx.N
 def _movable(groups: OpGroups, dag: Dag, stages: list[int]) -> Iterator[list[int]]:
     """Sets of groups near the inputs that are worth moving together.
 
-    A group and those of its ancestors that only the set uses, if another stage uses what it
-    computes or one of its parameters.
+    Each set is a group and those of its ancestors that only the set uses. It is worth moving if
+    another stage uses the group's results, or an input or parameter that the set uses.
     """
     shared = _shared(groups, stages)
     near: dict[int, set[int]] = {}

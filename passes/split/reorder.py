@@ -1,8 +1,8 @@
 """Reorder the ops of a captured program stage by stage.
 
 A convex cut of a graph is a contiguous cut of another order of its ops: stage by stage, and within
-a stage as before. Only the order changes: names, metadata and costs stay, and so do random numbers,
-which are keyed by the original positions of the ops.
+a stage in the old order. Only the order changes: names, metadata and costs stay the same. So do
+random numbers, which are keyed by the original positions of the ops.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def reorder_by_stage(annotated: Annotated, stage_of: Mapping[fx.Node, int]) -> A
 
     Args:
         annotated: the captured program and its costs.
-        stage_of: the stage of each op that is not a size; no op is in an earlier stage than those
-            that it depends on, also by way of sizes.
+        stage_of: the stage of each op that is not a size; no op is in an earlier stage than the ops
+            that it depends on, directly or through sizes.
     """
     captured = annotated.captured
     old = list(captured.graph_module.graph.nodes)

@@ -1,4 +1,4 @@
-"""Name a cut so that a plan can store it, and find it again in a captured graph."""
+"""Describe a cut by names so that a plan can store it; find it again in a captured graph."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class PlannedCut(NamedTuple):
-    """A cut that was chosen before, by the names of ops.
+    """A cut that was chosen earlier, described by names of ops.
 
     Attributes:
-        graph: fingerprint of the graph that it was chosen for, its ops in the order of the stages.
+        graph: fingerprint of the graph that it was chosen for, with its ops in stage order.
         starts: the first op of each stage but the first.
-        runs: if stages are not runs of the captured order: in that order, each op that is in
-            another stage than the op before it, and its stage. Empty: `starts` say it all.
+        runs: if stages are not contiguous in the captured order: in that order, each op that is in
+            another stage than the op before it, and its stage. Empty: `starts` is enough.
         duplicated: the ops that several stages compute, and which stages do, ascending.
     """
 
@@ -50,7 +50,7 @@ def planned_cut_of(split: Split) -> PlannedCut:
 
 
 def _runs(split: Split) -> tuple[tuple[str, int], ...]:
-    """See `PlannedCut`; empty where its starts say it all."""
+    """`PlannedCut.runs`; empty if `starts` is enough."""
     captured = split.captured
     if not captured.original_positions:
         return ()
@@ -76,13 +76,13 @@ def replay_plan(planned: PlannedCut, groups: OpGroups, *, must_fit: bool) -> Ass
     Args:
         planned: the cut.
         groups: the ops of the graph that is cut now.
-        must_fit: raise if the cut is not one of this graph.
+        must_fit: raise if the cut does not fit this graph.
 
     Returns:
-        The stages of each op; None if the cut is not one of this graph and need not be.
+        The stages of each op; None if the cut does not fit this graph and `must_fit` is False.
 
     Raises:
-        PlanError: it is not and must be.
+        PlanError: the cut does not fit this graph and `must_fit` is True.
     """
     costs = groups.costs
     ops, K = costs.ops, costs.objective.stages
@@ -114,7 +114,7 @@ def replay_plan(planned: PlannedCut, groups: OpGroups, *, must_fit: bool) -> Ass
 
 
 def _backward(groups: OpGroups, stage_of: Mapping[fx.Node, int]) -> list[str]:
-    """The groups that depend on one of a later stage, by the names of their first ops."""
+    """The groups that depend on a group in a later stage, by the names of their first ops."""
     ops = groups.costs.ops
     stages = [stage_of[ops[start]] for start in groups.starts]
     before = groups.dag([0] * len(stages)).before

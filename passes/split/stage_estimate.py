@@ -1,7 +1,8 @@
 """Estimate the time and memory of each stage, for any assignment of ops to stages.
 
-The sums are those of `stage_loads` (see `op_costs`): there for the runs of one order, as tables
-that are quick to compare, here for stages that may share ops and need not be runs of one order.
+The sums are the same as in `stage_loads` (see `op_costs`). There they are tables for the contiguous
+stages of one order, which are quick to compare; here stages may share ops and need not be
+contiguous.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .objective import Objective
 
 Assignment = dict[fx.Node, tuple[int, ...]]
-"""For each op the stages that compute it, ascending: one, but for ops that are duplicated."""
+"""For each op the stages that compute it, ascending: one, or several if it is duplicated."""
 
 
 def estimate_assignment(costs: OpCosts, assignment: Assignment) -> StageEstimates:
@@ -37,7 +38,7 @@ def estimate_assignment(costs: OpCosts, assignment: Assignment) -> StageEstimate
 
     Returns:
         Estimates without a lower bound. Each stage has the policy that recomputes least among those
-        with which it keeps its limit; if it keeps it with none, the one that needs least memory.
+        with which it stays within its limit; if there is none, the policy that needs least memory.
     """
     K = costs.objective.stages
     ops: list[list[fx.Node]] = [[] for _ in range(K)]
@@ -64,7 +65,7 @@ def estimate_stages(split: Split, objective: Objective) -> StageEstimates:
 
     Args:
         split: the cut.
-        objective: devices, policies and limits, as many as the cut has stages.
+        objective: devices, policies and limits, one for each stage of the cut.
     """
     assignment: Assignment = {}
     for k, ops in enumerate(split.ops):
@@ -74,7 +75,7 @@ def estimate_stages(split: Split, objective: Objective) -> StageEstimates:
 
 
 class _Stage(NamedTuple):
-    """Stage k: its ops, the state that it is the first to use, and the other values it uses."""
+    """Stage k: its ops, the state that it owns (uses first), and the other values that it uses."""
 
     k: int
     ops: Sequence[fx.Node]
@@ -83,9 +84,9 @@ class _Stage(NamedTuple):
 
 
 def _policy(costs: OpCosts, stage: _Stage) -> tuple[RematPolicy, int]:
-    """The policy that recomputes least and keeps the stage's limit, and the stage's bytes with it.
+    """The policy that recomputes least within the stage's limit, and the stage's bytes with it.
 
-    (If none does, the one with which it needs least.)
+    (If no policy is within the limit, the one that needs least memory.)
     """
     limit, least = costs.objective.limits[stage.k], None
     for policy in costs.objective.policies(stage.k):

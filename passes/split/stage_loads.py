@@ -1,7 +1,7 @@
 """Cost tables for the exact cut of one order of the ops, on the devices of an objective.
 
-The tables have one column per group of ops and one row per stage and policy (see `op_costs` for
-what is added up). Times are rounded to a grid of 2^-51 of their sum; from there on all is exact.
+The tables have one column per group of ops and one row per stage and policy (see `op_costs` for the
+terms). Times are rounded to multiples of 2^-51 of their sum; all later arithmetic is exact.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from .op_costs import IncomingValue
 
 GRID_BITS = 51
-"""Sums of times are integers of so many bits (and a few more where values are received)."""
+"""Sums of times are integers of this many bits (and a few more if values are received)."""
 
 
 @dataclass(frozen=True, eq=False)
 class OrderedOps:
-    """The ops in some order, in groups that are not cut.
+    """The ops in some order, in groups that must not be cut.
 
     Attributes:
         costs: of the ops.
@@ -81,7 +81,7 @@ class OrderedOps:
         )
 
     def _limit(self, stage: int, policy: RematPolicy) -> int | None:
-        """What a stage's estimate may be, so that with its correction it keeps the limit."""
+        """The largest estimate with which a stage, after correction, stays within its limit."""
         objective = self.costs.objective
         limit, more = objective.limits[stage], objective.corrections.get((stage, policy), 0)
         return None if limit is None else max(0, limit - more)
@@ -108,7 +108,7 @@ class OrderedOps:
         return self._sums(self.costs.saved_bytes)
 
     def _nbytes(self, in_flight: int, policy: RematPolicy) -> tuple[int, ...]:
-        """By group, bytes of activations, and of the state that it is the first to use."""
+        """By group, bytes of activations and of the state that the group uses first."""
         saved = self._saved
         more = self._sums(self.costs.saved_bytes_in_flight(policy))
         sizes = [activation_bytes(s, m, in_flight) for s, m in zip(saved, more, strict=True)]
@@ -119,7 +119,7 @@ class OrderedOps:
 
     @cached_property
     def _uses(self) -> dict[fx.Node, list[int]]:
-        """For each value that ops use the groups that do, ascending, each once."""
+        """For each value that ops use, the groups that use it, ascending, each once."""
         found: dict[fx.Node, list[int]] = {}
         for node, group in self.group_of.items():
             for source in node.all_input_nodes:
@@ -131,9 +131,9 @@ class OrderedOps:
         return found
 
     def _shared_values(self) -> list[tuple[BoundaryValue, IncomingValue]]:
-        """The values that groups use after the one that computes them, or first uses their state.
+        """The values that are used by other groups than the one that computes or first uses them.
 
-        (An input of the model is there before all groups.)
+        (An input of the model exists before all groups.)
         """
         found = []
         for node, uses in self._uses.items():

@@ -4,7 +4,7 @@ A new device type is a file here with a subclass of `Backend`, and its entry in 
 
 Read in this order:
 
-    `base`  the interface, and what holds for a device type without streams
+    `base`  the interface, and the behaviour of a device type without streams
     `cpu`   workers on the host's cores
     `cuda`  NVIDIA and AMD GPUs, through torch.cuda
 """
@@ -41,7 +41,7 @@ def backend_of(device: torch.device) -> Backend:
         device: any device.
 
     Returns:
-        The registered backend; for other device types (a tensor of the caller's may be anywhere)
+        The registered backend; for other device types (a tensor of the caller may be on any device)
         a plain `Backend`, which leaves everything to torch and has no devices for workers.
     """
     return BACKENDS.get(device.type) or Backend(device.type)

@@ -27,21 +27,21 @@ class Stream(Protocol):
     """A queue of work on a device: the part of `torch.Stream` that the runtime uses."""
 
     def record_event(self) -> Any:
-        """An `Event` behind all work queued so far."""
+        """Record an `Event` after all work queued so far."""
 
     def wait_event(self, event: Any) -> None:
-        """Work queued from now on starts after `event`, of any stream of this device type."""
+        """Make later work wait for `event`, of any stream of this device type."""
 
     def wait_stream(self, stream: Any) -> None:
-        """Work queued from now on starts after all that `stream` has now."""
+        """Make later work wait for all work that is now queued in `stream`."""
 
 
 class Backend:
     """The devices of one type.
 
     This class itself describes a synchronous type: an operator has finished when its call returns,
-    there are no streams, and nothing has to be waited for. A type with streams overrides all
-    methods of the second group.
+    there are no streams, and no waiting is needed. A type with streams overrides all methods of the
+    second group.
 
     Args:
         type: as in ``torch.device(type)``.
@@ -62,7 +62,7 @@ class Backend:
         return ()
 
     def find(self, device: torch.device) -> torch.device | None:
-        """Complete a device that a user named.
+        """Add the index to a device that a user named.
 
         Args:
             device: of this type; its index may be missing.
@@ -73,7 +73,7 @@ class Backend:
         return None
 
     def name(self, device: torch.device) -> str:
-        """The model of a device and whatever else its speed depends on."""
+        """Name the model of a device and anything else that its speed depends on."""
         return device.type
 
     # Streams
@@ -87,7 +87,7 @@ class Backend:
         return None
 
     def default_stream(self, device: torch.device) -> Stream | None:
-        """The stream on which operators run where none was chosen."""
+        """The stream on which operators run by default."""
         return None
 
     def use_stream(self, stream: Stream) -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""CPU workers: threads of this process, each on cores of its own where there are enough."""
+"""CPU workers: threads of this process, each on its own cores if there are enough."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Backend
 
 
 class CpuBackend(Backend):
-    """The host. Operators are synchronous; tensors are handed from thread to thread as they are."""
+    """The host. Operators are synchronous; tensors pass between threads without a copy."""
 
     def __init__(self) -> None:
         super().__init__("cpu")

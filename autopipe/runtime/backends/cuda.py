@@ -1,4 +1,4 @@
-"""GPUs through `torch.cuda` (NVIDIA's CUDA; AMD's ROCm goes by the same name in torch)."""
+"""GPUs through `torch.cuda` (NVIDIA's CUDA; in torch, AMD's ROCm has the same name)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CudaBackend(Backend):
-    """Each worker computes on a stream of its own and copies to other devices on a second one."""
+    """Each worker computes on its own stream and copies to other devices on a second one."""
 
     def __init__(self) -> None:
         super().__init__("cuda")
@@ -63,9 +63,9 @@ class CudaBackend(Backend):
         return torch.random.fork_rng(devices=[device])
 
     def timed(self, device: torch.device, run: Callable[[], T]) -> tuple[T, float]:
-        """Time on the GPU's own clock, between two events of its current stream.
+        """Time a function by the GPU's clock, between two events of its current stream.
 
-        The host's part in launching kernels does not count while the GPU is busy.
+        The host's time to launch kernels does not count while the GPU is busy.
         """
         with torch.cuda.device(device):
             torch.cuda.synchronize()
