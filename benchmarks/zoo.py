@@ -115,8 +115,9 @@ def page(rows: list[Row]) -> str:
         "parameter's gradient to eager torch's on the whole batch, relative to the model's largest",
         f"entry, in float32; up to {TOLERANCE:.0e} counts as rounding. Models with BatchNorm are",
         "compared with the plain loop over the same chunks. *Trains* says that loss and gradients",
-        "agree so, that with dropout on one device and three give the same loss, and saved and",
-        "recomputed activations the same gradients, to the bit, and that another seed gives others.",
+        "agree so, that with dropout on, one device and three give the same loss, and saved and",
+        "recomputed activations the same gradients, to the bit; and that another seed gives",
+        "another loss.",
     ]
     for family in dict.fromkeys(r.entry.family for r in rows):
         lines += ["", f"## {family}", "", *table(r for r in rows if r.entry.family == family)]
