@@ -4,7 +4,7 @@
 
     devices, partition, remat_policies, schedule   models of devices, cuts, policies, schedules;
                                                    without torch
-    ops                                            operators of our own
+    _torch, ops                                    torch's private names; operators of our own
     ir                                             the program types
     graph                                          questions about fx graphs, and edits of them
     batch, cost, phases, codegen                   follow the batch; costs; F, R, B, W; source text
