@@ -56,7 +56,7 @@ def compile(
         plan: a `Plan` or the file of one. Its cut is used, and its devices, chunks, schedule and
             remat if these are not given. It must be a plan of the same model with similar inputs.
         schedule: "gpipe" (default): all micro-batches forward, then all backward; "auto": the
-            default of this version (only "gpipe" is executed so far).
+            default too; kinds are not compared. docs/tables.md lists those that run here.
         remat: which activations stages save between forward and backward. "full" (default): only
             what they received, and their forward is recomputed (GPipe section 2.3); "none": all
             that autograd saves; "min-cut": what functorch's partitioner chooses; a number from 0

@@ -74,7 +74,7 @@ class Options:
 
     @property
     def schedule_kind(self) -> str:
-        """The schedule to run; the runtime executes only one kind, so there is no choice yet."""
+        """The schedule to run; "auto" is the default kind: kinds are not compared."""
         return self.schedule or DEFAULT_KIND
 
     @property

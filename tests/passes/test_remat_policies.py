@@ -28,6 +28,7 @@ from autopipe.passes.remat_policies import (
     NodeT,
     OpEstimate,
     RematPolicy,
+    SaveFraction,
     fraction_policy,
     parse_policy,
     policy_options,
@@ -93,6 +94,23 @@ def test_the_ladder_goes_from_least_recomputation_to_least_memory() -> None:
     assert [policy.min_cut_share for policy in four] == [None, 1, 0.5, 0]
     assert [policy.saves_received for policy in four] == [False, True, True, True]
     assert [p.min_cut_share for p in LADDER].count(0.5) == 1, "by a name, or by the fraction"
+
+
+class SaveHalf(SaveFraction):
+    """The fraction 0.5, with a name."""
+
+
+def test_a_fraction_is_tried_unless_a_policy_with_a_name_saves_that_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unnamed = tuple(p for p in POLICIES if p.min_cut_share != 0.5)
+    named = SaveHalf("half", 1.5, 0.5)
+    for policies, tried in ((unnamed, HALF), ((*unnamed, named), named)):
+        monkeypatch.setattr(remat_policies, "POLICIES", policies)
+        ladder = remat_policies._ladder()
+        assert [p for p in ladder if p.min_cut_share == 0.5] == [tried]
+        assert {*unnamed} <= {*ladder}
+        assert [p.rank for p in ladder] == sorted({p.rank for p in ladder})
 
 
 def test_each_policy_selects_its_values() -> None:

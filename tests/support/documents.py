@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +19,15 @@ _NAME = re.compile(r"(?<![`\w])`([^`\n]+)`(?!`)")
 def blocks(text: str, language: str = "") -> list[str]:
     """The fenced code blocks of a document in a language ("" for those that name none)."""
     return [body for _, name, body in _BLOCK.findall(text) if name == language]
+
+
+def stage_columns(text: str) -> dict[str, tuple[str, ...]]:
+    """The table of stages that a text shows: each column's cells, by its heading."""
+    lines = text.splitlines()
+    (start,) = [n for n, line in enumerate(lines) if line.startswith("stage  ")]
+    table = takewhile(re.compile(r"stage| +\d").match, lines[start:])
+    heads, *rows = [re.split("  +", line.strip()) for line in table]
+    return {head: tuple(cells) for head, *cells in zip(heads, *rows, strict=True)}
 
 
 def command_lines(text: str) -> list[str]:

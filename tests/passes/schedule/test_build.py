@@ -12,7 +12,7 @@ import pytest
 from autopipe.errors import OptionError
 from autopipe.passes.schedule.actions import Action
 from autopipe.passes.schedule.build import schedule
-from autopipe.passes.schedule.kinds import KINDS
+from autopipe.passes.schedule.kinds import DEFAULT_KIND, EXECUTED, KINDS
 
 SIZES = [(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (3, 7), (8, 24)]
 EVERY = [(kind, None) for kind in KINDS] + [("interleaved", 1), ("interleaved", 3)]
@@ -62,6 +62,11 @@ def test_unknown_kinds_list_the_known() -> None:
         schedule("gpip", 2, 2)
     assert caught.value.expected is not None
     assert all(f"'{kind}'" in caught.value.expected for kind in KINDS)
+
+
+def test_the_default_kind_is_named_and_runs_here() -> None:
+    assert DEFAULT_KIND == "gpipe"
+    assert DEFAULT_KIND in EXECUTED
 
 
 @pytest.mark.parametrize(
