@@ -4,7 +4,7 @@
 
     devices, partition, remat_policies, schedule   models of devices, cuts, policies, schedules;
                                                    without torch
-    _torch, ops                                    torch's private names; autopipe's custom operators
+    _torch, ops                                    torch's private names; custom operators
     ir                                             the program types
     graph                                          analyze and edit fx graphs
     batch, cost, phases, codegen                   batch dimension; costs; F, R, B, W; source text
