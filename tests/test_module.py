@@ -116,7 +116,9 @@ KINDS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "min-cut"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.xdist_group(f"kind {k}")) for k in KINDS]
+)
 def test_kinds_of_models(kind: str, remat: str) -> None:
     torch.manual_seed(0)
     model, x = KINDS[kind]()

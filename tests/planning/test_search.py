@@ -123,12 +123,13 @@ def under(name: str, fraction: float) -> Plan | None:
 
 
 @functools.cache
-def pipelined_under(name: str, fraction: float) -> Plan:
-    """A plan under a limit that has several micro-batches."""
+def pipelined_under(name: str, fraction: float) -> autopipe.Pipeline:
+    """A pipeline under a limit, with several micro-batches."""
     plan = under(name, fraction)
     if plan is None or len(plan.sizes) == 1:  # (see the last test)
         plan = planned(name, chunks=2, memory=int(most(name) * fraction))
-    return plan
+    model, call = shared_model(name, BATCH)
+    return autopipe.compile(model, plan=plan, kwargs=call)
 
 
 def largest(plan: Plan) -> int:
@@ -186,9 +187,9 @@ def test_what_a_pipeline_takes_is_not_above_the_limit(
     name: str, fraction: float, late: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow(monkeypatch, late)
-    plan = pipelined_under(name, fraction)
+    pipe = pipelined_under(name, fraction)
+    plan = pipe.plan
     model, call = shared_model(name, BATCH)
-    pipe = autopipe.compile(model, plan=plan, kwargs=call)
     optimizer = torch.optim.Adam(pipe.parameters())
 
     def step() -> None:
