@@ -6,8 +6,9 @@ and help texts read the table.
 An order function takes K devices, M micro-batches and v stages per device, so vK stages in all. For
 each device it lists what the device runs in one training step as (letters, stage, micro-batch),
 where the letters are "F", "B" and "W", or "BW" for a backward that computes the gradients of inputs
-and parameters together. The order does not depend on times. Every stage runs the backwards of
-micro-batches 0..M-1 in that order. `schedule` (in `build`) adds rematerialization.
+and parameters together. The order does not depend on times. Every stage runs the forwards of
+micro-batches 0..M-1 in that order, and so its backwards. `schedule` (in `build`) adds
+rematerialization.
 
 The bubbles in the docstrings below (idle time within the span of the longest device) hold for
 equal stages and free transfers; T = F + R + B + W.
