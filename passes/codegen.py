@@ -123,11 +123,11 @@ def _verify_two_passes(scheduled: Scheduled) -> None:
     more saved activations than its plan says. Buffers that a stage updates pass from one
     micro-batch to the next, so forwards must run in the order of micro-batches too.
     """
-    order = (*product("F", range(scheduled.chunks)), *product(("RBW",), range(scheduled.chunks)))
+    trains = any(a.phase != "F" for row in scheduled.devices for a in row)
+    phases = ("F", "RBW") if trains else ("F",)
+    expected = list(product(phases, range(scheduled.chunks)))
     for device, row in enumerate(scheduled.devices):
-        trains = any(a.phase != "F" for a in row)
-        expected = order if trains else order[: scheduled.chunks]
-        found = tuple((a.phase, a.microbatch) for a in row)
+        found = [(a.phase, a.microbatch) for a in row]
         if found != expected or {a.stage for a in row} != {device}:
             raise VerifyError(
                 f"schedule {scheduled.kind!r} cannot be executed: device {device} does not run all"

@@ -347,6 +347,16 @@ def test_only_the_order_that_the_runtime_executes_is_written(kind: str, K: int) 
     assert caught.value.found == " ".join(map(str, planned.devices[int(k)]))
 
 
+def test_a_device_without_its_backwards_is_not_written() -> None:
+    planned = schedule("gpipe", 2, 2)
+    first, second = planned.devices
+    model, x = Layers(2), torch.randn(4, 6)
+    phased = phased_of(split_of(model, 2, x), model, 2, ((x,), {}))
+    missing = dataclasses.replace(planned, devices=(first, second[:2]))
+    with pytest.raises(VerifyError, match="cannot be executed: device 1"):
+        codegen(missing, {2: phased}, [2, 2], [CPU, CPU])
+
+
 @pytest.mark.parametrize("backward", [True, False])
 def test_forwards_in_another_order_are_not_written(backward: bool) -> None:
     """A buffer's update would go from micro-batch 1 to micro-batch 0."""
