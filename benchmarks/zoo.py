@@ -4,9 +4,9 @@
     python -m benchmarks.zoo --write docs/zoo.md    # the same as a page
     python -m benchmarks.zoo --only Llama ViT
 
-The comparison is that of tests/test_zoo.py (`tests/zoo/compare.py`): three stages, a batch of eight
-in chunks of 3, 3 and 2, loss and every gradient beside the model's own; then, with dropout on, one
-device beside three, equal to the bit.
+The comparison is that of tests/system/test_zoo.py (`tests/support/zoo/compare.py`): three stages, a
+batch of eight in chunks of 3, 3 and 2, loss and every gradient beside the model's own where dropout
+keeps everything; then, where it drops, beside the captured graph's, equal to the bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from autopipe.errors import AutopipeError
-from tests.support.zoo import TOLERANCE, ZOO, Agreement, Entry, Randomness, agreement, randomness
+from tests.support.zoo import TOLERANCE, ZOO, Agreement, Entry, Randomness, compare_with_eager
 
 LIBRARIES = ("torch", "transformers", "diffusers", "peft")
 COLUMNS = (
@@ -67,8 +67,8 @@ def row(name: str, entry: Entry) -> Row:
     start = time.process_time()
     step = None
     try:
-        step = agreement(entry)
-        result = verdict(entry, step, randomness(entry))
+        step, dropout = compare_with_eager(entry)
+        result = verdict(entry, step, dropout)
     except AutopipeError as error:
         where = f" at {Path(error.source).name}" if error.source else ""
         result = f"refused: {type(error).__name__}{where}"
@@ -80,7 +80,7 @@ def verdict(entry: Entry, step: Agreement, dropout: Randomness) -> str:
     if not step.holds:
         return f"differs at {(*step.missing, step.worst)[0]}"
     if not dropout.same:
-        return "dropout depends on the devices or on rematerialization"
+        return "dropout is not that of the captured graph"
     if dropout.moves != entry.random:
         return "dropout does not follow the seed"
     return "trains"
@@ -114,10 +114,10 @@ def page(rows: list[Row]) -> str:
         "those of the captured graph. *Largest gradient difference* is that of any entry of any",
         "parameter's gradient to eager torch's on the whole batch, relative to the model's largest",
         f"entry, in float32; up to {TOLERANCE:.0e} counts as rounding. Models with BatchNorm are",
-        "compared with the plain loop over the same chunks. *Trains* says that loss and gradients",
-        "agree so, that with dropout on, one device and three give the same loss, and saved and",
-        "recomputed activations the same gradients, to the bit; and that another seed gives",
-        "another loss.",
+        "compared with the plain loop over the same chunks. Here dropout keeps everything, in both.",
+        "*Trains* says that loss and gradients agree so; that where dropout drops, they are those of",
+        "the captured graph under plain autograd with the same random numbers, to the bit; and that",
+        "another seed gives another loss.",
     ]
     for family in dict.fromkeys(r.entry.family for r in rows):
         lines += ["", f"## {family}", "", *table(r for r in rows if r.entry.family == family)]

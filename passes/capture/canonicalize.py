@@ -1,4 +1,4 @@
-"""Rewrite single ops while a graph is normalized: dropouts that drop nothing, squeezes."""
+"""Rewrite single ops while a graph is normalized: inactive dropouts, squeezes, `random_`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopipe.passes.graph import symbolic_size
+from autopipe.errors import UnsupportedError
+from autopipe.passes.graph import source_line, symbolic_size
 
 aten = torch.ops.aten
+
+RANDOM_BETWEEN = getattr(aten.random_, "from")
+"""``random_(low, high)``. Code cannot name this overload: `from` is a keyword of Python."""
 
 SQUEEZES: dict[Any, Any] = {
     getattr(packet, overload): packet.dims
@@ -56,3 +60,30 @@ def is_inactive_dropout(node: fx.Node) -> bool:
         return False
     probability, train = node.args[1:3]
     return train is False or (isinstance(probability, (int, float)) and probability == 0)
+
+
+def shift_random(node: fx.Node) -> fx.Node:
+    """Rewrite ``random_(low, high)`` as ``random_(high - low)``, then ``add_(low)``.
+
+    Args:
+        node: changed in place.
+
+    Returns:
+        The op whose result is that of the rewritten one.
+
+    Raises:
+        UnsupportedError: it has no upper limit.
+    """
+    written, low, high = (*node.args, None, None)[:3]
+    if not isinstance(low, int) or not isinstance(high, int):
+        raise UnsupportedError(
+            "random_ with a lower limit only cannot be pipelined",
+            node=node.name,
+            source=source_line(node),
+            remedy="give it both limits: x.random_(low, high)",
+        )
+    node.target, node.args = aten.random_.to, (written, high - low)
+    with node.graph.inserting_after(node):
+        shifted = node.graph.call_function(aten.add_.Scalar, (node, low))
+    shifted.meta = dict(node.meta)
+    return shifted

@@ -19,7 +19,13 @@ from autopipe.passes._torch import (
 from autopipe.passes.graph import source_line, trim_to_user_frame
 from autopipe.passes.ir import InputKind
 
-from .canonicalize import SQUEEZES, is_inactive_dropout, name_squeezed_dims
+from .canonicalize import (
+    RANDOM_BETWEEN,
+    SQUEEZES,
+    is_inactive_dropout,
+    name_squeezed_dims,
+    shift_random,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +88,8 @@ def inline_ops(
                 name_squeezed_dims(env[node])
             if autocast is not None:
                 env[node].meta["autocast"] = autocast
+            if node.target is RANDOM_BETWEEN:
+                env[node] = shift_random(env[node])
     raise AssertionError("a graph without output")
 
 

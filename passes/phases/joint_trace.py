@@ -16,6 +16,7 @@ alias an input. Both are known here, so its components are used directly.)
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -197,13 +198,20 @@ def trace_joint(
     ):
         primals = [meta.fake(device) for meta in inputs]
         tangents_ = [meta.fake(device) for _, _, meta in arriving]
-        module = make_fx(joint, _allow_non_fake_inputs=True)(primals, tangents_)
+        module = _recorded(joint)(primals, tangents_)
     inline_constants(stage, module)
     calls = enumerate(stage.graph_module.graph.nodes)
     static = {position for position, node in calls if node.meta.get("static")}
     return JointGraph(
         module.graph, tuple(updates), tuple(grads), lower_joint_graph(module.graph, static)
     )
+
+
+_recorded = functools.partial(
+    make_fx,
+    _allow_non_fake_inputs=True,
+    _disable_torch_fn_metadata_mode=True,  # nobody reads which torch function ran; it takes a tenth
+)
 
 
 def _gradients(

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import CaptureError
+from autopipe.errors import AutopipeError, CaptureError
 from autopipe.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     autocast_device_types,
+    from_functional,
     set_traced_call,
 )
 from autopipe.passes.graph import source_line
@@ -73,7 +74,10 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
         # torch's Python function has no gradient, but the overload would require one.
         args = pytree.tree_map_only(Tensor, Tensor.detach, args)
     try:
-        return target(*args, **kwargs)
+        result = target(*args, **kwargs)
+        for tensor in _written(target, args):
+            _keep_strides(tensor)
+        return result
     except (DynamicOutputShapeException, DataDependentOutputException) as error:
         raise CaptureError(
             "a shape that depends on the values of tensors cannot be pipelined",
@@ -82,6 +86,46 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
             found=str(target),
             remedy="keep the shape and mask instead: torch.where(mask, x, 0) for x[mask]",
         ) from error
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, AutopipeError) or not _written(target, args):
+            raise
+        raise CaptureError(
+            "torch cannot trace what is written in place here",
+            node=node.name,
+            source=source_line(node),
+            found=str(error),
+            remedy="write it out of place: x = x.masked_fill(...) for x.masked_fill_(...)",
+        ) from error
+
+
+def _written(target: Any, args: Sequence[Any]) -> list[Tensor]:
+    """The positional arguments that an op writes in place."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    pairs = zip(schema.arguments, args, strict=False)
+    return [x for a, x in pairs if a.alias_info and a.alias_info.is_write and isinstance(x, Tensor)]
+
+
+def _keep_strides(tensor: Any) -> None:
+    """Give a functional tensor that was written in place the strides that it had before.
+
+    The pure form of an in-place operator may return others: `masked_fill` is always contiguous. A
+    copy is recorded only where strides differ, and only of a tensor without gaps in memory.
+    """
+    value = from_functional(tensor)
+    sizes, strides = tensor.shape, tensor.stride()
+    if value is tensor or value.stride() == strides:
+        return
+    order = sorted(range(tensor.ndim), key=lambda d: (-strides[d], -sizes[d]))
+    back = sorted(range(tensor.ndim), key=order.__getitem__)
+    with torch.no_grad():
+        copied = tensor.detach().permute(order).clone(memory_format=torch.contiguous_format)
+        copied = copied.permute(back)
+    if all(a == b for n, a, b in zip(sizes, copied.stride(), strides, strict=True) if n > 1):
+        tensor.replace_(from_functional(copied))
+        tensor.commit_update()
+        tensor.sync()
 
 
 def _attribute_backward(function: Any, origin: tuple[int, str | None], seen: set[Any]) -> None:

@@ -1,22 +1,28 @@
 """The independent truth: the captured graph under plain autograd over the same chunks.
 
 Nothing of the runtime, of stages or of phases is used here, only the captured graph as an ordinary
-GraphModule, `torch.tensor_split`, and `torch.autograd`.
+GraphModule, `torch.tensor_split`, and `torch.autograd`; and for random numbers, which have a key
+each, the function that draws them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopipe.passes.ir.captured import Captured
 from autopipe.passes.ir.combine import Combine, Concatenate
 from autopipe.passes.ir.values import InputKind
 from autopipe.results import run_epilogue
+from autopipe.runtime.random import MicroBatchContext
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -39,10 +45,61 @@ def objective(result: Any) -> Tensor:
     return torch.stack(terms).sum()
 
 
+class _KeyedDraws(TorchDispatchMode):
+    """Random operators draw with the key of an op of the captured graph, in one micro-batch."""
+
+    def __init__(self, seed: int, position: int, shared: bool, m: int) -> None:
+        super().__init__()
+        self.seed, self.position, self.shared, self.m = seed, position, shared, m
+        self.draws = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in op.tags:
+            return op(*args, **kwargs or {})
+        key = (self.position, self.draws, self.shared)
+        self.draws += 1
+        draw = MicroBatchContext(self.seed, [key], self.m).draw
+        if op is aten.bernoulli_.float:  # in its pure form: in the order of the shape
+            return args[0].copy_(draw(0, aten.bernoulli.p, *args, **kwargs or {}))
+        return draw(0, op, *args, **kwargs or {})
+
+
+class _Keyed(fx.Interpreter):
+    """The captured graph in one micro-batch, op by op."""
+
+    def __init__(self, captured: Captured, seed: int, m: int) -> None:
+        super().__init__(captured.graph_module)
+        self.seed, self.m = seed, m
+        nodes = enumerate(captured.graph_module.graph.nodes)
+        self.positions = {node: captured.original_position(i) for i, node in nodes}
+
+    def run_node(self, n: fx.Node) -> Any:
+        shared = bool(n.meta.get("static"))
+        with _KeyedDraws(self.seed, self.positions[n], shared, self.m):
+            return super().run_node(n)
+
+
 def over_chunks(
-    captured: Captured, model: nn.Module, leaves: list[Any], chunks: int, *, grad: bool = True
+    captured: Captured,
+    model: nn.Module,
+    leaves: list[Any],
+    chunks: int,
+    *,
+    grad: bool = True,
+    seed: int | None = None,
+    loss: Callable[[Any], Tensor] = objective,
 ) -> Truth:
-    """Forward and backward of the captured graph, chunk by chunk, in the order 0 … M-1."""
+    """Forward and backward of the captured graph, chunk by chunk, in the order 0 … M-1.
+
+    Args:
+        captured: its graph is run.
+        model: has the values of parameters and buffers.
+        leaves: arguments of the call.
+        chunks: how many.
+        grad: with the backward.
+        seed: of the step's random numbers, if there are any.
+        loss: what is differentiated.
+    """
     batch = next(
         leaves[i.index].shape[i.batch_dim] for i in captured.inputs if i.batch_dim is not None
     )
@@ -69,7 +126,10 @@ def over_chunks(
                 else state[i.name].narrow(i.batch_dim, start, size)
                 for i in captured.inputs
             ]
-            outputs.append(captured.graph_module(*arguments))
+            run = captured.graph_module
+            if seed is not None:
+                run = _Keyed(captured, seed, len(outputs)).run
+            outputs.append(run(*arguments))
             start += size
         combined = []
         for n, output in enumerate(captured.outputs):
@@ -90,7 +150,7 @@ def over_chunks(
         filled = [kinds[leaf.kind](leaf.value) for leaf in captured.leaves]
         result = pytree.tree_unflatten(filled, captured.out_spec)
     if grad:
-        objective(result).backward()
+        loss(result).backward()
         for m in range(len(sizes)):
             roots, tangents = [], []
             for output, value, whole in zip(captured.outputs, outputs[m], combined, strict=True):

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
-from tests.support.once import pure_passes_once
 from tests.support.tiers import full_unless
-from tests.support.zoo import TOLERANCE, ZOO, Entry, agreement, randomness
+from tests.support.zoo import TOLERANCE, ZOO, Entry, compare_with_eager
 from tests.support.zoo.compare import CHUNKS, eager, step
 from tests.support.zoo.speech import captioned, clip
 
@@ -57,9 +56,6 @@ def marked(names: Iterable[str], failing: dict[str, str], quick: Iterable[str]) 
     ]
 
 
-each = pytest.mark.parametrize("name", marked(ZOO, REFUSED, QUICK))
-
-
 def test_the_zoo_has_fifty_architectures() -> None:
     assert len(ZOO) >= 50
     for entry in ZOO.values():
@@ -91,21 +87,15 @@ def test_no_gradient_is_too_small_to_be_missed(name: str) -> None:
     assert len(small) < len(sizes) / 4
 
 
-@each
+@pytest.mark.parametrize("name", marked(ZOO, REFUSED, QUICK))
 def test_a_training_step_is_eager_torchs(name: str) -> None:
-    found = agreement(ZOO[name])
+    found, random = compare_with_eager(ZOO[name])
     assert found.stages == 3
     assert found.missing == ()
     assert found.loss <= TOLERANCE
     assert found.gradient <= TOLERANCE, found.worst
-
-
-@pytest.mark.parametrize("name", marked(ZOO, REFUSED, QUICK[:1]))
-def test_dropout_is_the_same_on_one_device_and_on_three(name: str) -> None:
-    with pure_passes_once():  # one capture, cut into one stage and into three
-        found = randomness(ZOO[name])
-    assert found.same
-    assert found.moves == ZOO[name].random
+    assert random.same
+    assert random.moves == ZOO[name].random
 
 
 # ------------------------------------------------------------------------------------- ways out

@@ -8,7 +8,7 @@ loss = entry.loss(model(**kwargs))
 from __future__ import annotations
 
 from tests.support.zoo.adapters import ADAPTERS
-from tests.support.zoo.compare import TOLERANCE, Agreement, Randomness, agreement, randomness
+from tests.support.zoo.compare import TOLERANCE, Agreement, Randomness, compare_with_eager
 from tests.support.zoo.decoders import DECODERS
 from tests.support.zoo.diffusion import DIFFUSION
 from tests.support.zoo.encoders import ENCODER_DECODERS, ENCODERS
@@ -23,8 +23,7 @@ __all__ = [
     "Entry",
     "Randomness",
     "WayOut",
-    "agreement",
-    "randomness",
+    "compare_with_eager",
 ]
 
 ZOO: dict[str, Entry] = {
