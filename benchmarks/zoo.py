@@ -114,10 +114,10 @@ def page(rows: list[Row]) -> str:
         "those of the captured graph. *Largest gradient difference* is that of any entry of any",
         "parameter's gradient to eager torch's on the whole batch, relative to the model's largest",
         f"entry, in float32; up to {TOLERANCE:.0e} counts as rounding. Models with BatchNorm are",
-        "compared with the plain loop over the same chunks. Here dropout keeps everything, in both.",
-        "*Trains* says that loss and gradients agree so; that where dropout drops, they are those of",
-        "the captured graph under plain autograd with the same random numbers, to the bit; and that",
-        "another seed gives another loss.",
+        "compared with the plain loop over the same chunks. Here dropout keeps everything, in",
+        "both. *Trains* says that loss and gradients agree so; that where dropout drops, they are",
+        "those of the captured graph under plain autograd with the same random numbers, to the",
+        "bit; and that another seed gives another loss.",
     ]
     for family in dict.fromkeys(r.entry.family for r in rows):
         lines += ["", f"## {family}", "", *table(r for r in rows if r.entry.family == family)]
