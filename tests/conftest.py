@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mark_full(items)
     group_by_model(items)
     config.stash[FILES] = files_by_tier(items)
+    gc.collect()
+    gc.freeze()  # what was imported: the many tests that collect garbage need not go through it
     if torch.cuda.is_available():
         return
     for item in items:
@@ -49,4 +51,11 @@ def traces_once() -> Iterator[None]:
 def pure_passes_once() -> Iterator[None]:
     """And a model is captured once for all plans of a test."""
     with once.pure_passes_once():
+        yield
+
+
+@pytest.fixture(scope="module")
+def alike_models_once() -> Iterator[None]:
+    """And all models of a file that are made in the same way are captured once."""
+    with once.pure_passes_once(alike=True):
         yield

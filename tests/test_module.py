@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import autopipe
 
-pytestmark = [pytest.mark.few(5), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("alike_models_once")]
 
 
 def mlp() -> nn.Sequential:

@@ -76,6 +76,7 @@ def test_the_traces_of_the_search_are_used(counts: Counts) -> None:
     assert counts.new() == (0, 2)  # for inference
 
 
+@pytest.mark.full
 def test_joint_graphs_of_other_candidates_are_freed(counts: Counts) -> None:
     model, x = Loss(6), torch.randn(64, 6)
     pipe = autopipe.compile(model, ["cpu"] * 2, remat="auto", memory="1GiB", args=(x,))

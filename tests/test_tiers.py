@@ -9,7 +9,9 @@ import pytest
 
 from tests.support.tiers import few_of, files_by_tier, mark_full
 
-FULL_ONLY: dict[str, str] = {}
+FULL_ONLY: dict[str, str] = {
+    "tests/system/test_curves.py": "many steps; one is compared in test_transparency.py",
+}
 """Files all of whose tests are in the full tier, and why."""
 
 

@@ -131,6 +131,7 @@ def test_a_model_that_cannot_be_planned_is_code_1(
     assert words in captured.err
 
 
+@pytest.mark.full
 def test_the_users_own_exception_has_its_traceback(models: Path) -> None:
     done = run(*planning("models.py:fails"), cwd=models)
     assert done.returncode == 1

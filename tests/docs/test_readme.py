@@ -169,6 +169,7 @@ def test_the_commands_are_some_and_the_page_of_tables_has_all() -> None:
     assert "docs/tables.md" in README
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "source", ["README", "gpt2_xl.py", pytest.param("help", marks=pytest.mark.full)]
 )

@@ -18,7 +18,7 @@ from autopipe.planning import choice
 from tests.support.models import gpt2, unet
 from tests.support.once import pure_passes_once
 
-pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("alike_models_once")]
 
 
 class Deep(nn.Module):
@@ -67,6 +67,7 @@ def test_without_limit_nothing_is_run_again() -> None:
     assert all(s.limit_bytes is None for s in plan.stages)
 
 
+@pytest.mark.full
 def test_a_larger_batch_that_does_not_fit_is_refused_before_it_runs() -> None:
     limit = int(need(chunks=8, remat="full") * 1.05)
     pipe = autopipe.compile(Deep(), ["cpu"] * 2, remat="auto", memory=limit)
@@ -119,6 +120,7 @@ def test_any_policy_trains_as_eager(make: Any) -> None:
             assert pipe.verify(*args, **kwargs).ok, remat
 
 
+@pytest.mark.full
 def test_a_fraction_keeps_between_nothing_and_min_cut() -> None:
     model, inputs = gpt2(layers=4)
     _, kwargs = inputs(4)

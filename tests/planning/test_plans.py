@@ -27,7 +27,7 @@ from autopipe.passes.remat_policies import policy_options
 from autopipe.passes.schedule.kinds import KINDS
 from tests.support.agreement import assert_agrees
 
-pytestmark = pytest.mark.few(4)
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("alike_models_once")]
 
 X = torch.randn(7, 6, dtype=torch.float64)
 

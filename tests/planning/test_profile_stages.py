@@ -23,7 +23,7 @@ from autopipe.runtime.backends.cpu import CpuBackend
 from tests.support.models import gpt2
 from tests.support.programs import CPU, phased_of, split_of
 
-pytestmark = pytest.mark.few(1)
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +95,7 @@ def test_a_measured_plan_is_one_to_run(remat: str | float) -> None:
     assert pipe.plan == plan, "what was measured is not forgotten"
 
 
+@pytest.mark.full
 def test_random_state_is_left_alone() -> None:
     model, inputs = gpt2(dropout=0.1)
     _, kwargs = inputs(4)
@@ -184,6 +185,7 @@ def test_as_many_micro_batches_are_ahead_as_are_in_flight(
     assert all(calls == ["forward"] * ahead + ["backward"] * ahead for calls in seen)
 
 
+@pytest.mark.full
 def test_one_micro_batch_that_was_chosen_is_no_whole_batch() -> None:
     """A batch of one sample leaves no other choice; it was not asked for."""
     model, inputs = gpt2()

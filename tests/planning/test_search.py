@@ -25,7 +25,7 @@ from benchmarks.ledger import watching
 from tests.support.models import gpt2
 from tests.support.once import pure_passes_once
 
-pytestmark = pytest.mark.few(2)
+pytestmark = pytest.mark.few(1)
 
 CPUS = ["cpu"] * 2
 BATCH = 4
@@ -136,6 +136,7 @@ def largest(plan: Plan) -> int:
     return max(stage.memory_bytes for stage in plan.stages)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", of_models(("skip",), ("shared",)))
 def test_with_less_memory_no_step_is_shorter(name: str) -> None:
     found = [under(name, fraction) for fraction in FRACTIONS[name]]
@@ -247,6 +248,7 @@ def test_what_would_help_does_and_a_little_less_does_not(name: str, fraction: fl
     assert any(named.values()), remedy
 
 
+@pytest.mark.full
 @pytest.mark.xdist_group("search skip")
 def test_stages_of_a_plan_have_policies_that_can_be_written() -> None:
     for fraction in FRACTIONS["skip"]:

@@ -14,6 +14,8 @@ from autopipe.runtime.executor import Run
 from autopipe.runtime.memory import SavedBytesCounter
 from tests.support.agreement import pipelined
 
+pytestmark = pytest.mark.usefixtures("alike_models_once")
+
 WIDTH, BATCH, CHUNKS = 8, 8, 4
 SIZE = BATCH // CHUNKS
 ROW = WIDTH * 4
@@ -199,6 +201,7 @@ def test_nothing_that_was_kept_is_left(remat: str, monkeypatch: pytest.MonkeyPat
     assert [r for r in seen if r() is not None] == []
 
 
+@pytest.mark.full
 def test_steps_do_not_grow() -> None:
     pipe = pipelined(Layers(), chunks=CHUNKS, remat="none")
     x = torch.randn(BATCH, WIDTH)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autopipe.model_state_key import model_state_key
 from autopipe.passes import driver
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.cost import node_costs
@@ -85,8 +86,13 @@ def traces_once() -> Iterator[None]:
 
 
 @contextmanager
-def pure_passes_once() -> Iterator[None]:
-    """As `traces_once`, and a model is captured and costed once: it must not change meanwhile."""
+def pure_passes_once(*, alike: bool = False) -> Iterator[None]:
+    """As `traces_once`, and a model is captured and costed once: it must not change meanwhile.
+
+    With `alike` also for all models that are made in the same way: for tests that each make one of
+    the same class. Their parameters and buffers may differ in value, if the forward does not go by
+    those.
+    """
     captures: dict[Any, Any] = {}
     costs: dict[int, Any] = {}
     alive: list[Any] = []  # so that nothing else has the id of what is here
@@ -98,7 +104,8 @@ def pure_passes_once() -> Iterator[None]:
         alive.append(model)
         options = (request.whole, request.single, request.batch_norm, request.out_reduce)
         call = (str(request.spec), tuple(request.batch_dims), *_metadata_of(request.leaves))
-        key = (id(model), model.training, options, *call)
+        which = _made_alike(model) if alike else id(model)
+        key = (which, model.training, options, _modes(), *call)
         if key not in captures:
             captures[key] = capture(request)
         return captures[key]
@@ -120,6 +127,19 @@ def _modes() -> Hashable:
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
     exact = torch.are_deterministic_algorithms_enabled()
     return autocast, torch.get_default_dtype(), exact, torch.is_inference_mode_enabled()
+
+
+def _made_alike(model: nn.Module) -> Hashable:
+    """Equal for two models of which a capture is the same: by what a pipeline watches, by the
+    identity of their functions, and by which parameters want gradients."""
+    functions = [
+        (name, id(value))
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if callable(value)
+    ]
+    wanted = [p.requires_grad for p in model.parameters()]
+    return model_state_key(model), tuple(functions), tuple(wanted)
 
 
 def _metadata_of(leaves: Sequence[Any]) -> list[Any]:

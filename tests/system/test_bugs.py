@@ -124,7 +124,7 @@ def test_writing_in_place_where_gradients_are_off() -> None:
         assert torch.allclose(p.grad, q.grad)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.full)])
 def test_group_norm_of_one_sample(batch: int) -> None:
     """With one sample the strides of the batch dimension are arbitrary: the traced group norm
     expected another memory format than the real tensor had."""
@@ -167,6 +167,7 @@ def test_constants_of_a_model_captured_on_meta() -> None:
         assert torch.allclose(p.grad, q.grad, atol=1e-6)
 
 
+@pytest.mark.full
 def test_gpt2_captured_on_meta() -> None:
     values, inputs = gpt2()
     with torch.device("meta"):
@@ -197,6 +198,7 @@ def test_batch_norm_of_what_was_transposed() -> None:
     assert pipe.verify(x).ok
 
 
+@pytest.mark.full
 def test_a_cut_before_an_upsampling_bit_for_bit_with_one_sample() -> None:
     """Of the U-Net of the tests, in micro-batches of one sample (with more it was equal): a stage
     gave what it received the strides that tracing had believed in, and these were wrong."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import autopipe
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 
-pytestmark = pytest.mark.usefixtures("traces_once")
+pytestmark = pytest.mark.usefixtures("alike_models_once")
 
 
 def batch(seed: int = 0) -> Tensor:

@@ -23,7 +23,7 @@ import autopipe
 from tests.support.models import gpt2
 from tests.support.reference import over_chunks
 
-pytestmark = pytest.mark.usefixtures("traces_once")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("alike_models_once")]
 
 STEPS, RATE, EPS = 200, 3e-3, 1e-8
 BATCHES = {"even": (8,), "uneven": (10, 7, 3)}

@@ -54,7 +54,7 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str) -> None:
     options, lines = EXAMPLES[name]

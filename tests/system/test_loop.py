@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.support.agreement import assert_close, pipelined
 from tests.support.loops import alike, ids, loss_of
 
-pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
 # ------------------------------------------------------------------------------- optimizers
 

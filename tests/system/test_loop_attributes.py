@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.support.loops import Net, alike, ids, loss_of, train
 
-pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
 
 @dataclasses.dataclass

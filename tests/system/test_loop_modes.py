@@ -22,7 +22,7 @@ from autopipe import errors
 from tests.support.agreement import assert_close, pipelined
 from tests.support.loops import Net, alike, assert_same_state, ids, loss_of, net
 
-pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
 # ------------------------------------------------------------------------------- precision
 

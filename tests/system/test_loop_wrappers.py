@@ -22,7 +22,7 @@ from autopipe import errors
 from tests.support.agreement import pipelined
 from tests.support.loops import Loop, Net, alike, ids, loss_of, net, train
 
-pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
 # ------------------------------------------------------------------------------- parametrizations
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import autopipe
 from tests.support.models import MODELS, gpt2, resnet
-from tests.support.once import pure_passes_once
 from tests.support.reference import objective
 
-pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
 
 def _loss(result: Any) -> Tensor:
@@ -47,17 +46,17 @@ def test_what_is_kept_is_what_was_planned(name: str) -> None:
     model, inputs = MODELS[name].make()
     args, kwargs = inputs(5)
     kwargs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in kwargs.items()}
-    with pure_passes_once():  # what is planned is traced like what runs
-        for remat in ("full", "none", "min-cut"):
-            plan = autopipe.plan(model, ["cpu"] * 2, 3, remat=remat, args=args, kwargs=kwargs)
-            pipe = autopipe.compile(model, plan=plan)
-            objective(pipe(*args, **kwargs)).backward()
-            for planned, counted in zip(plan.stages, pipe.memory.stages, strict=True):
-                assert planned.saved_bytes == counted.per_microbatch[2] > 0
-                assert planned.peak_saved_bytes == counted.peak
-            assert pipe.plan == plan
+    for remat in ("full", "none", "min-cut"):
+        plan = autopipe.plan(model, ["cpu"] * 2, 3, remat=remat, args=args, kwargs=kwargs)
+        pipe = autopipe.compile(model, plan=plan)
+        objective(pipe(*args, **kwargs)).backward()
+        for planned, counted in zip(plan.stages, pipe.memory.stages, strict=True):
+            assert planned.saved_bytes == counted.per_microbatch[2] > 0
+            assert planned.peak_saved_bytes == counted.peak
+        assert pipe.plan == plan
 
 
+@pytest.mark.full
 def test_full_keeps_least_and_none_most() -> None:
     peaks = {}
     for remat in ("none", "min-cut", "full"):
@@ -109,6 +108,7 @@ def test_nothing_is_left_after_backward(remat: str) -> None:
     assert [r() for r in inside if r() is not None] == []
 
 
+@pytest.mark.full
 def test_a_forward_without_backward_lets_go() -> None:
     model, inputs = gpt2()
     pipe = autopipe.compile(model, 2, 3)

@@ -23,7 +23,7 @@ from tests.support.operators import OPERATORS, Case, Outcome, Verdict, cases_of,
 
 ASKED = os.environ.get("AUTOPIPE_OPERATORS", "")
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.few(30)]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.few(20)]
 
 BY_DESIGN = {
     "nn.functional.batch_norm": "normalised by the statistics of a micro-batch, as in GPipe",

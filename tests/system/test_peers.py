@@ -20,7 +20,7 @@ from benchmarks.five_cases import CASES
 from benchmarks.peers import halfway, judge, run, try_model
 from tests.support.agreement import assert_agrees, assert_close
 
-pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("alike_models_once")]
 
 REMATS = ("none", "full", "min-cut")
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import autopipe
 
-pytestmark = [pytest.mark.few(6), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("alike_models_once")]
 
 Op = Callable[[Tensor], Tensor]
 PLANS = [(1, "none"), (2, "full"), (3, "min-cut"), (4, "full")]
@@ -131,7 +131,6 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.usefixtures("pure_passes_once")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_result_belongs_to_its_seed_whatever_the_plan(name: str) -> None:
     model, x = made(name), shape(6)
@@ -176,7 +175,7 @@ def convnext() -> tuple[nn.Module, Tensor]:
     return ConvNextForImageClassification(config), torch.randn(6, 3, 16, 16)
 
 
-@pytest.mark.usefixtures("pure_passes_once")
+@pytest.mark.full
 @pytest.mark.parametrize("make", [swin, convnext])
 def test_stochastic_depth_of_real_models(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     torch.manual_seed(0)
@@ -200,6 +199,7 @@ def test_stochastic_depth_of_real_models(make: Callable[[], tuple[nn.Module, Ten
 # ------------------------------------------------------------------------------- the user's own
 
 
+@pytest.mark.full
 def test_the_generator_moves_on_the_same_way_whatever_the_plan() -> None:
     """So that data drawn between steps are the same; compiling moves nothing."""
     x, states = shape(7), []

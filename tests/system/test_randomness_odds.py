@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import autopipe
 from tests.system.test_randomness import OPS, Op
 
-pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("alike_models_once")]
 
 # ------------------------------------------------------------------------------- masks
 

@@ -19,7 +19,7 @@ from autopipe.passes.graph.fx_utils import fingerprint
 from autopipe.runtime.random import derive_seed, step_seed
 from tests.support.programs import calls, sole_stage
 
-pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
 REMATS = ("none", "full", "min-cut")
 PLANS = [
@@ -102,7 +102,6 @@ def batch(size: int = 6) -> Tensor:
     return torch.randn(size, 6, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.usefixtures("pure_passes_once")
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_number_that_all_samples_share_is_drawn_once(name: str) -> None:
     """Whatever the stages, micro-batches and rematerialization: the same, and eager's gradients."""
@@ -137,7 +136,6 @@ class Dropped(nn.Module):
         return self.last(torch.tanh(self.first(x) @ weight.sum(0).T)), weight
 
 
-@pytest.mark.usefixtures("pure_passes_once")
 @pytest.mark.parametrize("name", DROPPED)
 def test_a_weight_is_dropped_once(name: str) -> None:
     model = Dropped(DROPPED[name])

@@ -28,7 +28,7 @@ from tests.support.breakers import (
     sample,
 )
 
-pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
 # ------------------------------------------------------------------------------- inputs
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tests.support.agreement import assert_close, fresh, pipelined
 from tests.support.breakers import STAGES, crossing
 
-pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
 
 def bert() -> nn.Module:
@@ -118,6 +118,7 @@ def test_attention_masks_with_padding(name: str, first: int) -> None:
     assert {k for b in batched for k in b.targets} == {1, 2}, "the mask crosses to later stages"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MASKED)
 def test_what_stands_in_the_padding_is_nobodys_business(name: str) -> None:
     make, inputs, loss = MASKED[name]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.support.breakers import STAGES, Body, Net, piped, sample
 
-pytestmark = [pytest.mark.few(4), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(4), pytest.mark.usefixtures("alike_models_once")]
 
 
 def middle(net: Net, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.breakers import BATCH, WIDTH, Body, Net, crossing, piped, random, sample
 
-pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("alike_models_once")]
 
 
 def carried(make: Callable[[Tensor], Tensor], use: Callable[[Tensor, Tensor], Tensor]) -> Body:

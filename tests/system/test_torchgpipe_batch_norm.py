@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import autopipe
 from tests.support.agreement import assert_agrees, assert_close, objective, pipelined
 
-pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
 CHUNKS, BATCH = 3, 8  # micro-batches of 3, 3 and 2
 

@@ -8,6 +8,7 @@ if nothing had been; nothing here waits for a time to pass.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import signal
 import threading
@@ -63,7 +64,7 @@ def bad(*where: tuple[int, int]) -> Tensor:
     return index
 
 
-def compiled(remat: str = "full") -> autopipe.Pipeline:
+def fresh(remat: str = "full") -> autopipe.Pipeline:
     """A layer in each stage, traced."""
     pipe = autopipe.compile(Layered(), STAGES, CHUNKS, remat=remat)
     assert_agrees(pipe, X, GOOD)
@@ -72,6 +73,10 @@ def compiled(remat: str = "full") -> autopipe.Pipeline:
     skips = [b.name for b in pipe.stages[0].outputs if 2 in b.targets]
     assert len(skips) == 1, "the first layer's value crosses to the last stage"
     return pipe
+
+
+compiled = functools.cache(fresh)
+"""One for all tests: what happens to a step must not change the next."""
 
 
 def within_the_limit(function: Callable[[], Any]) -> Any:
@@ -388,7 +393,7 @@ def test_a_step_after_a_failure_is_the_step_without_it() -> None:
     """Parameters, optimizer state and all."""
     runs = []
     for fails in (False, True):
-        pipe = compiled()
+        pipe = fresh()
         optimizer = torch.optim.AdamW(pipe.parameters(), 0.01)
         for _ in range(3):
             if fails:

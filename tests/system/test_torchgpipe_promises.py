@@ -18,7 +18,7 @@ from autopipe.errors import InputError
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 from tests.support.nets import NETS, REMATS, net, random
 
-pytestmark = [pytest.mark.few(4), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("alike_models_once")]
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
@@ -50,6 +50,7 @@ def test_inputs_get_their_gradients_in_a_tuple_too() -> None:
     assert_agrees(pipelined(net("pairs that meet")), (x, y.detach()))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("remat", REMATS)
 @pytest.mark.parametrize("wants", [True, False])
 def test_a_first_stage_without_parameters(remat: str, wants: bool) -> None:

@@ -14,7 +14,7 @@ from autopipe.errors import CaptureError, UnsupportedError
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.nets import REMATS, random
 
-pytestmark = pytest.mark.usefixtures("traces_once")
+pytestmark = pytest.mark.usefixtures("alike_models_once")
 
 
 class Written(nn.Module):

@@ -29,7 +29,7 @@ from tests.support.training import (
     trainer,
 )
 
-pytestmark = pytest.mark.usefixtures("traces_once")
+pytestmark = pytest.mark.usefixtures("alike_models_once")
 
 # ------------------------------------------------------------------------------- transformers
 
@@ -51,7 +51,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.full
 @pytest.mark.parametrize("case", TRAINING)
 def test_trainer(case: str, tmp_path: Path) -> None:
     plain = trainer(model(), tmp_path / "plain", **TRAINING[case])

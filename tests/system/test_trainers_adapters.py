@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.support.agreement import assert_close, pipelined
 from tests.support.training import Tokens, assert_same_log, assert_same_weights, model, trainer
 
-pytestmark = pytest.mark.usefixtures("traces_once")
+pytestmark = pytest.mark.usefixtures("alike_models_once")
 
 # ------------------------------------------------------------------------------- PEFT
 

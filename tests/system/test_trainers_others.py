@@ -19,7 +19,7 @@ import autopipe
 from tests.support.agreement import pipelined
 from tests.support.training import RELATIVE, Tokens, assert_same_weights, model
 
-pytestmark = pytest.mark.usefixtures("traces_once")
+pytestmark = pytest.mark.usefixtures("alike_models_once")
 
 # ------------------------------------------------------------------------------- Accelerate
 
@@ -138,6 +138,7 @@ def test_lightning(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(*third, rtol=RELATIVE, atol=0)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 def test_lightning_with_the_pipeline_as_a_child(tmp_path: Path) -> None:
     plain, ours = Lit(model()), Lit(pipelined(model()))

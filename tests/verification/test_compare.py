@@ -103,6 +103,7 @@ STILLED: dict[str, Any] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", STILLED)
 def test_functions_that_draw_inside_are_made_deterministic(name: str) -> None:
     found = pipelined(STILLED[name]()).verify(torch.randn(7, 5, 6))

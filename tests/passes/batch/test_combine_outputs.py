@@ -24,7 +24,7 @@ from tests.support.programs import captured_of
 
 WEIGHT = torch.linspace(0.2, 2.0, C, dtype=torch.float64)
 
-pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("double", "traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("double", "traces_once")]
 
 
 def combinations(model: nn.Module, *args: Any) -> list[str]:

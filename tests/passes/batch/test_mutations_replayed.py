@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from autopipe.errors import CouplingError
 from tests.support.agreement import assert_agrees, pipelined
 
-pytestmark = [pytest.mark.few(4), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
 
 
 class Model(nn.Module):

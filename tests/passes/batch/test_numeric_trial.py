@@ -18,7 +18,7 @@ from autopipe.errors import CouplingError
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.programs import captured_of
 
-pytestmark = [pytest.mark.few(4), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
 
 WIDTH = 6
 

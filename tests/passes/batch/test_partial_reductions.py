@@ -155,6 +155,7 @@ def test_what_is_no_sum_is_refused(name: str) -> None:
     assert str(caught.value.source).rpartition(":")[0] == __file__
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "padded"), [("Mixtral", False), ("Qwen3Moe", True)])
 def test_losses_of_routers(kind: str, padded: bool) -> None:
     """Of transformers' mixtures of experts: how often times how likely an expert is chosen."""

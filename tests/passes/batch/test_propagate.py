@@ -20,7 +20,7 @@ from autopipe.errors import CouplingError
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.combining import BATCH, C, Model, agrees, inputs
 
-pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.few(8)]
+pytestmark = [pytest.mark.usefixtures("double"), pytest.mark.few(5)]
 
 # ------------------------------------------------------------------------------- what mixes samples
 

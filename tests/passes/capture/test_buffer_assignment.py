@@ -13,7 +13,7 @@ from autopipe.errors import UnsupportedError
 from tests.support.agreement import assert_agrees, assert_close, objective, pipelined
 from tests.support.holding import Holds, assert_steps_agree, batches, counts, deep, every_remat, x
 
-pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
 
 # ------------------------------------------------------------------------------- assigned
 

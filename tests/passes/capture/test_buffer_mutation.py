@@ -17,7 +17,7 @@ from autopipe.errors import CouplingError, UnsupportedError
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 from tests.support.holding import Holds, assert_steps_agree, batches, counts, every_remat, x
 
-pytestmark = [pytest.mark.few(4), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
 
 # ------------------------------------------------------------------------------- out=
 
@@ -42,6 +42,7 @@ def test_what_is_written_by_out(f: Any, remat: str) -> None:
     assert_steps_agree(Holds(f), *batches(), remat=remat)
 
 
+@pytest.mark.full
 @every_remat
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
 @pytest.mark.filterwarnings("ignore:the model's forward sets the attributes")

@@ -20,7 +20,7 @@ from tests.support.agreement import assert_agrees, assert_close, pipelined
 from tests.support.capturing import BATCH, D, Model, Pair, batch
 from tests.support.programs import calls, captured_of, user_line
 
-pytestmark = [pytest.mark.few(4), pytest.mark.usefixtures("double", "traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("double", "traces_once")]
 
 
 # ------------------------------------------------------------------------------- results

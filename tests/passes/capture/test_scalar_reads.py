@@ -13,7 +13,7 @@ import autopipe
 from autopipe.errors import CaptureError, CouplingError
 from tests.support.agreement import assert_agrees, pipelined
 
-pytestmark = [pytest.mark.few(4), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
 
 
 class Model(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autopipe.errors import CaptureError
 from tests.support.agreement import assert_agrees, pipelined
 
-pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("traces_once")]
+pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("traces_once")]
 
 
 class Model(nn.Module):

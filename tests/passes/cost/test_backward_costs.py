@@ -359,6 +359,7 @@ def _graph(annotated: Annotated) -> torch.fx.Graph:
     return annotated.captured.graph_module.graph
 
 
+@pytest.mark.full
 def test_every_cost_of_the_models_is_exact() -> None:
     for name in MODELS:
         _, _, annotated = known(name)

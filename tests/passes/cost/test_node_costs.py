@@ -25,7 +25,7 @@ from autopipe.passes.ir.values import B, at_batch
 from tests.support.models import MODELS
 from tests.support.programs import calls, captured_of, known
 
-pytestmark = pytest.mark.few(5)
+pytestmark = pytest.mark.few(3)
 
 aten = torch.ops.aten
 BATCHES = (2, 5, 7)

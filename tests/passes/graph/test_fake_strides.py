@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopipe.passes.graph.fake_strides import static_fake_mode
 
-pytestmark = pytest.mark.few(12)
+pytestmark = pytest.mark.few(6)
 
 CHANNELS = 4
 

@@ -202,7 +202,7 @@ def test_the_items_of_what_does_not_fit_are_named() -> None:
     assert error.value.expected == "10 bytes for ops first to last"
 
 
-@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("limited", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_sixty_thousand_items_in_128_stages(limited: bool) -> None:
     """Layers of 36 items, a value from each to the next and one to all; seconds of the processor.
 

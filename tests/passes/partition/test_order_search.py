@@ -43,6 +43,7 @@ KINDS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cut_is_the_best_of_all_convex_cuts(kind: str) -> None:
     generator = random.Random(kind)
@@ -62,6 +63,7 @@ def test_the_cut_is_the_best_of_all_convex_cuts(kind: str) -> None:
 floats = st.floats(0, 1) | st.sampled_from([0.0, 0.1, 0.2, 0.3]) | st.floats(0, 1e300)
 
 
+@pytest.mark.full
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_partitions_of_float_costs_are_optimal(data: st.DataObject) -> None:

@@ -17,7 +17,7 @@ from autopipe.passes.phases.function_constants import LARGEST
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.programs import user_line
 
-pytestmark = pytest.mark.few(3)
+pytestmark = pytest.mark.few(2)
 
 Op = Callable[[Tensor], Tensor]
 

@@ -31,7 +31,7 @@ from tests.support.joints import (
 )
 from tests.support.programs import CPU, known, objective_for, sole_stage, tensors
 
-pytestmark = pytest.mark.few(4)
+pytestmark = pytest.mark.few(2)
 
 # ------------------------------------------------------------------------------- the models
 

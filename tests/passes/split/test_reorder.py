@@ -23,7 +23,7 @@ from tests.support.models import MODELS
 from tests.support.programs import objective_for
 from tests.support.reference import objective, over_chunks
 
-pytestmark = pytest.mark.few(2)
+pytestmark = pytest.mark.few(1)
 
 SIZE = 2
 
@@ -82,6 +82,7 @@ def test_a_cut_of_any_order_is_bit_equal_to_its_captured_graph(
         assert torch.equal(model.get_buffer(target), buffer), target
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [n for n, e in MODELS.items() if e.random])
 def test_a_cut_of_any_order_draws_what_one_stage_draws(
     name: str, monkeypatch: pytest.MonkeyPatch
