@@ -223,7 +223,7 @@ def test_a_few_random_graphs_agree_with_the_model(program: Program, setup: Setup
 
 
 @pytest.mark.full
-@graphs(300)
+@graphs(200)
 @given(programs(), SETUPS)
 def test_random_graphs_agree_with_the_model(program: Program, setup: Setup) -> None:
     assume(well_defined(program, setup))
