@@ -32,8 +32,8 @@ def model_state_key(model: nn.Module) -> Hashable:
     """Return a key of the state that capture depends on: it changes if that state does.
 
     The key has, for every module: the class; attributes (such as the training flag) that are plain
-    values, tensors, or containers and configurations of those; hooks; shapes and dtypes of
-    parameters and buffers, and which of them are the same tensor.
+    values, tensors, or containers and configurations of those; hooks; which layers are at which
+    names; shapes and dtypes of parameters and buffers, and which of them are the same tensor.
 
     Args:
         model: the user's module.
@@ -41,7 +41,7 @@ def model_state_key(model: nn.Module) -> Hashable:
     Raises:
         CaptureError: a parameter of a lazy layer has no shape yet.
     """
-    numbers: dict[int, int] = {}  # of tensors, by identity
+    numbers: dict[int, int] = {}  # of tensors and layers, by identity
     key: list[Any] = []
     seen: set[int] = set()
     for module in model.modules():
@@ -54,6 +54,8 @@ def model_state_key(model: nn.Module) -> Hashable:
                 key.extend(_attribute_key(name, value, seen))
         key += [id(hook) for name in HOOKS for hook in attributes[name].values()]
         key.append(id(attributes.get("forward")))
+        for name, layer in attributes["_modules"].items():  # one layer may be at several names
+            key.append((name, numbers.setdefault(id(layer), len(numbers))))
         for registry in (attributes["_parameters"], attributes["_buffers"]):
             for name, tensor in registry.items():
                 if tensor is not None:

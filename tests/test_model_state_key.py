@@ -27,6 +27,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.again = self.first
         self.register_buffer("table", torch.zeros(3))
         self.settings = Settings()
         self.names = types.SimpleNamespace(mode="a")
@@ -49,6 +50,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "hook": lambda m: m.first.register_forward_hook(lambda *args: None),
     "forward": lambda m: setattr(m.first, "forward", lambda x: x),
     "tie": lambda m: setattr(m.last, "weight", m.first.weight),
+    "order of layers that come back": lambda m: setattr(m, "again", m.last),
     "dtype": lambda m: m.double(),
     "shape of a buffer": lambda m: setattr(m, "table", torch.zeros(4)),
 }

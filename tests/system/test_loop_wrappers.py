@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autopipe
 from autopipe import errors
-from tests.support.agreement import pipelined
+from tests.support.agreement import assert_agrees, pipelined
 from tests.support.loops import Loop, Net, alike, ids, loss_of, net, train
 
 pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
@@ -131,6 +131,17 @@ def test_a_layer_put_in_for_another_with_other_parameters() -> None:
         return losses, train(module, 2)
 
     alike(loop)
+
+
+def test_layers_that_come_back_in_another_order() -> None:
+    """A, B, B, A, then A, B, A, B: the same modules and parameters, another model."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+    model = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), second, nn.Tanh(), first)
+    pipe, x = pipelined(model), torch.randn(5, 4, dtype=torch.double)
+    assert_agrees(pipe, x)
+    model[4], model[6] = first, second
+    assert_agrees(pipe, x)
 
 
 def test_a_forward_hook_of_a_layer() -> None:
