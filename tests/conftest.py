@@ -25,8 +25,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mark_full(items)
     group_by_model(items)
     config.stash[FILES] = files_by_tier(items)
-    gc.collect()
-    gc.freeze()  # what was imported: the many tests that collect garbage need not go through it
     if torch.cuda.is_available():
         return
     for item in items:
@@ -38,6 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def files(pytestconfig: pytest.Config) -> dict[str, bool]:
     """The files of tests that were collected: has each a test in the first tier?"""
     return pytestconfig.stash[FILES]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> Iterator[None]:
+    """A collection of garbage need not go through what was imported or traced before a file."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
