@@ -53,13 +53,6 @@ def traces_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def pure_passes_once() -> Iterator[None]:
-    """And a model is captured once for all plans of a test."""
-    with once.pure_passes_once():
-        yield
-
-
 @pytest.fixture(scope="module")
 def alike_models_once() -> Iterator[None]:
     """And all models of a file that are made in the same way are captured once."""
