@@ -75,7 +75,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
         args = pytree.tree_map_only(Tensor, Tensor.detach, args)
     try:
         result = target(*args, **kwargs)
-        for tensor in _written(target, args):
+        for tensor in _written(target, args, kwargs):
             _keep_strides(tensor)
         return result
     except (DynamicOutputShapeException, DataDependentOutputException) as error:
@@ -87,7 +87,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
             remedy="keep the shape and mask instead: torch.where(mask, x, 0) for x[mask]",
         ) from error
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, AutopipeError) or not _written(target, args):
+        if isinstance(error, AutopipeError) or not _written(target, args, kwargs):
             raise
         raise CaptureError(
             "torch cannot trace what is written in place here",
@@ -98,13 +98,14 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
         ) from error
 
 
-def _written(target: Any, args: Sequence[Any]) -> list[Tensor]:
-    """The positional arguments that an op writes in place."""
+def _written(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the arguments that an op writes, `out` among them."""
     schema = getattr(target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
-    pairs = zip(schema.arguments, args, strict=False)
-    return [x for a, x in pairs if a.alias_info and a.alias_info.is_write and isinstance(x, Tensor)]
+    given = {a.name: x for a, x in zip(schema.arguments, args, strict=False)} | kwargs
+    names = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [x for x in map(given.get, names) if isinstance(x, Tensor)]
 
 
 def _keep_strides(tensor: Any) -> None:

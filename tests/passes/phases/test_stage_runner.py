@@ -80,6 +80,24 @@ def test_a_write_that_torch_cannot_trace_is_refused_at_its_line() -> None:
     assert "out of place" in (caught.value.remedy or "")
 
 
+OUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": lambda x, out: torch.add(x, 1.0, out=out),
+    "cumsum": lambda x, out: torch.cumsum(x, 1, out=out),
+    "tril": lambda x, out: torch.tril(x, out=out),
+    "baddbmm": lambda x, out: torch.baddbmm(x, x @ x.mT, x, out=out),
+}
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_and_when_it_is_out(name: str) -> None:
+    def write(x: Tensor) -> Tensor:
+        with torch.no_grad():  # there is no gradient through `out`
+            return OUTS[name](x.contiguous(), torch.empty_like(x))
+
+    pipe = pipelined(Viewed(write), chunks=2)
+    assert_agrees(pipe, random(10, 5, 4).requires_grad_())
+
+
 DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "bernoulli_": lambda x: x.bernoulli_(0.5),
     "bernoulli_ of doubles": lambda x: x.double().bernoulli_(0.5),
