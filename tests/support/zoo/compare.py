@@ -121,7 +121,10 @@ def _randomness(entry: Entry, pipe: autopipe.Pipeline, inputs: dict[str, Any]) -
     same = torch.equal(loss, entry.loss(truth.result))
     for name, gradient in truth.parameters.items():
         found = gradients[name]
-        same = same and (found is gradient is None or torch.equal(found, gradient))
+        if found is None or gradient is None:
+            same = same and found is gradient
+        else:
+            same = same and torch.equal(found, gradient)
     return Randomness(same, moves=not torch.equal(loss, moved))
 
 
