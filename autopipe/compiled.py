@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from autopipe.call_guards import autocast_state, plain_autograd, restore_autocast
+from autopipe.compiled_program import CompiledProgram, ProgramKey
 from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.parameters import move, parameter
-from autopipe.passes.driver import Lowered, lower_to_code, phases_by_size
+from autopipe.passes.driver import lower_to_code, phases_by_size
 from autopipe.passes.ir import InputKind
 from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
 from autopipe.planning.fitting import missing_bytes
@@ -28,61 +27,10 @@ if TYPE_CHECKING:
 
     from autopipe.call_signature import CallInputs
     from autopipe.options import Options
+    from autopipe.passes.driver import Lowered
     from autopipe.passes.ir import Input, Split
-    from autopipe.passes.phases import TensorMeta
     from autopipe.planning.plans import Plan
     from autopipe.runtime.transfer import WorkerDevice
-
-
-class ProgramKey(NamedTuple):
-    """Everything that a captured model's program depends on.
-
-    Attributes:
-        sizes: samples in each micro-batch.
-        grad: whether there will be a backward.
-        expected: names of the outputs that will receive a gradient.
-        parameters: for each parameter, whether it requires a gradient, and its dtype.
-        inputs: for each distinct micro-batch size, names and metadata of the call's tensors.
-        autocast: as `call_guards.autocast_state` returns it.
-    """
-
-    sizes: tuple[int, ...]
-    grad: bool
-    expected: frozenset[str]
-    parameters: tuple[tuple[bool, torch.dtype], ...]
-    inputs: tuple[tuple[tuple[str, TensorMeta], ...], ...]
-    autocast: tuple[tuple[bool, torch.dtype], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class CompiledProgram:
-    """A program that can run, and the passes' results that it was generated from.
-
-    Attributes:
-        key: what it depends on.
-        program: its functions, and what the runtime needs besides.
-        lowered: phases, schedule and source.
-    """
-
-    key: ProgramKey
-    program: Program
-    lowered: Lowered
-
-    @cached_property
-    def updates(self) -> frozenset[str]:
-        """Names of the buffers that the forward writes to."""
-        cuts = self.lowered.phased.values()
-        return frozenset(n for cut in cuts for stage in cut.stages for n in stage.updates)
-
-    @property
-    def differentiable(self) -> frozenset[str]:
-        """Names of the outputs that can receive a gradient."""
-        return next(iter(self.lowered.phased.values())).differentiable
-
-    @property
-    def differentiated(self) -> frozenset[str]:
-        """Names of the outputs that the backward expects a gradient for."""
-        return next(iter(self.lowered.phased.values())).differentiated
 
 
 class CompiledModel:
@@ -166,7 +114,7 @@ class CompiledModel:
     def on(self, worker: WorkerDevice, kind: InputKind, target: str, *, written: bool) -> Tensor:
         """Return a tensor as a stage uses it, on the stage's device.
 
-        A copy is cached until the original changes.
+        Copies of constants are cached until the original changes; others are made for each step.
 
         Args:
             worker: the stage's worker.
@@ -180,6 +128,8 @@ class CompiledModel:
         if written:
             move(tensor, worker.device)
             return tensor.detach()
+        if kind is not InputKind.CONSTANT:  # `.data` may change it without changing its version
+            return tensor.detach().to(worker.device)
         key = (target, worker.device)
         cached = self._copies.get(key)
         if cached is None or cached[0] != tensor._version or cached[1] is not tensor:

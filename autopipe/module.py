@@ -11,6 +11,7 @@ from autopipe.batch_dims import batch_of
 from autopipe.call_guards import refuse_transforms
 from autopipe.call_signature import CallInputs, flatten
 from autopipe.errors import OptionError
+from autopipe.interrupts import deferred, raise_deferred
 from autopipe.module_proxy import ModuleProxy
 from autopipe.pipeline_call import PipelineCall
 from autopipe.program_cache import ProgramCache
@@ -74,17 +75,20 @@ class Pipeline(ModuleProxy):
             CaptureError, CouplingError, PartitionError: on a first call; see `autopipe.compile`.
             StageError: a stage failed while it ran.
         """
-        leaves, spec = flatten(args, kwargs)
-        refuse_transforms(leaves)
-        inputs = CallInputs(leaves, spec, *batch_of(self.options.in_dims, self.model, args, kwargs))
-        compiled, program = self._programs.program_for(inputs, strict=True)
-        compiled.place_parameters()
-        call = PipelineCall(compiled, program, leaves, self.memory)
-        if program.program.backward:
-            values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
-        else:
-            values = call.forward()
-        return finish(compiled.split.captured, self.model, values, leaves, sum(call.sizes))
+        with deferred():  # Ctrl-C interrupts between a step's parts
+            leaves, spec = flatten(args, kwargs)
+            refuse_transforms(leaves)
+            dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)
+            inputs = CallInputs(leaves, spec, dims, batch)
+            compiled, program = self._programs.program_for(inputs, strict=True)
+            raise_deferred()
+            compiled.place_parameters()
+            call = PipelineCall(compiled, program, leaves, self.memory)
+            if program.program.backward:
+                values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
+            else:
+                values = call.forward()
+            return finish(compiled.split.captured, self.model, values, leaves, sum(call.sizes))
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """Forward, loss and backward of one batch; gradients are added to ``.grad``.

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from autopipe import results
-from autopipe.call_guards import refuse_transforms
+import torch
+
+from autopipe import interrupts, results
+from autopipe.call_guards import refuse_transforms, restore_autocast
 from autopipe.errors import StageError
+from autopipe.higher_derivatives import differentiable_gradients
 from autopipe.passes.ir import InputKind
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Run
 from autopipe.runtime.random import step_seed
+from autopipe.version_watch import VersionWatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from autopipe.compiled import CompiledModel, CompiledProgram
-    from autopipe.passes.ir import Input
+    from autopipe.compiled import CompiledModel
+    from autopipe.compiled_program import CompiledProgram
+    from autopipe.passes.ir import Input, StagePhases
     from autopipe.runtime.memory import SavedBytesCounter
 
 
@@ -53,7 +58,8 @@ class PipelineCall:
         self.wanted += [tensor for _, tensor in tensors if tensor.requires_grad]
         self.run: Run | None = None
         self._saved: tuple[Any, ...] = ()  # for `share_gradients`
-        self._versions: list[int] = []  # of `wanted`, at the forward
+        self._state = VersionWatch()  # what the forward read
+        self._activations = VersionWatch()  # what it saved
         self._buffers: dict[str, Tensor] = {}  # their values before the forward
 
     def differentiable(self) -> list[bool]:
@@ -63,9 +69,17 @@ class PipelineCall:
         """Run the forward of all micro-batches; returns the gathered outputs."""
         self.run = run = self._new_run(self.ready, {})
         if self.ready.program.backward:
-            self._versions = [t._version for t in self.wanted]
             self._buffers |= {name: b.clone() for name, b in run.buffers.items()}
+            for stage, tensors in zip(self._stages(), run.state_tensors, strict=True):
+                pairs = zip(stage.state, tensors, strict=True)
+                for name, tensor in pairs:
+                    if name not in run.buffers:  # `_buffers` has those that the run writes to
+                        self._state.add([name], [tensor])
+            for item in self.compiled.call_inputs:
+                self._state.add([item.name], [self.leaves[item.index]])
         run.execute("forward")
+        for (k, m), tensors in run.saved.items():
+            self._activations.add(self._stages(m)[k].saved, tensors)
         devices = [self.leaves[i.index].device for i in self.compiled.call_inputs]
         gathered = results.gather_outputs(
             self.compiled.split.captured.outputs,
@@ -77,7 +91,7 @@ class PipelineCall:
         return gathered.values
 
     def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Run the backward of all micro-batches.
+        """Compute gradients; for ``create_graph=True`` such that can be differentiated again.
 
         Args:
             gradients: one per output; None if the output got none.
@@ -90,22 +104,41 @@ class PipelineCall:
             UnsupportedError: a gradient within a function transform.
         """
         refuse_transforms([g for g in gradients if g is not None])
-        run = self._take_run()
+        run = self.run
+        if run is None:
+            raise _backward_error(
+                "backward through the same call a second time: its saved values are gone",
+                remedy="call the pipeline again, or add the losses up and call backward once",
+            )
+        with interrupts.deferred():
+            if torch.is_grad_enabled():  # create_graph=True
+                return self._differentiable_backward(gradients)
+            found = self._run_backward(run, gradients)
+            self._release()
+            return found
+
+    def _run_backward(
+        self, run: Run, gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Run the backward of all micro-batches."""
         outputs = self.compiled.split.captured.outputs
         pattern = frozenset(
             o.name for o, g in zip(outputs, gradients, strict=True) if g is not None
         )
         if not pattern:  # autograd reached this node without any gradient
-            run.drop()
             return (None,) * len(self.wanted)
-        if pattern != self.ready.differentiated:
+        if pattern == self.ready.differentiated:
+            self._refuse_changes(self.ready.read_by_backward)
+        else:
             # The program was compiled for gradients from other outputs. Run the forward of the
             # right program once, with the same seed and buffers; the next step starts with it.
+            self._refuse_changes(None)
             run.drop()
             self.ready = self.compiled.program_for_outputs(self.ready, pattern)
-            run = self._new_run(self.ready, self._buffers)
+            run = self.run = self._new_run(self.ready, self._buffers)
             run.execute("forward")
             run.results.clear()
+        self._activations.clear()  # the backward frees each activation after its use
         shared = results.share_gradients(outputs, gradients, self._saved, self.sizes)
         for name, parts in shared.items():
             holder = self.compiled.split.routes[name].holders[-1]
@@ -116,31 +149,70 @@ class PipelineCall:
             results.input_gradient(i, run.results, self.sizes, self.leaves[i.index].device)
             for i in self.inputs
         ]
-        found += [run.gradients.get(i.name) for i in self.parameters]
-        run.drop()
-        return tuple(found)
+        return (*found, *(run.gradients.get(i.name) for i in self.parameters))
 
-    def _take_run(self) -> Run:
-        """Take the forward's run, which can do one backward."""
-        run = self.run
-        if run is None:
-            raise StageError(
-                "backward through the same call a second time: its saved values are gone",
-                stage=None,
-                microbatch=None,
-                phase=None,
-                remedy="call the pipeline again, or add the losses up and call backward once",
+    def _differentiable_backward(
+        self, gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Compute gradients under autograd; the saved values stay for another backward."""
+        self._refuse_changes(None)
+        compiled, captured = self.compiled, self.compiled.split.captured
+        shared = results.share_gradients(captured.outputs, gradients, self._saved, self.sizes)
+        state = {
+            i.name: compiled.tensor(i.kind, i.target)
+            for i in captured.inputs
+            if i.kind is not InputKind.INPUT
+        }
+        state |= {name: buffer.clone() for name, buffer in self._buffers.items()}
+        with restore_autocast(self.ready.key.autocast):
+            return differentiable_gradients(
+                compiled,
+                state,
+                {i.name: self.leaves[i.index] for i in compiled.call_inputs},
+                shared,
+                self.wanted,
+                self.sizes,
+                self.seed,
             )
-        if [t._version for t in self.wanted] != self._versions:
-            raise StageError(
-                "a parameter or input was changed in place between forward and backward",
-                stage=None,
-                microbatch=None,
-                phase=None,
-                remedy="call backward before optimizer.step()",
+
+    def _refuse_changes(self, state: frozenset[str] | None) -> None:
+        """Refuse a backward if a tensor that it reads was changed in place since the forward.
+
+        Args:
+            state: names of the parameters, buffers and constants that it reads; None: it runs the
+                forward again, and reads all of them and the inputs.
+        """
+        name = self._state.changed(state) or self._activations.changed()
+        if name is not None:
+            raise _backward_error(
+                "a tensor was changed in place between forward and backward, which reads it",
+                node=self._described(name),
+                remedy="call backward before optimizer.step() and before the batch or a buffer is"
+                " overwritten, or pass a copy of it",
             )
-        self.run = None
-        return run
+
+    def _described(self, name: str) -> str:
+        """A parameter, buffer or input by its own name; another value by that of its node."""
+        for stage in self._stages():
+            name = stage.labels.get(name, name)
+        known = {i.name: i for i in self.compiled.split.captured.inputs}
+        if name not in known:
+            return name
+        item = known[name]
+        return f"{item.kind} {item.target or item.name}"
+
+    def _release(self) -> None:
+        """Free what a second backward would need: the caller may keep the loss for long."""
+        if self.run is not None:
+            self.run.drop()
+        self.run, self.leaves, self.wanted = None, (), []
+        self._saved, self._buffers = (), {}
+        self._state.clear()
+        self._activations.clear()
+
+    def _stages(self, m: int = 0) -> Sequence[StagePhases]:
+        """The stages cut into phases for the size of a micro-batch."""
+        return self.ready.lowered.phased[self.sizes[m]].stages
 
     def _new_run(self, ready: CompiledProgram, before: dict[str, Tensor]) -> Run:
         """Create a run and pass its stages their tensors and inputs.
@@ -164,8 +236,6 @@ class PipelineCall:
 
     def _scattered(self, item: Input) -> Sequence[Tensor]:
         leaf: Tensor = self.leaves[item.index].detach()
-        if item.batch_dim is None:
-            return [leaf] * len(self.sizes)
         return microbatch.scatter(leaf, item.batch_dim, self.sizes)
 
     def _held(
@@ -195,3 +265,7 @@ class PipelineCall:
                 )
             held.append(tensors)
         return held
+
+
+def _backward_error(problem: str, *, remedy: str, node: str | None = None) -> StageError:
+    return StageError(problem, stage=None, microbatch=None, phase=None, node=node, remedy=remedy)

@@ -18,7 +18,7 @@ from torch import nn
 
 from autopipe.call_guards import plain_autograd
 from autopipe.call_signature import CallSignature, structure_error
-from autopipe.compiled import CompiledModel, CompiledProgram
+from autopipe.compiled import CompiledModel
 from autopipe.errors import OptionError
 from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from autopipe.call_signature import CallInputs
+    from autopipe.compiled_program import CompiledProgram
     from autopipe.options import Options
     from autopipe.passes.ir import Annotated, Split
     from autopipe.planning.plans import Plan

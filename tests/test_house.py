@@ -28,12 +28,13 @@ FLOORS = (
 """The packages and root files of `passes/`, lowest floor first. Imports only go down."""
 
 LAYERS = (
-    {"errors"},
+    {"errors", "interrupts"},
     {"passes", "runtime", "progress", "typed_json", "target", "formatting"},
     {"report", "planning", "profile", "options", "option_parsing", "batch_dims"}
-    | {"parameters", "results", "tensor_meta"},
-    {"call_guards", "call_signature", "model_state_key", "module_proxy", "compiled"},
-    {"pipeline_call", "program_cache", "verification"},
+    | {"parameters", "results", "tensor_meta", "version_watch"},
+    {"call_guards", "call_signature", "model_state_key", "module_proxy"}
+    | {"compiled", "compiled_program"},
+    {"pipeline_call", "higher_derivatives", "program_cache", "verification"},
     {"module"},
     {"api"},
     {"commands"},
@@ -205,8 +206,8 @@ def test_autopipe_imports_downwards() -> None:
     assert wrong == []
 
 
-def test_the_runtime_knows_errors_only() -> None:
-    known = ("autopipe.errors", "autopipe.runtime")
+def test_the_runtime_knows_errors_and_interrupts_only() -> None:
+    known = ("autopipe.errors", "autopipe.interrupts", "autopipe.runtime")
     wrong = [
         f"{path.relative_to(ROOT)} imports {target}"
         for path in (ROOT / "autopipe" / "runtime").rglob("*.py")

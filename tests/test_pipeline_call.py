@@ -31,12 +31,13 @@ def test_a_second_backward_is_refused() -> None:
 
 
 def test_a_parameter_changed_before_the_backward_is_refused_until_it_is_called_again() -> None:
-    model = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     pipe = pipelined(model, devices=1)
     loss = pipe(torch.randn(7, 4)).sum()
     with torch.no_grad():
-        model.weight.add_(1)
-    with pytest.raises(StageError, match="changed in place between forward and backward"):
+        model[1].weight.add_(1)
+    with pytest.raises(StageError, match="changed in place between forward and backward") as caught:
         loss.backward()
+    assert caught.value.node == "parameter 1.weight"
     pipe(torch.randn(7, 4)).sum().backward()
-    assert model.weight.grad is not None
+    assert model[1].weight.grad is not None

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +26,11 @@ class AutogradStep(Protocol):
         """For each output, whether a gradient can flow back from it."""
 
     def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensors passed to `apply`, from those of the outputs."""
+        """Gradients of the tensors passed to `apply`, from those of the outputs.
+
+        Autograd calls it with gradients enabled for ``create_graph=True``: what it returns then can
+        be differentiated again.
+        """
 
 
 class PipelineFunction(torch.autograd.Function):
@@ -44,6 +47,5 @@ class PipelineFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, *ctx.step.backward(gradients))

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from autopipe import interrupts
+
 from . import transfer, workers
 from .backends import backend_of
 from .failure import stage_error
-from .mailbox import Mailbox, queue_capacity
+from .mailbox import AbortError, Mailbox, queue_capacity
 from .random import MicroBatchContext
 
 if TYPE_CHECKING:
@@ -123,14 +125,18 @@ class Run:
         self._caller_events = [s.record_event() for s in self._caller_streams.values()]
         tasks = [partial(self._work, f, w) for f, w in zip(functions, self._workers, strict=True)]
         cores = workers.cores_per_worker([w.device for w in self._workers])
-        try:
-            workers.run_workers(tasks, self._mailbox.abort, cores)
-        except Exception as error:
-            self.drop()
-            raise stage_error(error, self.program.filename, direction) from error
-        except BaseException:
-            self.drop()
-            raise
+        with interrupts.deferred(), interrupts.waking(self._mailbox.abort):
+            try:
+                workers.run_workers(tasks, self._mailbox.abort, cores)
+            except Exception as error:
+                self.drop()
+                raise stage_error(error, self.program.filename, direction) from error
+            except BaseException:
+                self.drop()
+                raise
+            if interrupts.is_deferred():  # the workers were aborted
+                self.drop()
+                interrupts.raise_deferred()
         if self._caller_streams:
             self._join_caller_streams()
 
@@ -154,6 +160,11 @@ class Run:
             stream = self._caller_streams.get(tensor.device)
             if stream is not None:
                 backend_of(tensor.device).record_use(tensor, stream)
+
+    @property
+    def saved(self) -> dict[tuple[int, int], list[Tensor]]:
+        """(stage, micro-batch) → the activations that are saved for its backward."""
+        return {key: tensors for key, (tensors, _) in self._saved.items()}
 
     def drop(self) -> None:
         """Free saved activations, results and gradients."""
@@ -182,6 +193,8 @@ class Run:
             m: the micro-batch.
             parameters: the parameters whose gradients the code computes, in the code's order.
         """
+        if interrupts.is_deferred():  # a single worker runs in the main thread
+            raise AbortError
         draws = self.program.draws[self.program.sizes[m]][stage]
         return MicroBatchContext(
             self.seed, draws, m, lambda i, gradient: self.accumulate(parameters[i], gradient)

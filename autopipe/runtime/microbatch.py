@@ -31,15 +31,17 @@ def sizes(batch: int, chunks: int) -> tuple[int, ...]:
     return tuple(small + (i < extra) for i in range(count))
 
 
-def scatter(tensor: Tensor, dim: int, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+def scatter(tensor: Tensor, dim: int | None, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Cut a tensor into micro-batches.
 
     Args:
         tensor: the whole batch.
-        dim: its batch dimension.
+        dim: its batch dimension; None: it is not batched, and each micro-batch gets all of it.
         sizes: samples per micro-batch.
 
     Returns:
         Views of `tensor`, in order.
     """
+    if dim is None:
+        return (tensor,) * len(sizes)
     return (tensor,) if len(sizes) == 1 else torch.split(tensor, list(sizes), dim)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,20 +28,22 @@ def run_workers(
 
     Args:
         tasks: one per worker.
-        abort: called when a task fails; must make all other tasks end soon.
+        abort: called when a task fails, or the caller is interrupted; must make all other tasks
+            end soon.
         cores: CPU cores for each worker; None: the operating system decides.
 
     Raises:
-        The exception of the task that failed first.
+        The exception of the task that failed first; or the one that interrupted the caller, once
+        all tasks have ended.
     """
     if len(tasks) == 1:
-        with _plain_execution():
+        with _plain_execution(), suppress(AbortError):
             tasks[0]()
         return
     failures: list[BaseException] = []
     threads_per_call = torch.get_num_threads()
 
-    def work(index: int) -> None:
+    def work(index: int, latch: _Latch) -> None:
         try:
             if cores is not None:
                 os.sched_setaffinity(0, cores[index])
@@ -54,26 +56,59 @@ def run_workers(
         except BaseException as error:
             failures.append(error)
             abort()
+        finally:
+            latch.open()
 
-    threads = [
-        threading.Thread(target=work, args=(i,), name=f"autopipe-worker-{i}", daemon=True)
-        for i in range(len(tasks))
-    ]
-    started = []
+    running: list[tuple[threading.Thread, _Latch]] = []
     try:
-        for thread in threads:
-            started.append(thread)
+        for i in range(len(tasks)):
+            latch = _Latch()
+            name = f"autopipe-worker-{i}"
+            thread = threading.Thread(target=work, args=(i, latch), name=name, daemon=True)
+            running.append((thread, latch))
             thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException:  # Ctrl-C in the caller: end the workers too
+    except BaseException as error:
+        if isinstance(error, RuntimeError):  # the system allows no more threads
+            running.pop()
+        failures.append(error)
         abort()
-        for thread in started:
-            if thread.ident is not None:
-                thread.join()
-        raise
+    while running:
+        try:
+            thread, latch = running[-1]
+            latch.wait()
+            thread.join()
+            running.pop()
+        except BaseException as error:  # Ctrl-C in the caller: end the workers, and go on waiting
+            failures.insert(0, error)
+            abort()
     if failures:
-        raise failures[0]
+        first = failures[0]
+        failures.clear()  # the frames of the exceptions refer to the list
+        try:
+            raise first
+        finally:
+            del first
+
+
+class _Latch:
+    """Tells the caller that a worker has ended.
+
+    (An interrupted `Thread.join` of CPython 3.11 takes a running thread for one that has ended.)
+    """
+
+    def __init__(self) -> None:
+        self._is_open = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def open(self) -> None:
+        self._is_open = True
+        self._lock.release()
+
+    def wait(self) -> None:
+        """Wait until it is open. It can be called again if an exception interrupted it."""
+        while not self._is_open:
+            self._lock.acquire(timeout=60)
 
 
 @contextmanager

@@ -98,6 +98,12 @@ class StagePhases:
     draws: tuple[RandomDraw, ...]
     device: torch.device
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """Node name → name of the value, for the placeholders that are no tangents."""
+        _, *placeholders = [n.name for n in self.graph.nodes if n.op == "placeholder"]
+        return dict(zip(placeholders, (*self.state, *self.receives), strict=False))
+
     def results(self) -> dict[str, list[Any]]:
         """Return the joint graph's results by group: returns, updates, own_grads, sent_grads."""
         values = results_of(self.graph)

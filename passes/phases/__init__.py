@@ -14,7 +14,7 @@ Read the files in this order:
     `request`             the arguments as one value; the cache of traced stages
     `cut`                 Split -> Phased: trace every stage, cut its joint graph
     `joint_trace`         one stage graph -> its joint forward and backward graph
-    `stage_runner`        run a stage graph on fake tensors while it is traced
+    `stage_runner`        run a stage graph op by op, also while it is traced
     `lower_random`        clean a joint graph; turn random ops into keyed draws of `ctx`
     `function_constants`  write constants that a custom autograd.Function creates
     `assign_phases`       cut one joint graph into F, R, B and W, by reachability
@@ -27,6 +27,7 @@ from __future__ import annotations
 from .cut import cut_phases, received_strides
 from .joint_trace import TensorMeta
 from .request import PhaseRequest, TraceCache
+from .stage_runner import run_stage
 
 __all__ = [
     "PhaseRequest",
@@ -34,4 +35,5 @@ __all__ = [
     "TraceCache",
     "cut_phases",
     "received_strides",
+    "run_stage",
 ]

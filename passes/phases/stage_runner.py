@@ -1,6 +1,7 @@
-"""Run a stage graph on fake tensors of any device while it is traced.
+"""Run a stage graph op by op, on any device.
 
-Each recorded node is attributed to the op of the stage graph that caused it, in the backward too.
+While a stage is traced, it runs on fake tensors, and each recorded node is attributed to the op of
+the stage graph that caused it, in the backward too.
 """
 
 from __future__ import annotations
@@ -23,22 +24,29 @@ from autopipe.passes._torch import (
 from autopipe.passes.graph import source_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from autopipe.passes.ir import StageGraph
 
 aten = torch.ops.aten
 
 
-def run_on_device(
-    stage: StageGraph, inputs: Sequence[Tensor], device: torch.device
+def run_stage(
+    stage: StageGraph,
+    inputs: Sequence[Tensor],
+    device: torch.device,
+    around: Callable[[int, fx.Node], AbstractContextManager[Any]],
+    computed: Callable[[int, fx.Node, Any], None] = lambda position, node, value: None,
 ) -> list[Tensor]:
-    """Run a stage graph.
+    """Run a stage graph, op by op.
 
     Args:
         stage: its graph; every device in it is replaced by `device`.
         inputs: its state, then received tensors.
         device: where it runs.
+        around: (position in the graph, op) → the context that the op runs in.
+        computed: called with position, op and result after each op.
 
     Returns:
         Its results.
@@ -47,7 +55,6 @@ def run_on_device(
         CaptureError: a shape depends on the values of tensors.
     """
     env: dict[fx.Node, Any] = {}
-    attributed: set[Any] = set()
     source = iter(inputs)
     for position, node in enumerate(stage.graph_module.graph.nodes):
         if node.op == "placeholder":
@@ -55,17 +62,35 @@ def run_on_device(
         elif node.op == "output":
             return [env[n] for n in node.args[0]]
         else:
-            origin = (position, node.meta.get("stack_trace"))
-            set_traced_call(*origin)
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            with _region(node, device):
+            with around(position, node), _region(node, device):
                 env[node] = _call(
                     node, _replace_devices(args, device), _on_device(node, kwargs, device)
                 )
-            for tensor in pytree.tree_leaves(env[node]):
-                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                    _attribute_backward(tensor.grad_fn, origin, attributed)
+            computed(position, node, env[node])
     raise AssertionError("a graph without output")
+
+
+def run_on_device(
+    stage: StageGraph, inputs: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
+    """Run a stage graph on the tensors of a trace; attribute what is recorded to the graph's ops.
+
+    Arguments, result and errors are those of `run_stage`.
+    """
+    attributed: set[Any] = set()
+
+    def around(position: int, node: fx.Node) -> AbstractContextManager[Any]:
+        set_traced_call(position, node.meta.get("stack_trace"))
+        return nullcontext()
+
+    def computed(position: int, node: fx.Node, value: Any) -> None:
+        origin = (position, node.meta.get("stack_trace"))
+        for tensor in pytree.tree_leaves(value):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                _attribute_backward(tensor.grad_fn, origin, attributed)
+
+    return run_stage(stage, inputs, device, around, computed)
 
 
 def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -199,14 +199,6 @@ def test_parameters_changed_before_backward() -> None:
         out.backward()
 
 
-def test_double_backward() -> None:
-    x = X.clone().requires_grad_()
-    out = autopipe.compile(mlp(), 2, 2)(x)
-    (gradient,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|twice"):
-        gradient.sum().backward()
-
-
 def test_meta_parameters_need_values() -> None:
     with torch.device("meta"):
         model = mlp()

@@ -1,0 +1,77 @@
+"""A program that can run, and everything that it depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from autopipe.passes.driver import Lowered
+    from autopipe.passes.phases import TensorMeta
+    from autopipe.runtime.executor import Program
+
+
+class ProgramKey(NamedTuple):
+    """Everything that a captured model's program depends on.
+
+    Attributes:
+        sizes: samples in each micro-batch.
+        grad: whether there will be a backward.
+        expected: names of the outputs that will receive a gradient.
+        parameters: for each parameter, whether it requires a gradient, and its dtype.
+        inputs: for each distinct micro-batch size, names and metadata of the call's tensors.
+        autocast: as `call_guards.autocast_state` returns it.
+    """
+
+    sizes: tuple[int, ...]
+    grad: bool
+    expected: frozenset[str]
+    parameters: tuple[tuple[bool, torch.dtype], ...]
+    inputs: tuple[tuple[tuple[str, TensorMeta], ...], ...]
+    autocast: tuple[tuple[bool, torch.dtype], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledProgram:
+    """A program that can run, and the passes' results that it was generated from.
+
+    Attributes:
+        key: what it depends on.
+        program: its functions, and what the runtime needs besides.
+        lowered: phases, schedule and source.
+    """
+
+    key: ProgramKey
+    program: Program
+    lowered: Lowered
+
+    @cached_property
+    def updates(self) -> frozenset[str]:
+        """Names of the buffers that the forward writes to."""
+        cuts = self.lowered.phased.values()
+        return frozenset(n for cut in cuts for stage in cut.stages for n in stage.updates)
+
+    @cached_property
+    def read_by_backward(self) -> frozenset[str]:
+        """Names of the parameters, buffers and constants whose values the backward reads."""
+        found: set[str] = set()
+        for cut in self.lowered.phased.values():
+            for stage in cut.stages:
+                placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
+                for name, node in zip(stage.state, placeholders[1:], strict=False):
+                    if any(stage.phase_of.get(user.name, "F") != "F" for user in node.users):
+                        found.add(name)
+        return frozenset(found)
+
+    @property
+    def differentiable(self) -> frozenset[str]:
+        """Names of the outputs that can receive a gradient."""
+        return next(iter(self.lowered.phased.values())).differentiable
+
+    @property
+    def differentiated(self) -> frozenset[str]:
+        """Names of the outputs that the backward expects a gradient for."""
+        return next(iter(self.lowered.phased.values())).differentiated
