@@ -66,6 +66,14 @@ class CompiledModel:
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
 
     def fits(self, batch: int) -> bool:
+        """Whether the model would take the captured branches, with the captured numbers.
+
+        Args:
+            batch: number of samples.
+        """
+        return self.split.captured.reads.changed() is None and self.fits_size(batch)
+
+    def fits_size(self, batch: int) -> bool:
         """Whether the model would take the captured branches for a batch of this size.
 
         Args:

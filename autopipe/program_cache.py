@@ -1,7 +1,9 @@
 """Find the program for a call, or build it: capture, choose a plan, cut, trace.
 
-    call ──▶ ModelKey: model state, structure of the inputs, static shapes ──▶ `CompiledModel`s,
-             of which the first whose size guards hold for the batch is used
+    call ──▶ ModelKey: model state, structure of the inputs, static shapes, torch's settings
+         ──▶ `CompiledModel`s,
+             of which the first is used that holds for the batch's size and for the Python values
+             that it was captured with
          ──▶ ProgramKey: micro-batch sizes, grad, outputs with gradients, parameters, metadata
              of the inputs, autocast ──▶ `CompiledProgram`
 
@@ -12,7 +14,7 @@ take other branches); its stages are traced once per `ProgramKey`.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -22,6 +24,7 @@ from autopipe.compiled import CompiledModel
 from autopipe.errors import OptionError
 from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
+from autopipe.passes.capture import ambient_settings
 from autopipe.passes.driver import capture_with_costs, cut_into_stages
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.schedule import schedule
@@ -51,6 +54,7 @@ class ModelKey(NamedTuple):
     state: Hashable
     signature: CallSignature
     static_shapes: tuple[tuple[int, ...], ...]
+    settings: tuple[Any, ...]
 
 
 class ProgramCache:
@@ -93,7 +97,7 @@ class ProgramCache:
         known = self._signatures.setdefault(state, set())
         if strict and known and signature not in known:
             raise structure_error(next(iter(known)), signature)
-        key = ModelKey(state, signature, inputs.static_shapes())
+        key = ModelKey(state, signature, inputs.static_shapes(), ambient_settings())
         with Progress(len(self.workers)) as progress, plain_autograd():
             fitting = (c for c in self._models.get(key, ()) if c.fits(inputs.batch))
             compiled = next(fitting, None) or self._capture(key, inputs, progress)
@@ -126,9 +130,9 @@ class ProgramCache:
     ) -> CompiledModel:
         """Capture the model for a call that no captured graph fits."""
         models = self._models.setdefault(key, [])
-        single = inputs.batch == 1 and bool(models)
+        single = inputs.batch == 1 and any(not c.fits_size(1) for c in models)
         compiled = self._compile(inputs, progress, single=single)
-        if inputs.batch == 1 and not compiled.fits(1):
+        if inputs.batch == 1 and not compiled.fits_size(1):
             # One sample was traced as two, which gave another branch: trace it as one.
             models.append(compiled)
             compiled = self._compile(inputs, progress, single=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -29,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.amp.autocast_mode import _enter_autocast
 from torch.autograd import forward_ad
+from torch.export import _trace as export_trace
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
@@ -45,6 +45,8 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
+
+from .one_at_a_time import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +81,7 @@ __all__ = [
     "mark_recorded",
     "min_cut_saved",
     "preserve_node_meta",
+    "quiet_export",
     "record_checks_unordered",
     "set_traced_call",
     "storage_id",
@@ -152,7 +155,7 @@ def keep_no_grad_regions() -> Iterator[None]:
             return False
         return not omit_if_same_with_ambient or first.args[0] != torch.is_grad_enabled()
 
-    with mock.patch.object(regions, "_is_set_grad_enabled_sub_mod", switches):
+    with replaced(regions, "_is_set_grad_enabled_sub_mod", switches):
         yield
 
 
@@ -172,7 +175,18 @@ def fix_lstm_state_shapes() -> Iterator[None]:
         if torch.__version__ < "2.12":
             for name in ("one_layer_lstm", "mkldnn_one_layer_lstm"):
                 layer = corrected(getattr(decompositions, name))
-                stack.enter_context(mock.patch.object(decompositions, name, layer))
+                stack.enter_context(replaced(decompositions, name, layer))
+        yield
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Let torch's tracers print nothing in this thread; a failing one prints whole graphs."""
+
+    def silent(*args: Any, **kwargs: Any) -> None:
+        """Print nothing."""
+
+    with replaced(export_trace, "print", silent), replaced(fx.graph_module, "print", silent):
         yield
 
 
@@ -187,7 +201,7 @@ def record_checks_unordered() -> Iterator[None]:
     def has_effects(op: Any) -> bool:
         return op is not torch.ops.aten._linalg_check_errors.default and ordered(op)
 
-    with mock.patch.object(effects, "has_effects", has_effects):
+    with replaced(effects, "has_effects", has_effects):
         yield
 
 

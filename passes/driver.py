@@ -25,6 +25,7 @@ from autopipe.passes.split import PlannedCut, split
 
 from ._torch import lazy_graph_code
 from .codegen import Generated, codegen
+from .one_at_a_time import one_at_a_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _dumped = itertools.count(1)
 
 
+@one_at_a_time()
 @lazy_graph_code()
 def capture_with_costs(
     request: CaptureRequest, progress: Callable[[str], None] = lambda text: None
@@ -61,6 +63,7 @@ def capture_with_costs(
     return annotated
 
 
+@one_at_a_time()
 @lazy_graph_code()
 def cut_into_stages(
     annotated: Annotated,
@@ -103,6 +106,7 @@ class Lowered:
     generated: Generated
 
 
+@one_at_a_time()
 @lazy_graph_code()
 def phases_by_size(
     request: PhaseRequest,
@@ -123,6 +127,7 @@ def phases_by_size(
     return {size: cut_phases(request, size, cache, progress) for size in request.metadata}
 
 
+@one_at_a_time()
 @lazy_graph_code()
 def lower_to_code(
     phased: Mapping[int, Phased],

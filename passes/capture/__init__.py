@@ -12,13 +12,21 @@ Files, in reading order:
 - `tracing`: calls a front end, with the patches and checks that a faithful graph needs
 - `flat_module`: the model as a function from flat tensors to flat tensors
 - `exporting`: runs torch.export: silences it, refuses what it would lose
+- `size_uses`: what the model's code did with symbolic sizes
+- `explain`: short errors for those of torch.export
 - `normalize`: the exported graph → plain ops, one placeholder for each tensor
 - `inlining`: copies the ops of the exported graph, and those of its no_grad and autocast regions
 - `canonicalize`: rewrites single ops: dropouts that drop nothing, squeezes
 - `scalar_reads`: Python numbers read from tensors become tensors of one entry
 - `patches`: replacements of parts of a model while it is traced
-- `module_state`: snapshots of attributes and buffers, and how to restore them
-- `hidden_state`: refuses models whose next call depends on attributes that this one set
+- `holders`, `python_state`: the Python values that a forward can read or change, copied before it
+  runs
+- `watch_calls`, `random_numbers`: which functions it calls; random numbers that are not torch's
+- `tensor_mode`, `leftovers`: tensors that are reached around the model's names, or left behind
+- `value_key`, `reads`: the Python values that it read, compared in later calls
+- `ambient`: settings of the process that a graph depends on
+- `buffer_state`: restores registries and values of buffers
+- `hidden_state`: refuses models whose next call depends on what this one set
 - `buffer_assignment`: ``self.n = self.n + 1`` as a write in place
 - `buffer_mutation`: writes to buffers become results, once a step
 - `norm_statistics`: running statistics of the batch from those of micro-batches
@@ -27,10 +35,12 @@ Files, in reading order:
 
 from __future__ import annotations
 
+from .ambient import ambient_settings
+from .buffer_state import preserve_buffers, restore_values
 from .flat_module import register_dataclasses
 from .frontends import FRONTENDS, Frontend, UserModel, argument_names, as_module, is_model
+from .holders import MODULE_INTERNALS
 from .model import capture
-from .module_state import MODULE_INTERNALS, preserve_buffers, restore_values
 from .request import CaptureRequest
 
 __all__ = [
@@ -39,6 +49,7 @@ __all__ = [
     "CaptureRequest",
     "Frontend",
     "UserModel",
+    "ambient_settings",
     "argument_names",
     "as_module",
     "capture",

@@ -18,17 +18,17 @@ from autopipe.errors import UnsupportedError
 from autopipe.passes._torch import storage_id, storage_id_of
 from autopipe.passes.graph import add_call, symbolic_size, written_arguments
 
-from .module_state import Attribute
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from .python_state import Change
 
-def is_assigned_buffer(changed: Attribute) -> bool:
+
+def is_assigned_buffer(changed: Change) -> bool:
     """Whether the attribute is a buffer, now another tensor of the same shape and dtype."""
     old, new = changed.before, changed.after
     return (
-        changed.is_buffer
+        changed.holder.kind == "buffer"
         and isinstance(old, Tensor)
         and isinstance(new, Tensor)
         and old.dtype == new.dtype
@@ -37,7 +37,7 @@ def is_assigned_buffer(changed: Attribute) -> bool:
 
 
 def write_in_place(
-    model: nn.Module, assigned: Sequence[Attribute], results: Iterable[Tensor]
+    model: nn.Module, assigned: Sequence[Change], results: Iterable[Tensor]
 ) -> tuple[Tensor, ...]:
     """Write the new values of assigned buffers into the tensors that the model had before.
 
@@ -82,7 +82,7 @@ def read_buffer_copies(graph: fx.Graph, buffers: Iterable[fx.Node]) -> None:
         last.args = (buffer, *last.args[1:])
 
 
-def _check_shared_memory(model: nn.Module, assigned: Sequence[Attribute]) -> None:
+def _check_shared_memory(model: nn.Module, assigned: Sequence[Change]) -> None:
     before = dict(model.named_buffers(remove_duplicate=False))
     after = before | {str(c): c.after for c in assigned}
     if changed := _groups_in_memory(before) ^ _groups_in_memory(after):

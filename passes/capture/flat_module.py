@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,18 +12,20 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
 
+from .ambient import ambient_modes, check_modes
 from .buffer_assignment import is_assigned_buffer, write_in_place
-from .module_state import (
-    PLAIN_TYPES,
-    Attribute,
-    changed_attributes,
-    preserve_buffers,
-    set_attributes,
-    snapshot_attributes,
-)
+from .buffer_state import preserve_buffers
+from .hidden_state import forget_tensors, refuse_replaced_modules
+from .python_state import Change, PythonState
+from .tensor_mode import TensorMode, TensorNames
+from .watch_calls import CallWatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from .reads import Reads
+
+PLAIN_TYPES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class TensorSlot:
@@ -37,21 +40,25 @@ class ForwardResult:
         leaves: the flattened result, with a `TensorSlot` in place of each tensor.
         spec: its structure; None before the first forward.
         notes: descriptions of what was left out of the result.
-        changed: other attributes that the forward set (they have been restored).
+        changed: other Python values that the forward changed (they have been restored).
         assigned: qualified names of the buffers that it assigned.
+        reads: the Python values that it read.
+        created: the tensors that it created, some of which may still live.
     """
 
     leaves: list[Any] = dataclasses.field(default_factory=list)
     spec: pytree.TreeSpec | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
-    changed: list[Attribute] = dataclasses.field(default_factory=list)
+    changed: list[Change] = dataclasses.field(default_factory=list)
     assigned: list[str] = dataclasses.field(default_factory=list)
+    reads: Reads | None = None
+    created: list[weakref.ref[Tensor]] = dataclasses.field(default_factory=list)
 
 
 class FlatModel(nn.Module):
     """A model as a function from flat tensors to flat tensors.
 
-    Attributes that a forward changes are recorded in `result` and restored. The new value of a
+    Python values that a forward changes are recorded in `result` and restored. The new value of a
     buffer that the model assigns is written in place, so that the graph records it.
     """
 
@@ -72,6 +79,7 @@ class FlatModel(nn.Module):
         self.tensor_positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         self._template = _Opaque([None if isinstance(x, Tensor) else x for x in leaves])
         self._spec = _Opaque(spec)
+        self._names = _Opaque(TensorNames(model))
         self._result = ForwardResult()  # an object: export forbids new attributes
 
     @property
@@ -84,16 +92,30 @@ class FlatModel(nn.Module):
         for position, tensor in zip(self.tensor_positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
-        before = snapshot_attributes(self.model)
+        state = PythonState(self.model)
+        watch = CallWatch(state)
+        mode = TensorMode(self.model, self._names.value, state.place_of, watch.asleep)
+        modes = ambient_modes()
         with preserve_buffers(self.model):
             try:
-                out = self.model(*args, **kwargs)
+                with mode, watch.watching():
+                    out = self.model(*args, **kwargs)
             finally:
-                changed = changed_attributes(self.model, before)
-                set_attributes(changed, "before")
+                changed = state.changes()
+                for change in reversed(changed):
+                    change.set("before")
+                state.clear_caches()
+        check_modes(modes)
+        state.check_generators()
+        refuse_replaced_modules(changed)
         assigned = [c for c in changed if is_assigned_buffer(c)]
-        self._result.assigned = [str(c) for c in assigned]
-        self._result.changed = [c for c in changed if not is_assigned_buffer(c)]
+        result = self._result
+        result.assigned = [str(c) for c in assigned]
+        result.changed = [c for c in changed if not is_assigned_buffer(c)]
+        if mode.is_tracing:  # what is kept of a trace would look left behind
+            result.changed = [forget_tensors(c) for c in result.changed]
+        result.reads = state.reads(result.changed)
+        result.created = mode.created
         return write_in_place(self.model, assigned, self._flatten_result(out, kwargs))
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 
 from autopipe.errors import OptionError
 
-from .exporting import SizeUses, export
+from .exporting import export
 from .normalize import Normalized, normalize
+from .size_uses import SizeUses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

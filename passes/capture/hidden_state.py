@@ -18,17 +18,20 @@ import torch
 from torch import Tensor
 
 from autopipe.errors import AutopipeError, CaptureError
-from autopipe.passes._torch import FakeTensor
-from autopipe.passes.graph import fingerprint, is_close
+from autopipe.passes._torch import FakeTensor, storage_id_of
+from autopipe.passes.graph import fingerprint, is_close, source_line, written_arguments
+from autopipe.passes.ir import InputKind
 
-from .module_state import is_same, preserve_buffers, restore_values, set_attributes
+from .buffer_state import preserve_buffers, restore_values
+from .holders import Missing
+from .value_key import PLAIN, is_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .flat_module import FlatModel
-    from .module_state import Attribute
     from .normalize import Normalized
+    from .python_state import Change
 
 
 def check_hidden_state(
@@ -57,14 +60,14 @@ def check_hidden_state(
     if not changed:
         return []
     same = False
-    if not any(a.is_buffer for a in changed):
-        set_attributes(changed, "after")
+    if all(c.holder.kind == "attribute" and c.after is not Forgotten for c in changed):
+        _set(changed, "after")
         try:
             same = _is_same_program(traced, trace_again())
         except AutopipeError:
             pass
         finally:
-            set_attributes(changed, "before")
+            _set(changed, "before")
     if not same and not _later_calls_agree(flat, examples, dims):
         raise CaptureError(
             "the model keeps state in attributes of its modules: its next call would compute"
@@ -74,7 +77,74 @@ def check_hidden_state(
             remedy="keep the state in a buffer (register_buffer) that has its final shape and dtype"
             " from the start, or pass it in as an argument",
         )
-    return [str(a) for a in flat.result.changed]
+    return [str(c) for c in flat.result.changed]
+
+
+def refuse_replaced_modules(changed: Sequence[Change]) -> None:
+    """Refuse a forward that replaces parameters or layers of the model.
+
+    Args:
+        changed: what the forward changed.
+
+    Raises:
+        CaptureError: it replaced one, created one or removed one.
+    """
+    for change in changed:
+        if change.holder.kind in ("parameter", "module"):
+            raise CaptureError(
+                f"the forward replaces a {change.holder.kind} of the model: a captured model would"
+                " go on with the old one",
+                found=str(change),
+                remedy="create it in __init__, and write into it under torch.no_grad():"
+                " parameter.copy_(value); if only the first call creates it, call the model itself"
+                " once before the pipeline",
+            )
+
+
+def refuse_written_constants(traced: Normalized, prefix: str) -> None:
+    """Refuse a forward that writes to tensors of the model which are not registered.
+
+    Each micro-batch would write to them.
+
+    Args:
+        traced: the model's graph.
+        prefix: of the model's own names in it.
+
+    Raises:
+        CaptureError: it writes to one.
+    """
+    constants = {
+        i.name: i.target.removeprefix(prefix) for i in traced.inputs if i.kind is InputKind.CONSTANT
+    }
+    storages = {
+        storage_id_of(n): constants[n.name] for n in traced.graph.nodes if n.name in constants
+    }
+    for node in traced.graph.nodes:
+        for written in written_arguments(node):
+            if storage_id_of(written) in storages:
+                raise CaptureError(
+                    "the forward writes to a tensor that is not a buffer of the model",
+                    node=node.name,
+                    source=source_line(node),
+                    found=storages[storage_id_of(written)],
+                    remedy="register it: self.register_buffer(name, tensor); what a forward writes"
+                    " to a buffer is written once a step",
+                )
+
+
+def _set(changed: Sequence[Change], which: str) -> None:
+    for change in changed if which == "after" else reversed(changed):
+        change.set(which)
+
+
+class Forgotten:
+    """Stands for a value that may hold tensors of a trace."""
+
+
+def forget_tensors(change: Change) -> Change:
+    """Drop the new value of a change unless it is plain data."""
+    plain = isinstance(change.after, (*PLAIN, float, complex)) or change.after is Missing
+    return change if plain else change._replace(after=Forgotten)
 
 
 def _is_same_program(a: Normalized, b: Normalized) -> bool:
@@ -114,7 +184,7 @@ def _run_calls(flat: FlatModel, calls: Sequence[Sequence[Tensor]]) -> list[Any]:
         those before the first), and (name, value) of the buffers created or replaced by any call.
     """
     saved = [(b, b.clone()) for b in flat.model.buffers()]
-    changed: list[list[Attribute]] = []
+    changed: list[list[Change]] = []
     results: list[Tensor] = []
     with preserve_buffers(flat.model):
         try:
@@ -124,16 +194,16 @@ def _run_calls(flat: FlatModel, calls: Sequence[Sequence[Tensor]]) -> list[Any]:
                     results = [*flat(*inputs)]
                 results += [b.clone() for b, _ in saved]
                 changed.append(flat.result.changed)
-                set_attributes(changed[-1], "after")
+                _set(changed[-1], "after")
                 restore_values(saved)
             created = {
-                (a.path, a.name): a.holder.get(a.name) for c in changed for a in c if a.is_buffer
+                str(a): a.holder.get(a.key) for c in changed for a in c if a.holder.kind == "buffer"
             }
             return [*results, *created.items()]
         finally:
             restore_values(saved)
-            for attributes in reversed(changed):
-                set_attributes(attributes, "before")
+            for values in reversed(changed):
+                _set(values, "before")
 
 
 def _agree(a: Any, b: Any) -> bool:

@@ -19,6 +19,7 @@ from autopipe.passes._torch import free_unbacked_symbols
 from autopipe.passes.batch import STATIC, Reduced, combine, decide_by_trial, propagate_states
 from autopipe.passes.graph import in_batch_symbol
 from autopipe.passes.ir import (
+    NOTHING_READ,
     SINGLE_SAMPLE,
     B,
     Captured,
@@ -31,7 +32,8 @@ from autopipe.passes.ir import (
 
 from .buffer_assignment import read_buffer_copies
 from .buffer_mutation import defer_buffer_writes, refuse_batched_writes
-from .flat_module import TensorSlot
+from .flat_module import FlatModel, TensorSlot
+from .hidden_state import refuse_written_constants
 from .size_guards import collect_guards
 from .tracing import Trace, trace_model
 
@@ -63,6 +65,7 @@ def capture(request: CaptureRequest) -> Captured:
         CouplingError: an output that cannot be combined from micro-batches.
     """
     trace = trace_model(request)
+    refuse_written_constants(trace.normalized, FlatModel.prefix)
     inputs = _describe_inputs(trace, request)
     sizes = _supported_sizes(trace, inputs)
     _prepare_buffers(trace, inputs, request)
@@ -81,6 +84,7 @@ def capture(request: CaptureRequest) -> Captured:
         out_spec=_result_spec(trace),
         updates=combined.updates,
         size_guards=sizes,
+        reads=trace.result.reads or NOTHING_READ,
         notes=(*trace.result.notes, *notes),
     )
     captured.verify()

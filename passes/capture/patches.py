@@ -1,4 +1,4 @@
-"""Context managers that replace parts of a model, or of torch, while the model is traced."""
+"""Context managers that replace parts of a model while it is traced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from autopipe.passes._torch import BatchNormBase, symbolic_fake_mode
 from autopipe.passes.graph import is_user_file
@@ -16,16 +15,6 @@ from .norm_statistics import CUMULATIVE_MOMENTUM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-
-class DetachInsteadOfData(TorchFunctionMode):
-    """Read ``tensor.data`` as ``tensor.detach()``: export records only the latter."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        is_data = func == Tensor.data.__get__  # type: ignore[attr-defined]
-        return args[0].detach() if is_data else func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -18,19 +18,15 @@ from autopipe.passes.ops import exportable_ctc_loss
 from .flat_module import FlatModel, ForwardResult
 from .frontends import argument_names, as_module, frontend_of
 from .hidden_state import check_hidden_state
-from .patches import (
-    DetachInsteadOfData,
-    find_observer_hooks,
-    gather_on_one_device,
-    trace_cumulative_norms,
-)
+from .leftovers import refuse_leftovers
+from .patches import find_observer_hooks, gather_on_one_device, trace_cumulative_norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .exporting import SizeUses
     from .normalize import Normalized
     from .request import CaptureRequest
+    from .size_uses import SizeUses
 
 
 class Trace(NamedTuple):
@@ -81,8 +77,8 @@ def trace_model(request: CaptureRequest) -> Trace:
         stack.enter_context(exportable_ctc_loss())
         cumulative = stack.enter_context(trace_cumulative_norms(module))
         hooks = stack.enter_context(find_observer_hooks(module))
-        stack.enter_context(DetachInsteadOfData())
         normalized, sizes = trace(flat, examples, dims, names)
+        refuse_leftovers(flat.result.created)
         result = replace(flat.result)  # later calls of `flat` replace it
         attributes = check_hidden_state(
             flat, normalized, lambda: trace(flat, examples, dims, names)[0], examples, dims
@@ -101,8 +97,8 @@ def _warn(hooks: Sequence[str], attributes: Sequence[str]) -> None:
         )
     if attributes:
         warn_at_user_line(
-            f"the model's forward sets the attributes {', '.join(attributes)}; the pipeline does"
-            " not: they keep their values"
+            f"the model's forward sets {', '.join(attributes)}; the pipeline does not: they keep"
+            " their values"
         )
 
 

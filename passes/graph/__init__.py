@@ -41,7 +41,13 @@ from .fx_utils import (
 )
 from .mutations import InPlaceWrites
 from .numerics import is_close, is_inexact
-from .source_location import is_user_file, trim_to_user_frame, user_source_line, warn_at_user_line
+from .source_location import (
+    is_standard_library,
+    is_user_file,
+    trim_to_user_frame,
+    user_source_line,
+    warn_at_user_line,
+)
 
 __all__ = [
     "HIDDEN_WRITES",
@@ -60,6 +66,7 @@ __all__ = [
     "is_integer",
     "is_random",
     "is_size",
+    "is_standard_library",
     "is_user_file",
     "memory_owner",
     "memory_owners",

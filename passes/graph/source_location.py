@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 import traceback
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+TORCH = tuple(
+    f"{Path(str(spec.origin)).parent}/"
+    for spec in map(find_spec, ("torch", "sympy", "mpmath"))
+    if spec is not None
+)
+"""Where torch is, and what it computes sizes with."""
 
-TORCH = str(Path(torch.__file__).parent)
-OURS = str(Path(__file__).parents[2])
+OURS = str(Path(__file__).parents[2]) + "/"
+STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
+GENERATED = ("<autopipe ", "<eval_with_key>", "<frozen ", "<generated", "<__array_function__")
+"""Beginnings of the names of generated code. The user's own code may have such a name too:
+``<string>`` (python -c), ``<stdin>``, ``<ipython-input-1>``."""
 
 
 def is_user_file(file: str) -> bool:
     """Whether a source file is neither torch's nor autopipe's."""
-    return not file.startswith((TORCH, OURS, "<"))
+    return not file.startswith((*TORCH, OURS, *GENERATED))
+
+
+def is_standard_library(file: str) -> bool:
+    """Whether a source file belongs to Python's own library."""
+    return file.startswith(STANDARD_LIBRARY) and "site-packages" not in file
 
 
 def trim_to_user_frame(trace: str | None) -> str | None:
@@ -30,11 +45,21 @@ def trim_to_user_frame(trace: str | None) -> str | None:
 
 
 def user_source_line(stack: traceback.StackSummary) -> str | None:
-    """Return ``file:line`` of the innermost frame that is the user's, or None."""
+    """Return ``file:line`` of the innermost frame that is the user's, or None.
+
+    A frame of a file is preferred to one of generated code (``<string>``), within what autopipe has
+    called.
+    """
+    nearest = None
     for frame in reversed(stack):
-        if is_user_file(frame.filename):
+        if frame.filename.startswith(OURS) and nearest is not None:
+            break
+        if not is_user_file(frame.filename):
+            continue
+        if not frame.filename.startswith("<"):
             return f"{frame.filename}:{frame.lineno}"
-    return None
+        nearest = nearest or f"{frame.filename}:{frame.lineno}"
+    return nearest
 
 
 def warn_at_user_line(text: str) -> None:

@@ -23,7 +23,7 @@ Read the files in this order:
 
 from __future__ import annotations
 
-from .captured import ZERO, Annotated, Captured, GradFlow, NodeCost
+from .captured import NOTHING_READ, ZERO, Annotated, Captured, GradFlow, NodeCost, PythonReads
 from .combine import MEAN, REDUCTIONS, SAME, SUM, Combine, Concatenate
 from .phased import PHASES, Phased, RandomDraw, StagePhases
 from .split import CALLER, Route, Split, StageEstimates, StageGraph
@@ -44,6 +44,7 @@ from .values import (
 __all__ = [
     "CALLER",
     "MEAN",
+    "NOTHING_READ",
     "PHASES",
     "REDUCTIONS",
     "SAME",
@@ -61,6 +62,7 @@ __all__ = [
     "NodeCost",
     "Output",
     "Phased",
+    "PythonReads",
     "RandomDraw",
     "ResultLeaf",
     "Route",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import sympy
 from torch import Tensor, fx
@@ -29,6 +29,21 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
 
+class PythonReads(Protocol):
+    """The Python values that a model's forward read while it was captured."""
+
+    def changed(self) -> str | None:
+        """Return the name of a value that has changed since, or None."""
+
+
+class _NothingRead:
+    def changed(self) -> str | None:
+        return None
+
+
+NOTHING_READ = _NothingRead()
+
+
 @dataclass(frozen=True, eq=False)
 class Captured:
     """The whole model as one flat graph of ATen ops.
@@ -46,6 +61,7 @@ class Captured:
         out_spec: the structure of the result.
         updates: (buffer, index of its value after the call among the final values).
         size_guards: the batch sizes that the graph is valid for.
+        reads: the Python values that the graph is valid for.
         notes: remarks of the capture pass for the user.
         original_positions: for each node its position before ops were reordered; empty if they were
             not. Random draws are keyed by it.
@@ -60,6 +76,7 @@ class Captured:
     out_spec: TreeSpec
     updates: tuple[tuple[str, int], ...] = ()
     size_guards: SizeGuards = ANY_BATCH_SIZE
+    reads: PythonReads = NOTHING_READ
     notes: tuple[str, ...] = ()
     original_positions: tuple[int, ...] = ()
 

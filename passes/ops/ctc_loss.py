@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from autopipe.passes.one_at_a_time import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,5 +159,5 @@ def ctc_loss(
 @contextmanager
 def exportable_ctc_loss() -> Iterator[None]:
     """Replace ``torch.ctc_loss`` by `ctc_loss` until exit."""
-    with mock.patch.object(torch, "ctc_loss", ctc_loss):
+    with replaced(torch, "ctc_loss", ctc_loss):
         yield

@@ -65,7 +65,7 @@ def test_a_buffer_made_in_the_forward_became_a_fake() -> None:
     assert_close(model.table, twin.table)
 
 
-@pytest.mark.filterwarnings("ignore:the model's forward sets the attributes")
+@pytest.mark.filterwarnings("ignore:the model's forward sets")
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
 def test_each_micro_batch_had_another_weight(norm: object) -> None:
     """Spectral norm's power iteration writes by ``out=`` and was run once per micro-batch: within

@@ -45,7 +45,7 @@ def test_what_is_written_by_out(f: Any, remat: str) -> None:
 @pytest.mark.full
 @every_remat
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
-@pytest.mark.filterwarnings("ignore:the model's forward sets the attributes")
+@pytest.mark.filterwarnings("ignore:the model's forward sets")
 def test_spectral_norm(norm: Any, remat: str) -> None:
     """One power iteration a step: the weight is the same for all micro-batches."""
     torch.manual_seed(0)

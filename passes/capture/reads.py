@@ -1,0 +1,73 @@
+"""`Reads`: the Python values that a forward read, to notice when they change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .holders import CONTENT, Dict, Missing
+from .value_key import value_key
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping, Sequence
+
+    from .holders import Holder
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    """Some values of one holder, as they were when the model was captured."""
+
+    holder: Holder
+    values: Mapping[Hashable, Any]
+    keys: Mapping[Hashable, Hashable]
+    """For each value its `value_key`: what a mutable one contained."""
+
+    def changed(self) -> str | None:
+        holder = self.holder
+        whole = isinstance(holder, Dict) and CONTENT not in self.values
+        if whole and len(holder.owner) != len(self.values):
+            return holder.label
+        for key, value in self.values.items():
+            found = holder.get(key)
+            if found is value:
+                continue
+            if isinstance(value, tuple) and isinstance(found, tuple) and _same_items(value, found):
+                continue
+            if value_key(found) != self.keys[key]:
+                return holder.name_of(key)
+        return None
+
+
+def _same_items(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+class Reads:
+    """The Python values that a forward read.
+
+    Args:
+        watched: for each holder of such values, the values.
+    """
+
+    def __init__(self, watched: Sequence[tuple[Holder, Mapping[Hashable, Any]]]) -> None:
+        self._watched = [
+            _Watched(holder, values, {k: value_key(v) for k, v in values.items()})
+            for holder, values in watched
+        ]
+
+    def changed(self) -> str | None:
+        """Return the name of a value that differs from the one that was read; None: none does.
+
+        A list, dict, set or array is compared by its contents, an object by the attributes that
+        the forward read.
+        """
+        return next((name for w in self._watched if (name := w.changed()) is not None), None)
+
+    def __str__(self) -> str:
+        return ", ".join(w.holder.name_of(k) for w in self._watched for k in w.values)
+
+
+def is_compared_elsewhere(value: Any) -> bool:
+    """Whether another check compares this attribute of a module (`autopipe.model_state_key`)."""
+    return value is Missing or type(value) in (int, float, bool, str, type(None))

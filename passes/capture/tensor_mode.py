@@ -1,0 +1,147 @@
+"""What a model's forward does with tensors that torch.export would miss.
+
+- A tensor that the forward reaches around the module's own names (a dict, a list, a closure) is
+  seen as the parameter or buffer that it is; one that is neither and needs a gradient is refused.
+- ``tensor.data`` is read as ``tensor.detach()``; assigning it to a buffer writes to the buffer.
+- Every tensor that the forward creates is remembered weakly, to find those that it left behind.
+"""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from autopipe.errors import CaptureError
+from autopipe.passes._torch import is_traced
+from autopipe.passes.graph import symbolic_size, user_source_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+READ_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+ASSIGN_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class TensorNames:
+    """The names of a model's parameters and buffers, for tensors found elsewhere.
+
+    Args:
+        model: before its tensors are replaced by fakes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._names = {id(t): name for name, t in tensors}
+        self._kept = [t for _, t in tensors]
+
+    def current(self, model: nn.Module, tensor: Tensor) -> Tensor | None:
+        """The tensor that has, at present, the name of an original one.
+
+        Args:
+            model: its tensors may be fakes now.
+            tensor: any tensor.
+
+        Returns:
+            None if it was neither a parameter nor a buffer.
+        """
+        name = self._names.get(id(tensor))
+        if name is None:
+            return None
+        path, _, last = name.rpartition(".")
+        found: Tensor = getattr(model.get_submodule(path), last)
+        return found
+
+
+class TensorMode(TorchFunctionMode):
+    """Intercepts torch's functions while a model's forward runs.
+
+    Args:
+        model: the model.
+        names: of its original tensors.
+        where: tensor → where the model holds it, for messages.
+        call: calls a function of torch with its arguments.
+
+    Attributes:
+        is_tracing: whether the forward runs on tensors of a trace.
+        created: the tensors of the trace that it created, as far as they still live.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: TensorNames,
+        where: Callable[[Tensor], str | None],
+        call: Callable[..., Any],
+    ) -> None:
+        super().__init__()
+        self._model, self._names, self._where, self._call = model, names, where, call
+        self._state = {
+            id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())
+        }
+        self.is_tracing = any(
+            isinstance(t, Tensor) and is_traced(t) for t in (*model.parameters(), *model.buffers())
+        )
+        self.created: list[weakref.ref[Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func == READ_DATA:
+            return self._call(args[0].detach)
+        if func == ASSIGN_DATA:
+            return self._call(self._assign_data, *args)
+        if any(type(x) in (Tensor, nn.Parameter) for x in args) or not all(
+            isinstance(x, (Tensor, int, float, str, type(None))) for x in args
+        ):
+            args, kwargs = pytree.tree_map_only(Tensor, self._named, (args, kwargs))
+        result = self._call(func, *args, **kwargs)
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor) and is_traced(x):
+                self.created.append(weakref.ref(x))
+        return result
+
+    def _named(self, tensor: Tensor) -> Tensor:
+        """A tensor that is reached around the model's names, by its name."""
+        if is_traced(tensor):
+            return tensor
+        found = self._names.current(self._model, tensor)
+        if found is not None:
+            return found
+        if tensor.requires_grad and torch.is_grad_enabled() and self.is_tracing:
+            place = self._where(tensor)
+            raise CaptureError(
+                "the forward uses a tensor that needs a gradient, but is no parameter of the model",
+                source=user_source_line(traceback.extract_stack()),
+                found=f"{place or 'a tensor'} of shape {tuple(tensor.shape)}",
+                remedy="register it: assign the nn.Parameter (or the layer that has it) to an"
+                " attribute of the module, or put it into nn.ParameterList, nn.ParameterDict or"
+                " nn.ModuleList; compute what depends on it in the forward; if it needs no"
+                " gradient, detach it, or use it under torch.no_grad()",
+            )
+        return tensor
+
+    def _assign_data(self, tensor: Tensor, value: Tensor) -> None:
+        """Carry out ``tensor.data = value``."""
+        if id(tensor) not in self._state or not _is_alike(tensor, value):
+            raise CaptureError(
+                "the forward assigns the .data of a tensor, which a captured graph cannot do",
+                source=user_source_line(traceback.extract_stack()),
+                expected="a registered buffer, and data of the same shape and dtype",
+                found=self._state.get(id(tensor)),
+                remedy="compute a new tensor instead, or write into it: buffer.copy_(value)",
+            )
+        with torch.no_grad():
+            tensor.copy_(value.detach().clone())
+
+
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and list(map(symbolic_size, a.shape)) == list(
+        map(symbolic_size, b.shape)
+    )

@@ -1,0 +1,102 @@
+"""Watch the Python functions that a model's forward calls: what they can read, what they draw.
+
+`sys.setprofile` reports every call in the current thread. The watch sleeps within torch's functions
+(`asleep`), which are most of a forward.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from autopipe.passes.graph import is_standard_library, is_user_file
+
+from .random_numbers import numpy_refused, random_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    from .python_state import PythonState
+
+DRAWING = ("random", "getrandbits")
+"""The methods of `random.Random` that are not written in Python."""
+
+
+class CallWatch:
+    """Tells a `PythonState` of each function that is called, and refuses Python's random numbers.
+
+    Args:
+        state: of the model that is called.
+    """
+
+    def __init__(self, state: PythonState) -> None:
+        self._state = state
+        self._awake = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch until exit. If a profiler is at work already, nothing is watched.
+
+        Raises:
+            CaptureError: a random number that is not torch's is drawn.
+        """
+        if sys.getprofile() is not None:
+            yield
+            return
+        with numpy_refused():
+            self._awake = True
+            sys.setprofile(self._called)
+            try:
+                yield
+            finally:
+                sys.setprofile(None)
+                self._awake = False
+
+    def asleep(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function of torch, unwatched."""
+        if not self._awake:
+            return function(*args, **kwargs)
+        sys.setprofile(None)
+        self._awake = False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._awake = True
+            sys.setprofile(self._called)
+
+    def _called(self, frame: FrameType, event: str, function: Any) -> None:
+        if event == "call":
+            if _is_watched(frame.f_code.co_filename):
+                self._state.enter(frame)
+        elif event == "c_call" and _draws(function):
+            user = _user_frame(frame)
+            if user is not None:
+                raise random_error(
+                    f"{type(function.__self__).__module__}.{function.__name__}",
+                    f"{user.f_code.co_filename}:{user.f_lineno}",
+                )
+
+
+@cache
+def _is_watched(file: str) -> bool:
+    return is_user_file(file) and not is_standard_library(file)
+
+
+def _draws(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    if name == "urandom":
+        return getattr(function, "__module__", "") in ("posix", "nt")
+    return name in DRAWING and isinstance(getattr(function, "__self__", None), random.Random)
+
+
+def _user_frame(frame: FrameType | None) -> FrameType | None:
+    """The first caller outside of Python's own library, if it is the user's."""
+    while frame is not None and is_standard_library(frame.f_code.co_filename):
+        if frame.f_code.co_filename.endswith("tempfile.py"):  # for the name of a file
+            return None
+        frame = frame.f_back
+    return frame if frame is not None and is_user_file(frame.f_code.co_filename) else None
