@@ -280,6 +280,8 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "one start for all": (in_stage(first="linear"), "start at one call"),
     "to no stage": (in_crossing(targets=[9]), "later stage"),
     "backwards": (in_crossing(source=2, targets=[1]), "later stage"),
+    "to one stage twice": (in_crossing(source=None, targets=[1, 1]), "twice"),
+    "of no kind": (in_crossing(kind="secret"), "input, activation, parameter"),
     "a negative size": (in_crossing(nbytes=-1), "negative"),
 }
 
@@ -305,8 +307,8 @@ def test_numbers_that_no_float_holds(path: Path) -> None:
 
 
 def test_a_file_too_large_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autopipe.planning.plans.LARGEST_FILE", 100)
-    with pytest.raises(PlanError, match="too large"):
+    monkeypatch.setattr("autopipe.typed_json.LARGEST_FILE", 100)
+    with pytest.raises(PlanError, match="at most 100 bytes"):
         Plan.load(path)
 
 
