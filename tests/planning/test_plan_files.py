@@ -21,25 +21,12 @@ from autopipe import typed_json
 from autopipe.errors import PlanError
 from autopipe.passes.schedule import KINDS
 from autopipe.planning import plans
-from autopipe.planning.plan_parts import DuplicatedCall, Segment
 from autopipe.planning.plans import Plan
 from autopipe.report.page import page
-from tests.support.plans import crossing, made_plan
+from tests.support.plans import crossing, made_plan, whole_plan
 
 RED = "\x1b[31mRED\x1b]0;title\x07\u202e\x9b2J"
 """Colours, a new window title, text from right to left, and C1's own way to clear the screen."""
-
-
-def whole_plan() -> Plan:
-    """A plan in which every list has an entry and every optional field a value."""
-    sent = [crossing("x", None, 0), crossing("h", 0, 1, 2), crossing("g", 1, 2, nbytes=2048)]
-    sent.append(crossing("w", 0, 2, kind="parameter"))
-    plan = made_plan(3, (4, 4, 3), sent, limit=2**30, gather=1e-4, notes=("a note", "another"))
-    return dataclasses.replace(
-        plan,
-        segments=tuple(Segment(f"call_{i}", i % 3) for i in range(4)),
-        duplicated=(DuplicatedCall("mask", (0, 2)),),
-    )
 
 
 @pytest.fixture
