@@ -62,7 +62,7 @@ class Plan(PlanData):
         K, distinct = len(self.stages), len(set(self.sizes))
         require(K > 0, "a plan without stages")
         require(0 < len(self.sizes) <= self.chunks, "micro-batches and sizes disagree")
-        require(not self.whole or len(self.sizes) == 1, "a whole batch in several micro-batches")
+        require(not self.whole or self.chunks == 1, "a whole batch in several micro-batches")
         require(min(self.sizes) > 0, "a micro-batch without samples")
         kinds, found = f"one of {', '.join(KINDS)}", short(self.schedule)
         require(self.schedule in KINDS, "an unknown schedule", expected=kinds, found=found)
