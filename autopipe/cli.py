@@ -1,22 +1,36 @@
 """The `autopipe` command line: parse the arguments, run a command, return an exit code.
 
 The commands are the modules of `autopipe.commands`. Exit codes: 0; 1: the model cannot be planned;
-2: an argument or a file is wrong. An exception in the user's own callable shows its traceback.
+2: an argument, a file or the user's own callable is wrong; 130: interrupted. Messages go to stderr,
+without a traceback. Both streams take any text: what their encoding lacks is escaped.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NoReturn
 
-from autopipe.commands import all_commands
-from autopipe.errors import AutopipeError, DeviceError, OptionError, PlanError, UnsupportedError
+from autopipe.commands import all_commands, complain, flush_output
+from autopipe.errors import (
+    AutopipeError,
+    DeviceError,
+    OptionError,
+    PlanError,
+    UnsupportedError,
+    printable,
+    shortened,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-WRONG_ARGUMENT, CANNOT_PLAN = 2, 1
+WRONG_ARGUMENT, CANNOT_PLAN, INTERRUPTED = 2, 1, 130
+
+LONGEST_MESSAGE = 1000
+"""Characters of a message about an argument."""
 
 EXAMPLES = """\
 examples:
@@ -37,23 +51,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: by argparse, for help (0) and unknown arguments (2).
     """
-    options = _parser().parse_args(arguments)
-    run: Callable[[argparse.Namespace], None] = options.run
-    try:
-        run(options)
-    except (DeviceError, OptionError, PlanError) as error:
-        print(f"autopipe: {error}", file=sys.stderr)
-        return WRONG_ARGUMENT
-    except AutopipeError as error:
-        print(f"autopipe: {error}", file=sys.stderr)
-        # Without a node or source line, an option asks for something that is not implemented.
-        asked = isinstance(error, UnsupportedError) and error.node is None and error.source is None
-        return WRONG_ARGUMENT if asked else CANNOT_PLAN
+    with _any_text():
+        try:
+            try:
+                options = _parser().parse_args(arguments)
+                run: Callable[[argparse.Namespace], None] = options.run
+                run(options)
+            finally:
+                flush_output()
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except AutopipeError as error:
+            complain(f"autopipe: {error}")
+            return _code(error)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _code(error: AutopipeError) -> int:
+    if isinstance(error, (DeviceError, OptionError, PlanError)):
+        return WRONG_ARGUMENT
+    # Without a node or source line, an option asks for something that is not implemented.
+    asked = isinstance(error, UnsupportedError) and error.node is None and error.source is None
+    return WRONG_ARGUMENT if asked else CANNOT_PLAN
+
+
+@contextmanager
+def _any_text() -> Iterator[None]:
+    """Let stdout and stderr take characters that their encoding lacks, as escapes."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [(s, s.errors) for s in streams if not s.closed]
+    for stream, _ in before:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            with suppress(OSError, ValueError):  # the command may have closed it
+                stream.reconfigure(errors=errors)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        text = shortened(printable(message), LONGEST_MESSAGE)
+        complain(f"{self.prog}: {text} (see {self.prog} --help)")
+        raise SystemExit(WRONG_ARGUMENT)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="autopipe",
         description="Pipeline plans of PyTorch models: make, simulate, draw.",
         epilog=EXAMPLES,

@@ -5,6 +5,9 @@ graph node, the line of the model, what was expected and found, and the remedy.
 
 A new class only needs a docstring. If it has further arguments, its constructor passes these fields
 to `AutopipeError` and stores the others as attributes.
+
+`printable`, `text_of` and `describe` turn text and exceptions that others wrote into text that is
+safe to show: on a terminal, in a table, in a message.
 """
 
 from __future__ import annotations
@@ -16,8 +19,67 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+LONGEST_DESCRIPTION = 500
+"""Characters of `describe`, at most."""
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Escape what a terminal would obey instead of showing.
+
+    Names in a plan, a model or a path may hold escape sequences, bidirectional controls, other
+    invisible characters or lone surrogates. They become ``\\x1b``, ``\\u202e`` and so on, as in
+    `repr`; everything else stays as it is. Text that was escaped before does not change again.
+
+    Args:
+        text: any text.
+        lines: keep newlines and tabs.
+    """
+    if text.isprintable():
+        return text
+    kept = "\n\t" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+
+
+def text_of(error: BaseException) -> str:
+    """The whole text of an exception, control characters escaped.
+
+    An exception of the user's may fail while its text is made: then the text says so, and the
+    failure does not take the exception's place.
+
+    Args:
+        error: any exception.
+    """
+    try:
+        return printable(str.__str__(str(error)), lines=True)
+    except Exception as failure:
+        return f"(no text: its __str__ raised {_class_name(failure)})"
+
+
+def describe(error: BaseException) -> str:
+    """An exception as one line of limited length: ``KeyError: 'x'``.
+
+    It is the exception's class and the first line of its text; see `text_of`. Never raises.
+
+    Args:
+        error: any exception.
+    """
+    kind = _class_name(error)
+    first = next((line for line in text_of(error).splitlines() if line.strip()), "")
+    return shortened(f"{kind}: {first.strip()}" if first else kind, LONGEST_DESCRIPTION)
+
+
+def _class_name(value: object) -> str:
+    """The name of an object's class, past what a metaclass makes of ``__name__``."""
+    return printable(str(type.__dict__["__name__"].__get__(type(value))))
+
+
+def shortened(text: str, length: int) -> str:
+    """Cut a text to a number of characters, the last one being an ellipsis."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 class AutopipeError(Exception):
-    """Base of all errors below.
+    """Base of all errors below. Control characters in its message are escaped.
 
     Args:
         problem: what happened, in one sentence.
@@ -54,7 +116,7 @@ class AutopipeError(Exception):
             lines += [] if fact is None else [f"  {name}: {fact}"]
         if self.remedy is not None:
             lines.append(f"  what to do: {self.remedy}")
-        return "\n".join(lines)
+        return printable("\n".join(lines), lines=True)
 
     def at(self, source: str | None) -> Self:
         """Return a copy of this error with the line of the model that caused it.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
+
+from autopipe.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -32,6 +35,8 @@ def format_seconds(seconds: float) -> str:
     """Format a time with three significant digits: ``680 ms``, ``212 µs``."""
     if seconds == 0:
         return "0 s"
+    if not 0 < seconds < math.inf:
+        return f"-{format_seconds(-seconds)}" if seconds < 0 else f"{seconds} s"
     for unit, size in _SECOND_UNITS:
         if seconds >= size * 0.9995:
             return f"{seconds / size:.3g} {unit}" if seconds < 999.5 else f"{seconds:.0f} s"
@@ -50,9 +55,10 @@ def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> 
     """Format rows as lines whose columns are as wide as their widest cell.
 
     Args:
-        rows: cells; all rows have the same number of them.
+        rows: cells; all rows have the same number of them. Control characters are escaped.
         left: indices of the columns that are flush left; the others are flush right.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(

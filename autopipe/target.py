@@ -6,16 +6,20 @@ import importlib
 import importlib.util
 import os
 import sys
-from contextlib import nullcontext
+import sysconfig
+import traceback
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autopipe.errors import OptionError
+from autopipe.errors import AutopipeError, OptionError, describe
 from autopipe.passes.capture import UserModel, is_model
+from autopipe.passes.graph import is_user_file, user_source_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
 Target = tuple[UserModel, tuple[Any, ...], dict[str, Any]]
@@ -36,8 +40,8 @@ def load(name: str, *, real: bool = False) -> Target:
         The model, args, kwargs.
 
     Raises:
-        OptionError: there is no such module or callable, or it returns something else.
-        Exception: whatever the user's module or callable raises.
+        OptionError: there is no such module or callable, it fails, or it returns something else.
+            What the user's code raised is the error's cause.
     """
     where, colon, what = name.rpartition(":")
     if not colon or not where or not what:
@@ -46,20 +50,49 @@ def load(name: str, *, real: bool = False) -> Target:
             expected="MODULE:CALLABLE, such as models/gpt.py:training",
             found=repr(name),
         )
-    module = _file(Path(where)) if where.endswith(".py") else _named(where)
-    function: Any = module
-    for part in what.split("."):
-        if not hasattr(function, part):
-            raise OptionError(f"{where} has no {what!r}", expected="a function without arguments")
-        function = getattr(function, part)
-    if not callable(function):
+    with _users_code(where):
+        function: Any = _file(Path(where)) if where.endswith(".py") else _named(where)
+    with _users_code(name):
+        for part in what.split("."):
+            if not hasattr(function, part):
+                expected = "a function without arguments"
+                raise OptionError(f"{where} has no {what!r}", expected=expected)
+            function = getattr(function, part)
+        if not callable(function):
+            raise OptionError(
+                f"{name} cannot be called",
+                expected="a function without arguments",
+                found=type(function).__name__,
+            )
+        with nullcontext() if real else torch.device("meta"):
+            return _checked(function(), name)
+
+
+@contextmanager
+def _users_code(name: str) -> Iterator[None]:
+    """Within this context, turn what the user's code raises into an error with its line."""
+    try:
+        yield
+    except AutopipeError:
+        raise
+    except (Exception, SystemExit) as error:
+        leaves = isinstance(error, SystemExit)
         raise OptionError(
-            f"{name} cannot be called",
-            expected="a function without arguments",
-            found=type(function).__name__,
-        )
-    with nullcontext() if real else torch.device("meta"):
-        return _checked(function(), name)
+            f"{name} leaves the program" if leaves else f"{name} fails",
+            source=_line_of(error),
+            found=describe(error),
+            remedy="call it in Python to see the whole traceback",
+        ) from error
+
+
+def _line_of(error: BaseException) -> str | None:
+    """The user's innermost line, as ``file:line``."""
+    if isinstance(error, SyntaxError) and error.filename and is_user_file(error.filename):
+        return f"{error.filename}:{error.lineno}"
+    stack = traceback.extract_tb(error.__traceback__)
+    libraries = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+    own = [frame for frame in stack if not frame.filename.startswith(libraries)]
+    return user_source_line(traceback.StackSummary.from_list(own)) or user_source_line(stack)
 
 
 def _checked(found: Any, name: str) -> Target:
@@ -81,16 +114,20 @@ def _checked(found: Any, name: str) -> Target:
 
 
 def _named(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as with `python -m`
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as with `python -m`
     try:
-        found = importlib.util.find_spec(name)
+        found = None if "" in name.split(".") else importlib.util.find_spec(name)
     except ModuleNotFoundError as error:  # its parent package does not exist
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         found = None
-    except ValueError:  # an empty name, or one of a module without a spec
-        found = None
+    except ValueError:
+        if name in sys.modules:  # such as __main__; else its parent package raised it
+            found = None
+        else:
+            raise
     if found is None:
         raise OptionError(
             f"there is no module {name!r}",
@@ -100,7 +137,7 @@ def _named(name: str) -> ModuleType:
 
 
 def _file(path: Path) -> ModuleType:
-    if not path.is_file():
+    if not os.path.isfile(path):  # `Path.is_file` raises if the name is too long
         raise OptionError("there is no such file", found=str(path))
     folder = str(path.resolve().parent)
     if folder not in sys.path:

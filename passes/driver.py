@@ -6,14 +6,17 @@
     Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated                     `lower_to_code`
 
 Every program is verified when it is created. With ``AUTOPIPE_DUMP=dir`` in the environment each is
-also written to that folder, numbered in the order of creation.
+also written to that folder, numbered in the order of creation. A folder that cannot be written is
+one warning; the passes go on.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -162,5 +165,14 @@ def _dump(name: str, program: object, suffix: str = "txt") -> None:
     folder = os.environ.get("AUTOPIPE_DUMP")
     if folder:
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / f"{next(_dumped):03d}-{name}.{suffix}").write_text(f"{program}\n")
+        content = f"{program}\n".encode(errors="backslashreplace")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / f"{next(_dumped):03d}-{name}.{suffix}").write_bytes(content)
+        except OSError as error:
+            _warn_once(f"AUTOPIPE_DUMP: no program is written to {folder!r}: {error.strerror}")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=3)

@@ -1,4 +1,7 @@
-"""Every class of errors keeps its facts when it is moved to a line, copied or pickled."""
+"""Every class of errors keeps its facts when it is moved to a line, copied or pickled.
+
+And what others wrote, names and exceptions, is shown without harm.
+"""
 
 from __future__ import annotations
 
@@ -98,3 +101,114 @@ def test_require_raises_unless_the_condition_holds() -> None:
     with pytest.raises(errors.VerifyError, match="a rule") as caught:
         errors.require(False, "a rule", node="n")
     assert caught.value.node == "n"
+
+
+# --------------------------------------------------------------------- what others wrote, as text
+
+CONTROLS = [
+    *map(chr, range(0x20)), *map(chr, range(0x7F, 0xA0)), *map(chr, range(0x200B, 0x2010)),
+    *map(chr, range(0x2028, 0x202F)), *map(chr, range(0x2066, 0x206A)),
+    *("\u061c", "\ufeff", "\ud800", "\udfff", "\U000e0001"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("c", CONTROLS, ids=ascii)
+def test_controls_are_escaped(c: str) -> None:
+    text = errors.printable(f"a{c}b")
+    assert text.isprintable()
+    assert text == f"a{ascii(c)[1:-1]}b"
+    assert errors.printable(text) == text
+    assert (errors.printable(f"a{c}b", lines=True) == f"a{c}b") == (c in "\n\t")
+
+
+def test_other_text_stays_as_it_is() -> None:
+    text = "größe × 3 µs 模型 שלום 🙂 \\x1b \\ 'quoted'"
+    assert errors.printable(text) is text
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_no_fact_of_a_message_commands_the_terminal(kind: type[errors.AutopipeError]) -> None:
+    parameters = inspect.signature(kind).parameters.values()
+    values = {p.name: "\x1b[31m\x9b" if "str" in str(p.annotation) else 7 for p in parameters}
+    error = kind(values.pop(next(iter(values))), **values)  # type: ignore[arg-type]
+    for one in (error, error.at("\x1b]0;x\x07:12"), copy.copy(error)):
+        assert all(c.isprintable() or c == "\n" for c in str(one))
+        assert "\\x1b[31m\\x9b" in str(one)
+    assert error.problem == "\x1b[31m\x9b", "facts are kept as they are"
+
+
+class Loud(str):
+    """A text whose methods raise."""
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        raise RuntimeError("never")
+
+    def isprintable(self) -> bool:
+        raise RuntimeError("never")
+
+
+class Named(type):
+    """A class whose name cannot be asked for."""
+
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
+        raise RuntimeError("never")
+
+
+def raising(result: Any) -> Exception:
+    """An exception whose text is `result`, or raises it."""
+
+    class HostileError(Exception):
+        def __str__(self) -> str:
+            if isinstance(result, BaseException):
+                raise result
+            return result  # type: ignore[no-any-return]
+
+        __repr__ = __str__
+
+    return HostileError("what it was made of")
+
+
+def endless() -> Exception:
+    class EndlessError(Exception):
+        def __str__(self) -> str:
+            return str(self)
+
+    return EndlessError()
+
+
+DESCRIBED: dict[str, tuple[Exception, str]] = {
+    "plain": (ValueError("no"), "ValueError: no"),
+    "a key": (KeyError("k"), "KeyError: 'k'"),
+    "none": (RuntimeError(), "RuntimeError"),
+    "spaces": (RuntimeError("\n  \n"), "RuntimeError"),
+    "lines": (RuntimeError("\n\n  first\nsecond"), "RuntimeError: first"),
+    "controls": (RuntimeError("\x1b[2J\rx"), "RuntimeError: \\x1b[2J\\rx"),
+    "raises": (
+        raising(ZeroDivisionError("x")),
+        "HostileError: (no text: its __str__ raised ZeroDivisionError)",
+    ),
+    "raises itself": (
+        raising(raising(ValueError())),
+        "HostileError: (no text: its __str__ raised HostileError)",
+    ),
+    "no text": (raising(7), "HostileError: (no text: its __str__ raised TypeError)"),
+    "another text": (raising(Loud("loud")), "HostileError: loud"),
+    "endless": (endless(), "EndlessError: (no text: its __str__ raised RecursionError)"),
+    "a strange name": (type("A\x1bB", (Exception,), {})("x"), "A\\x1bB: x"),
+    "no name": (Named("Unnamed", (Exception,), {})("x"), "Unnamed: x"),
+}
+
+
+@pytest.mark.parametrize("case", DESCRIBED)
+def test_an_exception_is_described_in_one_line(case: str) -> None:
+    error, text = DESCRIBED[case]
+    assert errors.describe(error) == text
+
+
+def test_descriptions_are_short() -> None:
+    text = errors.describe(RuntimeError("x" * 10**6))
+    assert len(text) == errors.LONGEST_DESCRIPTION
+    assert text.endswith("x…")
+    whole = errors.text_of(RuntimeError("a\nb\x1b" * 1000))
+    assert whole == "a\nb\\x1b" * 1000, "the whole text, where it is searched"

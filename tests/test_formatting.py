@@ -18,6 +18,8 @@ from autopipe.formatting import (
     [
         (0, "0 s"), (1.234e-9, "1.23 ns"), (999e-9, "999 ns"), (9.996e-7, "1 µs"), (5e-3, "5 ms"),
         (0.99999, "1 s"), (12.345, "12.3 s"), (1718.2, "1718 s"),
+        (-5e-3, "-5 ms"), (float("inf"), "inf s"), (float("-inf"), "-inf s"),
+        (float("nan"), "nan s"),
     ],
 )  # fmt: skip
 def test_seconds(value: float, text: str) -> None:
@@ -46,3 +48,12 @@ def test_columns_are_as_wide_as_their_widest_cell() -> None:
     rows = [["n", "device"], ["10", "cpu"]]
     assert align_columns(rows) == [" n  device", "10     cpu"]
     assert align_columns(rows, left=[1]) == [" n  device", "10  cpu"]
+
+
+def test_cells_do_not_command_the_terminal() -> None:
+    """They are as wide as what is shown of them, so columns stay aligned."""
+    rows = [["name", "x"], ["\x1b[31m\u202e\n", "1"]]
+    assert align_columns(rows, left=[0]) == [
+        "name              x",
+        "\\x1b[31m\\u202e\\n  1",
+    ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autopipe.errors import OptionError
+from autopipe.errors import AutopipeError, OptionError
+
+from ._output import reason, say
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -43,14 +44,11 @@ def convert_plan(options: Namespace, ending: str, convert: Callable[[Plan], str]
     """
     source = Path(options.plan)
     target = Path(options.output) if options.output else source.parent / f"{source.stem}{ending}"
-    check_writable(target)
-    plan = load_plan(source)
-    if target.exists() and target.samefile(source):
-        raise OptionError("the output would replace the plan", found=str(target))
-    text = convert(plan)
+    check_writable(target, keep=source, what="the plan")
+    content = convert(load_plan(source)).encode()
     with writing():
-        target.write_text(text, encoding="utf-8")
-    say(f"{target}: {target.stat().st_size / 1000:.0f} kB")
+        target.write_bytes(content)
+    say(f"{target}: {len(content) / 1000:.0f} kB")
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -68,28 +66,40 @@ def load_plan(path: str | Path) -> Plan:
     try:
         return Plan.load(path)
     except OSError as error:
-        raise OptionError("the plan cannot be read", found=_reason(error)) from error
+        raise OptionError("the plan cannot be read", found=reason(error)) from error
 
 
-def say(text: str) -> None:
-    """Print a text; exit quietly if the reader has closed the pipe (``| head``)."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # Python would fail again when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def check_writable(path: str | Path, *, keep: str | Path, what: str) -> None:
+    """Check, before minutes of work, that the output can be written, as far as one can know.
 
-
-def check_writable(path: str | Path) -> None:
-    """Check, before minutes of work, that the folder of the output exists.
+    Args:
+        path: of the output.
+        keep: a file that the output must not replace; it need not exist.
+        what: that file in words.
 
     Raises:
-        OptionError: there is no such folder, or the path is a folder itself.
+        OptionError: it would replace that file, there is no such folder, the path is a folder
+            itself, or permissions forbid it.
     """
-    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
-        raise OptionError(
-            "the output cannot be written", expected="a file in a folder that exists",
-            found=str(path),
-        )  # fmt: skip
+    with writing():
+        path = os.path.abspath(path)
+        there = _exists(path)
+    if there and os.path.exists(keep) and os.path.samefile(path, keep):
+        raise OptionError(f"the output would replace {what}", found=path)
+    if not os.path.isdir(os.path.dirname(path)) or os.path.isdir(path):
+        expected = "a file in a folder that exists"
+        raise OptionError("the output cannot be written", expected=expected, found=path)
+    if not os.access(path if there else os.path.dirname(path), os.W_OK):
+        raise OptionError("the output cannot be written", found=f"{path}: no permission")
+
+
+def _exists(path: str) -> bool:
+    """Whether there is something; an OSError if there cannot be, for a name that is too long."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 @contextmanager
@@ -101,9 +111,7 @@ def writing() -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        raise OptionError("the output cannot be written", found=_reason(error)) from error
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+    except AutopipeError:
+        raise
+    except (OSError, ValueError) as error:  # a path with NUL is a ValueError
+        raise OptionError("the output cannot be written", found=reason(error)) from error

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from argparse import ArgumentTypeError
 from typing import TYPE_CHECKING
 
 from autopipe.commands import Command
+from autopipe.errors import OptionError, shortened
 from autopipe.passes.devices import DEVICES
 from autopipe.passes.remat_policies import DEFAULT, policy_options
 from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED
 
-from ._files import check_writable, say, writing
+from ._files import check_writable, writing
+from ._output import say
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+
+MOST_DEVICES, MOST_CHUNKS = 1024, 2**16
+"""As in a plan's file."""
 
 DESCRIPTION = """\
 Capture a model on example inputs, cut it into stages, and print the plan as a table.
@@ -27,7 +34,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
     policies = ", ".join(policy_options())
     add("model", metavar="MODULE:CALLABLE", help="what returns the model and its example inputs")
     add("--devices", required=True, metavar="N", help="how many stages; or a list: cpu,cpu,cuda:0")
-    add("--chunks", type=int, metavar="M", help="micro-batches of a batch (default: the fastest)")
+    add(
+        "--chunks",
+        type=_chunks,
+        metavar="M",
+        help="micro-batches of a batch (default: the fastest)",
+    )
     add("--schedule", default=DEFAULT_KIND, metavar="KIND",
         help=f"{', '.join(EXECUTED)} or auto (default: {DEFAULT_KIND})")  # fmt: skip
     add("--remat", default=DEFAULT.name, metavar="POLICY", help=f"what stages save: {policies}; or "
@@ -35,8 +47,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--batch-norm", default="deferred", help="deferred (default) or micro: when running "
         "statistics change, once a step or once a micro-batch")  # fmt: skip
     add("--out-reduce", metavar="RULE", help="mean or sum, where a result's rule is not derived")
-    add("--memory", metavar="SIZE", help="a limit for each device, such as 16GiB; or a list of one "
-        "for each: 80GiB,24GiB")  # fmt: skip
+    add("--memory", type=_sizes, metavar="SIZE", help="a limit for each device, such as 16GiB; "
+        "or a list of one for each: 80GiB,24GiB")  # fmt: skip
     add("--device", metavar="NAME", help=f"whose speeds: {', '.join(DEVICES)}; "
         "or a list of one for each stage")  # fmt: skip
     add("--profile", action="store_true", help="time the model's calls and stages here")
@@ -46,7 +58,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> None:
     if options.output is not None:
-        check_writable(options.output)
+        file = options.model.rpartition(":")[0]
+        check_writable(options.output, keep=file, what="the model's file")
+    devices = _devices(options.devices)
     from autopipe import target
 
     model, args, kwargs = target.load(options.model, real=options.real)
@@ -54,7 +68,7 @@ def _run(options: Namespace) -> None:
 
     made = plan(
         model,
-        _devices(options.devices),
+        devices,
         options.chunks,
         args=args,
         kwargs=kwargs,
@@ -66,17 +80,40 @@ def _run(options: Namespace) -> None:
         batch_norm=options.batch_norm,
         out_reduce=options.out_reduce,
     )
-    if options.output is not None:
-        with writing():
-            made.save(options.output)
-    say(str(made))
+    try:
+        if options.output is not None:
+            with writing():
+                made.save(options.output)
+    finally:  # it may have taken minutes: print it even if it cannot be saved
+        say(str(made))
 
 
 def _devices(text: str) -> int | list[str]:
     try:
-        return int(text)
+        count = int(text)
     except ValueError:
         return text.split(",")
+    if count > MOST_DEVICES:
+        found, expected = shortened(text, 80), f"at most {MOST_DEVICES}"
+        raise OptionError("so many devices cannot be planned", expected=expected, found=found)
+    return count
+
+
+def _chunks(text: str) -> int:
+    count = int(text)
+    if count > MOST_CHUNKS:
+        raise ArgumentTypeError(f"more than {MOST_CHUNKS:,} micro-batches")
+    return count
+
+
+_chunks.__name__ = "int"  # what argparse calls a wrong value
+
+
+def _sizes(text: str) -> str:
+    """Sizes whose bytes a float can hold; `autopipe.plan` reads them."""
+    if re.search("[0-9.]{17}", text):
+        raise ArgumentTypeError("more than 16 digits")
+    return text
 
 
 def _one_or_each(text: str | None) -> str | list[str] | None:

@@ -12,6 +12,7 @@ Read in this order:
     `search`           the best of all numbers of micro-batches
     `remedies`         changes that would help if nothing fits
     `profile_calls`    measure ops on a device
+    `profile_cache`    keep their times on disk
     `profile_stages`   measure whole stages on a device
     `choice`           options and a captured graph → the plan to run
 """

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from autopipe.errors import MemoryLimitError, UnsupportedError
 from autopipe.passes.cost import CallSeconds
 from autopipe.planning.make_plan import make_plan, modeled_timers
-from autopipe.planning.profile_calls import Timing, device_name, profile
+from autopipe.planning.profile_cache import Timing
+from autopipe.planning.profile_calls import device_name, profile
 from autopipe.planning.profile_stages import measured_timers
 from autopipe.planning.remedies import remedies
 from autopipe.planning.search import Search

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from autopipe.passes.schedule import Timeline, schedule, simulate_actions
 from autopipe.planning.plan_parts import Crossing, DuplicatedCall, Segment, StagePlan, Times
@@ -104,14 +105,41 @@ class PlanData:
 
     def received_bytes(self, k: int) -> int:
         """Bytes of the tensors that stage k receives with each micro-batch."""
-        return sum(c.nbytes for c in self.crossings if k in c.targets and c.kind != "parameter")
+        return self._traffic.received[k]
 
     def sent_bytes(self, k: int) -> int:
         """Bytes that stage k sends with each micro-batch; a tensor counts once per receiver."""
-        sent = [c for c in self.crossings if c.source == k and c.kind != "parameter"]
-        return sum(c.nbytes * len(c.targets) for c in sent)
+        return self._traffic.sent[k]
+
+    def boundary_bytes(self, k: int) -> int:
+        """Bytes of the tensors that stage k sends, each once, shared parameters included."""
+        return self._traffic.leaving[k]
 
     def share_of_work(self, k: int) -> float | None:
         """Stage k's share of the predicted time of all stages; None if that is 0."""
-        total = sum(s.seconds for s in self.stages)
-        return self.stages[k].seconds / total if total else None
+        return self.stages[k].seconds / self._work if self._work else None
+
+    @cached_property
+    def _work(self) -> float:
+        return sum(s.seconds for s in self.stages)
+
+    @cached_property
+    def _traffic(self) -> _Traffic:
+        """Bytes by stage, counted in one pass: a plan may have thousands of crossings."""
+        found = _Traffic(Counter(), Counter(), Counter())
+        for c in self.crossings:
+            if c.source is not None:
+                found.leaving[c.source] += c.nbytes
+            if c.kind == "parameter":
+                continue
+            for k in set(c.targets):
+                found.received[k] += c.nbytes
+            if c.source is not None:
+                found.sent[c.source] += c.nbytes * len(c.targets)
+        return found
+
+
+class _Traffic(NamedTuple):
+    received: Counter[int]
+    sent: Counter[int]
+    leaving: Counter[int]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from autopipe.errors import printable
 from autopipe.typed_json import json_name
+
+BOUNDARY_KINDS = ("input", "activation", "parameter")
+"""What `Boundary.kind` may be."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Boundary:
     def __str__(self) -> str:
         source = "caller" if self.source is None else f"stage {self.source}"
         targets = [f"stage {k}" for k in self.targets] + ["caller"] * self.returned
-        return f"{self.name}: {self.tensor_type} {source} -> {', '.join(targets)}"
+        return printable(f"{self.name}: {self.tensor_type} {source} -> {', '.join(targets)}")
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,25 @@ from autopipe.errors import PlanError, VerifyError, require
 from autopipe.passes.remat_policies import parse_policy, policy_options
 from autopipe.passes.schedule import KINDS
 from autopipe.planning.plan_data import PlanData
+from autopipe.planning.plan_parts import BOUNDARY_KINDS
 from autopipe.report.plan_text import plan_text
-from autopipe.typed_json import MisfitError, convert, parse, short, to_json
+from autopipe.typed_json import LARGEST_FILE, MisfitError, convert, parse, short, to_json
 
 if TYPE_CHECKING:
     from os import PathLike
 
+    from autopipe.planning.plan_parts import Crossing, StagePlan
+
 FORMAT, VERSION = "autopipe plan", 3
-LARGEST_FILE = 64 * 2**20
-"""Largest file, in bytes. (A plan with ten thousand boundary tensors has two million.)"""
+
+MOST_STAGES = 1024
+"""Stages of a plan in a file."""
+
+MOST_WORK = 2**16
+"""Stages times micro-batches of a plan in a file: so the timeline takes seconds, not minutes."""
+
+LONGEST = 1e15
+"""Seconds of a time in a file."""
 
 
 @dataclass(frozen=True)
@@ -49,49 +59,28 @@ class Plan(PlanData):
         Raises:
             VerifyError: a count, a time or a stage number is impossible.
         """
-        K = len(self.stages)
+        K, distinct = len(self.stages), len(set(self.sizes))
         require(K > 0, "a plan without stages")
         require(0 < len(self.sizes) <= self.chunks, "micro-batches and sizes disagree")
-        require(not self.whole or len(self.sizes) == 1, "a whole batch in several micro-batches")
+        require(not self.whole or self.chunks == 1, "a whole batch in several micro-batches")
         require(min(self.sizes) > 0, "a micro-batch without samples")
-        kinds = f"one of {', '.join(KINDS)}"
-        require(self.schedule in KINDS, "an unknown schedule", expected=kinds, found=self.schedule)
-        require(
-            KINDS[self.schedule].virtual_stages == 1,
-            "a schedule with several stages on a device",
-            found=self.schedule,
-        )
+        kinds, found = f"one of {', '.join(KINDS)}", short(self.schedule)
+        require(self.schedule in KINDS, "an unknown schedule", expected=kinds, found=found)
+        single = KINDS[self.schedule].virtual_stages == 1
+        require(single, "a schedule with several stages on a device", found=found)
         for name in ("bound_seconds", "cut_seconds", "gather_seconds"):
             require((getattr(self, name) or 0) >= 0, f"{name} is negative")
         for k, stage in enumerate(self.stages):
-            where = f"stages[{k}]"
-            counts = len(stage.times) == len(set(self.sizes))
-            require(counts, f"{where}: one of `times` for each size", found=str(len(stage.times)))
-            facts = [(f"{where}.{n}", v) for n, v in vars(stage).items()]
-            facts += [(f"{where}.times.{n}", v) for t in stage.times for n, v in vars(t).items()]
-            for name, value in facts:
-                if isinstance(value, (int, float)):
-                    require(value >= 0, f"{name} is negative", found=str(value))
-            require(
-                parse_policy(stage.remat) is not None,
-                f"{where}.remat is an unknown policy",
-                expected=f"one of {', '.join(policy_options())}",
-                found=stage.remat,
-            )
-            empty = stage.first is None
-            require(empty == (stage.calls == 0), f"stages[{k}]: `first` and `calls` disagree")
-            require(not empty or K == 1, f"stages[{k}] has no call")
+            where, empty = f"stages[{k}]", stage.first is None
+            _verify_stage(stage, where, distinct)
+            require(empty == (stage.calls == 0), f"{where}: `first` and `calls` disagree")
+            require(not empty or K == 1, f"{where} has no call")
         for stages in ([s.stage for s in self.segments], *[r.stages for r in self.duplicated]):
-            require(all(0 <= k < K for k in stages), "a call in no stage", found=str(stages))
+            require(all(0 <= k < K for k in stages), "a call in no stage", found=short(stages))
         names = [s.first for s in self.stages]
-        require(len(set(names)) == K, "two stages start at one call", found=str(names))
+        require(len(set(names)) == K, "two stages start at one call", found=short(names))
         for crossing in self.crossings:
-            where = f"crossing {crossing.name!r}"
-            require(crossing.nbytes >= 0, f"{where} has a negative size")
-            first = 0 if crossing.source is None else crossing.source + 1
-            require(first >= 0, f"{where} comes from no stage", found=str(crossing.source))
-            for k in crossing.targets:
-                require(first <= k < K, f"{where} does not flow to a later stage", found=str(k))
+            _verify_crossing(crossing, K)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as JSON.
@@ -100,10 +89,15 @@ class Plan(PlanData):
             path: of the file.
 
         Raises:
+            PlanError: `load` would refuse the file; it says why.
             OSError: the file cannot be written.
         """
-        text = to_json(_File(FORMAT, VERSION, self))
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        try:
+            content = to_json(_File(FORMAT, VERSION, self)).encode() + b"\n"
+            _read(content)
+        except (MisfitError, VerifyError, ValueError) as error:
+            raise _refusal(error, None) from error
+        Path(path).write_bytes(content)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
@@ -113,37 +107,19 @@ class Plan(PlanData):
             path: of the file.
 
         Raises:
-            PlanError: the file is not a plan, has another version, or contradicts itself.
+            PlanError: the file is not a plan, has another version, contradicts itself, or is beyond
+                a limit: those of this file, and of `autopipe.typed_json`.
             OSError: the file cannot be read.
         """
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            raise PlanError("the file is too large for a plan", source=str(path))
         try:
-            data = parse(content.decode("utf-8"))
-            known = (data.get("format"), data.get("version")) if isinstance(data, dict) else None
-            if known != (FORMAT, VERSION):
-                raise MisfitError("", f"format {FORMAT!r}, version {VERSION}", short(known))
-            plan: Plan = convert(_File, data, "").plan
-            plan.verify()
-        except UnicodeDecodeError as error:
-            raise PlanError("not a plan", source=str(path), found=str(error)) from error
-        except MisfitError as error:
-            raise PlanError(
-                f"not a plan: {error.where} cannot be read" if error.where else "not a plan",
-                source=str(path),
-                expected=error.expected,
-                found=error.found,
-            ) from error
-        except VerifyError as error:
-            raise PlanError(
-                f"a plan that cannot be: {error.problem}",
-                source=str(path),
-                expected=error.expected,
-                found=error.found,
-            ) from error
-        return plan
+            with Path(path).open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)
+        except ValueError as error:  # a path with NUL
+            raise PlanError("not the path of a file", source=str(path), found=str(error)) from error
+        try:
+            return _read(content)
+        except (MisfitError, VerifyError) as error:
+            raise _refusal(error, str(path)) from error
 
 
 @dataclass(frozen=True)
@@ -151,3 +127,75 @@ class _File:
     format: str
     version: int
     plan: Plan
+
+
+def _read(content: bytes) -> Plan:
+    """Parse and check the content of a file.
+
+    Raises:
+        MisfitError: it is not a plan of this version, or beyond a limit.
+        VerifyError: it contradicts itself.
+    """
+    data = parse(content)
+    known = (data.get("format"), data.get("version")) if isinstance(data, dict) else None
+    if known != (FORMAT, VERSION):
+        raise MisfitError("", f"format {FORMAT!r}, version {VERSION}", short(known))
+    plan: Plan = convert(_File, data, "").plan
+    K, M = len(plan.stages), len(plan.sizes)
+    if K > MOST_STAGES:
+        raise MisfitError("plan.stages", f"at most {MOST_STAGES:,} stages", f"{K:,}")
+    if K * M > MOST_WORK:
+        limit = f"at most {MOST_WORK:,}: stages times micro-batches"
+        raise MisfitError("plan.sizes", limit, f"{K:,} × {M:,}")
+    plan.verify()
+    times = [t for stage in plan.stages for times in stage.times for t in vars(times).values()]
+    if max(plan.gather_seconds, plan.bound_seconds or 0, plan.cut_seconds or 0, *times) > LONGEST:
+        raise MisfitError("plan", f"times of at most {LONGEST:.0e} seconds", "a longer one")
+    return plan
+
+
+def _refusal(error: ValueError | VerifyError, path: str | None) -> PlanError:
+    """What is wrong with a file, or with a plan that is to be written (no path)."""
+    what = "not a plan" if path is not None else "the plan cannot be saved"
+    if isinstance(error, VerifyError):
+        what = f"a plan that cannot be: {error.problem}"
+        return PlanError(what, source=path, expected=error.expected, found=error.found)
+    if isinstance(error, MisfitError):
+        what += f": {error.where} cannot be read" * bool(error.where)
+        return PlanError(what, source=path, expected=error.expected, found=error.found)
+    return PlanError(what, source=path, expected="finite numbers", found=str(error))
+
+
+def _verify_stage(stage: StagePlan, where: str, distinct: int) -> None:
+    """The rules of one stage; `distinct` is the number of different sizes of micro-batches."""
+    counts = len(stage.times) == distinct
+    require(counts, f"{where}: one of `times` for each size", found=str(len(stage.times)))
+    facts = [(f"{where}.{n}", v) for n, v in vars(stage).items()]
+    facts += [(f"{where}.times.{n}", v) for t in stage.times for n, v in vars(t).items()]
+    for name, value in facts:
+        if isinstance(value, (int, float)):
+            require(value >= 0, f"{name} is negative", found=str(value))
+    policies = f"one of {', '.join(policy_options())}"
+    known = parse_policy(stage.remat) is not None
+    problem = f"{where}.remat is an unknown policy"
+    require(known, problem, expected=policies, found=short(stage.remat))
+
+
+def _verify_crossing(crossing: Crossing, K: int) -> None:
+    """The rules of one boundary tensor between K stages."""
+    where = f"crossing {short(crossing.name)}"
+    kinds = f"one of {', '.join(BOUNDARY_KINDS)}"
+    found = short(crossing.kind)
+    require(
+        crossing.kind in BOUNDARY_KINDS,
+        f"{where} is of an unknown kind",
+        expected=kinds,
+        found=found,
+    )
+    require(crossing.nbytes >= 0, f"{where} has a negative size")
+    first = 0 if crossing.source is None else crossing.source + 1
+    require(0 <= first <= K, f"{where} comes from no stage", found=str(crossing.source))
+    for k in crossing.targets:
+        require(first <= k < K, f"{where} does not flow to a later stage", found=str(k))
+    once = len(set(crossing.targets)) == len(crossing.targets)
+    require(once, f"{where} goes to a stage twice", found=short(crossing.targets))

@@ -4,34 +4,28 @@ Each distinct op (operator, sizes, strides, dtypes, which operands need gradient
 forward and backward. The result is the median after a warm-up. The device's `Backend` does the
 timing: by the host's clock on the CPU, between two events on a GPU. A pipeline's stages do not run
 autograd's engine, so its time is measured on a backward without work and subtracted.
-
-Times are stored as JSON, one file per torch version, device and number of threads. A file with
-other content is not changed, and a warning is issued.
+`profile_cache` keeps the times on disk.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
 import statistics
-import warnings
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from autopipe.errors import DeviceError, InputError, UnsupportedError
+from autopipe.errors import DeviceError, InputError, UnsupportedError, describe
 from autopipe.passes.cost import BoundCall, operand_values, tensor_leaves, work_key
 from autopipe.passes.graph import source_line
+from autopipe.planning.profile_cache import Timing, keep_times, kept_times
 from autopipe.runtime.backends import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from torch import fx
 
@@ -39,19 +33,8 @@ if TYPE_CHECKING:
 
     Timer = Callable[[Callable[[], Any]], tuple[Any, float]]  # result and seconds of a function
 
-FORMAT = 1
-"""Version of the files: increased when the meaning of a key or a time changes."""
-
 WARM_UP, LEAST, MOST, ENOUGH_SECONDS = 2, 5, 30, 0.02
 """Untimed runs; then timed runs: at least, at most, and until they took this long in all."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median times of one op, in seconds; 0 for a backward that does not happen."""
-
-    forward_seconds: float
-    backward_seconds: float
 
 
 @dataclass(frozen=True)
@@ -105,8 +88,7 @@ def profile(
     if backend.find(torch_device) is None:
         raise DeviceError("no such device here", expected='"cpu" or a GPU', found=repr(str(device)))
     name = device_name(torch_device)
-    path = cache_file(name, folder)
-    known = load(path, name)
+    known = kept_times(name, folder)
     cached = dict(known or {})
     timer = partial(backend.timed, torch_device)
     engine: list[float] = []
@@ -125,73 +107,13 @@ def profile(
                 measured += 1
             timings[node.name] = cached[key]
     if measured and known is not None:
-        save(path, name, cached)
+        keep_times(name, folder, cached)
     return Profile(batch, name, timings, measured)
-
-
-# ------------------------------------------------------------------------------- on disk
 
 
 def device_name(device: torch.device) -> str:
     """Name what times depend on: the device's model and, for a CPU, the number of threads."""
     return backend_of(device).name(device)
-
-
-def cache_file(device: str, folder: str | Path | None = None) -> Path:
-    """The cache file of a device for this version of torch."""
-    base = Path.home() / ".cache" / "autopipe" if folder is None else Path(folder)
-    slug = re.sub(r"[^0-9A-Za-z.]+", "-", f"{torch.__version__} {device}")
-    return base / f"profile-{slug}.json"
-
-
-def load(path: Path, device: str) -> dict[str, Timing] | None:
-    """Read a cache file.
-
-    Args:
-        path: of the file.
-        device: `device_name`.
-
-    Returns:
-        Its times by `work_key`; empty if there is no file; None, with a warning, if it has other
-        content.
-    """
-    if not path.exists():
-        return {}
-    try:
-        return _read(json.loads(path.read_text()), device)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        warnings.warn(
-            f"{path} does not hold measurements of this device and this torch ({error}); it is"
-            " ignored and left as it is: delete it to keep new ones",
-            stacklevel=3,
-        )
-        return None
-
-
-def _read(content: Any, device: str) -> dict[str, Timing]:
-    head = {n: content[n] for n in ("format", "torch", "device")}
-    if head != _head(device):
-        raise ValueError(f"it says {head}")
-    found = {}
-    for key, pair in content["calls"].items():
-        forward, backward = map(float, pair)
-        if not (0 <= forward < math.inf and 0 <= backward < math.inf):
-            raise ValueError(f"times {pair}")
-        found[str(key)] = Timing(forward, backward)
-    return found
-
-
-def save(path: Path, device: str, timings: Mapping[str, Timing]) -> None:
-    """Write all times of a device to its cache file, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    calls = {k: [t.forward_seconds, t.backward_seconds] for k, t in timings.items()}
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps({**_head(device), "calls": calls}, indent=0))
-    part.replace(path)
-
-
-def _head(device: str) -> dict[str, Any]:
-    return {"format": FORMAT, "torch": str(torch.__version__), "device": device}
 
 
 # ------------------------------------------------------------------------------- timing
@@ -221,7 +143,7 @@ def _measure(
             "a call cannot be timed by itself",
             node=node.name,
             source=source_line(node),
-            found=f"{node.target}: {str(error).splitlines()[0]}",
+            found=f"{node.target}: {describe(error)}",
             remedy="use the estimates of the cost pass for this model",
         ) from error
 

@@ -87,7 +87,7 @@ def _policies_differ(rows: Sequence[StageRow]) -> bool:
 
 def _sent_in_total(row: StageRow) -> str:
     """Each tensor once, shared parameters included."""
-    return format_bytes(sum(c.nbytes for c in row.plan.crossings if c.source == row.index))
+    return format_bytes(row.plan.boundary_bytes(row.index))
 
 
 def _memory_and_limit(row: StageRow) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autopipe.errors import printable
 from autopipe.formatting import align_columns, format_bytes, format_seconds
 
 from .columns import STAGE_COLUMNS, columns_of, stage_rows
@@ -19,7 +20,7 @@ def plan_text(plan: PlanData) -> str:
 
     Returns:
         A line on the options, the table of stages, the predicted step, the tensors between stages,
-        and the notes of capture.
+        and the notes of capture. Control characters in names are escaped: each is one line.
     """
     samples = " or ".join(str(s) for s in sorted(set(plan.sizes), reverse=True))
     lines = [
@@ -30,7 +31,7 @@ def plan_text(plan: PlanData) -> str:
         *_crossing_lines(plan),
         *(f"note: {note}" for note in plan.notes),
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _stage_lines(plan: PlanData) -> list[str]:

@@ -11,9 +11,10 @@ import math
 import re
 
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
 )
-"""Characters that XML forbids, and those that change the direction of text."""
+"""Characters that XML forbids, those that change the direction of text, and invisible ones."""
 
 CHARACTER = 0.56
 """Mean width of a character in units of the font size, a little above that of common fonts."""

@@ -7,7 +7,7 @@ import re
 import traceback
 from typing import TYPE_CHECKING
 
-from autopipe.errors import AutopipeError, StageError
+from autopipe.errors import AutopipeError, StageError, describe
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -51,9 +51,8 @@ def stage_error(error: Exception, filename: str, direction: str) -> Exception:
     if isinstance(error, AutopipeError):
         return error
     where = f"stage {stage}, micro-batch {microbatch}" if stage is not None else f"the {direction}"
-    first = next(iter(str(error).splitlines()), "")
     return StageError(
-        f"{where} failed: {type(error).__name__}: {first}",
+        f"{where} failed: {describe(error)}",
         stage=stage,
         microbatch=microbatch,
         phase=phase,

@@ -16,7 +16,7 @@ from autopipe import Plan
 from autopipe.cli import main
 from autopipe.errors import MemoryLimitError
 from autopipe.target import load
-from tests.support.command_line import MODELS, ROOT, assert_refused, planning, run
+from tests.support.command_line import MODELS, ROOT, assert_refused, planning
 
 
 @pytest.mark.parametrize(
@@ -129,18 +129,3 @@ def test_a_model_that_cannot_be_planned_is_code_1(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert words in captured.err
-
-
-@pytest.mark.full
-def test_the_users_own_exception_has_its_traceback(models: Path) -> None:
-    done = run(*planning("models.py:fails"), cwd=models)
-    assert done.returncode == 1
-    assert ", in fails\n" in done.stderr
-    assert done.stderr.endswith("KeyError: 'no such key'\n")
-    (models / "broken").mkdir()
-    (models / "broken" / "__init__.py").write_text("import no_such_package\n")
-    for target in ("broken:make", "broken.models:make", "broken/__init__.py:make"):
-        done = run(*planning(target), cwd=models)
-        assert done.returncode == 1
-        assert "Traceback" in done.stderr
-        assert done.stderr.endswith("No module named 'no_such_package'\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from autopipe.call_signature import flatten
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.driver import (
+    _dump,
+    _warn_once,
     capture_with_costs,
     cut_into_stages,
     lower_to_code,
@@ -47,3 +50,37 @@ def test_from_a_model_to_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     assert (tmp_path / "dump" / files[-1]).read_text() == f"{lowered.generated}\n"
     assert lowered.phased is phased
+
+
+def dumped(place: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Dump programs there; the warnings."""
+    monkeypatch.setenv("AUTOPIPE_DUMP", place)
+    leaves, spec = flatten((X,), {})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        annotated = capture_with_costs(CaptureRequest(Layers(2), leaves, spec, (0,)))
+        cut_into_stages(annotated, objective_for(2, 3))
+    return [str(w.message) for w in caught if "AUTOPIPE_DUMP" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["file", "file/deeper", "/proc/autopipe", "x" * 300, "/dev/null", "\x1b[31m/" + "x" * 300],
+)
+def test_where_no_program_can_be_dumped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """One warning, not one for each program; and the passes go on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
+    _warn_once.cache_clear()
+    (said,) = dumped(place, monkeypatch)
+    assert said.isprintable()
+
+
+def test_programs_are_dumped_in_any_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of files that a program tells may be any bytes."""
+    monkeypatch.setenv("AUTOPIPE_DUMP", str(tmp_path / "größe"))
+    _dump("captured", "# File: größe/\udcff.py")
+    (path,) = (tmp_path / "größe").iterdir()
+    assert path.read_bytes() == "# File: größe/\\udcff.py\n".encode()

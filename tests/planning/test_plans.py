@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -238,6 +239,12 @@ def first_times(data: dict[str, Any]) -> dict[str, Any]:
     return cast("dict[str, Any]", data["plan"]["stages"][1]["times"][0])
 
 
+def one_size(plan: dict[str, Any]) -> dict[str, Any]:
+    """Changes after which the plan has a single micro-batch."""
+    stages = [stage | {"times": stage["times"][:1]} for stage in plan["stages"]]
+    return {"sizes": [sum(plan["sizes"])], "stages": stages}
+
+
 HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "empty": (lambda t: "", "JSON"),
     "cut off": (lambda t: t[: len(t) // 2], "JSON"),
@@ -269,6 +276,10 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "more than all": (in_stage(remat="1.5"), "stages[1].remat is an unknown policy"),
     "a bound below nothing": (in_plan(bound_seconds=-1.0), "negative"),
     "one batch in parts": (in_plan(whole=True), "whole batch"),
+    "one batch, and room for another": (
+        edited(lambda d: d["plan"].update(whole=True, chunks=2, **one_size(d["plan"]))),
+        "whole batch",
+    ),
     "several stages on a device": (in_plan(schedule="zb-v"), "several stages"),
     "no end of time": (
         lambda t: t.replace('"forward": ', '"forward": 1e999, "x": '),
@@ -280,6 +291,8 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "one start for all": (in_stage(first="linear"), "start at one call"),
     "to no stage": (in_crossing(targets=[9]), "later stage"),
     "backwards": (in_crossing(source=2, targets=[1]), "later stage"),
+    "to one stage twice": (in_crossing(source=None, targets=[1, 1]), "twice"),
+    "of no kind": (in_crossing(kind="secret"), "input, activation, parameter"),
     "a negative size": (in_crossing(nbytes=-1), "negative"),
 }
 
@@ -305,8 +318,8 @@ def test_numbers_that_no_float_holds(path: Path) -> None:
 
 
 def test_a_file_too_large_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autopipe.planning.plans.LARGEST_FILE", 100)
-    with pytest.raises(PlanError, match="too large"):
+    monkeypatch.setattr("autopipe.typed_json.LARGEST_FILE", 100)
+    with pytest.raises(PlanError, match="at most 100 bytes"):
         Plan.load(path)
 
 
@@ -390,3 +403,55 @@ def test_sizes_that_a_stage_works_out_are_no_calls_of_the_model() -> None:
     assert starts == list(itertools.accumulate([0, *[s.calls for s in plan.stages[:-1]]]))
     assert sum(s.flops for s in plan.stages) == 4 * 2 * 3 * 6 * 6
     assert pipe.plan == plan
+
+
+def rearranged(plan: dict[str, Any], draw: random.Random) -> None:
+    """Change what `compile` reads of a plan: names, stages, sizes, policies, modes."""
+    stages = plan["stages"]
+    names = ["linear", "linear_1", "tanh", "tanh_2", "add", "mean", "dropout", "nope", ""]
+    match draw.randrange(8):
+        case 0:
+            draw.choice(stages)["first"] = draw.choice(names)
+        case 1:
+            count = draw.randrange(5)
+            begins = [{"call": draw.choice(names), "stage": draw.randrange(3)}] * count
+            plan["begins"] = begins
+        case 2:
+            lists = ([], [0], [0, 1], [1, 2], [2, 1], [0, 0], [0, 1, 2])
+            plan["repeated"] = [{"call": draw.choice(names), "stages": draw.choice(lists)}]
+        case 3:
+            plan["chunks"] = draw.choice((3, 4, 10**6, 2**63))
+        case 4:
+            draw.choice(stages)["remat"] = draw.choice(("none", "full", "0.5", "1e-320", "min-cut"))
+        case 5:
+            plan.update(one_size(plan), whole=draw.random() < 0.5, chunks=draw.choice((1, 2)))
+        case 6:
+            plan["training"] = not plan["training"]
+        case _:
+            plan["stages"] = draw.choice((stages[:2], stages[:1], stages[::-1], stages * 2))
+            plan["crossings"] = []
+
+
+@pytest.mark.filterwarnings("ignore:.*differs from the model's")
+@pytest.mark.parametrize("seed", range(6))
+def test_compile_obeys_a_changed_plan_or_refuses_it(path: Path, seed: int) -> None:
+    """It runs with eager's results, or is a `PlanError`: never a failed check of a pass."""
+    draw, text, ran = random.Random(seed), path.read_text(), 0
+    for _ in range(12):
+        tree = json.loads(text)
+        for _ in range(draw.choice((1, 1, 2))):
+            rearranged(tree["plan"], draw)
+        path.write_text(json.dumps(tree))
+        pipe = compiled_or_refused(path)
+        if pipe is not None:
+            assert_agrees(pipe, X)
+            assert str(pipe.plan)
+            ran += 1
+    assert ran > 0
+
+
+def compiled_or_refused(path: Path) -> autopipe.Pipeline | None:
+    try:
+        return autopipe.compile(Net(), plan=path, args=(X,))
+    except PlanError:
+        return None

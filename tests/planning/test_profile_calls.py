@@ -1,11 +1,10 @@
-"""Measured times: each distinct call once; remembered on disk, believed only if they are ours.
+"""Measured times: each distinct call once, and remembered.
 
 Covers profile.py.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,8 @@ import autopipe.profile
 from autopipe.errors import DeviceError, InputError, UnsupportedError
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.ir.captured import Annotated
-from autopipe.planning.profile_calls import (
-    Profile,
-    Timing,
-    cache_file,
-    device_name,
-    load,
-    profile,
-    save,
-)
+from autopipe.planning.profile_cache import cache_file
+from autopipe.planning.profile_calls import Profile, device_name, profile
 from tests.support.models import MODELS
 from tests.support.programs import calls, captured_of, known
 
@@ -94,49 +86,6 @@ def test_a_large_product_takes_its_time(tmp_path: Path) -> None:
     assert timing.forward_seconds / 2 < timing.backward_seconds < 10 * timing.forward_seconds
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        "null",
-        '{"format": 1}',
-        '{"format": 0, "torch": "%(torch)s", "device": "%(device)s", "calls": {}}',
-        '{"format": 1, "torch": "1.0", "device": "%(device)s", "calls": {}}',
-        '{"format": 1, "torch": "%(torch)s", "device": "abacus", "calls": {}}',
-        '{"format": 1, "torch": "%(torch)s", "device": "%(device)s", "calls": []}',
-        '{"format": 1, "torch": "%(torch)s", "device": "%(device)s", "calls": {"x": [1]}}',
-        '{"format": 1, "torch": "%(torch)s", "device": "%(device)s", "calls": {"x": [1, -1]}}',
-        '{"format": 1, "torch": "%(torch)s", "device": "%(device)s", "calls": {"x": [NaN, 1]}}',
-        '{"format": 1, "torch": "%(torch)s", "device": "%(device)s", "calls": {"x": "ab"}}',
-    ],
-)
-def test_a_file_that_is_not_ours_is_left_alone(text: str, tmp_path: Path) -> None:
-    path = cache_file(device_name(CPU), tmp_path)
-    text = text.replace("%(torch)s", torch.__version__).replace("%(device)s", device_name(CPU))
-    path.write_text(text)
-    with pytest.warns(UserWarning, match="is ignored and left as it is"):
-        found = profile(stack(1), 4, folder=tmp_path)
-    assert found.measured == 2
-    assert path.read_text() == text
-
-
-def test_a_file_that_is_no_text(tmp_path: Path) -> None:
-    path = cache_file(device_name(CPU), tmp_path)
-    path.write_bytes(b"\x80\x04\x95pickled?")
-    with pytest.warns(UserWarning, match="is ignored"):
-        assert load(path, device_name(CPU)) is None
-
-
-def test_files_are_read_back(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "profile.json"
-    assert load(path, "here") == {}
-    save(path, "here", {"a call": Timing(1.5, 0.25)})
-    assert load(path, "here") == {"a call": Timing(1.5, 0.25)}
-    assert json.loads(path.read_text())["calls"] == {"a call": [1.5, 0.25]}
-    assert [p.name for p in path.parent.iterdir()] == ["profile.json"]
-
-
 def test_what_cannot_be_timed_is_named(tmp_path: Path) -> None:
     class Inverse(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -155,6 +104,19 @@ def test_wrong_batches_and_devices(tmp_path: Path) -> None:
         profile(stack(1), 0, folder=tmp_path)
     with pytest.raises(DeviceError, match="no such device here"):
         profile(stack(1), 4, "meta", folder=tmp_path)
+
+
+def test_an_error_without_a_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class SilentError(RuntimeError):
+        def __str__(self) -> str:
+            return ""
+
+    def fail(*_: object) -> None:
+        raise SilentError
+
+    monkeypatch.setattr("autopipe.planning.profile_calls._once", fail)
+    with pytest.raises(UnsupportedError, match=r"linear.*: SilentError"):
+        profile(stack(1), 4, folder=tmp_path)
 
 
 @pytest.mark.gpu

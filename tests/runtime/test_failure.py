@@ -52,6 +52,30 @@ def test_stage_micro_batch_phase_node_and_source_are_named() -> None:
     assert "and more" not in str(found)
 
 
+class HostileError(Exception):
+    """Its text cannot be made."""
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError("while the text was made")
+
+    __repr__ = __str__
+
+
+def test_an_exception_without_a_text_is_still_located() -> None:
+    error = HostileError()
+    found = raised(error)
+    assert isinstance(found, StageError)
+    assert (found.stage, found.microbatch, found.node) == (1, 3, "div")
+    assert "failed: HostileError: (no text: its __str__ raised ZeroDivisionError)" in str(found)
+
+
+def test_what_an_exception_says_is_one_line_of_text() -> None:
+    found = raised(RuntimeError("\n\x1b[2Jcleared" + "!" * 100_000))
+    assert "failed: RuntimeError: \\x1b[2Jcleared!" in str(found)
+    assert {c for c in str(found) if not c.isprintable()} == {"\n"}
+    assert len(str(found)) < 1000
+
+
 def test_errors_of_autopipe_stay_as_they_are() -> None:
     error = InputError("wrong")
     assert raised(error) is error
@@ -60,7 +84,7 @@ def test_errors_of_autopipe_stay_as_they_are() -> None:
 def test_outside_of_generated_code_the_direction_is_named() -> None:
     found = stage_error(RuntimeError(), FILENAME, "backward")
     assert isinstance(found, StageError)
-    assert str(found).startswith("the backward failed: RuntimeError: ")
+    assert str(found).startswith("the backward failed: RuntimeError\n")
     assert (found.stage, found.microbatch, found.node) == (None, None, None)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 import autopipe
-from autopipe.planning.plan_parts import Crossing, StagePlan, Times
+from autopipe.planning.plan_parts import Crossing, DuplicatedCall, Segment, StagePlan, Times
 from autopipe.planning.plans import Plan
 
 
@@ -78,6 +78,16 @@ def made_plan(
     assert not facts, facts
     plan.verify()
     return plan
+
+
+def whole_plan() -> Plan:
+    """A plan in which every list has an entry, and every field that may be None a value."""
+    sent = [crossing("x", None, 0), crossing("h", 0, 1, 2), crossing("g", 0, 1)]
+    sent += [crossing("k", 1, 2, nbytes=2048), crossing("w", 0, 2, kind="parameter")]
+    plan = made_plan(3, (4, 4, 3), sent, limit=2**30, gather=1e-4, notes=("a note", "another"))
+    segments = tuple(Segment(f"call_{i}", i % 3) for i in range(4))
+    duplicated = (DuplicatedCall("mask", (0, 2)), DuplicatedCall("table", (1, 2)))
+    return replace(plan, segments=segments, duplicated=duplicated)
 
 
 def plan_at(
