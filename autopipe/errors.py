@@ -10,10 +10,37 @@ to `AutopipeError` and stores the others as attributes.
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+SELDOM_PRINTED = re.compile(r"[^\n\t\x20-\x7e]")
+"""Characters that may have to be escaped: all but line feed, tab and printable ASCII."""
+
+
+def printable(text: str) -> str:
+    """Escape the characters of a text that a line or a terminal would not show as they are.
+
+    These are the ends of lines that Python or `str.splitlines` knows besides the line feed, control
+    characters, marks that change the direction of text, and halves of surrogate pairs.
+
+    Args:
+        text: for a person, or a comment of a program. Not a literal: backslashes stay.
+
+    Returns:
+        The text; without its line feeds and tabs, `str.isprintable` is true of it.
+    """
+    return SELDOM_PRINTED.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    character = match[0]
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class AutopipeError(Exception):
@@ -26,6 +53,8 @@ class AutopipeError(Exception):
         expected: what would have been right.
         found: what was there instead.
         remedy: what the reader can do.
+
+    The fields hold what they were given; the message has control characters escaped.
     """
 
     def __init__(
@@ -54,7 +83,7 @@ class AutopipeError(Exception):
             lines += [] if fact is None else [f"  {name}: {fact}"]
         if self.remedy is not None:
             lines.append(f"  what to do: {self.remedy}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     def at(self, source: str | None) -> Self:
         """Return a copy of this error with the line of the model that caused it.

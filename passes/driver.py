@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autopipe.errors import printable
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
 from autopipe.passes.phases import TraceCache, cut_phases
@@ -158,4 +159,6 @@ def _dump(name: str, program: object, suffix: str = "txt") -> None:
     if folder:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        (path / f"{next(_dumped):03d}-{name}.{suffix}").write_text(f"{program}\n")
+        (path / f"{next(_dumped):03d}-{name}.{suffix}").write_text(
+            printable(f"{program}\n"), encoding="utf-8"
+        )
