@@ -39,7 +39,10 @@ class _InterpretedModule(fx.GraphModule):
     """A graph module that runs without Python source."""
 
     def recompile(self) -> Any:
-        """Write nothing: `forward` reads the graph."""
+        """Write the source for print-outs, which need not be valid; `forward` reads the graph."""
+        code = self.graph.python_code("self")
+        self._code = code.src
+        return code
 
     def forward(self, *args: Any) -> Any:
         return fx.Interpreter(self).run(*args)

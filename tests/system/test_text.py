@@ -184,6 +184,14 @@ def test_values_of_any_name(name: str) -> None:
     assert can_be_read(str(pipe.captured))
 
 
+def test_what_is_printed_can_be_read() -> None:
+    name = "\x1b[31m\x0c\u202e"
+    pipe, batch = pipelined(Named(name)), {name: x(), "x": x() * 2}
+    pipe(batch)
+    shown = [pipe.explain(), pipe.verify(batch), pipe.plan, pipe.memory, pipe, *pipe.stages]
+    assert all(can_be_read(str(each)) for each in shown)
+
+
 @pytest.mark.parametrize("name", ["batch_size", "self", "args", "ctx", "run", "m", "results"])
 def test_an_argument_of_any_name(name: str) -> None:
     """`batch_size` is what the epilogue calls the number of samples, by which it divides here."""
