@@ -13,11 +13,15 @@ safe to show: on a terminal, in a table, in a message.
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
+SELDOM_PRINTED = re.compile(r"[^\x20-\x7e]")
+"""Characters that may have to be escaped: all but printable ASCII."""
 
 LONGEST_DESCRIPTION = 500
 """Characters of `describe`, at most."""
@@ -36,8 +40,12 @@ def printable(text: str, *, lines: bool = False) -> str:
     """
     if text.isprintable():
         return text
-    kept = "\n\t" if lines else ""
-    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+
+    def escaped(match: re.Match[str]) -> str:
+        c = match[0]
+        return c if c.isprintable() or (lines and c in "\n\t") else repr(c)[1:-1]
+
+    return SELDOM_PRINTED.sub(escaped, text)
 
 
 def text_of(error: BaseException) -> str:
@@ -88,6 +96,8 @@ class AutopipeError(Exception):
         expected: what would have been right.
         found: what was there instead.
         remedy: what the reader can do.
+
+    The fields hold what they were given; the message has control characters escaped.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autopipe.errors import printable
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
 from autopipe.passes.phases import TraceCache, cut_phases
@@ -165,7 +166,7 @@ def _dump(name: str, program: object, suffix: str = "txt") -> None:
     folder = os.environ.get("AUTOPIPE_DUMP")
     if folder:
         path = Path(folder)
-        content = f"{program}\n".encode(errors="backslashreplace")
+        content = printable(f"{program}\n", lines=True).encode()
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / f"{next(_dumped):03d}-{name}.{suffix}").write_bytes(content)

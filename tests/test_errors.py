@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from autopipe import errors
+from tests.support import hostile
 
 
 class LimitError(errors.AutopipeError):
@@ -94,6 +95,23 @@ def test_the_message_lists_what_is_known_in_one_order() -> None:
         *("no", "  node: n", "  source: s", "  expected: e", "  found: f", "  what to do: r")
     ]
     assert str(errors.InputError("no")) == "no"
+
+
+@pytest.mark.parametrize("text", [*hostile.LINE_ENDS[1:], *hostile.INVISIBLE], ids=ascii)
+def test_no_message_controls_a_terminal(text: str) -> None:
+    """The fields stay as they are."""
+    error = errors.InputError(f"a{text}b", found=f"c{text}d", source=f"{text}.py:3")
+    for shown in (str(error), str(error.at(f"e{text}f:1")), errors.printable(f"a{text}b")):
+        assert shown.replace("\n", "").isprintable()
+        assert "a" + ascii(text)[1:-1].replace("\n", "\\n") + "b" in shown.replace("\n", "\\n")
+    assert (error.problem, error.source) == (f"a{text}b", f"{text}.py:3")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "plain", "two\nlines\tand a tab", "加法 é ✓ 😀", "\\x0c", "x̂"]
+)
+def test_what_can_be_read_stays(text: str) -> None:
+    assert errors.printable(text, lines=True) == text
 
 
 def test_require_raises_unless_the_condition_holds() -> None:

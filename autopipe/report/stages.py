@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from autopipe.errors import printable
 from autopipe.passes.cost import StageCost, cost_of_stage
 from autopipe.passes.ir import CALLER, InputKind, at_batch
 from autopipe.planning.plan_parts import Boundary, Crossing
@@ -82,8 +83,11 @@ class StageView:
 
     @property
     def code(self) -> str:
-        """The graph as Python, with shapes and the model's own lines."""
-        return self.graph_module.print_readable(print_output=False)
+        """The graph as Python, with shapes and the model's own lines; to read, not to run.
+
+        Control characters in the model's lines are escaped.
+        """
+        return printable(self.graph_module.print_readable(print_output=False), lines=True)
 
 
 def views(

@@ -18,7 +18,7 @@ NODE = re.compile(r"^\s+(\w+)(?::\s*\".*?\")? = ")
 STAGE_FUNCTION = re.compile(r"^(forward|backward)_(\d+)$")
 """Name of the generated function that runs one micro-batch at one stage; group 2: the stage."""
 
-SOURCE = re.compile(r"# File: (.+?:\d+) in")
+SOURCE = re.compile(r"\s+# File: (.+?:\d+) in ")
 """The comment above generated lines that names the line of the model that they come from."""
 
 
@@ -70,7 +70,7 @@ def _node_at(filename: str, line: int) -> tuple[str | None, str | None]:
         text = linecache.getline(filename, above)
         if text.startswith("def "):
             break
-        found = SOURCE.search(text)
+        found = SOURCE.match(text)
         if found:
             source = found.group(1)
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import linecache
 from typing import Any
 
@@ -18,7 +19,9 @@ def load_source(source: str) -> tuple[dict[str, Any], str]:
         debugger) finds the text.
     """
     filename = f"<autopipe {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    # Lines end where Python ends them. `str.splitlines` would also end them at a form feed.
+    lines = list(io.StringIO(source, newline="\n"))
+    linecache.cache[filename] = (len(source), None, lines, filename)
     names: dict[str, Any] = {}
     exec(compile(source, filename, "exec"), names)
     return names, filename

@@ -11,7 +11,6 @@ forward. The step's seed comes from torch's default generator, which `torch.manu
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,10 +107,10 @@ class MicroBatchContext:
                 default.set_state(state)
 
     @staticmethod
-    def with_grad(op: Any, *args: Any) -> Any:
+    def with_grad(op: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call an op that returns what its backward needs only while gradients are enabled."""
         with torch.enable_grad():
-            return op(*args)
+            return op(*args, **kwargs)
 
     @staticmethod
     def in_suggested_format(tensor: Tensor) -> Tensor:
@@ -131,12 +130,19 @@ class MicroBatchContext:
 
 
 def _device(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:
-    """The device on which an op draws, from its arguments."""
-    device = kwargs.get("device")
-    if device is None:
-        values = itertools.chain(args, kwargs.values())
-        device = next((a.device for a in values if isinstance(a, torch.Tensor)), None)
-    return torch.device(device or "cpu")
+    """The device on which an op draws: its argument that is one, else that of its first tensor.
+
+    (An argument that is called `device` may be something else in an operator of another library.)
+    """
+    values = (*args, *kwargs.values())
+    for value in values:
+        if isinstance(value, torch.device):
+            return value
+    for value in values:
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, torch.Tensor):
+                return item.device
+    return torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)

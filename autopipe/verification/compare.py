@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import UnsupportedError
+from autopipe.errors import UnsupportedError, printable
 from autopipe.formatting import align_columns
 from autopipe.parameters import move
 from autopipe.passes._torch import CheckpointFunction
@@ -87,7 +87,7 @@ class Verification:
             source = f" ({self.source})" if self.source else ""
             lines.append(f"first difference: {place}{source}")
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return printable("\n".join(lines), lines=True)
 
 
 class ComparedPipeline(NamedTuple):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from autopipe.passes.graph import tensor_spec
+from autopipe.passes.graph import graph_module, tensor_spec
 from autopipe.passes.ir import REDUCTIONS, Combine, Input, InputKind, Output, ResultLeaf, results_of
 
 from .epilogue_cut import EpilogueCut
@@ -87,7 +87,7 @@ def combine(
             values.append(cut.buffer_value(value))
     epilogue = cut.finish(values)
     return CombinedGraph(
-        fx.GraphModule({}, graph, "Captured"),
+        graph_module(graph, "Captured"),
         tuple(cut.outputs.values()),
         epilogue,
         leaves,

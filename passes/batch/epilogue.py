@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from autopipe.passes.graph import graph_module
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -62,4 +64,4 @@ class Epilogue:
                 ordered[todo.pop()] = None
         for before, after in pairwise(ordered):
             before.append(after)
-        return fx.GraphModule({}, self.graph, "Epilogue")
+        return graph_module(self.graph, "Epilogue")

@@ -88,6 +88,8 @@ class _Placeholders:
     ) -> None:
         """Start with an empty graph; arguments as for `normalize`."""
         self.graph = fx.Graph()
+        for name in RESERVED:  # fx gives no name twice, even if the node was erased
+            self.graph.erase_node(self.graph.placeholder(name))
         self.inputs: list[Input] = []
         self.constants: dict[str, Tensor] = {}
         self.env: dict[fx.Node, Any] = {}
@@ -104,7 +106,7 @@ class _Placeholders:
         kind = _kind(spec.kind.name, node)
         if kind is InputKind.INPUT:
             index, name = next(self._names)
-            self._append(node, kind, _unreserved(name), index=index)
+            self._append(node, kind, name, index=index)
         elif kind is InputKind.CONSTANT:
             target = str(spec.target)
             self.constants[target] = self._constant(target, node)
@@ -170,12 +172,14 @@ def _placeholder_name(kind: InputKind, target: str) -> str:
     return f"{kind.value[0]}_{re.sub(r'[^0-9a-zA-Z]', '_', target)}"
 
 
-RESERVED = {"args", "compute", "ctx", "device", "inf", "m", "nan", "results", "run", "torch"}
-"""Names that generated programs use for other things."""
+RESERVED = (
+    *("args", "compute", "ctx", "device", "inf", "m", "nan", "results", "run", "torch"),
+    *("batch_size", "self"),
+)
+"""Names that no input, and no op, may have.
 
-
-def _unreserved(name: str) -> str:
-    return f"{name}_" if name in RESERVED else name
+Generated programs use the first ten for other things, the epilogue has an input `batch_size`, and
+torch.fx calls the module of a graph `self`."""
 
 
 def _kind(name: str, node: fx.Node) -> InputKind:

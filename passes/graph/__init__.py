@@ -2,7 +2,7 @@
 
 In: fx graphs whose nodes carry fake tensors in `meta["val"]`.
 Out: facts about nodes (sizes in `B`, tensors, memory owners, side effects, source lines), appended
-ops, and a fake tensor mode with the strides of real kernels.
+ops, graph modules, constants as source, and a fake tensor mode with the strides of real kernels.
 
 Read the files in this order:
 
@@ -11,6 +11,8 @@ Read the files in this order:
     `source_location`  which lines are the user's code; warnings at the user's line
     `fake_strides`     fake tensors with the strides of real kernels
     `numerics`         equality up to rounding
+    `source_text`      constants, operators and names as Python source
+    `interpreted`      graph modules; odd graphs run without Python source
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from .fx_utils import (
     tensors_of,
     written_arguments,
 )
+from .interpreted import graph_module
 from .mutations import InPlaceWrites
 from .numerics import is_close, is_inexact
 from .source_location import (
@@ -48,10 +51,12 @@ from .source_location import (
     user_source_line,
     warn_at_user_line,
 )
+from .source_text import Names, is_identifier, literal, operator_path, quoted
 
 __all__ = [
     "HIDDEN_WRITES",
     "InPlaceWrites",
+    "Names",
     "add_call",
     "add_size",
     "cache_per_graph",
@@ -59,17 +64,22 @@ __all__ = [
     "emit_size",
     "fingerprint",
     "functional_variant",
+    "graph_module",
     "has_side_effect",
     "in_batch_symbol",
     "is_close",
+    "is_identifier",
     "is_inexact",
     "is_integer",
     "is_random",
     "is_size",
     "is_standard_library",
     "is_user_file",
+    "literal",
     "memory_owner",
     "memory_owners",
+    "operator_path",
+    "quoted",
     "remove_dead_calls",
     "source_line",
     "static_fake_mode",

@@ -45,7 +45,7 @@ def tensor_spec(node: fx.Node) -> TensorSpec:
 
 def source_line(node: fx.Node) -> str | None:
     """Return ``file:line`` of the op in the model that a node comes from, or None."""
-    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = re.findall(r'(?m)^\s*File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
     users = [f"{file}:{line}" for file, line in frames if is_user_file(file)]
     return users[-1] if users else None
 

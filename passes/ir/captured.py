@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import sympy
 from torch import Tensor, fx
 
-from autopipe.errors import require
+from autopipe.errors import printable, require
 from autopipe.passes.devices import KINDS, PRECISIONS
 
 from .values import (
@@ -139,7 +139,7 @@ class Captured:
         lines += [f"  {o.spec}  combined by {o.combine}" for o in self.outputs]
         if self.epilogue is not None:
             lines.append("epilogue: " + self.epilogue.print_readable(print_output=False))
-        return "\n".join(lines)
+        return printable("\n".join(lines), lines=True)
 
 
 ZERO = sympy.Integer(0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx
 
-from autopipe.errors import require
+from autopipe.errors import printable, require
 
 from .split import CALLER, Split
 from .values import results_of
@@ -186,7 +186,7 @@ class Phased:
                 f"  {self._letter(stage, n)} {n.format_node() or 'return ' + str(n.args[0])}"
                 for n in stage.graph.nodes
             ]
-        return "\n".join(lines)
+        return printable("\n".join(lines), lines=True)
 
     @staticmethod
     def _letter(stage: StagePhases, node: fx.Node) -> str:

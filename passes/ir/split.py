@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from autopipe.errors import require
+from autopipe.errors import printable, require
 
 from .captured import Annotated, Captured
 from .values import Input, InputKind, TensorSpec
@@ -251,4 +251,4 @@ class Split:
         lines += [
             f"  {r.spec}  {r.kind} {r.source} -> {list(r.consumers)}" for r in self.routes.values()
         ]
-        return "\n".join(lines)
+        return printable("\n".join(lines), lines=True)

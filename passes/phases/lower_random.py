@@ -91,7 +91,9 @@ def _give_workspace(graph: fx.Graph, ctx: fx.Node, backward: fx.Node) -> None:
     forward = output.args[0]
     if forward.op == "call_function":
         with graph.inserting_before(forward):
-            recording = graph.call_method("with_grad", (ctx, forward.target, *forward.args))
+            recording = graph.call_method(
+                "with_grad", (ctx, forward.target, *forward.args), forward.kwargs
+            )
         recording.meta = dict(forward.meta)
         forward.replace_all_uses_with(recording)
         forward = recording

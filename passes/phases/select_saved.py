@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from autopipe.passes._torch import min_cut_saved
+from autopipe.passes.graph import graph_module
 from autopipe.passes.remat_policies import JointValues
 
 if TYPE_CHECKING:
@@ -77,5 +78,5 @@ def _min_cut(graph: fx.Graph, results: int, budget: float) -> set[fx.Node]:
         )
         env[node].meta = dict(node.meta)
     fakes = [n.meta["val"] for n in copy.nodes if n.op == "placeholder"]
-    saved = min_cut_saved(fx.GraphModule({}, copy), fakes, results, budget)
+    saved = min_cut_saved(graph_module(copy, "Joint"), fakes, results, budget)
     return {node for node in graph.nodes if node is not ctx and env[node].name in saved}

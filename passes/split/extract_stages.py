@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from autopipe.passes.graph import emit_batch_size, emit_size, fingerprint, is_size, tensor_spec
+from autopipe.passes.graph import (
+    emit_batch_size,
+    emit_size,
+    fingerprint,
+    graph_module,
+    is_size,
+    tensor_spec,
+)
 from autopipe.passes.ir import (
     CALLER,
     Annotated,
@@ -152,7 +159,7 @@ def _stage(
     position = {env[n]: i for i, n in ops}
     return StageGraph(
         index=k,
-        graph_module=fx.GraphModule({}, stage, f"Stage{k}"),
+        graph_module=graph_module(stage, f"Stage{k}"),
         held=tuple(held),
         shared=tuple(shared),
         receives=tuple(receives),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from autopipe.passes.graph import is_size
+from autopipe.passes.graph import graph_module, is_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +52,7 @@ def reorder_by_stage(annotated: Annotated, stage_of: Mapping[fx.Node, int]) -> A
     for node in old:  # sizes that only the output needs
         copy(node)
     graph.lint()
-    module = fx.GraphModule({}, graph, type(captured.graph_module).__name__)
+    module = graph_module(graph, type(captured.graph_module).__name__)
     reordered = replace(captured, graph_module=module, original_positions=tuple(positions))
     result = replace(annotated, captured=reordered)
     reordered.verify()

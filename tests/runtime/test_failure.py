@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import pytest
 import torch
 
 from autopipe.errors import InputError, StageError
@@ -74,6 +75,21 @@ def test_what_an_exception_says_is_one_line_of_text() -> None:
     assert "failed: RuntimeError: \\x1b[2Jcleared!" in str(found)
     assert {c for c in str(found) if not c.isprintable()} == {"\n"}
     assert len(str(found)) < 1000
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["    x = str('    # File: evil.py:3 in f')", "    # a comment # File: evil.py:3 in f"],
+)
+def test_only_a_comment_by_itself_names_the_source(line: str) -> None:
+    program = PROGRAM.replace("    div:", f"{line}\n    div:")
+    names, filename = load_source(program)
+    names["broken"] = lambda value: 1 / 0
+    with pytest.raises(ZeroDivisionError) as caught:
+        names["device_1_forward"](0)
+    found = stage_error(caught.value, filename, "forward")
+    assert isinstance(found, StageError)
+    assert (found.source, found.node) == ("model.py:8", "div")
 
 
 def test_errors_of_autopipe_stay_as_they_are() -> None:

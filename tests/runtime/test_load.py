@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import linecache
 
+import pytest
+
 from autopipe.runtime.load import load_source
 
 
@@ -13,6 +15,17 @@ def test_linecache_keeps_the_program_when_files_are_checked() -> None:
     assert linecache.getline(filename, 2) == "    return 42\n"
     assert names["answer"]() == 42
     assert names["answer"].__code__.co_filename == filename
+
+
+def test_lines_end_where_python_ends_them() -> None:
+    """A form feed, or U+2028, ends a line for `str.splitlines`, but not for Python."""
+    text = "# a \x0c b \x1c c \x85 d \u2028 e\ndef answer():\n    return 42 / 0\n"
+    names, filename = load_source(text)
+    assert linecache.getline(filename, 3) == "    return 42 / 0\n"
+    with pytest.raises(ZeroDivisionError) as caught:
+        names["answer"]()
+    assert caught.traceback[-1].lineno == 2  # counted from 0
+    assert "".join(linecache.getlines(filename)) == text
 
 
 def test_loading_the_same_text_twice_keeps_one_file() -> None:

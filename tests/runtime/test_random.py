@@ -232,6 +232,49 @@ def test_a_generator_between_other_arguments(between: Any) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["self", "index", "op", "args", "kwargs", "device", "generator_"])
+@pytest.mark.parametrize("kind", ["str", "int", "float"])
+def test_arguments_of_any_name(name: str, kind: str) -> None:
+    """Also one that is called `device` and is none."""
+    value = {"str": "left", "int": 1, "float": 0.5}[kind]
+    library = torch.library.Library(f"autopipe_test_named_{name}_{kind}", "FRAGMENT")
+    library.define(
+        f"noise(Tensor[] x, *, {kind} {name}) -> Tensor",
+        tags=(torch.Tag.nondeterministic_seeded,),
+    )
+    library.impl("noise", lambda x, **given: torch.rand(4) + hash(given[name]) % 5)
+    op = getattr(torch.ops, f"autopipe_test_named_{name}_{kind}").noise.default
+    try:
+        found = MicroBatchContext(5, [(0, 0, False)], 0).draw(0, op, [X], **{name: value})
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(5, 0, 0, 0))
+            assert torch.equal(found, op([X], **{name: value}))
+    finally:
+        library._destroy()
+
+
+@pytest.mark.parametrize("where", ["argument", "keyword", "list", "nowhere"])
+def test_the_device_is_found_wherever_it_stands(where: str, monkeypatch: Any) -> None:
+    """Of an op without a generator argument, whose device's default generator is used."""
+    asked = []
+
+    def backend_of(device: torch.device) -> Any:
+        asked.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr("autopipe.runtime.random.backend_of", backend_of)
+    meta, op = torch.device("meta"), aten.native_dropout.default
+    args, kwargs = {
+        "argument": ((X, meta), {}),
+        "keyword": ((X,), {"place": meta}),
+        "list": (([X.to(meta)], X), {}),
+        "nowhere": ((0.5,), {}),
+    }[where]
+    with pytest.raises(InterruptedError):
+        MicroBatchContext(0, [(0, 0, False)], 0).draw(0, op, *args, **kwargs)
+    assert asked == [torch.device("cpu") if where == "nowhere" else meta]
+
+
 def test_an_overload_for_other_types_is_not_taken() -> None:
     """`randint_like` has one for a number and one for a tensor, with the same names."""
     op = aten.randint_like.Tensor
@@ -326,3 +369,5 @@ def test_recording_calls_with_gradients_on() -> None:
         MicroBatchContext.with_grad(lambda x: seen.append((x, torch.is_grad_enabled())), 3)
         seen.append((0, torch.is_grad_enabled()))
     assert seen == [(3, True), (0, False)]
+    given = MicroBatchContext.with_grad(lambda *args, **kwargs: (args, kwargs), 3, op=4, self=5)
+    assert given == ((3,), {"op": 4, "self": 5})

@@ -100,9 +100,7 @@ def looks_on(s: Any, x: Tensor) -> Tensor:
 def test_what_no_call_needs_is_said() -> None:
     """A counter that is printed elsewhere, a result that is kept to be looked at."""
     model = Keeps(looks_on)
-    with pytest.warns(
-        UserWarning, match=r"sets steps, last, seen\['all'\]; the pipeline"
-    ):
+    with pytest.warns(UserWarning, match=r"sets steps, last, seen\['all'\]; the pipeline"):
         pipe = pipelined(model, args=(x(),))
     assert_agrees(pipe, x())
     assert (model.steps, model.last, model.seen) == (0, None, {"all": []})

@@ -91,6 +91,14 @@ def test_integers_are_told_from_booleans_and_floats() -> None:
     assert not is_integer(x)
 
 
+def test_a_line_of_the_model_may_look_like_a_frame() -> None:
+    """The line of code in a stack trace is no frame, whatever it holds."""
+    node = call(aten.relu.default)
+    code = 'y = x.relu()  # File "evil.py", line 3, in forward'
+    node.meta["stack_trace"] = f'  File "model.py", line 7, in forward\n    {code}\n'
+    assert source_line(node) == "model.py:7"
+
+
 def test_source_lines_are_the_models() -> None:
     view, _ = calls(graph_of_model(), aten.view.default)
     assert source_line(view) == user_line(Model.forward, "# the line " + "of the view")

@@ -1,5 +1,7 @@
 """The generated program: what prints is what runs, and it says what it does.
 
+Covers codegen/generated.py.
+
 Golden files hold text that is ours to choose. `pytest tests/passes --golden` writes them anew.
 """
 
@@ -9,6 +11,7 @@ import ast
 import dataclasses
 import functools
 import linecache
+import random
 import re
 import traceback
 from collections.abc import Callable
@@ -22,7 +25,7 @@ from torch.nn import functional as F
 
 from autopipe.errors import StageError, VerifyError
 from autopipe.passes.codegen import Generated, codegen
-from autopipe.passes.ir.phased import StagePhases
+from autopipe.passes.ir.phased import Phased, StagePhases
 from autopipe.passes.schedule.build import schedule
 from autopipe.passes.schedule.kinds import KINDS
 from autopipe.report import plan_text
@@ -31,6 +34,7 @@ from autopipe.runtime.executor import Run
 from autopipe.runtime.load import load_source
 from autopipe.runtime.random import MicroBatchContext
 from tests.golden.mlp import Mlp
+from tests.support import hostile
 from tests.support.agreement import pipelined
 from tests.support.programs import CPU, phased_of, split_of, user_line
 
@@ -181,6 +185,45 @@ def test_the_same_model_gives_the_same_text() -> None:
         pipe(torch.randn(7, 4), torch.zeros(7, dtype=torch.long))
         codes.append(pipe.code)
     assert codes[0] == codes[1]
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.full)])
+def test_names_of_values_and_schedules_of_any_text(count: int) -> None:
+    """They stand in literals: between stages, for buffers and parameters, and in the title."""
+    model, x = Layers(2), torch.randn(4, 6)
+    phased = phased_of(split_of(model, 2, x), model, 4, ((x,), {}))
+    rng = random.Random(3)
+    with hostile.nothing_runs():
+        for _ in range(count):
+            names = dict.fromkeys(phased.split.routes, "")
+            names |= {n: "" for stage in phased.stages for n in stage.own_grads}
+            names = {n: f"{i}{hostile.text(rng)}" for i, n in enumerate(names)}
+            plan = dataclasses.replace(schedule("gpipe", 2, 1), kind=hostile.text(rng))
+            source = codegen(plan, {4: renamed(phased, names)}, [4], [CPU, CPU]).source
+            assert set(names.values()) <= {s.removeprefix("grad ") for s in strings(source)}
+            assert (ast.get_docstring(ast.parse(source), clean=False) or "").startswith(plan.kind)
+            load_source(source)
+
+
+def renamed(phased: Phased, names: dict[str, str]) -> Phased:
+    """A program whose values have other names."""
+    routes = {
+        names[n]: dataclasses.replace(r, spec=dataclasses.replace(r.spec, name=names[n]))
+        for n, r in phased.split.routes.items()
+    }
+    fields = ("receives", "tangents", "returns", "updates", "own_grads", "sent_grads")
+    stages = tuple(
+        dataclasses.replace(s, **{f: tuple(names[n] for n in getattr(s, f)) for f in fields})
+        for s in phased.stages
+    )
+    split = dataclasses.replace(phased.split, routes=routes)
+    return dataclasses.replace(phased, split=split, stages=stages)
+
+
+def strings(source: str) -> set[str]:
+    """The texts in a program."""
+    constants = [n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant)]
+    return {c for c in constants if isinstance(c, str)}
 
 
 # ------------------------------------------------------------------------------- what it is made of
@@ -372,7 +415,8 @@ def test_forwards_in_another_order_are_not_written(backward: bool) -> None:
 
 
 def test_generated_text_without_a_device_program() -> None:
-    sound = Generated("def device_0_forward(run):\n    pass\n", ("device_0_forward",), ())
+    text = "def device_0_forward(run):\n    device_0_forward(run)\n"
+    sound = Generated(text, ("device_0_forward",), ())
     sound.verify()
     for broken in (
         dataclasses.replace(sound, source=""),
@@ -382,7 +426,7 @@ def test_generated_text_without_a_device_program() -> None:
         with pytest.raises(VerifyError, match="a device without a function") as caught:
             broken.verify()
         assert "device_" in str(caught.value)
-    with pytest.raises(SyntaxError):
+    with pytest.raises(VerifyError, match="no Python"):
         dataclasses.replace(sound, source="def device_0_forward(run:").verify()
     assert str(sound) == sound.source
 

@@ -1,0 +1,34 @@
+"""`Generated`: a program as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopipe.errors import VerifyError
+
+from .source_rules import check_source
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A program as text.
+
+    Attributes:
+        source: a Python module.
+        forward: names of its functions that run a step's forward, one per device; each is called
+            as ``device_1_forward(run)``.
+        backward: likewise for the backward; empty for inference.
+    """
+
+    source: str
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+
+    def verify(self) -> None:
+        defined = check_source(self.source)
+        for name in (*self.forward, *self.backward):
+            if name not in defined:
+                raise VerifyError("a device without a function", expected=name)
+
+    def __str__(self) -> str:
+        return self.source
