@@ -1,21 +1,18 @@
-"""All private names of torch, in one module.
+"""All private names of torch, here and in `_torch_patches`.
 
 Tested with torch 2.11 (CUDA 13.0) and torch 2.13 (CPU). If a new torch version breaks autopipe, fix
-it here: no other file uses a name of torch that starts with an underscore.
+it there: no other file uses a name of torch that starts with an underscore.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import decompositions
-from torch._export.passes import replace_set_grad_with_hop_pass as regions
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._higher_order_ops import effects
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._prims_common import suggest_memory_format
@@ -26,9 +23,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.amp.autocast_mode import _enter_autocast
 from torch.autograd import forward_ad
-from torch.export import _trace as export_trace
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
@@ -40,13 +35,12 @@ from torch.fx.traceback import (
 )
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
-
-from .one_at_a_time import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -66,7 +60,6 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "emit_expression",
-    "fix_lstm_state_shapes",
     "flop_registry",
     "free_unbacked_symbols",
     "from_functional",
@@ -75,14 +68,12 @@ __all__ = [
     "in_functorch_transform",
     "is_functorch_call",
     "is_traced",
-    "keep_no_grad_regions",
     "lazy_graph_code",
     "make_fx",
     "mark_recorded",
     "min_cut_saved",
+    "parametrization_cache",
     "preserve_node_meta",
-    "quiet_export",
-    "record_checks_unordered",
     "set_traced_call",
     "storage_id",
     "storage_id_of",
@@ -110,6 +101,12 @@ def symbolic_fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
+def parametrization_cache() -> dict[Any, Any]:
+    """Return what `torch.nn.utils.parametrize.cached` has cached."""
+    cache: dict[Any, Any] = parametrize._cache
+    return cache
+
+
 def is_functorch_call(target: Any) -> bool:
     """Whether an exported op belongs to a function transform, such as vmap's levels."""
     return str(getattr(target, "__module__", "")).startswith("torch._functorch.")
@@ -134,75 +131,6 @@ def has_tangent(tensor: Tensor) -> bool:
     if forward_ad._current_level < 0:
         return False
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def keep_no_grad_regions() -> Iterator[None]:
-    """Let export respect `no_grad` inside an autocast region.
-
-    Export cuts its graph where gradients are enabled or disabled, and tells by the first op of each
-    piece which of the two it is. But a piece inside an autocast region begins with an op that
-    enters the region again; this patch skips that op.
-    """
-
-    def switches(node: fx.Node, omit_if_same_with_ambient: bool = False) -> bool:
-        if node.op != "call_module" or node.graph.owning_module is None:
-            return False
-        part: Any = node.graph.owning_module.get_submodule(str(node.target))
-        calls = (n for n in part.graph.nodes if n.op != "placeholder")
-        first = next((n for n in calls if n.target is not _enter_autocast), None)
-        if first is None or first.target is not torch._C._set_grad_enabled:
-            return False
-        return not omit_if_same_with_ambient or first.args[0] != torch.is_grad_enabled()
-
-    with replaced(regions, "_is_set_grad_enabled_sub_mod", switches):
-        yield
-
-
-@contextmanager
-def fix_lstm_state_shapes() -> Iterator[None]:
-    """Correct the shape of a fake LSTM's states (torch 2.11 adds a dimension)."""
-
-    def corrected(layer: Callable[..., Any]) -> Callable[..., Any]:
-        def run(x: Tensor, hidden: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-            out, states = layer(x, hidden, *args, **kwargs)
-            pairs = zip(states, hidden, strict=True)
-            return out, tuple(found.view(given.shape) for found, given in pairs)
-
-        return run
-
-    with ExitStack() as stack:
-        if torch.__version__ < "2.12":
-            for name in ("one_layer_lstm", "mkldnn_one_layer_lstm"):
-                layer = corrected(getattr(decompositions, name))
-                stack.enter_context(replaced(decompositions, name, layer))
-        yield
-
-
-@contextmanager
-def quiet_export() -> Iterator[None]:
-    """Let torch's tracers print nothing in this thread; a failing one prints whole graphs."""
-
-    def silent(*args: Any, **kwargs: Any) -> None:
-        """Print nothing."""
-
-    with replaced(export_trace, "print", silent), replaced(fx.graph_module, "print", silent):
-        yield
-
-
-@contextmanager
-def record_checks_unordered() -> Iterator[None]:
-    """Record error checks of linear algebra (a singular matrix) like any other op.
-
-    Newer torch versions order them by tokens, which exist only in AOTAutograd's own tracing.
-    """
-    ordered: Callable[[Any], bool] = effects.has_effects
-
-    def has_effects(op: Any) -> bool:
-        return op is not torch.ops.aten._linalg_check_errors.default and ordered(op)
-
-    with replaced(effects, "has_effects", has_effects):
-        yield
 
 
 def set_traced_call(call: int, stack_trace: str | None) -> None:

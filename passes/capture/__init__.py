@@ -19,8 +19,9 @@ Files, in reading order:
 - `canonicalize`: rewrites single ops: dropouts that drop nothing, squeezes
 - `scalar_reads`: Python numbers read from tensors become tensors of one entry
 - `patches`: replacements of parts of a model while it is traced
-- `holders`, `python_state`: the Python values that a forward can read or change, copied before it
+- `holders`, `reachable`: the Python values that a forward can read or change, copied before it
   runs
+- `changes`, `python_state`: what it changed of them, and what it read
 - `watch_calls`, `random_numbers`: which functions it calls; random numbers that are not torch's
 - `tensor_mode`, `leftovers`: tensors that are reached around the model's names, or left behind
 - `value_key`, `reads`: the Python values that it read, compared in later calls

@@ -21,7 +21,7 @@ from autopipe.passes.graph import add_call, symbolic_size, written_arguments
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .python_state import Change
+    from .changes import Change
 
 
 def is_assigned_buffer(changed: Change) -> bool:

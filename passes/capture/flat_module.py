@@ -15,8 +15,8 @@ from autopipe.errors import CaptureError
 from .ambient import ambient_modes, check_modes
 from .buffer_assignment import is_assigned_buffer, write_in_place
 from .buffer_state import preserve_buffers
-from .hidden_state import forget_tensors, refuse_replaced_modules
-from .python_state import Change, PythonState
+from .changes import Change, forget_tensors, refuse_replaced_modules
+from .python_state import PythonState
 from .tensor_mode import TensorMode, TensorNames
 from .watch_calls import CallWatch
 

@@ -23,15 +23,18 @@ from autopipe.passes.graph import fingerprint, is_close, source_line, written_ar
 from autopipe.passes.ir import InputKind
 
 from .buffer_state import preserve_buffers, restore_values
-from .holders import Missing
-from .value_key import PLAIN, is_same
+from .changes import Forgotten, set_changes
+from .value_key import is_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from .changes import Change
     from .flat_module import FlatModel
     from .normalize import Normalized
-    from .python_state import Change
+
+
+LIFTED = torch.ops.aten.lift_fresh_copy.default
 
 
 def check_hidden_state(
@@ -61,13 +64,13 @@ def check_hidden_state(
         return []
     same = False
     if all(c.holder.kind == "attribute" and c.after is not Forgotten for c in changed):
-        _set(changed, "after")
+        set_changes(changed, "after")
         try:
             same = _is_same_program(traced, trace_again())
         except AutopipeError:
             pass
         finally:
-            _set(changed, "before")
+            set_changes(changed, "before")
     if not same and not _later_calls_agree(flat, examples, dims):
         raise CaptureError(
             "the model keeps state in attributes of its modules: its next call would compute"
@@ -78,27 +81,6 @@ def check_hidden_state(
             " from the start, or pass it in as an argument",
         )
     return [str(c) for c in flat.result.changed]
-
-
-def refuse_replaced_modules(changed: Sequence[Change]) -> None:
-    """Refuse a forward that replaces parameters or layers of the model.
-
-    Args:
-        changed: what the forward changed.
-
-    Raises:
-        CaptureError: it replaced one, created one or removed one.
-    """
-    for change in changed:
-        if change.holder.kind in ("parameter", "module"):
-            raise CaptureError(
-                f"the forward replaces a {change.holder.kind} of the model: a captured model would"
-                " go on with the old one",
-                found=str(change),
-                remedy="create it in __init__, and write into it under torch.no_grad():"
-                " parameter.copy_(value); if only the first call creates it, call the model itself"
-                " once before the pipeline",
-            )
 
 
 def refuse_written_constants(traced: Normalized, prefix: str) -> None:
@@ -117,7 +99,10 @@ def refuse_written_constants(traced: Normalized, prefix: str) -> None:
         i.name: i.target.removeprefix(prefix) for i in traced.inputs if i.kind is InputKind.CONSTANT
     }
     storages = {
-        storage_id_of(n): constants[n.name] for n in traced.graph.nodes if n.name in constants
+        storage_id_of(n): constants[n.name]
+        for n in traced.graph.nodes
+        # ``torch.tensor([1, 2])`` is a constant, too; what it returns is a copy.
+        if n.name in constants and any(u.target is not LIFTED for u in n.users)
     }
     for node in traced.graph.nodes:
         for written in written_arguments(node):
@@ -130,21 +115,6 @@ def refuse_written_constants(traced: Normalized, prefix: str) -> None:
                     remedy="register it: self.register_buffer(name, tensor); what a forward writes"
                     " to a buffer is written once a step",
                 )
-
-
-def _set(changed: Sequence[Change], which: str) -> None:
-    for change in changed if which == "after" else reversed(changed):
-        change.set(which)
-
-
-class Forgotten:
-    """Stands for a value that may hold tensors of a trace."""
-
-
-def forget_tensors(change: Change) -> Change:
-    """Drop the new value of a change unless it is plain data."""
-    plain = isinstance(change.after, (*PLAIN, float, complex)) or change.after is Missing
-    return change if plain else change._replace(after=Forgotten)
 
 
 def _is_same_program(a: Normalized, b: Normalized) -> bool:
@@ -194,7 +164,7 @@ def _run_calls(flat: FlatModel, calls: Sequence[Sequence[Tensor]]) -> list[Any]:
                     results = [*flat(*inputs)]
                 results += [b.clone() for b, _ in saved]
                 changed.append(flat.result.changed)
-                _set(changed[-1], "after")
+                set_changes(changed[-1], "after")
                 restore_values(saved)
             created = {
                 str(a): a.holder.get(a.key) for c in changed for a in c if a.holder.kind == "buffer"
@@ -203,7 +173,7 @@ def _run_calls(flat: FlatModel, calls: Sequence[Sequence[Tensor]]) -> list[Any]:
         finally:
             restore_values(saved)
             for values in reversed(changed):
-                _set(values, "before")
+                set_changes(values, "before")
 
 
 def _agree(a: Any, b: Any) -> bool:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from torch import Tensor, nn
 
+from .value_key import raw_dict
+
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
@@ -35,7 +37,7 @@ class Missing:
     """The value of a name that does not exist."""
 
 
-class Opaque:
+class TooLarge:
     """Stands for contents that are too large to be compared."""
 
 
@@ -171,8 +173,13 @@ class Dict(Holder):
 
     def read(self) -> dict[Hashable, Any]:
         if len(self.owner) > LARGEST_CONTAINER:
-            return {CONTENT: (Opaque, len(self.owner))}
-        return dict(self.owner)
+            return {CONTENT: (TooLarge, len(self.owner))}
+        return raw_dict(self.owner)
+
+    def get(self, key: Hashable) -> Any:
+        if key == CONTENT:
+            return self.read().get(key, Missing)
+        return dict.get(self.owner, key, Missing)
 
     def write(self, key: Hashable, value: Any) -> None:
         if key == CONTENT and key not in self.owner:
@@ -191,11 +198,12 @@ class Sequence(Holder):
 
     def read(self) -> dict[Hashable, Any]:
         if len(self.owner) > LARGEST_CONTAINER:
-            return {CONTENT: (Opaque, len(self.owner))}
+            return {CONTENT: (TooLarge, len(self.owner))}
         return {CONTENT: tuple(self.owner)}
 
     def write(self, key: Hashable, value: Any) -> None:
-        if value[:1] == (Opaque,):
+        """Refill it, unless it was too large to be copied."""
+        if value[:1] == (TooLarge,):
             return
         self.owner.clear()
         (self.owner.update if isinstance(self.owner, set) else self.owner.extend)(value)
@@ -209,10 +217,10 @@ class Array(Holder):
 
     def read(self) -> dict[Hashable, Any]:
         size = len(self.owner) if isinstance(self.owner, bytearray) else self.owner.nbytes
-        return {CONTENT: Opaque if size > LARGEST_ARRAY else bytes(self.owner)}
+        return {CONTENT: TooLarge if size > LARGEST_ARRAY else bytes(self.owner)}
 
     def write(self, key: Hashable, value: Any) -> None:
-        if value is Opaque:
+        if value is TooLarge:
             return
         if isinstance(self.owner, bytearray):
             self.owner[:] = value

@@ -7,6 +7,7 @@ the place that holds it.
 
 from __future__ import annotations
 
+import functools
 import gc
 import types
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,6 @@ def _name_of(holder: Any, held: list[Any]) -> str | None:
         keys = [key for key, value in list(holder.items()) if id(value) in ids]
         if "__name__" in holder and keys:
             return f"{holder['__name__']}.{keys[0]}"
-    if isinstance(holder, (types.FunctionType, type)) or hasattr(holder, "cache_info"):
+    if isinstance(holder, (types.FunctionType, functools._lru_cache_wrapper)):
         return f"{holder.__module__}.{holder.__qualname__}"
     return None

@@ -1,262 +1,26 @@
-"""The Python state that a forward can read or change, before and after it runs.
-
-The state of a model is more than its attributes: objects that it holds, variables of its Python
-files, of enclosing functions, of classes. `PythonState` follows the references that the code which
-runs can follow: it starts from the model's modules and is told of every function that is called,
-and looks only at attributes that the called code names. What it finds it copies before the code
-runs, so that afterwards it knows what changed, and can restore it.
-"""
+"""What a forward changed and read of the Python values that it can reach."""
 
 from __future__ import annotations
 
-import functools
-import sys
-import types
-import weakref
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
-from autopipe.passes.graph import is_standard_library, is_user_file
-
-from .holders import (
-    CONTENT,
-    Cell,
-    ClassAttributes,
-    Globals,
-    Holder,
-    Missing,
-    ModuleAttributes,
-    Namespace,
-    Registry,
-    container_of,
-    object_of,
-)
-from .random_numbers import GENERATORS, generator_state, random_error
+from .changes import Change
+from .holders import Globals, Missing, ModuleAttributes, Namespace
+from .random_numbers import generator_state, random_error
+from .reachable import ReachableState
 from .reads import Reads, is_compared_elsewhere
 from .value_key import is_same
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
-    from types import CodeType, FrameType
-
-REGISTRIES = {
-    "_buffers": "buffer",
-    "_parameters": "parameter",
-    "_modules": "module",
-    "_forward_pre_hooks": "hook",
-    "_forward_hooks": "hook",
-}
-"""Registries of a module → what they hold. (A forward may register hooks and set a flag for it.)"""
-
-SHALLOW = (Tensor, bool, int, float, complex, str, bytes, type(None))
-"""What refers to nothing."""
-
-LARGEST_FOLLOWED = 200
-"""How many entries of a container are followed."""
-
-DEEPEST = 8
-"""How many references are followed from one that the code names."""
+    from collections.abc import Iterable
 
 
-class Change(NamedTuple):
-    """A value that a forward changed.
-
-    Attributes:
-        holder: what holds it.
-        key: its name or key there.
-        before: its value before the forward; `Missing` if there was none.
-        after: its value after the forward; `Missing` if there is none.
-    """
-
-    holder: Holder
-    key: Hashable
-    before: Any
-    after: Any
-
-    def set(self, which: str) -> None:
-        """Set it to its value "before" or "after" the forward."""
-        self.holder.write(self.key, getattr(self, which))
-
-    def __str__(self) -> str:
-        return self.holder.name_of(self.key)
-
-
-class PythonState:
-    """Copies of the Python state that a model's code can reach.
+class PythonState(ReachableState):
+    """The Python values that a model's code can reach, before and after its forward.
 
     Args:
         model: the model, before its forward.
-
-    Attributes:
-        values: id of an owner → its holder, and its values when they were first seen.
-        names: all names that the called code uses.
-        caches: functions found that cache results (`functools.lru_cache`), and their cache's size.
-        generators: random generators found that are not torch's, by label, and their states.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.values: dict[int, tuple[Holder, dict[Hashable, Any]]] = {}
-        self.names: set[str] = set()
-        self.caches: dict[int, tuple[Any, Any]] = {}
-        self.generators: dict[str, tuple[Any, str]] = {}
-        self._known: set[int] = set()  # values that the model's state refers to
-        self._now: set[int] = set()  # those that were visited for the function just entered
-        self._entered: set[tuple[CodeType, int]] = set()
-        self._kept: list[Any] = []  # so that no id is used twice
-        self._own = {id(m): path for path, m in model.named_modules()}
-        for path, module in model.named_modules():
-            if not isinstance(module._buffers, dict):  # a scripted module has no Python state
-                continue
-            for registry, kind in REGISTRIES.items():
-                if registry in vars(module):
-                    self._add(Registry(vars(module)[registry], path, kind))
-            attributes = self._add(ModuleAttributes(module, path))
-            for key, value in list(attributes.items()):
-                self._visit_container(value, f"{path}.{key}".lstrip("."), 0)
-
-    # What the code that runs can reach
-
-    def enter(self, frame: FrameType) -> None:
-        """Copy what a function that is being called can reach; it has not run yet.
-
-        Args:
-            frame: of the function.
-        """
-        code = frame.f_code
-        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if (code, id(first)) in self._entered:
-            return
-        self._entered.add((code, id(first)))
-        self._kept.append(first)
-        names = _names_in(code)
-        self.names |= names
-        self._now.clear()
-        self._enter_globals(frame.f_globals, code.co_names, names)
-        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-            value = frame.f_locals.get(name)
-            if id(value) in self._own:
-                self._visit_object(value, self._own[id(value)], names, 0)
-            elif id(value) in self._known:
-                self._visit(value, name, names, 0)
-
-    def _enter_globals(self, scope: dict[str, Any], used: Iterable[str], names: set[str]) -> None:
-        label = scope.get("__name__", "globals")
-        holder, values = self.values.setdefault(id(scope), (Globals(scope, label), {}))
-        assert isinstance(holder, Globals)
-        for name in used:
-            if name not in holder.names:
-                holder.names.add(name)
-                if name in scope:
-                    values[name] = scope[name]
-            if name in scope:
-                self._visit(scope[name], f"{label}.{name}", names, 0)
-
-    def _add(self, holder: Holder) -> dict[Hashable, Any]:
-        if id(holder.owner) not in self.values:
-            self.values[id(holder.owner)] = (holder, holder.read())
-        values = self.values[id(holder.owner)][1]
-        self._known.update(map(id, values.values()))
-        return values
-
-    def _visit(self, value: Any, label: str, names: set[str], depth: int) -> None:
-        """Follow a reference that the code may follow."""
-        if depth > DEEPEST or isinstance(value, SHALLOW) or id(value) in self._now:
-            return
-        self._now.add(id(value))
-        self._known.add(id(value))
-        if isinstance(value, types.FunctionType):
-            self._visit_function(value, label, names, depth)
-        elif isinstance(value, functools._lru_cache_wrapper):
-            self.caches.setdefault(id(value), (value, value.cache_info().currsize))
-            self._visit(value.__wrapped__, label, names, depth)
-        elif isinstance(value, types.MethodType):
-            self._visit(value.__func__, label, names, depth + 1)
-            self._visit(value.__self__, label, names, depth + 1)
-        elif isinstance(value, functools.partial):
-            for part in (value.func, *value.args, *value.keywords.values()):
-                self._visit(part, label, names, depth + 1)
-        elif isinstance(value, weakref.ref):
-            self._visit(value(), label, names, depth + 1)
-        elif isinstance(value, types.ModuleType):
-            if _is_user_module(value):
-                self._enter_globals(vars(value), names & vars(value).keys(), names)
-        elif isinstance(value, type):
-            self._visit_class(value, names, depth)
-        elif isinstance(generator := getattr(value, "__self__", value), GENERATORS):
-            self.generators.setdefault(label, (generator, generator_state(generator)))
-        else:
-            self._visit_container(value, label, depth, names)
-            self._visit_object(value, label, names, depth)
-
-    def _visit_function(
-        self, function: types.FunctionType, label: str, names: set[str], depth: int
-    ) -> None:
-        if not is_user_file(function.__code__.co_filename):
-            return
-        inner = names | set(function.__code__.co_freevars)
-        for cell, name in zip(
-            function.__closure__ or (), function.__code__.co_freevars, strict=True
-        ):
-            variable = f"{name} (a variable around {function.__qualname__})"
-            for value in self._add(Cell(cell, variable)).values():
-                self._visit(value, variable, inner, depth + 1)
-        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        for value in defaults:
-            self._visit(value, f"a default of {function.__qualname__}", names, depth + 1)
-
-    def _visit_class(self, kind: type, names: set[str], depth: int) -> None:
-        for base in kind.__mro__:
-            if _is_user_module(sys.modules.get(base.__module__)):
-                values = self._add(ClassAttributes(base, base.__qualname__))
-                for key in names & values.keys():
-                    name = f"{base.__qualname__}.{key}"
-                    self._visit(values[key], name, names, depth + 1)
-
-    def _visit_object(self, value: Any, label: str, names: set[str], depth: int) -> None:
-        """Follow the attributes of an object that the code names."""
-        holder = object_of(value, label)
-        if holder is None or isinstance(value, type):
-            return
-        if isinstance(value, nn.Module):
-            if id(value) in self._own:
-                label = self._own[id(value)]
-                holder = ModuleAttributes(value, label)
-            names = names | REGISTRIES.keys()
-        values = self._add(holder)
-        for key in names & values.keys():
-            name = f"{label}.{key}".lstrip(".")
-            self._visit(values[key], name, names, depth + 1)
-        self._visit_class(type(value), names, depth)
-        if isinstance(value, nn.Module):
-            self._visit(type(value).forward, f"{type(value).__qualname__}.forward", names, depth)
-
-    def _visit_container(
-        self, value: Any, label: str, depth: int, names: set[str] | None = None
-    ) -> None:
-        """Follow what a container holds."""
-        if isinstance(value, (tuple, frozenset)):
-            for n, item in enumerate(islice(value, LARGEST_FOLLOWED)):
-                self._follow(item, f"{label}[{n}]", names, depth)
-            return
-        holder = container_of(value, label)
-        if holder is None or depth > DEEPEST:
-            return
-        for key, item in islice(self._add(holder).items(), LARGEST_FOLLOWED):
-            if isinstance(item, tuple) and key == CONTENT:
-                for n, entry in enumerate(item[:LARGEST_FOLLOWED]):
-                    self._follow(entry, f"{label}[{n}]", names, depth)
-            else:
-                self._follow(item, holder.name_of(key), names, depth)
-
-    def _follow(self, value: Any, label: str, names: set[str] | None, depth: int) -> None:
-        if names is None:
-            self._visit_container(value, label, depth + 1)
-        else:
-            self._visit(value, label, names, depth + 1)
-
-    # What changed
 
     def changes(self) -> list[Change]:
         """What differs from when it was first seen."""
@@ -320,18 +84,3 @@ class PythonState:
         for cache, size in self.caches.values():
             if cache.cache_info().currsize != size:
                 cache.cache_clear()
-
-
-@functools.cache
-def _names_in(code: CodeType) -> set[str]:
-    """Names of attributes and variables that some code uses, and strings, which may be names."""
-    texts = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
-    return {*code.co_names, *code.co_freevars, *texts}
-
-
-def _is_user_module(module: Any) -> bool:
-    """Whether a Python module is the user's or another library's, not torch's or Python's own."""
-    file = getattr(module, "__file__", None)
-    if file is None:  # a notebook, python -c: or built in
-        return getattr(module, "__name__", "") == "__main__"
-    return is_user_file(file) and not is_standard_library(file)

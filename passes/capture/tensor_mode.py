@@ -103,7 +103,7 @@ class TensorMode(TorchFunctionMode):
             args, kwargs = pytree.tree_map_only(Tensor, self._named, (args, kwargs))
         result = self._call(func, *args, **kwargs)
         for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, Tensor) and is_traced(x):
+            if isinstance(x, Tensor) and is_traced(x) and not any(x is a for a in args):
                 self.created.append(weakref.ref(x))
         return result
 

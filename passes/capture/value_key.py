@@ -50,7 +50,9 @@ def value_key(value: Any, depth: int = 0) -> Hashable:
         return kind, *map(deeper, value)
     if isinstance(value, (set, frozenset)):
         return kind, frozenset(map(deeper, value))
-    if isinstance(value, (dict, Mapping)):
+    if isinstance(value, dict):
+        value = raw_dict(value)
+    if isinstance(value, Mapping):
         return kind, *((deeper(k), deeper(v)) for k, v in value.items())
     if isinstance(value, bytearray):
         return kind, bytes(value)
@@ -64,6 +66,11 @@ def value_key(value: Any, depth: int = 0) -> Hashable:
     if isinstance(value, functools.partial):
         return kind, deeper(value.func), deeper(value.args), deeper(value.keywords)
     return "is", id(value)
+
+
+def raw_dict(value: dict[Any, Any]) -> dict[Any, Any]:
+    """Copy a dict past what a subclass makes of its entries when they are read."""
+    return {k: dict.__getitem__(value, k) for k in dict.keys(value)}
 
 
 def is_same(a: Any, b: Any) -> bool:

@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-    from .python_state import PythonState
+    from .reachable import ReachableState
 
 DRAWING = ("random", "getrandbits")
 """The methods of `random.Random` that are not written in Python."""
 
 
 class CallWatch:
-    """Tells a `PythonState` of each function that is called, and refuses Python's random numbers.
+    """Tells a `ReachableState` of each call, and refuses Python's random numbers.
 
     Args:
         state: of the model that is called.
     """
 
-    def __init__(self, state: PythonState) -> None:
+    def __init__(self, state: ReachableState) -> None:
         self._state = state
         self._awake = False
 

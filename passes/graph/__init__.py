@@ -45,6 +45,7 @@ from .interpreted import graph_module
 from .mutations import InPlaceWrites
 from .numerics import is_close, is_inexact
 from .source_location import (
+    is_own_file,
     is_standard_library,
     is_user_file,
     trim_to_user_frame,
@@ -71,6 +72,7 @@ __all__ = [
     "is_identifier",
     "is_inexact",
     "is_integer",
+    "is_own_file",
     "is_random",
     "is_size",
     "is_standard_library",

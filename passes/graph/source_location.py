@@ -11,10 +11,10 @@ from pathlib import Path
 
 TORCH = tuple(
     f"{Path(str(spec.origin)).parent}/"
-    for spec in map(find_spec, ("torch", "sympy", "mpmath"))
+    for spec in map(find_spec, ("torch", "numpy", "sympy", "mpmath"))
     if spec is not None
 )
-"""Where torch is, and what it computes sizes with."""
+"""Where torch is, and what it computes with."""
 
 OURS = str(Path(__file__).parents[2]) + "/"
 STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
@@ -26,6 +26,11 @@ GENERATED = ("<autopipe ", "<eval_with_key>", "<frozen ", "<generated", "<__arra
 def is_user_file(file: str) -> bool:
     """Whether a source file is neither torch's nor autopipe's."""
     return not file.startswith((*TORCH, OURS, *GENERATED))
+
+
+def is_own_file(file: str) -> bool:
+    """Whether a source file is autopipe's."""
+    return file.startswith(OURS)
 
 
 def is_standard_library(file: str) -> bool:

@@ -31,9 +31,9 @@ from autopipe.passes._torch import (
     from_functional,
     make_fx,
     preserve_node_meta,
-    record_checks_unordered,
     to_functional,
 )
+from autopipe.passes._torch_patches import record_checks_unordered
 from autopipe.passes.graph import static_fake_mode
 
 from .function_constants import inline_constants, watch_constants

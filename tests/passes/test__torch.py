@@ -1,4 +1,7 @@
-"""What the private names of torch are used for: if a new torch changes one, it shows here."""
+"""What the private names of torch are used for: if a new torch changes one, it shows here.
+
+Covers passes/_torch_patches.py.
+"""
 
 from __future__ import annotations
 

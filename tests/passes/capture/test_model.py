@@ -1,8 +1,9 @@
 """Capture: what the graph holds, and what is refused instead of captured wrongly.
 
 Where a model can be captured, results must equal those of eager torch on the whole batch; see
-`tests.support.agreement`. Covers capture/tracing.py (names, examples), capture/exporting.py (what
-is refused), capture/normalize.py, capture/inlining.py (placeholders and ops) and batch_dims.py.
+`tests.support.agreement`. Covers capture/tracing.py (names, examples), capture/explain.py and
+capture/exporting.py (what is refused), capture/normalize.py, capture/inlining.py (placeholders and
+ops) and batch_dims.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Branches on the batch size: each batch gets the branch that eager torch would take for it.
 
-Covers capture/canonicalize.py: squeezes.
+Covers capture/canonicalize.py (squeezes) and capture/size_uses.py.
 """
 
 from __future__ import annotations

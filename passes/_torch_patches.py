@@ -1,0 +1,91 @@
+"""Replacements of private parts of torch while a model is traced, in the tracing thread only.
+
+Beside `_torch`, this is the only file that uses names of torch which start with an underscore.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import decompositions
+from torch._export.passes import replace_set_grad_with_hop_pass as regions
+from torch._higher_order_ops import effects
+from torch.amp.autocast_mode import _enter_autocast
+from torch.export import _trace as export_trace
+
+from .one_at_a_time import replaced
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+
+@contextmanager
+def keep_no_grad_regions() -> Iterator[None]:
+    """Let export respect `no_grad` inside an autocast region.
+
+    Export cuts its graph where gradients are enabled or disabled, and tells by the first op of each
+    piece which of the two it is. But a piece inside an autocast region begins with an op that
+    enters the region again; this patch skips that op.
+    """
+
+    def switches(node: fx.Node, omit_if_same_with_ambient: bool = False) -> bool:
+        if node.op != "call_module" or node.graph.owning_module is None:
+            return False
+        part: Any = node.graph.owning_module.get_submodule(str(node.target))
+        calls = (n for n in part.graph.nodes if n.op != "placeholder")
+        first = next((n for n in calls if n.target is not _enter_autocast), None)
+        if first is None or first.target is not torch._C._set_grad_enabled:
+            return False
+        return not omit_if_same_with_ambient or first.args[0] != torch.is_grad_enabled()
+
+    with replaced(regions, "_is_set_grad_enabled_sub_mod", switches):
+        yield
+
+
+@contextmanager
+def fix_lstm_state_shapes() -> Iterator[None]:
+    """Correct the shape of a fake LSTM's states (torch 2.11 adds a dimension)."""
+
+    def corrected(layer: Callable[..., Any]) -> Callable[..., Any]:
+        def run(x: Tensor, hidden: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+            out, states = layer(x, hidden, *args, **kwargs)
+            pairs = zip(states, hidden, strict=True)
+            return out, tuple(found.view(given.shape) for found, given in pairs)
+
+        return run
+
+    with ExitStack() as stack:
+        if torch.__version__ < "2.12":
+            for name in ("one_layer_lstm", "mkldnn_one_layer_lstm"):
+                layer = corrected(getattr(decompositions, name))
+                stack.enter_context(replaced(decompositions, name, layer))
+        yield
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Let torch's tracers print nothing in this thread; a failing one prints whole graphs."""
+
+    def silent(*args: Any, **kwargs: Any) -> None:
+        """Print nothing."""
+
+    with replaced(export_trace, "print", silent), replaced(fx.graph_module, "print", silent):
+        yield
+
+
+@contextmanager
+def record_checks_unordered() -> Iterator[None]:
+    """Record error checks of linear algebra (a singular matrix) like any other op.
+
+    Newer torch versions order them by tokens, which exist only in AOTAutograd's own tracing.
+    """
+    ordered: Callable[[Any], bool] = effects.has_effects
+
+    def has_effects(op: Any) -> bool:
+        return op is not torch.ops.aten._linalg_check_errors.default and ordered(op)
+
+    with replaced(effects, "has_effects", has_effects):
+        yield
