@@ -1,0 +1,215 @@
+"""Draw other values for the inputs, parameters and buffers of a trial.
+
+What only data can decide must not be decided by a batch that happens to be inert: without an image
+token, with masks that are all ones, with samples that are copies of each other, or with parameters
+that are zero at initialisation. So a trial also runs the graph on values that this file draws:
+
+    booleans                 permuted within each sample, or drawn with several probabilities
+    integers                 permuted within each sample, or drawn from the values seen, constants
+                             that they are compared with, and the rows of the tables they index
+    floats                   as given, unless few values occur, samples are equal, or some are NaN
+    parameters and buffers   as given, unless all entries are equal or tiny
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from autopipe.passes.graph import is_integer
+from autopipe.passes.ir import InputKind
+
+from .comparisons import compared_with, distinct
+from .index_ranges import indexed_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from autopipe.passes.ir import Input
+
+FEW, MANY = 3, 4096
+"""A float input with so few values is a mask; of so many values of an integer input are drawn."""
+
+TINY = 1e-3
+"""A parameter whose entries are all smaller may hide what it multiplies."""
+
+USES = 500
+"""The largest number of uses of an integer input that are looked at."""
+
+
+@dataclass(frozen=True)
+class DrawnInputs:
+    """Values for the placeholders of one run of a trial.
+
+    Attributes:
+        seed: of the random numbers.
+        permute: whether integers and booleans of the samples are permuted within each sample where
+            that changes them, so that each sample keeps its values; else they are drawn.
+        limit: whether integers are drawn from a range that ends elsewhere in each sample: the
+            largest one differs between samples.
+        all_inputs: whether integers and booleans that are not batched are drawn too.
+    """
+
+    seed: int
+    permute: bool = False
+    limit: bool = False
+    all_inputs: bool = False
+
+    def value(self, node: fx.Node, item: Input, given: Tensor) -> Tensor:
+        """A value for a placeholder.
+
+        Args:
+            node: the placeholder.
+            item: what it stands for.
+            given: its value in the batch at hand, on the samples of the trial. It is not changed.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1009 + hash_of(item.name))
+        if not given.numel():
+            return given
+        if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            return _weights(node, item, given, generator)
+        if item.kind is not InputKind.INPUT:
+            return given
+        if given.is_floating_point():
+            return _floats(item, given, generator) if item.batch_dim is not None else given
+        if given.is_complex() or (item.batch_dim is None and not self.all_inputs):
+            return given
+        if self.permute and item.batch_dim is not None:
+            moved = _permuted_within(given, item.batch_dim, generator)
+            if not torch.equal(moved, given):
+                return moved
+        return _choices(node, item, given, generator, limit=self.limit)
+
+
+def hash_of(name: str) -> int:
+    """A number for a name that is the same in every process."""
+    return sum((i + 1) * ord(c) for i, c in enumerate(name)) % 997
+
+
+def _choices(
+    node: fx.Node, item: Input, given: Tensor, generator: torch.Generator, *, limit: bool = False
+) -> Tensor:
+    """Integers or booleans, each sample with another mixture of rare and frequent ones."""
+    shape = given.shape
+    per_sample = [1] * given.dim()
+    if item.batch_dim is not None:
+        per_sample[item.batch_dim] = shape[item.batch_dim]
+    odds = torch.rand(per_sample, generator=generator) * 0.8 + 0.1
+    first = torch.rand(shape, generator=generator) < odds
+    if given.dtype is torch.bool:
+        return first.to(given.device)
+    special, low, high = _range(node, given)
+    picked = special[torch.randint(len(special), shape, generator=generator)]
+    ranged = torch.randint(low, high + 1, shape, generator=generator)
+    drawn = torch.where(first, picked, ranged)
+    if limit:
+        last = low + (torch.rand(per_sample, generator=generator) * (high + 1 - low)).long()
+        drawn = torch.where(drawn > last, torch.minimum(ranged, last), drawn)
+    return drawn.to(given.device, given.dtype)
+
+
+def _range(node: fx.Node, given: Tensor) -> tuple[Tensor, int, int]:
+    """Values of an integer input: special ones, and a range that is valid wherever it is used.
+
+    Negative numbers, such as the -100 of labels, are special values, not ends of a range.
+    """
+    seen = distinct(given.flatten()[:MANY]).cpu().long()
+    least, most = int(seen.min()), int(seen.max())
+    low, high = max(0, least), max(0, most)
+    constants: set[int] = set()
+    sizes: list[Any] = []
+    for user, source in islice(_integer_uses(node), USES):
+        constants |= compared_with(user, source)
+        sizes += indexed_sizes(user, source)
+    fixed = [int(s) for s in sizes if not getattr(s, "free_symbols", ())]
+    if len(seen) == 1:  # all lengths are full, all positions equal
+        low, high = 0, max(1, most)
+    if fixed and len(fixed) == len(sizes):
+        low, high = 0, max(min(fixed) - 1, 0)
+    elif fixed:
+        high = min(high, min(fixed) - 1)
+    inside = {c for c in constants if not sizes or 0 <= c <= high or c in (least, most)}
+    special = torch.tensor(sorted({*seen.tolist(), *inside}))
+    if inside:  # as frequent as all the values that were seen
+        special = torch.cat([special, torch.tensor(sorted(inside)).repeat(1 + len(seen))])
+    return special, min(low, high), high
+
+
+def _integer_uses(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(op, operand) of the ops that read integers computed from `node` by other ops."""
+    todo, known = [node], {node}
+    while todo:
+        source = todo.pop()
+        for user in source.users:
+            yield user, source
+            if user not in known and is_integer(user):
+                known.add(user)
+                todo.append(user)
+
+
+def _permuted_within(given: Tensor, dim: int, generator: torch.Generator) -> Tensor:
+    """Each sample's entries in another order."""
+    rows = given.movedim(dim, 0).flatten(1) if given.dim() > 1 else given[:, None]
+    order = torch.rand(rows.shape, generator=generator).argsort(1).to(given.device)
+    moved = rows.gather(1, order).view(given.movedim(dim, 0).shape)
+    return moved.movedim(0, dim).contiguous()
+
+
+def _floats(item: Input, given: Tensor, generator: torch.Generator) -> Tensor:
+    """A batched float input: the given one unless it may be inert."""
+    dim = item.batch_dim or 0
+    finite = given[given.isfinite()]
+    values = distinct(given.flatten()[:MANY])
+    noise = torch.randn(given.shape, generator=generator).to(given)
+    if len(values) <= FEW and given.numel() > FEW:
+        if len(values) > 1 or values[0] == 1:  # a mask
+            values = (
+                torch.cat([values, values.new_tensor([0.0, 1.0])]) if len(values) < 2 else values
+            )
+            order = torch.randint(len(values), given.shape, generator=generator)
+            return values[order.to(given.device)]
+        return noise if not values[0].isfinite() else values[0] * (values[0] != 0) + noise
+    samples = given.movedim(dim, 0).flatten(1) if given.dim() > 1 else given[:, None]
+    if finite.numel() < given.numel():
+        return torch.where(given.isfinite(), given, noise)
+    if len(samples) > 1 and _has_copies(samples):
+        return given + noise * (finite.float().std().to(given) if len(finite) > 1 else 1)
+    return given
+
+
+def _has_copies(samples: Tensor) -> bool:
+    """Whether two rows are equal."""
+    rows = torch.unique(samples, dim=0)
+    return len(rows) < len(samples)
+
+
+def _weights(node: fx.Node, item: Input, given: Tensor, generator: torch.Generator) -> Tensor:
+    """A parameter or buffer: the given one unless all entries are equal or tiny."""
+    is_buffer = item.kind is InputKind.BUFFER
+    if not given.is_floating_point():
+        constant = (
+            is_buffer and not given.is_complex() and bool((given == given.flatten()[0]).all())
+        )
+        return _choices(node, item, given, generator) if constant else given.clone()
+    size = _constant_size(given)
+    if size is None or (given.numel() == 1 and size != 0):
+        return given.clone() if is_buffer else given
+    draw = torch.rand(given.shape, generator=generator)
+    if size < 0.1 and not is_buffer:
+        return (draw - 0.5).to(given)
+    scale = given.flatten()[0].item() if size >= 0.1 else 1.0
+    return ((draw + 0.5) * scale).to(given)  # keeps its sign: it may be a variance
+
+
+def _constant_size(given: Tensor) -> float | None:
+    """The largest size of a parameter whose entries are equal or tiny; None for other ones."""
+    flat = given.flatten()
+    for some in (flat[:16], flat):  # most parameters are known to vary after a few entries
+        largest = some.abs().max().item()
+        if not torch.isfinite(some).all() or (largest >= TINY and bool((some != some[0]).any())):
+            return None
+    return float(largest)
