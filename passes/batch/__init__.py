@@ -24,6 +24,7 @@ Files, in reading order:
     `numeric_trial`       decide open states by running the graph on a few samples
     `backward_trial`      the same for the backward of custom autograd.Functions
     `decide_states`       whether a trial is needed, and what it decided
+    `shares`              check in every step that samples take their own entries of a source
     `partial_reductions`  reductions rewritten as sums per micro-batch
     `epilogue`            the graph that runs once per step
     `epilogue_cut`        the captured graph cut at its batch reductions

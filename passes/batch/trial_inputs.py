@@ -49,8 +49,8 @@ class DrawnInputs:
         seed: of the random numbers.
         permute: whether integers and booleans of the samples are permuted within each sample where
             that changes them, so that each sample keeps its values; else they are drawn.
-        limit: whether integers are drawn from a range that ends elsewhere in each sample: the
-            largest one differs between samples.
+        limit: whether integers are drawn from a range that ends elsewhere in each sample, and most
+            samples repeat their first token: so the largest values differ between samples.
         all_inputs: whether integers and booleans that are not batched are drawn too.
     """
 
@@ -67,11 +67,17 @@ class DrawnInputs:
             item: what it stands for.
             given: its value in the batch at hand, on the samples of the trial. It is not changed.
         """
-        generator = torch.Generator().manual_seed(self.seed * 1009 + hash_of(item.name))
         if not given.numel():
             return given
+        drawn = self._drawn(node, item, given)
+        if not self.limit or item.kind is not InputKind.INPUT or item.batch_dim is None:
+            return drawn
+        return _with_repetitions(drawn, item.batch_dim, torch.Generator().manual_seed(self.seed))
+
+    def _drawn(self, node: fx.Node, item: Input, given: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1009 + hash_of(item.name))
         if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            return _weights(node, item, given, generator)
+            return self._weights(node, item, given, generator)
         if item.kind is not InputKind.INPUT:
             return given
         if given.is_floating_point():
@@ -82,7 +88,50 @@ class DrawnInputs:
             moved = _permuted_within(given, item.batch_dim, generator)
             if not torch.equal(moved, given):
                 return moved
-        return _choices(node, item, given, generator, limit=self.limit)
+        return self._choices(node, item, given, generator)
+
+    def _choices(
+        self, node: fx.Node, item: Input, given: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Integers or booleans, each sample with another mixture of rare and frequent ones."""
+        shape = given.shape
+        per_sample = [1] * given.dim()
+        if item.batch_dim is not None:
+            per_sample[item.batch_dim] = shape[item.batch_dim]
+        odds = torch.rand(per_sample, generator=generator) * 0.8 + 0.1
+        first = torch.rand(shape, generator=generator) < odds
+        if given.dtype is torch.bool:
+            return ~given if given.numel() == 1 and self.permute else first.to(given.device)
+        own = given.numel() // (shape[item.batch_dim] if item.batch_dim is not None else 1)
+        special, low, high = _range(node, given, own)
+        if given.numel() == 1 and item.batch_dim is None:  # a flag or a counter: its extremes
+            return torch.full_like(given, int(special[-1 if self.permute else 0]))
+        picked = special[torch.randint(len(special), shape, generator=generator)]
+        ranged = torch.randint(low, high + 1, shape, generator=generator)
+        drawn = torch.where(first, picked, ranged)
+        if self.limit:
+            last = low + (torch.rand(per_sample, generator=generator) * (high + 1 - low)).long()
+            drawn = torch.where(drawn > last, torch.minimum(ranged, last), drawn)
+        return drawn.to(given.device, given.dtype)
+
+    def _weights(
+        self, node: fx.Node, item: Input, given: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """A parameter or buffer: the given one unless all entries are equal or tiny."""
+        is_buffer = item.kind is InputKind.BUFFER
+        if not given.is_floating_point():
+            constant = (
+                is_buffer and not given.is_complex() and bool((given == given.flatten()[0]).all())
+            )
+            return self._choices(node, item, given, generator) if constant else given.clone()
+        size = _constant_size(given)
+        if size is None or (given.numel() == 1 and size != 0):
+            return given.clone() if is_buffer else given
+        draw = torch.rand(given.shape, generator=generator)
+        if size < 0.1 and not is_buffer:
+            return (draw - 0.5).to(given)
+        scale = given.flatten()[0].item() if size >= 0.1 else 1.0
+        return ((draw + 0.5) * scale).to(given)  # keeps its sign: it may be a variance
 
 
 def hash_of(name: str) -> int:
@@ -90,32 +139,11 @@ def hash_of(name: str) -> int:
     return sum((i + 1) * ord(c) for i, c in enumerate(name)) % 997
 
 
-def _choices(
-    node: fx.Node, item: Input, given: Tensor, generator: torch.Generator, *, limit: bool = False
-) -> Tensor:
-    """Integers or booleans, each sample with another mixture of rare and frequent ones."""
-    shape = given.shape
-    per_sample = [1] * given.dim()
-    if item.batch_dim is not None:
-        per_sample[item.batch_dim] = shape[item.batch_dim]
-    odds = torch.rand(per_sample, generator=generator) * 0.8 + 0.1
-    first = torch.rand(shape, generator=generator) < odds
-    if given.dtype is torch.bool:
-        return first.to(given.device)
-    special, low, high = _range(node, given)
-    picked = special[torch.randint(len(special), shape, generator=generator)]
-    ranged = torch.randint(low, high + 1, shape, generator=generator)
-    drawn = torch.where(first, picked, ranged)
-    if limit:
-        last = low + (torch.rand(per_sample, generator=generator) * (high + 1 - low)).long()
-        drawn = torch.where(drawn > last, torch.minimum(ranged, last), drawn)
-    return drawn.to(given.device, given.dtype)
-
-
-def _range(node: fx.Node, given: Tensor) -> tuple[Tensor, int, int]:
+def _range(node: fx.Node, given: Tensor, own: int) -> tuple[Tensor, int, int]:
     """Values of an integer input: special ones, and a range that is valid wherever it is used.
 
-    Negative numbers, such as the -100 of labels, are special values, not ends of a range.
+    If all are equal, they may be places among the sample's `own` entries. Negative numbers, such as
+    the -100 of labels, are special values, not ends of a range.
     """
     seen = distinct(given.flatten()[:MANY]).cpu().long()
     least, most = int(seen.min()), int(seen.max())
@@ -126,15 +154,15 @@ def _range(node: fx.Node, given: Tensor) -> tuple[Tensor, int, int]:
         constants |= compared_with(user, source)
         sizes += indexed_sizes(user, source)
     fixed = [int(s) for s in sizes if not getattr(s, "free_symbols", ())]
-    if len(seen) == 1:  # all lengths are full, all positions equal
-        low, high = 0, max(1, most)
+    if len(seen) == 1:  # all lengths are full (none is 0), all positions equal
+        low, high = min(1, low), max(1, most, min(own, *fixed, most + own) - 1)
     if fixed and len(fixed) == len(sizes):
         low, high = 0, max(min(fixed) - 1, 0)
     elif fixed:
         high = min(high, min(fixed) - 1)
     inside = {c for c in constants if not sizes or 0 <= c <= high or c in (least, most)}
     special = torch.tensor(sorted({*seen.tolist(), *inside}))
-    if inside:  # as frequent as all the values that were seen
+    if inside and given.numel() > 1:  # as frequent as all the values that were seen
         special = torch.cat([special, torch.tensor(sorted(inside)).repeat(1 + len(seen))])
     return special, min(low, high), high
 
@@ -149,6 +177,18 @@ def _integer_uses(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
             if user not in known and is_integer(user):
                 known.add(user)
                 todo.append(user)
+
+
+def _with_repetitions(given: Tensor, dim: int, generator: torch.Generator) -> Tensor:
+    """The same, but most samples repeat their first entry along the next dimension."""
+    chosen = torch.rand(given.shape[dim], generator=generator) < 0.85
+    if given.dim() < 2:
+        return given
+    along = 1 if dim == 0 else 0
+    first = given.narrow(along, 0, 1).expand(given.shape)
+    shape = [1] * given.dim()
+    shape[dim] = -1
+    return torch.where(chosen.view(shape).to(given.device), first, given)
 
 
 def _permuted_within(given: Tensor, dim: int, generator: torch.Generator) -> Tensor:
@@ -185,24 +225,6 @@ def _has_copies(samples: Tensor) -> bool:
     """Whether two rows are equal."""
     rows = torch.unique(samples, dim=0)
     return len(rows) < len(samples)
-
-
-def _weights(node: fx.Node, item: Input, given: Tensor, generator: torch.Generator) -> Tensor:
-    """A parameter or buffer: the given one unless all entries are equal or tiny."""
-    is_buffer = item.kind is InputKind.BUFFER
-    if not given.is_floating_point():
-        constant = (
-            is_buffer and not given.is_complex() and bool((given == given.flatten()[0]).all())
-        )
-        return _choices(node, item, given, generator) if constant else given.clone()
-    size = _constant_size(given)
-    if size is None or (given.numel() == 1 and size != 0):
-        return given.clone() if is_buffer else given
-    draw = torch.rand(given.shape, generator=generator)
-    if size < 0.1 and not is_buffer:
-        return (draw - 0.5).to(given)
-    scale = given.flatten()[0].item() if size >= 0.1 else 1.0
-    return ((draw + 0.5) * scale).to(given)  # keeps its sign: it may be a variance
 
 
 def _constant_size(given: Tensor) -> float | None:
