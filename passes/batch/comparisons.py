@@ -3,6 +3,7 @@
 ``place <= capacity`` is true for all tokens of a small batch, ``score > 5`` false at first.
 So a trial moves the threshold of such a comparison into the range of its values. A comparison of
 integers from which an index is computed is left as it is: it may keep the index within its sample.
+A clamp that gives the same number everywhere (``relu(place - capacity)``) is left out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ aten = torch.ops.aten
 
 STRICT_BELOW = (aten.lt, aten.ge)
 """True (or false) for values below the threshold only."""
+
+CLAMPS = (aten.clamp, aten.clamp_min, aten.clamp_max, aten.relu)
 
 COMPARISONS = (aten.eq, aten.ne, aten.le, aten.gt, *STRICT_BELOW)
 
@@ -57,7 +60,7 @@ def activate(
     runs: Sequence[SampleRun],
     active: Sequence[SampleRun],
 ) -> None:
-    """Change the result of a comparison that is the same everywhere in every run.
+    """Change the result of a comparison or clamp that is the same everywhere in every run.
 
     Args:
         node: any op, after all runs ran it.
@@ -67,7 +70,7 @@ def activate(
         active: the runs in which the result is changed.
     """
     packet = getattr(node.target, "overloadpacket", None)
-    if packet not in COMPARISONS or len(node.args) < 2 or not _is_inert(node, runs):
+    if packet not in (*COMPARISONS, *CLAMPS) or not _is_inert(node, runs):
         return
     sides = [a for a in node.args[:2] if isinstance(a, fx.Node) and not is_size(a)]
     if not isinstance(state, (Samples, Mixed)) or getattr(state, "uniform", False):
@@ -78,7 +81,9 @@ def activate(
     for run in active:
         if not run.is_known(node):
             continue
-        if len(batched) == 1:
+        if packet in CLAMPS:
+            _leave_out(node, sides[0], states, run)
+        elif len(batched) == 1:
             _move_threshold(node, batched[0], state, states, run)
         elif isinstance(state, Samples) and node not in run.parts:
             whole = run.whole[node]
@@ -89,7 +94,7 @@ def activate(
 
 def _is_inert(node: fx.Node, runs: Sequence[SampleRun]) -> bool:
     values = [run.whole[node] for run in runs if run.is_known(node)]
-    seen = {bool(x) for v in values if v.numel() for x in v.aminmax()}
+    seen = {x.item() for v in values if v.numel() for x in v.aminmax()}
     return len(seen) == 1
 
 
@@ -105,6 +110,24 @@ def _reaches_index(node: fx.Node) -> bool:
                 known.add(user)
                 todo.append(user)
     return False
+
+
+def _leave_out(
+    node: fx.Node, source: fx.Node, states: Mapping[fx.Node, Any], run: SampleRun
+) -> None:
+    """Let a clamp return its operand; relu, which clamps at 0, the operand around 0."""
+    try:
+        whole = run.whole_value(source)
+        middle = whole.median() if node.target.overloadpacket is aten.relu else 0  # type: ignore[union-attr]
+        parts = [
+            run.part_value(states, n, source) - middle for n in range(len(run.parts.get(node, ())))
+        ]
+        whole = whole - middle  # (a new tensor: what is written to it later stays apart)
+    except FAILURES:
+        return
+    run.whole[node] = whole
+    if parts:
+        run.parts[node] = parts
 
 
 def _move_threshold(

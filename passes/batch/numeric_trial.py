@@ -51,6 +51,7 @@ ACTIVE = (1, 3)
 """The runs in which comparisons are moved that are the same everywhere."""
 
 HERE_ONLY = "; samples stay apart in this batch, but not with other values of the inputs"
+NOT_TRIED = "; the model does not run with other values of the inputs"
 
 
 class NumericTrial:
@@ -127,17 +128,26 @@ class NumericTrial:
         if not self.runs[0].is_known(node):
             return state
         known = [r for r in self.runs if r.is_known(node) and not is_uniform(r.whole[node])]
-        for found in candidate_states(node) if known else ():
-            agreed = [r.agrees(node, found) for r in known]
-            if all(agreed):
+        drawn = [r for r in known if r.drawn]
+        here = [r for r in known if not r.drawn]
+        if not drawn:
+            return replace(state, reason=_added(state.reason, NOT_TRIED)) if here else state
+        for found in candidate_states(node):
+            apart = all(r.agrees(node, found) for r in drawn)
+            if apart and all(r.agrees(node, found) for r in here):
                 if any(r.backward_mixes(node, found) for r in known):
                     return Mixed(state.node, "the backward of a custom Function mixes samples")
                 trial = f"a trial on {self.samples} samples"
                 self.decided[state.node] = f"keeps samples apart, as {trial} found"
                 return found
-            if agreed[0] and known[0] is self.runs[0] and HERE_ONLY not in state.reason:
-                state = replace(state, reason=state.reason + HERE_ONLY)
+            if not apart and any(r.agrees(node, found) for r in here):
+                state = replace(state, reason=_added(state.reason, HERE_ONLY))
         return state
+
+
+def _added(reason: str, remark: str) -> str:
+    """A reason with one remark."""
+    return reason if remark in reason else reason + remark
 
 
 def _cuts(samples: int) -> tuple[tuple[int, int], ...]:

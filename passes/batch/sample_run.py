@@ -229,5 +229,8 @@ class SampleRun:
 
 def is_uniform(value: Tensor) -> bool:
     """Whether all finite entries are equal, so that their order cannot be seen."""
-    finite = value[value.isfinite()]
-    return finite.numel() == 0 or bool((finite == finite.flatten()[0]).all())
+    for some in (value.flatten()[:64], value):  # most values are known to vary after a few entries
+        finite = some[some.isfinite()]
+        if finite.numel() and bool((finite != finite.flatten()[0]).any()):
+            return False
+    return True

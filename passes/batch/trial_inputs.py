@@ -81,7 +81,9 @@ class DrawnInputs:
         if item.kind is not InputKind.INPUT:
             return given
         if given.is_floating_point():
-            return _floats(item, given, generator) if item.batch_dim is not None else given
+            if item.batch_dim is None:
+                return self._weights(node, item, given, generator)
+            return _floats(item, given, generator)
         if given.is_complex() or (item.batch_dim is None and not self.all_inputs):
             return given
         if self.permute and item.batch_dim is not None:
@@ -100,12 +102,14 @@ class DrawnInputs:
             per_sample[item.batch_dim] = shape[item.batch_dim]
         odds = torch.rand(per_sample, generator=generator) * 0.8 + 0.1
         first = torch.rand(shape, generator=generator) < odds
+        flag = given.numel() == 1 and item.batch_dim is None  # or a counter: at its extremes
+        changed = self.permute or self.all_inputs
         if given.dtype is torch.bool:
-            return ~given if given.numel() == 1 and self.permute else first.to(given.device)
+            return ~given if flag and changed else first.to(given.device)
         own = given.numel() // (shape[item.batch_dim] if item.batch_dim is not None else 1)
         special, low, high = _range(node, given, own)
-        if given.numel() == 1 and item.batch_dim is None:  # a flag or a counter: its extremes
-            return torch.full_like(given, int(special[-1 if self.permute else 0]))
+        if flag:
+            return torch.full_like(given, int(special[-1 if changed else 0]))
         picked = special[torch.randint(len(special), shape, generator=generator)]
         ranged = torch.randint(low, high + 1, shape, generator=generator)
         drawn = torch.where(first, picked, ranged)
@@ -117,7 +121,10 @@ class DrawnInputs:
     def _weights(
         self, node: fx.Node, item: Input, given: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """A parameter or buffer: the given one unless all entries are equal or tiny."""
+        """A parameter, buffer or unbatched float: as given unless all entries are equal or tiny.
+
+        A single number is as given unless it is 0 or 1: it may switch something off.
+        """
         is_buffer = item.kind is InputKind.BUFFER
         if not given.is_floating_point():
             constant = (
@@ -125,10 +132,10 @@ class DrawnInputs:
             )
             return self._choices(node, item, given, generator) if constant else given.clone()
         size = _constant_size(given)
-        if size is None or (given.numel() == 1 and size != 0):
+        if size is None or (given.numel() == 1 and size not in (0, 1)):
             return given.clone() if is_buffer else given
         draw = torch.rand(given.shape, generator=generator)
-        if size < 0.1 and not is_buffer:
+        if size < 0.1 and item.kind is InputKind.PARAMETER:
             return (draw - 0.5).to(given)
         scale = given.flatten()[0].item() if size >= 0.1 else 1.0
         return ((draw + 0.5) * scale).to(given)  # keeps its sign: it may be a variance
