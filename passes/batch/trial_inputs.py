@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from autopipe.passes.graph import is_integer
-from autopipe.passes.ir import InputKind
+from autopipe.passes.ir import B, InputKind
 
 from .comparisons import compared_with, distinct
 from .index_ranges import indexed_sizes
@@ -39,6 +39,16 @@ TINY = 1e-3
 
 USES = 500
 """The largest number of uses of an integer input that are looked at."""
+
+MOVED = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("view", "reshape", "flatten", "expand", "expand_as", "unsqueeze", "squeeze", "slice"),
+        *("select", "permute", "transpose", "clone", "contiguous", "detach", "alias", "to"),
+        "_to_copy",
+    )
+)
+"""Operators whose results are values of their operand, in other places."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,13 @@ class DrawnInputs:
             item: what it stands for.
             given: its value in the batch at hand, on the samples of the trial. It is not changed.
         """
-        if not given.numel():
-            return given
+        dense = type(given) is Tensor and given.layout is torch.strided
+        if (
+            not dense
+            or not given.numel()
+            or (given.element_size() < 2 and given.is_floating_point())
+        ):
+            return given  # quantized or sparse
         drawn = self._drawn(node, item, given)
         if not self.limit or item.kind is not InputKind.INPUT or item.batch_dim is None:
             return drawn
@@ -76,6 +91,8 @@ class DrawnInputs:
 
     def _drawn(self, node: fx.Node, item: Input, given: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1009 + hash_of(item.name))
+        if given.is_complex():
+            return given
         if item.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             return self._weights(node, item, given, generator)
         if item.kind is not InputKind.INPUT:
@@ -84,7 +101,7 @@ class DrawnInputs:
             if item.batch_dim is None:
                 return self._weights(node, item, given, generator)
             return _floats(item, given, generator)
-        if given.is_complex() or (item.batch_dim is None and not self.all_inputs):
+        if item.batch_dim is None and not self.all_inputs:
             return given
         if self.permute and item.batch_dim is not None:
             moved = _permuted_within(given, item.batch_dim, generator)
@@ -125,15 +142,12 @@ class DrawnInputs:
 
         A single number is as given unless it is 0 or 1: it may switch something off.
         """
-        is_buffer = item.kind is InputKind.BUFFER
         if not given.is_floating_point():
-            constant = (
-                is_buffer and not given.is_complex() and bool((given == given.flatten()[0]).all())
-            )
-            return self._choices(node, item, given, generator) if constant else given.clone()
+            constant = item.kind is InputKind.BUFFER and bool((given == given.flatten()[0]).all())
+            return self._choices(node, item, given, generator) if constant else given
         size = _constant_size(given)
         if size is None or (given.numel() == 1 and size not in (0, 1)):
-            return given.clone() if is_buffer else given
+            return given
         draw = torch.rand(given.shape, generator=generator)
         if size < 0.1 and item.kind is InputKind.PARAMETER:
             return (draw - 0.5).to(given)
@@ -157,9 +171,10 @@ def _range(node: fx.Node, given: Tensor, own: int) -> tuple[Tensor, int, int]:
     low, high = max(0, least), max(0, most)
     constants: set[int] = set()
     sizes: list[Any] = []
-    for user, source in islice(_integer_uses(node), USES):
+    for user, source, same in islice(_integer_uses(node), USES):
         constants |= compared_with(user, source)
-        sizes += indexed_sizes(user, source)
+        found = indexed_sizes(user, source)
+        sizes += found if same else [B] * len(found)  # of an index that is computed: unknown
     fixed = [int(s) for s in sizes if not getattr(s, "free_symbols", ())]
     if len(seen) == 1:  # all lengths are full (none is 0), all positions equal
         low, high = min(1, low), max(1, most, min(own, *fixed, most + own) - 1)
@@ -174,16 +189,16 @@ def _range(node: fx.Node, given: Tensor, own: int) -> tuple[Tensor, int, int]:
     return special, min(low, high), high
 
 
-def _integer_uses(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(op, operand) of the ops that read integers computed from `node` by other ops."""
-    todo, known = [node], {node}
+def _integer_uses(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, bool]]:
+    """(op, operand, whether the operand has the values of `node`) where its integers are read."""
+    todo, known = [(node, True)], {node}
     while todo:
-        source = todo.pop()
+        source, same = todo.pop()
         for user in source.users:
-            yield user, source
+            yield user, source, same
             if user not in known and is_integer(user):
                 known.add(user)
-                todo.append(user)
+                todo.append((user, same and getattr(user.target, "overloadpacket", None) in MOVED))
 
 
 def _with_repetitions(given: Tensor, dim: int, generator: torch.Generator) -> Tensor:

@@ -242,6 +242,31 @@ def most_so_far(m: Model, x: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
     return x * ids.flatten().cummax(0).values.view_as(ids)[..., None]
 
 
+def over_capacity(m: Model, x: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
+    """Nothing is over it in a small batch."""
+    kinds = nn.functional.one_hot(ids.flatten() % 3, 3)
+    place = (kinds.cumsum(0) * kinds).sum(-1)
+    return x + (place.double() - 300).relu().view(*ids.shape, 1)
+
+
+def elsewhere(m: Model, x: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
+    """Whether the next id occurs anywhere in the batch."""
+    return torch.where(torch.isin(ids + 1, ids)[..., None], x, x.sin())
+
+
+def rank_by_length(m: Model, x: Tensor, ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+    """The longest sample is scaled most: ranks are scattered to places that are computed."""
+    order = lengths.argsort(stable=True)
+    ranks = torch.zeros_like(lengths).scatter(0, order, torch.arange(lengths.shape[0]))
+    return x * (ranks + 1)[:, None, None]
+
+
+def shared_by_length(m: Model, x: Tensor, ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+    """Samples of one length share a sum."""
+    sums = torch.zeros(LENGTH, WIDTH, dtype=x.dtype).index_add(0, lengths - 1, x[:, 0])
+    return x + sums[lengths - 1][:, None]
+
+
 MIX = {
     f.__name__: f
     for f in (
@@ -260,6 +285,10 @@ MIX = {
         ids_of_the_next,
         products_of_counts,
         most_so_far,
+        over_capacity,
+        elsewhere,
+        rank_by_length,
+        shared_by_length,
     )
 }
 
@@ -281,7 +310,11 @@ def mixes(model: Model) -> bool:
     return False
 
 
-@pytest.mark.parametrize("first", [inert, active])
+def one_sample() -> Batch:
+    return inert(1)
+
+
+@pytest.mark.parametrize("first", [inert, active, one_sample])
 @pytest.mark.parametrize("name", MIX)
 def test_samples_that_mix_in_some_batch_are_refused(name: str, first: Callable[[], Batch]) -> None:
     model = Model(MIX[name])
