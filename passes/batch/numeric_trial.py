@@ -44,6 +44,7 @@ DRAWN = (
     DrawnInputs(1, permute=True),
     DrawnInputs(2, limit=True),
     DrawnInputs(3, all_inputs=True),
+    DrawnInputs(4, limit=True, repeat=True),
 )
 """What the runs after the first are given."""
 

@@ -59,14 +59,17 @@ class DrawnInputs:
         seed: of the random numbers.
         permute: whether integers and booleans of the samples are permuted within each sample where
             that changes them, so that each sample keeps its values; else they are drawn.
-        limit: whether integers are drawn from a range that ends elsewhere in each sample, and most
-            samples repeat their first token: so the largest values differ between samples.
+        limit: whether integers are drawn from a range that ends elsewhere in each sample: so the
+            largest values differ between samples.
+        repeat: whether most samples repeat their first token: so the largest of what is computed
+            from a token differs between samples, too.
         all_inputs: whether integers and booleans that are not batched are drawn too.
     """
 
     seed: int
     permute: bool = False
     limit: bool = False
+    repeat: bool = False
     all_inputs: bool = False
 
     def value(self, node: fx.Node, item: Input, given: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ class DrawnInputs:
         ):
             return given  # quantized or sparse
         drawn = self._drawn(node, item, given)
-        if not self.limit or item.kind is not InputKind.INPUT or item.batch_dim is None:
+        if not self.repeat or item.kind is not InputKind.INPUT or item.batch_dim is None:
             return drawn
         return _with_repetitions(drawn, item.batch_dim, torch.Generator().manual_seed(self.seed))
 

@@ -60,6 +60,14 @@ def test_more_random_programs_are_refused_if_they_mix_samples(part: int) -> None
     assert check(range(first, first + 100)) == []
 
 
+@pytest.mark.parametrize("seed", [53, 630, 703, 1577])
+def test_programs_whose_largest_integers_tell(seed: int) -> None:
+    """They differ between slices only if the samples' largest integers differ."""
+    model, names = random_mixer(seed), list(INERT)
+    assert mixes(model)
+    assert verdict(model, INERT[names[seed % len(names)]](batch(seed)))
+
+
 def test_the_truth_sees_what_mixes() -> None:
     """By hand: ops that certainly mix samples, and ops that certainly do not."""
     for name in ("sorted", "from any", "fill", "gated sorted"):
