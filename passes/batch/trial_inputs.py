@@ -59,8 +59,8 @@ class DrawnInputs:
         seed: of the random numbers.
         permute: whether integers and booleans of the samples are permuted within each sample where
             that changes them, so that each sample keeps its values; else they are drawn.
-        limit: whether integers are drawn from a range that ends elsewhere in each sample: so the
-            largest values differ between samples.
+        limit: whether each sample's integers are drawn from a range of its own: so the smallest and
+            the largest ones differ between samples.
         repeat: whether most samples repeat their first token: so the largest of what is computed
             from a token differs between samples, too.
         all_inputs: whether integers and booleans that are not batched are drawn too.
@@ -121,21 +121,23 @@ class DrawnInputs:
         if item.batch_dim is not None:
             per_sample[item.batch_dim] = shape[item.batch_dim]
         odds = torch.rand(per_sample, generator=generator) * 0.8 + 0.1
-        first = torch.rand(shape, generator=generator) < odds
+        special_here = torch.rand(shape, generator=generator) < odds
         flag = given.numel() == 1 and item.batch_dim is None  # or a counter: at its extremes
         changed = self.permute or self.all_inputs
         if given.dtype is torch.bool:
-            return ~given if flag and changed else first.to(given.device)
+            return ~given if flag and changed else special_here.to(given.device)
         own = given.numel() // (shape[item.batch_dim] if item.batch_dim is not None else 1)
         special, low, high = _range(node, given, own)
         if flag:
             return torch.full_like(given, int(special[-1 if changed else 0]))
         picked = special[torch.randint(len(special), shape, generator=generator)]
         ranged = torch.randint(low, high + 1, shape, generator=generator)
-        drawn = torch.where(first, picked, ranged)
+        drawn = torch.where(special_here, picked, ranged)
         if self.limit:
-            last = low + (torch.rand(per_sample, generator=generator) * (high + 1 - low)).long()
-            drawn = torch.where(drawn > last, torch.minimum(ranged, last), drawn)
+            ends = torch.rand([2, *per_sample], generator=generator).sort(0).values
+            first, last = (low + (e * (high + 1 - low)).long() for e in ends)
+            inside = (drawn >= first) & (drawn <= last)
+            drawn = torch.where(inside, drawn, first + ranged % (last - first + 1))
         return drawn.to(given.device, given.dtype)
 
     def _weights(
