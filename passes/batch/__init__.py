@@ -17,9 +17,14 @@ Files, in reading order:
     `rules_layers`        rules for convolutions, norms, pooling, embeddings
     `rules_losses`        rules for losses
     `slicing`             slice values by samples, and join the slices
+    `index_ranges`        operands that are indices, and the sizes of what they index
+    `sample_run`          one run of the graph, on samples and on slices of them
+    `comparisons`         make comparisons active that are the same everywhere
+    `trial_inputs`        draw other inputs and parameters for a trial
     `numeric_trial`       decide open states by running the graph on a few samples
     `backward_trial`      the same for the backward of custom autograd.Functions
     `decide_states`       whether a trial is needed, and what it decided
+    `shares`              check in every step that samples take their own entries of a source
     `partial_reductions`  reductions rewritten as sums per micro-batch
     `epilogue`            the graph that runs once per step
     `epilogue_cut`        the captured graph cut at its batch reductions

@@ -20,6 +20,7 @@ from autopipe.passes.ir import REDUCTIONS, Combine, Input, InputKind, Output, Re
 
 from .epilogue_cut import EpilogueCut
 from .lattice import Mixed, Reduced
+from .shares import shared_sources
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -85,6 +86,7 @@ def combine(
         for buffer, value in (updates or {}).items():
             written.append((by_name[buffer.name].target, len(values)))
             values.append(cut.buffer_value(value))
+        values += [cut.check(n) for n in shared_sources(graph, states)]
     epilogue = cut.finish(values)
     return CombinedGraph(
         graph_module(graph, "Captured"),

@@ -44,7 +44,7 @@ from .partial_reductions import PartialReduction
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.autopipe
 
 
 class EpilogueCut:
@@ -143,6 +143,21 @@ class EpilogueCut:
         if node not in self._final and self._reads_only_buffers(node):
             self._final[node] = self._copied_from_buffers(node)
         return self._final[node] if node in self._final else self.final_value(node)
+
+    def check(self, node: fx.Node) -> fx.Node:
+        """Check once per step, in the epilogue, what the samples take; see `shares`.
+
+        Args:
+            node: the op that takes it: ``masked_scatter(into, mask, source)``.
+
+        Returns:
+            The epilogue's node that raises the error; it must be among the final values.
+        """
+        self._needs_epilogue = self._for_buffers = True
+        with self.graph.inserting_before(node):
+            counts = add_call(self.graph, ops.count_shares.default, *node.args[:3])
+        sums, where = self.output(counts, SUM), source_line(node) or ""
+        return add_call(self._epilogue.graph, ops.check_shares.default, sums, node.name, where)
 
     # How a value is combined
 

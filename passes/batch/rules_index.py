@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .op_call import OpCall
 
 FROM_OTHERS = "entries are picked from other samples by index"
+TAKEN = "every sample takes the entries of the source that the samples before it left"
 
 
 def pointwise_index(call: OpCall) -> State:
@@ -219,6 +220,38 @@ def write_rows(call: OpCall) -> State:
     return broadcast_state(call, [n for n in nodes if call.rank(n) == call.rank(nodes[0])])
 
 
+def masked_scatter(call: OpCall) -> State:
+    """masked_scatter: ``x[mask] = source``, the source's entries taken one after the other.
+
+    A source that is not batched is used up sample by sample: a sample's entries come after those
+    of the samples before. If the source is batched too, each sample must take as many entries as
+    its own part of the source has. A trial looks at that, and a check in every step (see
+    `shares`).
+    """
+    into, mask, source = call["self"], call["mask"], call["source"]
+    state = broadcast_state(call, [into, mask], len(call.out_shape))
+    own = call.state(source)
+    if isinstance(own, Reduced):
+        return join_states(call, [state, own])
+    if not isinstance(state, Samples):
+        return call.undecided(TAKEN)
+    if own == STATIC and not _repeats(source):
+        return call.mixed(f"{TAKEN}; batch the source too, with as many for each sample")
+    return call.undecided(TAKEN)
+
+
+def _repeats(node: fx.Node) -> bool:
+    """Whether a tensor's entries may be equal because it repeats one or is filled with one."""
+    while node.op == "call_function":
+        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+        if name.startswith(("expand", "broadcast", "repeat", "zeros", "ones", "full", "new_")):
+            return True
+        if not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False
+
+
 def histc(call: OpCall) -> State:
     """histc: counts of entries between fixed bounds, a sum over the batch."""
     state = join_states(call, [call.state(call.first)])
@@ -241,6 +274,7 @@ RULES = rule_table(
         index_put: "index_put _unsafe_index_put _index_put_impl",
         index_add: "index_add",
         write_rows: "index_copy index_fill",
+        masked_scatter: "masked_scatter",
         histc: "histc",
     }
 )
