@@ -24,7 +24,6 @@ CONTENT = "content"
 
 LARGEST_ARRAY = 1 << 18
 """Bytes of a numpy array that are compared; of a larger one, only its identity."""
-
 LARGEST_CONTAINER = 2000
 """Entries of a container that are compared; of a larger one, only their number."""
 
@@ -220,11 +219,9 @@ class Array(Holder):
         return {CONTENT: TooLarge if size > LARGEST_ARRAY else bytes(self.owner)}
 
     def write(self, key: Hashable, value: Any) -> None:
-        if value is TooLarge:
-            return
         if isinstance(self.owner, bytearray):
             self.owner[:] = value
-        else:
+        elif value is not TooLarge:
             self.owner[...] = numpy.frombuffer(value, self.owner.dtype).reshape(self.owner.shape)
 
     def name_of(self, key: Hashable) -> str:
@@ -254,8 +251,10 @@ class Context(Cell):
     """A context variable."""
 
     def read(self) -> dict[Hashable, Any]:
-        found = self.owner.get(Missing)
-        return {} if found is Missing else {CONTENT: found}
+        try:
+            return {CONTENT: self.owner.get()}
+        except LookupError:  # it has neither a value nor a default
+            return {CONTENT: Missing}
 
     def write(self, key: Hashable, value: Any) -> None:
         if value is not Missing:

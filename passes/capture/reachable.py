@@ -28,6 +28,7 @@ from .holders import (
     Globals,
     Holder,
     ModuleAttributes,
+    Namespace,
     Registry,
     container_of,
     object_of,
@@ -182,6 +183,10 @@ class ReachableState:
                 self._visit(value, variable, inner, depth + 1)
         if not is_user_file(function.__code__.co_filename):
             return
+        attributes = self._add(Namespace(function, function.__qualname__))
+        for key in names & attributes.keys():
+            name = f"{function.__qualname__}.{key}"
+            self._visit(attributes[key], name, names, depth + 1)
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         for value in defaults:
             self._visit(value, f"a default of {function.__qualname__}", names, depth + 1)
