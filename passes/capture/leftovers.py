@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -55,28 +56,29 @@ def _holder_of(tensors: list[Any]) -> str | None:
     seen = {id(tensors)}
     level: list[Any] = tensors
     for _ in range(DEEPEST):
-        seen |= {id(x) for x in level}
-        found = [
-            x
-            for x in gc.get_referrers(*level)
-            if id(x) not in seen and not isinstance(x, types.FrameType) and x is not level
-        ]
-        for holder in found:
-            if name := _name_of(holder, level):
-                return name
-        if not found:
-            return None
-        level = found
+        if name := _variable_of(level) or _cache_of(level):
+            return name
+        seen |= {id(x) for x in level} | {id(level)}
+        referrers = gc.get_referrers(*level)
+        level = [x for x in referrers if id(x) not in seen and not isinstance(x, types.FrameType)]
+        if not level:
+            break
     return None
 
 
-def _name_of(holder: Any, held: list[Any]) -> str | None:
-    """The name of a variable or attribute, or of a function's cache."""
-    if isinstance(holder, dict):
-        ids = {id(x) for x in held}
-        keys = [key for key, value in list(holder.items()) if id(value) in ids]
-        if "__name__" in holder and keys:
-            return f"{holder['__name__']}.{keys[0]}"
-    if isinstance(holder, (types.FunctionType, functools._lru_cache_wrapper)):
-        return f"{holder.__module__}.{holder.__qualname__}"
+def _variable_of(values: list[Any]) -> str | None:
+    """The name of a variable of a Python module that has one of some values."""
+    ids = {id(x) for x in values}
+    for name, module in list(sys.modules.items()):
+        for key, value in list(getattr(module, "__dict__", {}).items()):
+            if id(value) in ids:
+                return f"{name}.{key}"
+    return None
+
+
+def _cache_of(values: list[Any]) -> str | None:
+    """The name of a function among some values, which holds tensors in its cache or closure."""
+    for value in values:
+        if isinstance(value, (types.FunctionType, functools._lru_cache_wrapper)):
+            return f"{value.__module__}.{value.__qualname__}"
     return None

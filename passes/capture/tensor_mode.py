@@ -22,7 +22,7 @@ from autopipe.passes._torch import is_traced
 from autopipe.passes.graph import symbolic_size, user_source_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
 READ_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 ASSIGN_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -101,6 +101,8 @@ class TensorMode(TorchFunctionMode):
             isinstance(x, (Tensor, int, float, str, type(None))) for x in args
         ):
             args, kwargs = pytree.tree_map_only(Tensor, self._named, (args, kwargs))
+        if self.is_tracing and (written := _written(func, args, kwargs)) is not None:
+            self._refuse_write(written)
         result = self._call(func, *args, **kwargs)
         for x in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(x, Tensor) and is_traced(x) and not any(x is a for a in args):
@@ -127,6 +129,17 @@ class TensorMode(TorchFunctionMode):
             )
         return tensor
 
+    def _refuse_write(self, tensor: Tensor) -> None:
+        """Refuse a write to a tensor that is not of the trace: the model's or the user's own."""
+        if not is_traced(tensor):
+            raise CaptureError(
+                "the forward writes to a tensor that is not a buffer of the model",
+                source=user_source_line(traceback.extract_stack()),
+                found=self._where(tensor) or f"a tensor of shape {tuple(tensor.shape)}",
+                remedy="register it: self.register_buffer(name, tensor); what a forward writes to a"
+                " buffer is written once a step",
+            )
+
     def _assign_data(self, tensor: Tensor, value: Tensor) -> None:
         """Carry out ``tensor.data = value``."""
         if id(tensor) not in self._state or not _is_alike(tensor, value):
@@ -139,6 +152,24 @@ class TensorMode(TorchFunctionMode):
             )
         with torch.no_grad():
             tensor.copy_(value.detach().clone())
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor that a function of torch writes to, as its name says."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.startswith("_")
+    if in_place or name == "__setitem__" or name in IN_PLACE:
+        found = args[0] if args else None
+    else:
+        found = kwargs.get("out")
+    return found if isinstance(found, Tensor) else None
+
+
+IN_PLACE = {
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__"),
+    *("__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+}
+"""Methods of the operators ``+=`` and so on."""
 
 
 def _is_alike(a: Tensor, b: Tensor) -> bool:
