@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import InputError, OptionError
-from autopipe.passes.capture import argument_names
+from autopipe.passes.capture import Parts, argument_names, take_apart
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +35,8 @@ def batch_of(
         OptionError: `in_dims` does not fit the inputs.
         InputError: there is no sample, or batched inputs have different numbers of samples.
     """
-    kwargs = dict(sorted(kwargs.items()))  # as `call_signature.flatten` does
+    args = tuple(map(take_apart, args))  # as `call_signature.flatten` does
+    kwargs = {n: take_apart(v) for n, v in sorted(kwargs.items())}
     leaves = pytree.tree_leaves((args, kwargs))
     requested = chain(*_requested_dims(in_dims, model, args, kwargs))
     dims = tuple(_dim(leaf, dim) for leaf, dim in zip(leaves, requested, strict=True))
@@ -106,6 +107,8 @@ def _dim(leaf: Any, dim: int | None) -> int | None:
 
 def _broadcast_dims(dims: Any, value: Any, where: str) -> list[int | None]:
     """One entry for every leaf of `value`; `dims` may stop at a container of several."""
+    if isinstance(value, Parts):
+        value = value.as_dict()
     if dims is None or isinstance(dims, int):
         return [dims] * len(pytree.tree_leaves(value))
     if isinstance(dims, (tuple, list)) and isinstance(value, (tuple, list)):

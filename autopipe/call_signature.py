@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import InputError
-from autopipe.passes.capture import register_dataclasses
+from autopipe.errors import InputError, printable, shortened
+from autopipe.passes.capture import Identity, take_apart, value_key
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Iterable, Mapping
 
 
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
-    """Flatten a call's inputs; dataclasses are containers.
+    """Flatten a call's inputs; objects that hold tensors are taken apart.
 
     Keywords are sorted, because their order makes no difference.
 
@@ -25,8 +27,10 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any]
     Returns:
         Leaves and structure.
     """
-    register_dataclasses((args, kwargs))
-    return pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    found: tuple[list[Any], pytree.TreeSpec] = pytree.tree_flatten(
+        (tuple(map(take_apart, args)), {n: take_apart(v) for n, v in sorted(kwargs.items())})
+    )
+    return found
 
 
 class CallInputs(NamedTuple):
@@ -58,31 +62,85 @@ class CallSignature(NamedTuple):
 
     Attributes:
         spec: structure of ``(args, kwargs)``.
-        leaves: dtype and number of dimensions of tensors; ("", repr) of other values.
+        leaves: for tensors dtype and number of dimensions; the keys of other values, by which they
+            are compared.
+        shown: the leaves as text.
     """
 
     spec: pytree.TreeSpec
-    leaves: tuple[tuple[Any, Any], ...]
+    leaves: tuple[Hashable, ...]
+    shown: tuple[str, ...]
 
     @classmethod
     def of(cls, inputs: CallInputs) -> CallSignature:
         """The signature of a call."""
-        leaves = (
-            (x.dtype, x.ndim) if isinstance(x, Tensor) else ("", repr(x)) for x in inputs.leaves
+        keys: list[Hashable] = []
+        shown: list[str] = []
+        for x in inputs.leaves:
+            if isinstance(x, Tensor):
+                keys.append((x.dtype, x.ndim))
+                shown.append(f"{str(x.dtype).removeprefix('torch.')} {x.ndim}-d")
+            else:
+                keys.append(_comparable(x))
+                shown.append(shortened(_text(x), LONGEST_VALUE))
+        return cls(inputs.spec, tuple(keys), tuple(shown))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, CallSignature)
+            and self.leaves == other.leaves
+            and self.spec == other.spec
         )
-        return cls(inputs.spec, tuple(leaves))
 
     def __hash__(self) -> int:
-        return hash((str(self.spec), self.leaves))
+        return hash(self.leaves)
 
 
-def structure_error(expected: CallSignature, found: CallSignature) -> InputError:
+def _comparable(value: Any) -> Hashable:
+    """The key by which an argument that is no tensor is compared with the captured one.
+
+    Raises:
+        InputError: it cannot be compared, or changes when it is used.
+    """
+    key = value_key(value, objects=True)
+    kept = isinstance(value, (type, ModuleType, nn.Module)) or callable(value)
+    if hasattr(type(value), "__next__") or (isinstance(key, Identity) and not kept):
+        raise InputError(
+            "an argument is neither a tensor nor a value that can be compared from call to call",
+            found=f"{type(value).__module__}.{type(value).__qualname__}",
+            remedy="pass tensors, numbers, strings, arrays, containers of these, or objects whose"
+            " attributes are such values; set other objects as attributes of the model",
+        )
+    return key
+
+
+def _text(value: Any) -> str:
+    try:
+        return printable(repr(value))
+    except Exception:  # the user's own `__repr__`
+        return f"<{type(value).__qualname__}>"
+
+
+LONGEST_VALUE = 100
+"""Characters of a value in an error message."""
+
+
+def structure_error(known: Iterable[CallSignature], found: CallSignature) -> InputError:
     """Return the error for a call whose structure differs from the captured ones.
 
     Args:
-        expected: the signature of a captured call.
+        known: the signatures of captured calls.
         found: the signature of the call.
     """
+    expected = max(known, key=lambda one: one.spec == found.spec)
+    if names := _changed_values(expected, found):
+        return InputError(
+            "an argument has another value than when the pipeline was compiled",
+            expected=_described(expected),
+            found=f"{_described(found)}: {', '.join(names)} differs",
+            remedy="pass what changes from call to call as a tensor; pipe.capture(...) with these"
+            " inputs makes it accept this value too",
+        )
     return InputError(
         "the inputs differ in structure from those that the pipeline was compiled for",
         expected=_described(expected),
@@ -92,16 +150,33 @@ def structure_error(expected: CallSignature, found: CallSignature) -> InputError
     )
 
 
+def _changed_values(expected: CallSignature, found: CallSignature) -> list[str]:
+    """Names of the arguments that differ, if these are no tensors and all else is the same."""
+    if expected.spec != found.spec:
+        return []
+    marks = [torch.empty(0) for _ in found.leaves]  # tensors, so that objects are taken apart again
+    args, kwargs = pytree.tree_unflatten(marks, found.spec)
+    entries = [(f"args[{n}]", value) for n, value in enumerate(args)] + list(kwargs.items())
+    owners = {id(x): name for name, v in entries for x in pytree.tree_leaves(take_apart(v))}
+    differing = [
+        i for i, (a, b) in enumerate(zip(expected.leaves, found.leaves, strict=True)) if a != b
+    ]
+    if any(_is_tensor(c.leaves[i]) for c in (expected, found) for i in differing):
+        return []
+    return list(dict.fromkeys(owners[id(marks[i])] for i in differing))
+
+
+def _is_tensor(leaf: Hashable) -> bool:
+    return isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], torch.dtype)
+
+
 def _described(structure: CallSignature) -> str:
     """Write a call as code, with tensors as dtype and number of dimensions."""
 
     class Shown(str):
         __repr__ = str.__str__
 
-    shown = [
-        Shown(f"{str(a).removeprefix('torch.')} {b}-d" if isinstance(b, int) else b)
-        for a, b in structure.leaves
-    ]
+    shown = list(map(Shown, structure.shown))
     args, kwargs = pytree.tree_unflatten(shown, structure.spec)
-    parts = [repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()]
+    parts = [_text(a) for a in args] + [f"{k}={_text(v)}" for k, v in kwargs.items()]
     return f"pipe({', '.join(parts)})"

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+OWN = {"options", "memory", "training"}
+"""Public attributes of a pipeline."""
+
+
 class ModuleProxy(nn.Module):
     """A module that shares another one's parameters, buffers, submodules and attributes.
 
@@ -60,6 +64,28 @@ class ModuleProxy(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the model, unless it is the pipeline's own.
+
+        The pipeline's own are those that its class has (``forward``, hooks), and private ones that
+        the model does not have.
+        """
+        if self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in vars(self) or self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.model, name)
+
+    def _is_own(self, name: str) -> bool:
+        if name in vars(self) or hasattr(type(self), name) or "model" not in vars(self):
+            return True
+        return name in OWN or (name.startswith("_") and not hasattr(self.model, name))
 
     def install(self) -> nn.Module:
         """Make calls of the model itself run this pipeline.

@@ -96,7 +96,7 @@ class ProgramCache:
         state, signature = model_state_key(self.model), CallSignature.of(inputs)
         known = self._signatures.setdefault(state, set())
         if strict and known and signature not in known:
-            raise structure_error(next(iter(known)), signature)
+            raise structure_error(known, signature)
         key = ModelKey(state, signature, inputs.static_shapes(), ambient_settings())
         with Progress(len(self.workers)) as progress, plain_autograd():
             fitting = (c for c in self._models.get(key, ()) if c.fits(inputs.batch))

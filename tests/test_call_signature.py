@@ -46,6 +46,6 @@ def test_static_shapes_leave_out_the_batch_dimension() -> None:
 
 
 def test_the_error_shows_both_calls() -> None:
-    text = str(structure_error(signature(X, mask=None), signature(X.long(), mask=X)))
+    text = str(structure_error([signature(X, mask=None)], signature(X.long(), mask=X)))
     assert "pipe(float32 2-d, mask=None)" in text
     assert "pipe(int64 2-d, mask=float32 2-d)" in text

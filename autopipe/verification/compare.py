@@ -22,7 +22,7 @@ from autopipe.errors import UnsupportedError, printable
 from autopipe.formatting import align_columns
 from autopipe.parameters import move
 from autopipe.passes._torch import CheckpointFunction
-from autopipe.passes.capture import preserve_buffers, restore_values
+from autopipe.passes.capture import preserve_buffers, restore_values, take_apart
 from autopipe.passes.graph import is_random, source_line
 from autopipe.runtime.executor import Run
 from autopipe.verification.deterministic import MicroBatchNorm, NoRandomness
@@ -224,7 +224,9 @@ def _recording_results(model: nn.Module, results: dict[str, Tensor]) -> Iterator
     several: set[str] = set()
 
     def hook(path: str, result: Any) -> None:
-        tensor = next((x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)), None)
+        tensor = next(
+            (x for x in pytree.tree_leaves(take_apart(result)) if isinstance(x, Tensor)), None
+        )
         if path in results or path in several or tensor is None:
             several.add(path)
             results.pop(path, None)

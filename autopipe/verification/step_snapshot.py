@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autopipe.passes.capture import take_apart
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -116,9 +118,9 @@ class StepSnapshot:
 def _named(result: Any) -> list[tuple[str, Any]]:
     """The leaves of a result, named by their path if its containers have keys, else by number."""
     try:
-        return [(pytree.keystr(p), x) for p, x in pytree.tree_leaves_with_path(result)]
+        return [(pytree.keystr(p), x) for p, x in pytree.tree_leaves_with_path(take_apart(result))]
     except ValueError:  # a container registered without keys
-        return [(f"[{n}]", x) for n, x in enumerate(pytree.tree_leaves(result))]
+        return [(f"[{n}]", x) for n, x in enumerate(pytree.tree_leaves(take_apart(result)))]
 
 
 def _weights(root: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Files, in reading order:
 - `model`: `capture`, the steps in order
 - `frontends`: the kinds of models, and how each is traced to a normalized graph
 - `tracing`: calls a front end, with the patches and checks that a faithful graph needs
+- `containers`: objects that hold tensors, taken apart
 - `flat_module`: the model as a function from flat tensors to flat tensors
 - `exporting`: runs torch.export: silences it, refuses what it would lose
 - `size_uses`: what the model's code did with symbolic sizes
@@ -24,7 +25,7 @@ Files, in reading order:
 - `changes`, `python_state`: what it changed of them, and what it read
 - `watch_calls`, `random_numbers`: which functions it calls; random numbers that are not torch's
 - `tensor_mode`, `leftovers`: tensors that are reached around the model's names, or left behind
-- `value_key`, `reads`: the Python values that it read, compared in later calls
+- `value_keys`, `reads`: the Python values that it read, compared in later calls
 - `ambient`: settings of the process that a graph depends on
 - `buffer_state`: restores registries and values of buffers
 - `hidden_state`: refuses models whose next call depends on what this one set
@@ -38,17 +39,20 @@ from __future__ import annotations
 
 from .ambient import ambient_settings
 from .buffer_state import preserve_buffers, restore_values
-from .flat_module import register_dataclasses
+from .containers import Parts, take_apart
 from .frontends import FRONTENDS, Frontend, UserModel, argument_names, as_module, is_model
 from .holders import MODULE_INTERNALS
 from .model import capture
 from .request import CaptureRequest
+from .value_keys import Identity, value_key
 
 __all__ = [
     "FRONTENDS",
     "MODULE_INTERNALS",
     "CaptureRequest",
     "Frontend",
+    "Identity",
+    "Parts",
     "UserModel",
     "ambient_settings",
     "argument_names",
@@ -56,6 +60,7 @@ __all__ = [
     "capture",
     "is_model",
     "preserve_buffers",
-    "register_dataclasses",
     "restore_values",
+    "take_apart",
+    "value_key",
 ]

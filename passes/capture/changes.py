@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from autopipe.errors import CaptureError
 
 from .holders import Missing
-from .value_key import PLAIN
+from .value_keys import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence

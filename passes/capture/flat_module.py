@@ -16,6 +16,7 @@ from .ambient import ambient_modes, check_modes
 from .buffer_assignment import is_assigned_buffer, write_in_place
 from .buffer_state import preserve_buffers
 from .changes import Change, forget_tensors, refuse_replaced_modules
+from .containers import is_cache, take_apart
 from .python_state import PythonState
 from .tensor_mode import TensorMode, TensorNames
 from .watch_calls import CallWatch
@@ -120,8 +121,7 @@ class FlatModel(nn.Module):
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a result; its other leaves are stored in `result`."""
-        register_dataclasses(out)
-        found, spec = pytree.tree_flatten(out, is_leaf=_is_cache)
+        found, spec = pytree.tree_flatten(take_apart(out), is_leaf=is_cache)
         result = self._result
         result.leaves, result.spec, result.notes = [], spec, []
         tensors = []
@@ -129,7 +129,7 @@ class FlatModel(nn.Module):
             if isinstance(leaf, Tensor):
                 tensors.append(leaf)
                 result.leaves.append(TensorSlot())
-            elif _is_cache(leaf):
+            elif is_cache(leaf):
                 if kwargs.get("use_cache"):
                     raise CaptureError(
                         "the call asks for a key/value cache, which a pipeline does not return",
@@ -155,22 +155,3 @@ class _Opaque:
     """Hides a container from torch.export, which visits a module's attributes."""
 
     value: Any
-
-
-def _is_cache(value: Any) -> bool:
-    """Whether this is a transformers key/value cache: returned by default, unused in training."""
-    return any(
-        c.__name__ == "Cache" and "transformers" in c.__module__ for c in type(value).__mro__
-    )
-
-
-def register_dataclasses(value: Any) -> None:
-    """Register plain dataclasses among inputs or results as pytree containers.
-
-    Args:
-        value: arguments or a result, nested.
-    """
-    for leaf in pytree.tree_leaves(value):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and not _is_cache(leaf):
-            pytree.register_dataclass(type(leaf))
-            register_dataclasses(leaf)

@@ -24,7 +24,7 @@ from autopipe.passes.ir import InputKind
 
 from .buffer_state import preserve_buffers, restore_values
 from .changes import Forgotten, set_changes
-from .value_key import is_same
+from .value_keys import is_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from torch import Tensor, nn
 
-from .value_key import raw_dict
+from .value_keys import raw_dict
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping

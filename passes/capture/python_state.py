@@ -9,7 +9,7 @@ from .holders import Globals, Missing, ModuleAttributes, Namespace
 from .random_numbers import generator_state, random_error
 from .reachable import ReachableState
 from .reads import Reads, is_compared_elsewhere
-from .value_key import is_same
+from .value_keys import is_same
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .holders import CONTENT, Dict, Missing
-from .value_key import value_key
+from .value_keys import value_key
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence

@@ -15,6 +15,7 @@ from autopipe.errors import InputError
 from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.ops import exportable_ctc_loss
 
+from .containers import take_apart
 from .flat_module import FlatModel, ForwardResult
 from .frontends import argument_names, as_module, frontend_of
 from .hidden_state import check_hidden_state
@@ -145,7 +146,7 @@ def input_names(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) 
     args, kwargs = pytree.tree_unflatten(list(leaves), spec)
     parameters = argument_names(model)
     names = []
-    for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
+    for path, leaf in pytree.tree_leaves_with_path(take_apart((args, kwargs))):
         if not isinstance(leaf, Tensor):
             continue
         parts: list[Any] = [_key(entry) for entry in path]

@@ -1,0 +1,145 @@
+"""Keys by which Python values are compared: equal keys mean that a capture would not notice."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import pathlib
+import types
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+PLAIN = (
+    *(bool, int, str, bytes, type(None), type(Ellipsis), range),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size),
+    *(fractions.Fraction, decimal.Decimal, datetime.date, datetime.timedelta, pathlib.PurePath),
+    *(numpy.dtype, enum.Enum),
+)
+"""Immutable types whose equality means that nothing can tell two values apart."""
+
+DEEPEST = 8
+
+
+class Identity:
+    """A key that is equal only for the same object, which it keeps alive.
+
+    Args:
+        value: the object.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def value_key(value: Any, depth: int = 0, *, objects: bool = False) -> Hashable:
+    """Return a key for a value: its content as far as that can be compared, else its identity.
+
+    Args:
+        value: any value.
+        depth: how many containers it is inside of.
+        objects: compare objects by their attributes; else by identity.
+    """
+    kind: Any = type(value)
+    if isinstance(value, (float, complex)):  # 0.0 is not -0.0, and nan is itself
+        return kind, complex.__repr__(complex(value))
+    if isinstance(value, numpy.generic):
+        return kind, value.tobytes()
+    if isinstance(value, PLAIN):
+        return kind, value
+    if depth > DEEPEST or isinstance(value, (Tensor, type, types.ModuleType)):
+        return Identity(value)
+    deeper = functools.partial(value_key, depth=depth + 1, objects=objects)
+    if isinstance(value, slice):
+        return kind, deeper(value.start), deeper(value.stop), deeper(value.step)
+    if isinstance(value, (list, tuple, deque)):
+        return kind, *map(deeper, value)
+    if isinstance(value, (set, frozenset)):
+        return kind, frozenset(map(deeper, value))
+    if isinstance(value, dict):
+        value = raw_dict(value)
+    if isinstance(value, Mapping):
+        return kind, *((deeper(k), deeper(v)) for k, v in value.items())
+    if isinstance(value, bytearray):
+        return kind, bytes(value)
+    if isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
+        return kind, value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, types.FunctionType):
+        cells = (_cell(c, depth + 2) for c in value.__closure__ or ())
+        return kind, value.__code__, deeper(value.__defaults__), *cells
+    if isinstance(value, types.MethodType):
+        return kind, deeper(value.__func__), Identity(value.__self__)
+    if isinstance(value, functools.partial):
+        return kind, deeper(value.func), deeper(value.args), deeper(value.keywords)
+    if objects and is_made_of_attributes(value):
+        return kind, *((n, deeper(getattr(value, n))) for n in attribute_names(value))
+    return Identity(value)
+
+
+def attribute_names(value: Any) -> list[str]:
+    """Names of an object's own attributes: those of its dict, then its slots."""
+    names = dict.fromkeys(getattr(value, "__dict__", ()))
+    slots = [s for k in type(value).__mro__ for s in _slots(k)]
+    return [*names, *(s for s in slots if s not in names and hasattr(value, s))]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    found = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(s for s in found if s not in ("__dict__", "__weakref__"))
+
+
+def is_made_of_attributes(value: Any) -> bool:
+    """Whether nothing but its class and its attributes makes an object what it is."""
+    kind: Any = type(value)
+    if kind is types.SimpleNamespace:
+        return True
+    if kind.__new__ is not object.__new__ or issubclass(kind, (BaseException, nn.Module)):
+        return False
+    root = kind.__module__.partition(".")[0]
+    foreign = root in ("torch", "numpy", "builtins", "functools", "weakref", "_thread")
+    own = not foreign or kind.__module__.startswith("torch.distributions")
+    return own and bool(attribute_names(value) or hasattr(value, "__dict__"))
+
+
+def _cell(cell: types.CellType, depth: int) -> Hashable:
+    try:
+        return value_key(cell.cell_contents, depth)
+    except ValueError:  # it is empty
+        return "empty"
+
+
+def raw_dict(value: dict[Any, Any]) -> dict[Any, Any]:
+    """Copy a dict past what a subclass makes of its entries when they are read."""
+    return {k: dict.__getitem__(value, k) for k in dict.keys(value)}
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two values are equal plain data, or containers of the same objects."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)) and len(a) == len(b) and all(map(_is, a, b)):
+        return True
+    return value_key(a) == value_key(b)
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
