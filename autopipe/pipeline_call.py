@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,12 +72,12 @@ class PipelineCall:
         if self.ready.program.backward:
             self._buffers |= {name: b.clone() for name, b in run.buffers.items()}
             for stage, tensors in zip(self._stages(), run.state_tensors, strict=True):
-                pairs = zip(stage.state, tensors, strict=True)
-                for name, tensor in pairs:
-                    if name not in run.buffers:  # `_buffers` has those that the run writes to
-                        self._state.add([name], [tensor])
-            for item in self.compiled.call_inputs:
-                self._state.add([item.name], [self.leaves[item.index]])
+                kept = [
+                    name not in run.buffers for name in stage.state
+                ]  # `_buffers` has the others
+                self._state.add([*compress(stage.state, kept)], [*compress(tensors, kept)])
+            inputs = self.compiled.call_inputs
+            self._state.add([i.name for i in inputs], [self.leaves[i.index] for i in inputs])
         run.execute("forward")
         for (k, m), tensors in run.saved.items():
             self._activations.add(self._stages(m)[k].saved, tensors)

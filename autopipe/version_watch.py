@@ -7,34 +7,28 @@ tensor that the backward does not read may change.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container, Sequence
 
     from torch import Tensor
-
-
-class _Entry(NamedTuple):
-    name: str
-    tensor: Tensor
-    version: int
 
 
 class VersionWatch:
     """The versions of some tensors at the time when they were added."""
 
     def __init__(self) -> None:
-        self._entries: list[_Entry] = []
+        self._watched: list[tuple[Sequence[str], Sequence[Tensor], Sequence[int]]] = []
 
-    def add(self, names: Iterable[str], tensors: Iterable[Tensor]) -> None:
+    def add(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         """Watch tensors from now on.
 
         Args:
             names: what errors call them.
             tensors: one per name; a view or an alias shares the version of its base.
         """
-        self._entries += [_Entry(n, t, _version(t)) for n, t in zip(names, tensors, strict=True)]
+        self._watched.append((names, tensors, _versions(tensors)))
 
     def changed(self, names: Container[str] | None = None) -> str | None:
         """Return the name of a tensor that was changed in place, or None.
@@ -42,22 +36,22 @@ class VersionWatch:
         Args:
             names: those to look at; None: all.
         """
-        return next(
-            (
-                name
-                for name, tensor, version in self._entries
-                if _version(tensor) != version and (names is None or name in names)
-            ),
-            None,
-        )
+        for labels, tensors, versions in self._watched:
+            now = _versions(tensors)
+            if now == versions:
+                continue
+            for name, before, after in zip(labels, versions, now, strict=True):
+                if before != after and (names is None or name in names):
+                    return name
+        return None
 
     def clear(self) -> None:
         """Watch nothing any more."""
-        self._entries.clear()
+        self._watched.clear()
 
 
-def _version(tensor: Tensor) -> int:
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
     try:
-        return tensor._version
-    except RuntimeError:  # an inference tensor: nothing may change it in place
-        return 0
+        return [t._version for t in tensors]
+    except RuntimeError:  # nothing may change an inference tensor in place: it has no version
+        return [0 if t.is_inference() else t._version for t in tensors]

@@ -26,4 +26,4 @@ def test_every_package_is_on_the_map() -> None:
     picture = package_map.picture()
     for name in set().union(*FLOORS, *LAYERS) - {"commands", "errors"}:
         assert f" {name}" in picture
-    assert "  5  driver\n" in picture
+    assert "  6  driver\n" in picture
