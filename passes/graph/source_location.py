@@ -52,16 +52,14 @@ def trim_to_user_frame(trace: str | None) -> str | None:
 def user_source_line(stack: traceback.StackSummary) -> str | None:
     """Return ``file:line`` of the innermost frame that is the user's, or None.
 
-    A frame of a file is preferred to one of generated code (``<string>``), within what autopipe has
-    called.
+    A frame of ``<string>`` or ``<stdin>`` counts only if there is no other: libraries generate code
+    of that name, too.
     """
     nearest = None
     for frame in reversed(stack):
-        if frame.filename.startswith(OURS) and nearest is not None:
-            break
         if not is_user_file(frame.filename):
             continue
-        if not frame.filename.startswith("<"):
+        if frame.filename not in ("<string>", "<stdin>"):
             return f"{frame.filename}:{frame.lineno}"
         nearest = nearest or f"{frame.filename}:{frame.lineno}"
     return nearest

@@ -74,3 +74,20 @@ def test_warnings_are_shown_at_the_users_line() -> None:
     assert str(found.message) == "look here"
     expected = user_line(test_warnings_are_shown_at_the_users_line, "# the line " + "that warns")
     assert f"{found.filename}:{found.lineno}" == expected
+
+
+def test_generated_code_is_the_users_only_if_nothing_else_is() -> None:
+    def line(*files: str) -> str | None:
+        return user_source_line(
+            traceback.StackSummary.from_list([(f, 1, "forward", "") for f in files])
+        )
+
+    assert line("/home/someone/model.py", TORCH, "<string>") == "/home/someone/model.py:1"
+    assert line("<string>", TORCH) == "<string>:1"  # python -c
+    assert line("<stdin>", TORCH) == "<stdin>:1"
+    assert line("/usr/lib/ipykernel.py", "<ipython-input-3-ab>") == "<ipython-input-3-ab>:1"
+    assert line("<eval_with_key>.3", "<frozen importlib>", "<autopipe 1f>", TORCH) is None
+
+
+def test_packages_whose_names_begin_with_torch_are_the_users() -> None:
+    assert is_user_file(str(Path(torch.__file__).parent) + "vision/models/resnet.py")
