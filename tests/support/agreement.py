@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import autopipe
+from autopipe.passes.capture import take_apart
 
 ROUNDING = 1e-12
 """Of the largest entry of what is compared: some thousand times the rounding of one operation."""
@@ -38,7 +39,7 @@ def objective(result: Any) -> Tensor:
     """One number that weighs every differentiable entry of a result differently."""
     terms = [
         (x * torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype).view(x.shape)).sum()
-        for x in pytree.tree_leaves(result)
+        for x in pytree.tree_leaves(take_apart(result))
         if isinstance(x, Tensor) and x.requires_grad
     ]
     return torch.stack(terms).sum()
@@ -55,7 +56,7 @@ def fresh(value: Any) -> Any:
             made[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
         return made[id(leaf)]
 
-    return pytree.tree_map(new, value)
+    return pytree.tree_map(new, take_apart(value))
 
 
 def assert_agrees(pipe: autopipe.Pipeline, *args: Any, **kwargs: Any) -> Any:
@@ -74,8 +75,8 @@ def assert_agrees(pipe: autopipe.Pipeline, *args: Any, **kwargs: Any) -> Any:
     theirs = fresh((args, kwargs))
     expected = model(*theirs[0], **theirs[1])
     assert type(found) is type(expected)
-    a, structure = pytree.tree_flatten(found)
-    b, expected_structure = pytree.tree_flatten(expected)
+    a, structure = pytree.tree_flatten(take_apart(found))
+    b, expected_structure = pytree.tree_flatten(take_apart(expected))
     assert structure == expected_structure
     for n, (x, y) in enumerate(zip(a, b, strict=True)):
         if isinstance(y, Tensor):
@@ -87,7 +88,7 @@ def assert_agrees(pipe: autopipe.Pipeline, *args: Any, **kwargs: Any) -> Any:
     objective(expected).backward()
     for (name, p), q in zip(pipe.model.named_parameters(), model.parameters(), strict=True):
         assert_close(p.grad, q.grad, f"gradient of {name}")
-    leaves = zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True)
+    leaves = zip(*(pytree.tree_leaves(take_apart(x)) for x in (ours, theirs)), strict=True)
     for n, (x, y) in enumerate(leaves):
         if isinstance(y, Tensor):
             assert_close(x.grad, y.grad, f"gradient of input {n}")

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autopipe.passes.capture import take_apart
 from autopipe.passes.ir.captured import Captured
 from autopipe.passes.ir.combine import Combine, Concatenate
 from autopipe.passes.ir.values import InputKind
@@ -39,7 +40,7 @@ def objective(result: Any) -> Tensor:
         return result["loss"]
     terms = [
         (x * torch.linspace(0.5, 1.5, x.numel()).view(x.shape)).sum()
-        for x in pytree.tree_leaves(result)
+        for x in pytree.tree_leaves(take_apart(result))
         if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point()
     ]
     return torch.stack(terms).sum()

@@ -128,7 +128,7 @@ def test_inputs_that_are_no_tensors_are_part_of_the_graph() -> None:
     model = Model(lambda s, x, power, *, flag: s.last(x) ** power if flag else x)
     pipe = pipelined(model)
     assert_agrees(pipe, batch(), 2, flag=True)
-    with pytest.raises(InputError, match="differ in structure"):
+    with pytest.raises(InputError, match="another value"):
         pipe(batch(), 3, flag=True)
 
 

@@ -95,15 +95,14 @@ def test_results_of_transformers() -> None:
     assert found.last_hidden_state is found[0]
 
 
-class Unknown:
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
+class UnknownError(Exception):
+    """Its arguments are no attributes."""
 
 
 def test_an_unknown_object_among_the_results_is_refused() -> None:
     with pytest.raises(CaptureError, match="neither a tensor nor a known container") as caught:
-        captured_of(Model(lambda s, x: {"x": Unknown(x)}), batch())
-    assert caught.value.found == f"{__name__}.Unknown"
+        captured_of(Model(lambda s, x: {"x": UnknownError(x)}), batch())
+    assert caught.value.found == f"{__name__}.UnknownError"
     assert "register_pytree_node" in str(caught.value)
 
 
