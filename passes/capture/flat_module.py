@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
+from autopipe.passes._torch import is_traced
 
 from .ambient import ambient_modes, check_modes
 from .buffer_assignment import is_assigned_buffer, write_in_place
@@ -95,7 +96,10 @@ class FlatModel(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
         state = PythonState(self.model)
         watch = CallWatch(state)
-        mode = TensorMode(self.model, self._names.value, state.place_of, watch.asleep)
+        tracing = any(map(is_traced, tensors))
+        mode = TensorMode(
+            self.model, self._names.value, state.place_of, watch.asleep, is_tracing=tracing
+        )
         modes = ambient_modes()
         with preserve_buffers(self.model):
             try:
@@ -113,7 +117,7 @@ class FlatModel(nn.Module):
         result = self._result
         result.assigned = [str(c) for c in assigned]
         result.changed = [c for c in changed if not is_assigned_buffer(c)]
-        if mode.is_tracing:  # what is kept of a trace would look left behind
+        if tracing:  # what is kept of a trace would look left behind
             result.changed = [forget_tensors(c) for c in result.changed]
         result.reads = state.reads(result.changed)
         result.created = mode.created

@@ -66,9 +66,9 @@ class TensorMode(TorchFunctionMode):
         names: of its original tensors.
         where: tensor → where the model holds it, for messages.
         call: calls a function of torch with its arguments.
+        is_tracing: whether the forward runs on tensors of a trace.
 
     Attributes:
-        is_tracing: whether the forward runs on tensors of a trace.
         created: the tensors of the trace that it created, as far as they still live.
     """
 
@@ -78,15 +78,15 @@ class TensorMode(TorchFunctionMode):
         names: TensorNames,
         where: Callable[[Tensor], str | None],
         call: Callable[..., Any],
+        *,
+        is_tracing: bool,
     ) -> None:
         super().__init__()
         self._model, self._names, self._where, self._call = model, names, where, call
         self._state = {
             id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())
         }
-        self.is_tracing = any(
-            isinstance(t, Tensor) and is_traced(t) for t in (*model.parameters(), *model.buffers())
-        )
+        self.is_tracing = is_tracing
         self.created: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(

@@ -38,6 +38,36 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             """,
     },
     errors.CaptureError: {
+        "A parameter that the model does not know": """\
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.scales = [nn.Parameter(torch.ones(4))]
+                def forward(self, x):
+                    return x * self.scales[0]
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(4, 4))
+            """,
+        "A state that is no buffer": """\
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.total = torch.zeros(4)
+                def forward(self, x):
+                    self.total += x.mean(0)
+                    return x * 2
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(4, 4))
+            """,
+        "A number that Python draws": """\
+            from random import random as draw
+
+            class Model(nn.Module):
+                def forward(self, x):
+                    return x * draw()
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(4, 4))
+            """,
         "Control flow that depends on data": """\
             class Model(nn.Module):
                 def forward(self, x):
@@ -116,6 +146,15 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             """,
     },
     errors.InputError: {
+        "A value that differs from the captured one": """\
+            class Model(nn.Module):
+                def forward(self, x, scale):
+                    return x * scale
+
+            pipe = autopipe.compile(Model(), devices=1, chunks=2)
+            pipe(torch.randn(4, 4), scale=1.0)
+            pipe(torch.randn(4, 4), scale=2.0)
+            """,
         "Another structure than the captured one": """\
             pipe = autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2)
             pipe(torch.randn(6, 4))
@@ -152,6 +191,12 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             """,
     },
     errors.StageError: {
+        "A batch that is overwritten before its backward": """\
+            model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(4, 4)
+            loss = autopipe.compile(model, devices=1, chunks=2)(x).sum()
+            x.copy_(torch.randn(4, 4))
+            loss.backward()
+            """,
         "A stage that fails while it runs": """\
             class Model(nn.Module):
                 def __init__(self):

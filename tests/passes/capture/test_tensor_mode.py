@@ -138,6 +138,20 @@ def test_another_tensor_that_needs_a_gradient_is_refused_by_place(name: str) -> 
     assert any(word in place for word in ("held", "OUTSIDE", "weight", "w (a variable"))
 
 
+def test_a_model_that_has_no_parameter_of_its_own() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = [nn.Parameter(torch.ones(4))]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scales[0]
+
+    with pytest.raises(CaptureError, match="is no parameter of the model") as caught:
+        autopipe.compile(Bare(), 1, 2)(torch.randn(4, 4))
+    assert "scales" in str(caught.value.found)
+
+
 CONSTANT: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Tensor], Tensor]]] = {
     "detached": (lambda n: [n.scale.detach().clone()], lambda n, h: h * n.held[0]),
     "frozen layer in a list": (
