@@ -27,7 +27,7 @@ Files, in reading order:
 - `tensor_mode`, `leftovers`: tensors that are reached around the model's names, or left behind
 - `value_keys`, `reads`: the Python values that it read, compared in later calls
 - `ambient`: settings of the process that a graph depends on
-- `buffer_state`: restores registries and values of buffers
+- `buffer_state`: restores attributes, and registries and values of buffers
 - `hidden_state`: refuses models whose next call depends on what this one set
 - `buffer_assignment`: ``self.n = self.n + 1`` as a write in place
 - `buffer_mutation`: writes to buffers become results, once a step
