@@ -20,6 +20,7 @@ Files, in reading order:
 - `canonicalize`: rewrites single ops: dropouts that drop nothing, squeezes
 - `scalar_reads`: Python numbers read from tensors become tensors of one entry
 - `patches`: replacements of parts of a model while it is traced
+- `names`: by which code reaches attributes
 - `holders`, `reachable`: the Python values that a forward can read or change, copied before it
   runs
 - `changes`, `python_state`: what it changed of them, and what it read
@@ -43,8 +44,9 @@ from .containers import Parts, take_apart
 from .frontends import FRONTENDS, Frontend, UserModel, argument_names, as_module, is_model
 from .holders import MODULE_INTERNALS
 from .model import capture
+from .reachable import is_user_module
 from .request import CaptureRequest
-from .value_keys import Identity, value_key
+from .value_keys import Identity, WeakIdentity, value_key
 
 __all__ = [
     "FRONTENDS",
@@ -54,11 +56,13 @@ __all__ = [
     "Identity",
     "Parts",
     "UserModel",
+    "WeakIdentity",
     "ambient_settings",
     "argument_names",
     "as_module",
     "capture",
     "is_model",
+    "is_user_module",
     "preserve_buffers",
     "restore_values",
     "take_apart",

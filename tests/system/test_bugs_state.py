@@ -93,3 +93,157 @@ def test_what_the_user_changes_in_a_container_after_a_capture_counts() -> None:
             pipe(x),
             torch.nn.functional.linear(model.a(x).tanh() * scale, model.b.weight, model.b.bias),
         )
+
+
+# ------------------------------------------------------------------------- what costs a capture
+
+
+def scaled_by(factor: float) -> Callable[..., Tensor]:
+    return lambda layer, args, out: out * factor
+
+
+class Scales:
+    """A hook that is an object."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, layer: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out * self.factor
+
+
+def forward_times(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * factor
+
+
+@pytest.mark.parametrize("make", [scaled_by, Scales])
+@pytest.mark.parametrize("place", ["register_forward_hook", "forward"])
+def test_what_takes_the_place_of_a_freed_object_is_another(make: Any, place: str) -> None:
+    """Hooks were compared by their id, which a new object has once the old one is freed."""
+    model, x = Net(), batch()
+    pipe = autopipe.compile(model, 1, 3)
+    for factor in range(6):
+        if place == "forward":
+            model.a.forward = forward_times(float(factor))  # type: ignore[method-assign]
+        else:
+            handle = model.a.register_forward_hook(make(float(factor)))
+        assert_close(pipe(x), model(x))
+        if place == "forward":
+            del model.a.forward
+        else:
+            handle.remove()
+            del handle
+
+
+@pytest.mark.parametrize(
+    "values", [(2, 2.0), (1, True), (0.0, -0.0), ((1,), (1.0,)), ({"a": 1}, {"a": True})]
+)
+def test_equal_numbers_of_another_type_or_sign_differ(values: Any) -> None:
+    model, x = Net(lambda net, h: h * sum(map(ord, repr(net.held)))), batch()
+    pipe = autopipe.compile(model, 1, 3)
+    for value in values:
+        model.held = value
+        assert_close(pipe(x), model(x))
+
+
+class Integers(nn.Module):
+    """Results have the dtype that the number gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.factor = nn.Embedding(9, 4), 2
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.table(ids), ids * self.factor
+
+
+def test_a_number_of_another_type_gives_another_dtype() -> None:
+    model, ids = Integers(), torch.arange(6)
+    pipe = autopipe.compile(model, 1, 3)
+    for factor in (2, 2.0, True):
+        model.factor = factor  # type: ignore[assignment]
+        assert pipe(ids)[1].dtype == model(ids)[1].dtype
+
+
+UNREAD: dict[str, Callable[[Any, int], Any]] = {
+    "counter": lambda net, n: setattr(net, "global_step", n),
+    "counter of a layer": lambda net, n: setattr(net.inner, "calls", n),
+    "log": lambda net, n: setattr(net, "log", {"loss": 0.1 * n}),
+    "history": lambda net, n: net.history.append(n),
+    "tensor": lambda net, n: setattr(net, "last_loss", torch.tensor(float(n))),
+    "text": lambda net, n: setattr(net, "stage", f"step {n}"),
+}
+
+
+class Inner(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h * 2
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_attributes_that_the_forward_does_not_read_cost_no_capture(name: str) -> None:
+    """What trainers count and log on a model changed its key in every step."""
+    model, x = Net(lambda net, h: net.inner(h) * net.held, 2.0), batch()
+    model.inner, model.history = Inner(), [0]
+    pipe = autopipe.compile(model, 1, 3)
+    pipe(x)
+    first = pipe.captured
+    for n in range(3):
+        UNREAD[name](model, n)
+        pipe(x)
+        assert pipe.captured is first
+    model.held = 3.0  # what it reads still counts
+    assert_close(pipe(x), model(x))
+
+
+def test_each_mode_has_its_own_unread_attributes() -> None:
+    def use(net: Any, h: Tensor) -> Tensor:
+        return h * net.in_training if net.training else h * net.in_evaluation
+
+    model, x = Net(use), batch()
+    model.in_training = model.in_evaluation = 2.0
+    pipe = autopipe.compile(model, 1, 3)
+    seen = [(pipe.train()(x), pipe.captured)[1], (pipe.eval()(x), pipe.captured)[1]]
+    for number, mode in ((5.0, True), (6.0, False), (7.0, True)):
+        model.in_training = model.in_evaluation = number
+        assert_close(pipe.train(mode)(x), model.train(mode)(x))
+        assert pipe.captured not in seen
+        seen.append(pipe.captured)
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.v0 = self.v1 = 2.0
+        self.__dict__["odd name"] = 1.0
+
+
+class Slotted:
+    __slots__ = ("v0", "v1")
+
+    def __init__(self) -> None:
+        self.v0 = self.v1 = 2.0
+
+
+UNNAMED: dict[str, tuple[Callable[[Any], float], Callable[[], Any]]] = {
+    "formatted": (lambda o: sum(getattr(o, f"v{i}") for i in range(2)), Plain),
+    "concatenated": (lambda o: getattr(o, "v" + str(1)), Plain),
+    "formatted, of slots": (lambda o: sum(getattr(o, f"v{i}") for i in range(2)), Slotted),
+    "vars": (lambda o: sum(vars(o).values()), Plain),
+    "__dict__": (lambda o: o.__dict__["v" + "1"] * sum(o.__dict__.values()), Plain),
+    "after a plain one": (lambda o: getattr(o, "v0") + getattr(o, f"v{int(o.v0 > 0)}"), Plain),  # noqa: B009
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "of_model"), [*((n, False) for n in UNNAMED), ("formatted", True)]
+)
+def test_attributes_that_are_read_without_their_names(name: str, of_model: bool) -> None:
+    read, make = UNNAMED[name]
+    model = Net(lambda net, h: h * read(net if of_model else net.held), make())
+    model.v0 = model.v1 = 2.0
+    x, pipe = batch(), autopipe.compile(model, 1, 3)
+    assert_close(pipe(x), model(x))
+    owner = model if of_model else model.held
+    for value in (3.0, 4.0):
+        owner.v1 = value
+        assert_close(pipe(x), model(x))
