@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import sys
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from autopipe.errors import CaptureError
-from autopipe.passes.capture import MODULE_INTERNALS
+from autopipe.passes.capture import MODULE_INTERNALS, WeakIdentity, is_user_module
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Container, Hashable, Iterator
 
 PLAIN: frozenset[type] = frozenset({int, float, bool, str, type(None), torch.dtype})
 RECORDS = (types.SimpleNamespace, argparse.Namespace)
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def model_state_key(model: nn.Module) -> Hashable:
+def model_state_key(model: nn.Module, names: Container[str] | None = None) -> Hashable:
     """Return a key of the state that capture depends on: it changes if that state does.
 
     The key has, for every module: the class; attributes (such as the training flag) that are plain
@@ -37,6 +39,8 @@ def model_state_key(model: nn.Module) -> Hashable:
 
     Args:
         model: the user's module.
+        names: the attributes of modules of users' own classes that count; None: all. (The code of
+            torch's layers, also of derived ones, may read any attribute.)
 
     Raises:
         CaptureError: a parameter of a lazy layer has no shape yet.
@@ -46,14 +50,18 @@ def model_state_key(model: nn.Module) -> Hashable:
     seen: set[int] = set()
     for module in model.modules():
         attributes = vars(module)
-        key.append(type(module))
+        kind: Any = type(module)
+        key.append(kind)
+        counted = names if _is_users(kind) else None
         for name, value in attributes.items():
+            if counted is not None and name != "training" and name not in counted:
+                continue
             if type(value) in PLAIN:
-                key.append((name, value))
+                key.append((name, _plain_key(value)))
             elif name not in MODULE_INTERNALS:
                 key.extend(_attribute_key(name, value, seen))
-        key += [id(hook) for name in HOOKS for hook in attributes[name].values()]
-        key.append(id(attributes.get("forward")))
+        key += [WeakIdentity(hook) for name in HOOKS for hook in attributes[name].values()]
+        key.append(WeakIdentity(attributes.get("forward")))
         for name, layer in attributes["_modules"].items():  # one layer may be at several names
             key.append((name, numbers.setdefault(id(layer), len(numbers))))
         for registry in (attributes["_parameters"], attributes["_buffers"]):
@@ -74,15 +82,28 @@ def _lazy_error(module: nn.Module, name: str) -> CaptureError:
     )
 
 
+def _plain_key(value: Any) -> Hashable:
+    """1, 1.0 and True are equal, and so are 0.0 and -0.0; nan is not."""
+    differs = type(value) is float and (value == 0 or value != value)
+    return type(value), str(value) if differs else value
+
+
+@functools.cache
+def _is_users(kind: type) -> bool:
+    """Whether nothing but `nn.Module` in a module's class is torch's."""
+    bases = [c for c in kind.__mro__ if c not in (nn.Module, object, Generic)]
+    return all(is_user_module(sys.modules.get(c.__module__)) for c in bases)
+
+
 def _attribute_key(name: Any, value: Any, seen: set[int]) -> Iterator[Hashable]:
     """The key of an attribute; nothing for an object that is neither data nor a tensor.
 
     (A module may refer to its trainer, which changes all the time.)
     """
     if type(value) in PLAIN:
-        yield name, value
+        yield name, _plain_key(value)
     elif isinstance(value, Tensor):
-        yield name, id(value)  # the captured graph sees in-place changes
+        yield name, WeakIdentity(value)  # the captured graph sees in-place changes
     elif id(value) in seen:
         return
     elif isinstance(value, dict):

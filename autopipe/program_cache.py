@@ -36,7 +36,7 @@ from autopipe.runtime import microbatch
 from autopipe.runtime.transfer import WorkerDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Sequence
 
     from autopipe.call_signature import CallInputs
     from autopipe.compiled_program import CompiledProgram
@@ -74,6 +74,7 @@ class ProgramCache:
         self._options = options
         self._models: dict[ModelKey, list[CompiledModel]] = {}
         self._signatures: dict[Hashable, set[CallSignature]] = {}
+        self._names: list[frozenset[str] | None] = []  # the attributes that count for each capture
         self._plans: dict[bool, Plan] = {}  # the chosen ones, by training mode
         self._last: tuple[CompiledModel, CompiledProgram] | None = None
 
@@ -93,14 +94,13 @@ class ProgramCache:
             InputError: the structure is not one of the captured ones.
             CaptureError, CouplingError, PartitionError, MemoryLimitError: see `autopipe.compile`.
         """
-        state, signature = model_state_key(self.model), CallSignature.of(inputs)
-        known = self._signatures.setdefault(state, set())
+        signature = CallSignature.of(inputs)
+        candidates, known = self._candidates(inputs, signature)
         if strict and known and signature not in known:
             raise structure_error(known, signature)
-        key = ModelKey(state, signature, inputs.static_shapes(), ambient_settings())
         with Progress(len(self.workers)) as progress, plain_autograd():
-            fitting = (c for c in self._models.get(key, ()) if c.fits(inputs.batch))
-            compiled = next(fitting, None) or self._capture(key, inputs, progress)
+            fitting = (c for c in candidates if c.fits(inputs.batch))
+            compiled = next(fitting, None) or self._capture(candidates, inputs, progress)
             program = compiled.program(inputs, progress)
         self._last = compiled, program
         return self._last
@@ -125,22 +125,36 @@ class ProgramCache:
         plan = self._plans.get(self.model.training) or self._plans.get(True)
         return self._options if plan is None else self._options.planned(plan)
 
+    def _candidates(
+        self, inputs: CallInputs, signature: CallSignature
+    ) -> tuple[list[CompiledModel], set[CallSignature]]:
+        """The captured models that a call can use as far as keys tell, and all signatures."""
+        found: list[CompiledModel] = []
+        known: set[CallSignature] = set()
+        rest = signature, inputs.static_shapes(), ambient_settings()
+        for names in self._names:
+            state = model_state_key(self.model, names)
+            found += self._models.get(ModelKey(state, *rest), ())
+            known |= self._signatures.get(state, set())
+        return found, known
+
     def _capture(
-        self, key: ModelKey, inputs: CallInputs, progress: Callable[[str], None]
+        self,
+        candidates: Sequence[CompiledModel],
+        inputs: CallInputs,
+        progress: Callable[[str], None],
     ) -> CompiledModel:
         """Capture the model for a call that no captured graph fits."""
-        models = self._models.setdefault(key, [])
-        single = inputs.batch == 1 and any(not c.fits_size(1) for c in models)
+        model_state_key(self.model)  # which checks that layers have shapes
+        single = inputs.batch == 1 and any(not c.fits_size(1) for c in candidates)
         compiled = self._compile(inputs, progress, single=single)
+        self._remember(compiled, inputs)
         if inputs.batch == 1 and not compiled.fits_size(1):
             # One sample was traced as two, which gave another branch: trace it as one.
-            models.append(compiled)
             compiled = self._compile(inputs, progress, single=True)
-        models.append(compiled)
+            self._remember(compiled, inputs)
         if self._options.needs_planning and compiled.options.plan is not None:
             self._plans.setdefault(self.model.training, compiled.options.plan)
-        self._signatures[key.state].add(key.signature)
-        self._remember(key)
         return compiled
 
     def _compile(
@@ -182,12 +196,18 @@ class ProgramCache:
             progress=progress,
         )
 
-    def _remember(self, key: ModelKey) -> None:
-        """Record the key after capture: do not capture again for changes that capture caused."""
-        state = model_state_key(self.model)
-        if state != key.state:
-            self._models[key._replace(state=state)] = self._models[key]
-            self._signatures.setdefault(state, set()).update(self._signatures[key.state])
+    def _remember(self, compiled: CompiledModel, inputs: CallInputs) -> None:
+        """Record a captured model by the attributes that its forward can have read.
+
+        The key is made after the capture: what capture itself changed is no reason for another.
+        """
+        names = compiled.split.captured.reads.names
+        if names not in self._names:
+            self._names.append(names)
+        state, signature = model_state_key(self.model, names), CallSignature.of(inputs)
+        key = ModelKey(state, signature, inputs.static_shapes(), ambient_settings())
+        self._models.setdefault(key, []).append(compiled)
+        self._signatures.setdefault(state, set()).add(signature)
         if len(self._signatures) > MANY_STATES:
             warnings.warn(
                 f"the model has been captured in {len(self._signatures)} configurations: attributes"

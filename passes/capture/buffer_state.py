@@ -1,4 +1,4 @@
-"""Restore a model's buffers: their registries, and their values."""
+"""Restore a model: its buffers' registries and values, the objects that are its attributes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ def preserve_buffers(model: nn.Module) -> Iterator[None]:
         for registry, content in saved:
             registry.clear()
             registry.update(content)
+
+
+@contextmanager
+def preserve_attributes(model: nn.Module) -> Iterator[None]:
+    """On exit, restore every module's attributes: the same objects.
+
+    (torch.export replaces containers by copies, of which the user's own references know nothing.)
+    """
+    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, before in saved:
+            attributes.update(before)
 
 
 def restore_values(saved: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -31,6 +31,7 @@ from autopipe.passes.graph import is_user_file, user_source_line
 from autopipe.passes.one_at_a_time import replaced
 from autopipe.passes.ops import apply_function, record_function
 
+from .buffer_state import preserve_attributes
 from .explain import explain
 from .size_uses import SizeUses, record_size_uses
 
@@ -62,6 +63,7 @@ def export(
                 keep_no_grad_regions(),
                 fix_lstm_state_shapes(),
                 _silence_export(),
+                preserve_attributes(flat),
             ):
                 stack.enter_context(context)
             stack.enter_context(torch.enable_grad())

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .changes import Change
-from .holders import Globals, Missing, ModuleAttributes, Namespace
+from .holders import (
+    Array,
+    Dict,
+    Globals,
+    Missing,
+    ModuleAttributes,
+    Namespace,
+    Sequence,
+    Slots,
+)
 from .random_numbers import generator_state, random_error
 from .reachable import ReachableState
 from .reads import Reads, is_compared_elsewhere
@@ -50,12 +59,17 @@ class PythonState(ReachableState):
             changed: what the forward itself changes; it is not compared.
         """
         own = {(id(c.holder.owner), c.key) for c in changed}
+        known = self.is_watched and not self.reads_unnamed
         watched = []
         for holder, values in self.values.values():
             if holder.kind != "attribute":  # compared by the key of the model's state
                 continue
             keys = set(values)
-            if isinstance(holder, Namespace) and not isinstance(holder, Globals):
+            is_container = isinstance(holder, (Dict, Sequence, Array))
+            if known and is_container and id(holder.owner) not in self.followed:
+                continue
+            of_object = isinstance(holder, (Namespace, Slots)) and not isinstance(holder, Globals)
+            if of_object and id(holder.owner) not in self.whole:
                 keys &= self.names
             read = {
                 key: values[key]
@@ -67,7 +81,7 @@ class PythonState(ReachableState):
             }
             if read:
                 watched.append((holder, read))
-        return Reads(watched)
+        return Reads(watched, frozenset(self.names) if known else None)
 
     def check_generators(self) -> None:
         """Check that no generator of random numbers was used that is not torch's.

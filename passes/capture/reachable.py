@@ -33,6 +33,7 @@ from .holders import (
     container_of,
     object_of,
 )
+from .names import names_in, reads_unnamed
 from .random_numbers import GENERATORS, generator_state
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ class ReachableState:
     Attributes:
         values: id of an owner → its holder, and its values when they were first seen.
         names: all names that the called code uses.
+        followed: ids of the containers that the called code can reach.
+        whole: ids of the owners any of whose values may have been read.
+        is_watched: whether it was told of the functions that were called.
+        reads_unnamed: whether some code may have read attributes that it does not name.
         caches: functions found that cache results (`functools.lru_cache`), and their cache's size.
         generators: random generators found that are not torch's, by label, and their states.
     """
@@ -74,6 +79,11 @@ class ReachableState:
     def __init__(self, model: nn.Module) -> None:
         self.values: dict[int, tuple[Holder, dict[Hashable, Any]]] = {}
         self.names: set[str] = set()
+        self.followed: set[int] = set()
+        self.whole: set[int] = set()
+        self.is_watched = False
+        self.reads_unnamed = False
+        self._unnamed = False  # whether the function just entered may
         self.caches: dict[int, tuple[Any, Any]] = {}
         self.generators: dict[str, tuple[Any, str]] = {}
         self._known: set[int] = set()  # values that the model's state refers to
@@ -106,11 +116,14 @@ class ReachableState:
             return
         self._entered.add((code, id(first)))
         self._kept.append(first)
-        names = _names_in(code)
+        names = names_in(code)
         self.names |= names
+        self._unnamed = reads_unnamed(code)
+        self.reads_unnamed |= self._unnamed
         self._now.clear()
         self._enter_globals(frame.f_globals, code.co_names, names)
-        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        for name in (*arguments, *code.co_freevars):
             value = frame.f_locals.get(name)
             if id(value) in self._own:
                 self._visit_object(value, self._own[id(value)], names, 0)
@@ -156,7 +169,7 @@ class ReachableState:
         elif isinstance(value, weakref.ref):
             self._visit(value(), label, names, depth + 1)
         elif isinstance(value, types.ModuleType):
-            if _is_user_module(value):
+            if is_user_module(value):
                 self._enter_globals(vars(value), names & vars(value).keys(), names)
         elif isinstance(value, type):
             self._visit_class(value, names, depth)
@@ -193,7 +206,7 @@ class ReachableState:
 
     def _visit_class(self, kind: type, names: set[str], depth: int) -> None:
         for base in kind.__mro__:
-            if _is_user_module(sys.modules.get(base.__module__)):
+            if is_user_module(sys.modules.get(base.__module__)):
                 values = self._add(ClassAttributes(base, base.__qualname__))
                 for key in names & values.keys():
                     name = f"{base.__qualname__}.{key}"
@@ -210,6 +223,8 @@ class ReachableState:
                 holder = ModuleAttributes(value, label)
             names = names | REGISTRIES.keys()
         values = self._add(holder)
+        if self._unnamed:
+            self.whole.add(id(holder.owner))
         for key in names & values.keys():
             name = f"{label}.{key}".lstrip(".")
             self._visit(values[key], name, names, depth + 1)
@@ -228,6 +243,8 @@ class ReachableState:
         holder = container_of(value, label)
         if holder is None or depth > DEEPEST:
             return
+        if names is not None:
+            self.followed.add(id(value))
         for key, item in islice(self._add(holder).items(), LARGEST_FOLLOWED):
             if isinstance(item, tuple) and key == CONTENT:
                 for n, entry in enumerate(item[:LARGEST_FOLLOWED]):
@@ -248,14 +265,7 @@ def _is_torchs(value: Any) -> bool:
     return root in ("torch", "numpy", "sympy") and not isinstance(value, nn.Module)
 
 
-@functools.cache
-def _names_in(code: CodeType) -> set[str]:
-    """Names of attributes and variables that some code uses, and strings, which may be names."""
-    texts = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
-    return {*code.co_names, *code.co_freevars, *texts}
-
-
-def _is_user_module(module: Any) -> bool:
+def is_user_module(module: Any) -> bool:
     """Whether a Python module is the user's or another library's, not torch's or Python's own."""
     if type(module) is not types.ModuleType:  # torch.ops.aten
         return False

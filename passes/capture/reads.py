@@ -48,9 +48,15 @@ class Reads:
 
     Args:
         watched: for each holder of such values, the values.
+        names: all names by which the forward can have read attributes; None: unknown.
     """
 
-    def __init__(self, watched: Sequence[tuple[Holder, Mapping[Hashable, Any]]]) -> None:
+    def __init__(
+        self,
+        watched: Sequence[tuple[Holder, Mapping[Hashable, Any]]],
+        names: frozenset[str] | None = None,
+    ) -> None:
+        self.names = names
         self._watched = [
             _Watched(holder, values, {k: value_key(v) for k, v in values.items()})
             for holder, values in watched

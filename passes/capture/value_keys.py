@@ -9,6 +9,7 @@ import fractions
 import functools
 import pathlib
 import types
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable
 
 PLAIN = (
     *(bool, int, str, bytes, type(None), type(Ellipsis), range),
@@ -46,6 +47,35 @@ class Identity:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+class WeakIdentity:
+    """A key that is equal only for the same object, as long as that lives.
+
+    Args:
+        value: the object. (An id alone may be another object's later.)
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._id = id(value)
+        self._kept: Any = None
+        self._value: Callable[[], Any] | None = None
+        try:
+            self._value = weakref.ref(value)
+        except TypeError:  # it has no weak references
+            self._kept = value
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        same = isinstance(other, WeakIdentity) and self._id == other._id
+        return same and self._lives() and other._lives()  # type: ignore[attr-defined]
+
+    def _lives(self) -> bool:
+        return self._value is None or self._value() is not None
+
+    def __hash__(self) -> int:
+        return self._id
 
 
 def value_key(value: Any, depth: int = 0, *, objects: bool = False) -> Hashable:

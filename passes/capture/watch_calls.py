@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
+import types
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from autopipe.passes.graph import is_standard_library, is_user_file
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 DRAWING = ("random", "getrandbits")
 """The methods of `random.Random` that are not written in Python."""
+
+
+CALLS = (types.FunctionType, types.MethodType, functools.partial)
 
 
 class CallWatch:
@@ -48,7 +52,7 @@ class CallWatch:
             yield
             return
         with numpy_refused():
-            self._awake = True
+            self._awake = self._state.is_watched = True
             sys.setprofile(self._called)
             try:
                 yield
@@ -57,8 +61,8 @@ class CallWatch:
                 self._awake = False
 
     def asleep(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function of torch, unwatched."""
-        if not self._awake:
+        """Call a function of torch, unwatched unless it may call a function of the user."""
+        if not self._awake or any(isinstance(x, CALLS) for x in (*args, *kwargs.values())):
             return function(*args, **kwargs)
         sys.setprofile(None)
         self._awake = False
@@ -81,7 +85,7 @@ class CallWatch:
                 )
 
 
-@cache
+@functools.cache
 def _is_watched(file: str) -> bool:
     return is_user_file(file) and not is_standard_library(file)
 

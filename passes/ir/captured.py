@@ -30,13 +30,21 @@ if TYPE_CHECKING:
 
 
 class PythonReads(Protocol):
-    """The Python values that a model's forward read while it was captured."""
+    """The Python values that a model's forward read while it was captured.
+
+    Attributes:
+        names: all names by which it can have read attributes; None: unknown.
+    """
+
+    names: frozenset[str] | None
 
     def changed(self) -> str | None:
         """Return the name of a value that has changed since, or None."""
 
 
 class _NothingRead:
+    names: frozenset[str] | None = None
+
     def changed(self) -> str | None:
         return None
 

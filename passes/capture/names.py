@@ -1,0 +1,72 @@
+"""The names by which some code can reach attributes and variables."""
+
+from __future__ import annotations
+
+import dis
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import CodeType
+
+WHOLE = frozenset({"vars", "__dict__", "asdict", "astuple", "attrgetter", "__getattribute__"})
+"""Names of what reads attributes that the code does not name."""
+
+BY_NAME = frozenset({"getattr", "hasattr"})
+"""Functions whose second argument is a name."""
+
+CALLS = {"PRECALL"} if "PRECALL" in dis.opmap else {"CALL", "CALL_FUNCTION"}
+"""Instructions before which a function and its arguments are on the stack."""
+
+
+@functools.cache
+def names_in(code: CodeType) -> set[str]:
+    """Names of attributes and variables that some code uses, and strings, which may be names.
+
+    Args:
+        code: of a function.
+    """
+    texts = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    return {*code.co_names, *code.co_freevars, *texts}
+
+
+@functools.cache
+def reads_unnamed(code: CodeType) -> bool:
+    """Whether some code may read attributes that it does not name: ``getattr(x, f"scale_{i}")``.
+
+    Args:
+        code: of a function.
+    """
+    if WHOLE.intersection(code.co_names):
+        return True
+    wanted = sum(
+        step.opname.startswith("LOAD_") and step.argval in BY_NAME
+        for step in dis.get_instructions(code)
+        if isinstance(step.argval, str)
+    )
+    return wanted > 0 and _calls_by_constant(code) < wanted
+
+
+def _calls_by_constant(code: CodeType) -> int:
+    """How many calls of `BY_NAME` have a name that is a constant; some may be overlooked."""
+    found = 0
+    stack: list[object] = []  # what the interpreter's stack holds: a `str` is a constant
+    for step in dis.get_instructions(code):
+        if step.opname in CALLS:
+            count = step.arg or 0
+            called, given = stack[-count - 2 : -count], stack[-count:]
+            by_name = any(x is BY_NAME for x in called)
+            found += by_name and count > 1 and isinstance(given[1], str)
+        change = dis.stack_effect(step.opcode, step.arg, jump=False)
+        if change > 0:
+            stack += [None] * change
+        elif change < 0:
+            del stack[change:]
+        if not stack:
+            continue
+        stack[-1] = None
+        if step.opname == "LOAD_CONST":
+            stack[-1] = step.argval
+        elif step.opname.startswith("LOAD_") and step.argval in BY_NAME:
+            stack[-1] = BY_NAME
+    return found

@@ -1,0 +1,49 @@
+"""The names that some code uses for attributes, and whether it may use others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from autopipe.passes.capture.names import names_in, reads_unnamed
+
+i = 1
+NAMED: list[Callable[..., Any]] = [
+    lambda o: o.a,
+    lambda o: getattr(o, "a"),  # noqa: B009
+    lambda o: getattr(o, "a", None),
+    lambda o: getattr(o, "a", o.b),
+    lambda o: hasattr(o, "a") and getattr(getattr(o, "b"), "c")(1, 2),  # noqa: B009
+    lambda o: getattr(max(o, "b"), "a", max(1)),
+    lambda o: [getattr(x, "a") for x in o],  # noqa: B009
+]
+UNNAMED: list[Callable[..., Any]] = [
+    lambda o: getattr(o, f"a{i}"),
+    lambda o: getattr(o, "a" + str(i)),
+    lambda o: getattr(o, "a%d" % i),  # noqa: UP031
+    lambda o: getattr(o, "b") + getattr(o, "a" + str(i)),  # noqa: B009
+    lambda o: getattr(o, i),
+    lambda o, name: getattr(o, name, None),
+    lambda o: getattr(*o),
+    lambda o: map(getattr, o),
+    lambda o: vars(o),
+    lambda o: o.__dict__,
+]
+
+
+@pytest.mark.parametrize("function", NAMED)
+def test_constant_names(function: Any) -> None:
+    assert not reads_unnamed(function.__code__)
+    assert "o" not in names_in(function.__code__)
+
+
+@pytest.mark.parametrize("function", UNNAMED)
+def test_other_names(function: Any) -> None:
+    assert reads_unnamed(function.__code__)
+
+
+def test_names_and_texts_that_may_be_names() -> None:
+    found = names_in((lambda o: o.a + getattr(o, "b", "no name")).__code__)
+    assert found == {"a", "b", "getattr"}
