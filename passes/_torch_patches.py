@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def free_trace_state() -> Iterator[None]:
     """On exit, free what torch's tracers keep of graphs: fake tensors, nodes and symbolic sizes.
 
-    A `ShapeEnv` and its tracked fake tensors refer to each other, by way of C++, where Python's
-    garbage collector does not look. And every cached method of the class keeps the object, some
+    A `ShapeEnv` and what it keeps of fake tensors refer to each other, by way of C++, where
+    Python's garbage collector does not look. And every cached method of the class keeps the object, some
     without a limit. A tracer at work elsewhere computes anew what was cached.
     """
     created: list[weakref.ref[ShapeEnv]] = []
@@ -47,6 +47,7 @@ def free_trace_state() -> Iterator[None]:
         for shapes in filter(None, (ref() for ref in created)):
             if shapes.tracked_fakes is not None:
                 shapes.tracked_fakes.clear()
+            shapes.fake_tensor_cache.clear()
         for method in list(vars(ShapeEnv).values()):
             clear = getattr(method, "cache_clear", None)
             if clear is not None:
