@@ -5,6 +5,7 @@ Beside `_torch`, this is the only file that uses names of torch which start with
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,43 @@ from torch._export.passes import replace_set_grad_with_hop_pass as regions
 from torch._higher_order_ops import effects
 from torch.amp.autocast_mode import _enter_autocast
 from torch.export import _trace as export_trace
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .one_at_a_time import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+
+@contextmanager
+def free_trace_state() -> Iterator[None]:
+    """On exit, free what torch's tracers keep of graphs: fake tensors, nodes and symbolic sizes.
+
+    A `ShapeEnv` and what it keeps of fake tensors refer to each other, by way of C++, where
+    Python's garbage collector does not look. And every cached method of the class keeps the object, some
+    without a limit. A tracer at work elsewhere computes anew what was cached.
+    """
+    created: list[weakref.ref[ShapeEnv]] = []
+    create: Any = ShapeEnv.__init__
+
+    def record(shapes: ShapeEnv, *args: Any, **kwargs: Any) -> None:
+        created.append(weakref.ref(shapes))
+        create(shapes, *args, **kwargs)
+
+    try:
+        with replaced(ShapeEnv, "__init__", record):
+            yield
+    finally:
+        for shapes in filter(None, (ref() for ref in created)):
+            if shapes.tracked_fakes is not None:
+                shapes.tracked_fakes.clear()
+            shapes.fake_tensor_cache.clear()
+        for method in list(vars(ShapeEnv).values()):
+            clear = getattr(method, "cache_clear", None)
+            if clear is not None:
+                clear()
+        proxy_tensor._FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT.clear()
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from autopipe.passes.schedule import Scheduled, schedule
 from autopipe.passes.split import PlannedCut, split
 
 from ._torch import lazy_graph_code
+from ._torch_patches import free_trace_state
 from .codegen import Generated, codegen
 from .one_at_a_time import one_at_a_time
 
@@ -45,6 +46,7 @@ _dumped = itertools.count(1)
 
 
 @one_at_a_time()
+@free_trace_state()
 @lazy_graph_code()
 def capture_with_costs(
     request: CaptureRequest, progress: Callable[[str], None] = lambda text: None
@@ -68,6 +70,7 @@ def capture_with_costs(
 
 
 @one_at_a_time()
+@free_trace_state()
 @lazy_graph_code()
 def cut_into_stages(
     annotated: Annotated,
@@ -111,6 +114,7 @@ class Lowered:
 
 
 @one_at_a_time()
+@free_trace_state()
 @lazy_graph_code()
 def phases_by_size(
     request: PhaseRequest,
@@ -132,6 +136,7 @@ def phases_by_size(
 
 
 @one_at_a_time()
+@free_trace_state()
 @lazy_graph_code()
 def lower_to_code(
     phased: Mapping[int, Phased],

@@ -29,6 +29,7 @@ from autopipe.passes.ir import (
     SizeGuards,
     results_of,
 )
+from autopipe.passes.ops import recorded_functions
 
 from .buffer_assignment import read_buffer_copies
 from .buffer_mutation import defer_buffer_writes, refuse_batched_writes
@@ -64,7 +65,8 @@ def capture(request: CaptureRequest) -> Captured:
             micro-batches cannot reproduce.
         CouplingError: an output that cannot be combined from micro-batches.
     """
-    trace = trace_model(request)
+    with recorded_functions() as functions:
+        trace = trace_model(request)
     refuse_written_constants(trace.normalized, FlatModel.prefix)
     inputs = _describe_inputs(trace, request)
     sizes = _supported_sizes(trace, inputs)
@@ -86,6 +88,7 @@ def capture(request: CaptureRequest) -> Captured:
         size_guards=sizes,
         reads=trace.result.reads or NOTHING_READ,
         notes=(*trace.result.notes, *notes),
+        functions=functions,
     )
     captured.verify()
     return captured

@@ -213,27 +213,24 @@ def run_forward(
             for x in pytree.tree_leaves(marked[n])
             if isinstance(x, Tensor)
         }
-        saved: list[Tensor] = []
+        saved: dict[int, int] = {}  # the bytes of each memory
 
         def pack(x: Tensor) -> Tensor:
-            saved.append(x)
-            return x
+            saved[storage_id(x)] = x.untyped_storage().nbytes()
+            # A result that saved itself would never be freed: autograd holds it, out of gc's sight.
+            return x.detach()
 
         with saved_tensors_hooks(pack, lambda x: x), OpCounter() as counter:
             results = tensor_leaves(call.target(*args, **kwargs))
         created = {storage_id(x) for x in results if x is not None} - set(owner)
-        inner = {
-            s: x.untyped_storage().nbytes()
-            for x in saved
-            if (s := storage_id(x)) not in owner and s not in created
-        }
+        inner = [n for s, n in saved.items() if s not in owner and s not in created]
         return MetaRun(
             edges,
             results,
             counter.flops,
-            frozenset(owner[s] for x in saved if (s := storage_id(x)) in owner),
-            any(storage_id(x) in created for x in saved),
-            sum(inner.values()),
+            frozenset(owner[s] for s in saved if s in owner),
+            any(s in created for s in saved),
+            sum(inner),
         )
 
 

@@ -73,6 +73,8 @@ class Captured:
         notes: remarks of the capture pass for the user.
         original_positions: for each node its position before ops were reordered; empty if they were
             not. Random draws are keyed by it.
+        functions: what the graph's calls of custom autograd.Functions need; they run for as long
+            as this is kept.
     """
 
     graph_module: fx.GraphModule
@@ -87,6 +89,7 @@ class Captured:
     reads: PythonReads = NOTHING_READ
     notes: tuple[str, ...] = ()
     original_positions: tuple[int, ...] = ()
+    functions: Mapping[int, object] = field(default_factory=dict)
 
     def verify(self) -> None:
         graph = self.graph_module.graph

@@ -12,7 +12,12 @@ Files, in reading order:
 
 from __future__ import annotations
 
-from .autograd_function import apply_function, record_function, run_methods_under
+from .autograd_function import (
+    apply_function,
+    record_function,
+    recorded_functions,
+    run_methods_under,
+)
 from .ctc_loss import CTC_LOSS_OP, exportable_ctc_loss
 
 __all__ = [
@@ -20,5 +25,6 @@ __all__ = [
     "apply_function",
     "exportable_ctc_loss",
     "record_function",
+    "recorded_functions",
     "run_methods_under",
 ]

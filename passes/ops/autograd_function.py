@@ -8,6 +8,8 @@ user's backward.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
 PLAIN_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -101,8 +103,30 @@ def _with_context(function: type[torch.autograd.Function]) -> type[torch.autogra
     return subclass
 
 
-_CALLS: list[_FunctionCall] = []
-"""All kinds of calls so far. An op's arguments are tensors and numbers, so it has an index here."""
+_CALLS: weakref.WeakValueDictionary[int, _FunctionCall] = weakref.WeakValueDictionary()
+"""The kinds of calls in living graphs. An op's arguments are tensors and numbers: it has the key.
+
+(A call holds the Function's arguments, which may refer to a whole model.)
+"""
+_sites = itertools.count()
+
+_recorded: ContextVar[dict[int, _FunctionCall]] = ContextVar("recorded")
+
+
+@contextmanager
+def recorded_functions() -> Iterator[Mapping[int, object]]:
+    """Collect the calls that `record_function` records until exit.
+
+    Yields:
+        A mapping that whoever keeps the graph must keep: without it, its ops cannot run.
+    """
+    found: dict[int, _FunctionCall] = {}
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
+
 
 _library = torch.library.Library("autopipe", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -111,7 +135,12 @@ _library.define(  # type: ignore[no-untyped-call]
 
 
 def _run(tensors: list[Tensor], site: int) -> list[Tensor]:
-    call = _CALLS[site]
+    call = _CALLS.get(site)
+    if call is None:
+        raise CaptureError(
+            "a custom autograd.Function of a graph whose pipeline is gone",
+            remedy="keep the pipeline for as long as the graphs of its stages run",
+        )
     leaves = list(call.template)
     for position, tensor in zip(call.positions, tensors, strict=True):
         leaves[position] = tensor
@@ -152,6 +181,8 @@ def record_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     Returns:
         What `apply` returns.
 
+    It must be called within `recorded_functions`.
+
     Raises:
         CaptureError: it changes an argument, or returns something other than tensors.
     """
@@ -159,13 +190,12 @@ def record_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     template = [None if isinstance(x, Tensor) else x for x in leaves]
     call = _FunctionCall(function, template, positions, spec)
-    index = next((i for i, known in enumerate(_CALLS) if known.is_like(call)), len(_CALLS))
-    if index == len(_CALLS):
-        _CALLS.append(call)
-    found = torch.ops.autopipe.function([leaves[i] for i in positions], index)
-    out_spec = _CALLS[index].out_spec
-    assert out_spec is not None
-    return pytree.tree_unflatten(found, out_spec)
+    alike = ((i, known) for i, known in list(_CALLS.items()) if known.is_like(call))
+    site, call = next(alike, (next(_sites), call))
+    _CALLS[site] = _recorded.get()[site] = call
+    found = torch.ops.autopipe.function([leaves[i] for i in positions], site)
+    assert call.out_spec is not None
+    return pytree.tree_unflatten(found, call.out_spec)
 
 
 def _error(function: type, problem: str) -> CaptureError:
