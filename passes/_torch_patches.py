@@ -30,8 +30,8 @@ def free_trace_state() -> Iterator[None]:
     """On exit, free what torch's tracers keep of graphs: fake tensors, nodes and symbolic sizes.
 
     A `ShapeEnv` and what it keeps of fake tensors refer to each other, by way of C++, where
-    Python's garbage collector does not look. And every cached method of the class keeps the object, some
-    without a limit. A tracer at work elsewhere computes anew what was cached.
+    Python's garbage collector does not look. And every cached method of the class keeps the object,
+    some without a limit. A tracer at work elsewhere computes anew what was cached.
     """
     created: list[weakref.ref[ShapeEnv]] = []
     create: Any = ShapeEnv.__init__
