@@ -56,12 +56,18 @@ def model_state_key(model: nn.Module, names: Container[str] | None = None) -> Ha
         for name, value in attributes.items():
             if counted is not None and name != "training" and name not in counted:
                 continue
-            if type(value) in PLAIN:
-                key.append((name, _plain_key(value)))
+            plain = type(value)
+            if plain is float:
+                key.append((name, _float_key(value)))
+            elif plain in PLAIN:
+                key.append((name, plain, value))  # 1 and True are equal
             elif name not in MODULE_INTERNALS:
                 key.extend(_attribute_key(name, value, seen))
-        key += [WeakIdentity(hook) for name in HOOKS for hook in attributes[name].values()]
-        key.append(WeakIdentity(attributes.get("forward")))
+        for name in HOOKS:
+            if attributes[name]:
+                key += map(WeakIdentity, attributes[name].values())
+        if "forward" in attributes:
+            key.append(WeakIdentity(attributes["forward"]))
         for name, layer in attributes["_modules"].items():  # one layer may be at several names
             key.append((name, numbers.setdefault(id(layer), len(numbers))))
         for registry in (attributes["_parameters"], attributes["_buffers"]):
@@ -82,10 +88,9 @@ def _lazy_error(module: nn.Module, name: str) -> CaptureError:
     )
 
 
-def _plain_key(value: Any) -> Hashable:
-    """1, 1.0 and True are equal, and so are 0.0 and -0.0; nan is not."""
-    differs = type(value) is float and (value == 0 or value != value)
-    return type(value), str(value) if differs else value
+def _float_key(value: float) -> Hashable:
+    """1.0 and 1 are equal, and so are 0.0 and -0.0; nan is not equal to itself."""
+    return float, str(value) if value == 0 or value != value else value
 
 
 @functools.cache
@@ -101,7 +106,7 @@ def _attribute_key(name: Any, value: Any, seen: set[int]) -> Iterator[Hashable]:
     (A module may refer to its trainer, which changes all the time.)
     """
     if type(value) in PLAIN:
-        yield name, _plain_key(value)
+        yield name, _float_key(value) if type(value) is float else (type(value), value)
     elif isinstance(value, Tensor):
         yield name, WeakIdentity(value)  # the captured graph sees in-place changes
     elif id(value) in seen:
