@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autopipe.errors import UnsupportedError
-from autopipe.passes._torch import has_saved_tensor_hooks, has_tangent, in_functorch_transform
+from autopipe.passes._torch import has_tangent, in_functorch_transform, without_saved_tensor_hooks
 from autopipe.runtime.backends import autocast_types
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ def plain_autograd() -> Iterator[None]:
     Both would see fake tensors; they are meant for the real backward, which runs later.
     """
     with ExitStack() as stack:
-        if has_saved_tensor_hooks():  # with hooks, autograd does not check for in-place changes
-            plain = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-            stack.enter_context(plain)
+        stack.enter_context(without_saved_tensor_hooks())
         if torch.is_anomaly_enabled():
             stack.enter_context(torch.autograd.set_detect_anomaly(False, check_nan=False))
         yield

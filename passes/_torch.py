@@ -63,7 +63,6 @@ __all__ = [
     "flop_registry",
     "free_unbacked_symbols",
     "from_functional",
-    "has_saved_tensor_hooks",
     "has_tangent",
     "in_functorch_transform",
     "is_functorch_call",
@@ -81,6 +80,7 @@ __all__ = [
     "symbolic_fake_mode",
     "to_functional",
     "traced_call",
+    "without_saved_tensor_hooks",
     "wrap_with_autocast",
     "wrap_with_set_grad_enabled",
 ]
@@ -121,9 +121,14 @@ def in_functorch_transform(tensors: Sequence[torch.Tensor]) -> bool:
     return any(wrapped(t) or batched(t) for t in tensors)
 
 
-def has_saved_tensor_hooks() -> bool:
-    """Whether `saved_tensors_hooks` are active."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+@contextmanager
+def without_saved_tensor_hooks() -> Iterator[None]:
+    """Ignore `saved_tensors_hooks` that are active, until exit."""
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
 
 
 def has_tangent(tensor: Tensor) -> bool:

@@ -21,10 +21,11 @@ Files, in reading order:
 - `scalar_reads`: Python numbers read from tensors become tensors of one entry
 - `patches`: replacements of parts of a model while it is traced
 - `names`: by which code reaches attributes
-- `holders`, `reachable`: the Python values that a forward can read or change, copied before it
-  runs
+- `holders`, `holder_of`, `reachable`: the Python values that a forward can read or change, copied
+  before it runs
 - `changes`, `python_state`: what it changed of them, and what it read
-- `watch_calls`, `random_numbers`: which functions it calls; random numbers that are not torch's
+- `watch_calls`, `random_numbers`, `iterators`: which functions it calls; random numbers that are
+  not torch's; iterators
 - `tensor_mode`, `leftovers`: tensors that are reached around the model's names, or left behind
 - `value_keys`, `reads`: the Python values that it read, compared in later calls
 - `ambient`: settings of the process that a graph depends on

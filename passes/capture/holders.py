@@ -6,14 +6,10 @@ of a dict by key, the content of a sequence or set as a whole (by the key `CONTE
 
 from __future__ import annotations
 
-import contextvars
-import types
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy
-from torch import Tensor, nn
+from torch import nn
 
 from .value_keys import raw_dict
 
@@ -22,8 +18,6 @@ if TYPE_CHECKING:
 
 CONTENT = "content"
 
-LARGEST_ARRAY = 1 << 18
-"""Bytes of a numpy array that are compared; of a larger one, only its identity."""
 LARGEST_CONTAINER = 2000
 """Entries of a container that are compared; of a larger one, only their number."""
 
@@ -211,23 +205,6 @@ class Sequence(Holder):
         return self.label
 
 
-class Array(Holder):
-    """A numpy array or a bytearray."""
-
-    def read(self) -> dict[Hashable, Any]:
-        size = len(self.owner) if isinstance(self.owner, bytearray) else self.owner.nbytes
-        return {CONTENT: TooLarge if size > LARGEST_ARRAY else bytes(self.owner)}
-
-    def write(self, key: Hashable, value: Any) -> None:
-        if isinstance(self.owner, bytearray):
-            self.owner[:] = value
-        elif value is not TooLarge:
-            self.owner[...] = numpy.frombuffer(value, self.owner.dtype).reshape(self.owner.shape)
-
-    def name_of(self, key: Hashable) -> str:
-        return self.label
-
-
 class Cell(Holder):
     """A variable of an enclosing function."""
 
@@ -274,27 +251,3 @@ def slots_of(value: Any) -> list[str]:
         for n in found
         if n not in ("__dict__", "__weakref__")
     ]
-
-
-def container_of(value: Any, label: str) -> Holder | None:
-    """The holder for a container, or None for a value of another kind."""
-    if isinstance(value, dict):
-        return Dict(value, label)
-    if isinstance(value, (list, deque, set)):
-        return Sequence(value, label)
-    if isinstance(value, bytearray) or (
-        isinstance(value, numpy.ndarray) and not value.dtype.hasobject
-    ):
-        return Array(value, label)
-    if isinstance(value, contextvars.ContextVar):
-        return Context(value, label)
-    return None
-
-
-def object_of(value: Any, label: str) -> Holder | None:
-    """The holder for an object's attributes, or None if it has none in Python."""
-    if isinstance(value, (Tensor, type, types.ModuleType, types.FunctionType)):
-        return None
-    if isinstance(value, nn.Module) or isinstance(getattr(value, "__dict__", None), dict):
-        return Namespace(value, label)
-    return Slots(value, label) if slots_of(value) else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .changes import Change
+from .holder_of import Array
 from .holders import (
-    Array,
     Dict,
     Globals,
     Missing,
@@ -15,6 +15,7 @@ from .holders import (
     Sequence,
     Slots,
 )
+from .iterators import iterator_error, iterator_state
 from .random_numbers import generator_state, random_error
 from .reachable import ReachableState
 from .reads import Reads, is_compared_elsewhere
@@ -84,7 +85,7 @@ class PythonState(ReachableState):
         return Reads(watched, frozenset(self.names) if known else None)
 
     def check_generators(self) -> None:
-        """Check that no generator of random numbers was used that is not torch's.
+        """Check that no generator of random numbers that is not torch's, and no iterator, was used.
 
         Raises:
             CaptureError: one was used.
@@ -92,6 +93,9 @@ class PythonState(ReachableState):
         for label, (generator, state) in self.generators.items():
             if generator_state(generator) != state:
                 raise random_error(label, None)
+        for label, (iterator, before) in self.iterators.items():
+            if iterator_state(iterator) != before:
+                raise iterator_error(label)
 
     def clear_caches(self) -> None:
         """Empty the function caches that have grown: what they hold may belong to the trace."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from autopipe.passes._torch import parametrization_cache
 from autopipe.passes.graph import is_own_file, is_standard_library, is_user_file
 
+from .holder_of import container_of, object_of
 from .holders import (
     CONTENT,
     Cell,
@@ -30,9 +31,8 @@ from .holders import (
     ModuleAttributes,
     Namespace,
     Registry,
-    container_of,
-    object_of,
 )
+from .iterators import iterator_state
 from .names import names_in, reads_unnamed
 from .random_numbers import GENERATORS, generator_state
 
@@ -74,6 +74,7 @@ class ReachableState:
         reads_unnamed: whether some code may have read attributes that it does not name.
         caches: functions found that cache results (`functools.lru_cache`), and their cache's size.
         generators: random generators found that are not torch's, by label, and their states.
+        iterators: those of Python found, by label, and their states.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -86,6 +87,7 @@ class ReachableState:
         self._unnamed = False  # whether the function just entered may
         self.caches: dict[int, tuple[Any, Any]] = {}
         self.generators: dict[str, tuple[Any, str]] = {}
+        self.iterators: dict[str, tuple[Any, Hashable]] = {}
         self._known: set[int] = set()  # values that the model's state refers to
         self._now: set[int] = set()  # those that were visited for the function just entered
         self._entered: set[tuple[CodeType, int]] = set()
@@ -175,6 +177,8 @@ class ReachableState:
             self._visit_class(value, names, depth)
         elif isinstance(generator := getattr(value, "__self__", value), GENERATORS):
             self.generators.setdefault(label, (generator, generator_state(generator)))
+        elif hasattr(type(value), "__next__") and (state := iterator_state(value)) is not None:
+            self.iterators.setdefault(label, (value, state))
         else:
             self._visit_container(value, label, depth, names)
             self._visit_object(value, label, names, depth)
@@ -204,8 +208,8 @@ class ReachableState:
         for value in defaults:
             self._visit(value, f"a default of {function.__qualname__}", names, depth + 1)
 
-    def _visit_class(self, kind: type, names: set[str], depth: int) -> None:
-        for base in kind.__mro__:
+    def _visit_class(self, kind: Any, names: set[str], depth: int) -> None:
+        for base in (*kind.__mro__, *type(kind).__mro__):
             if is_user_module(sys.modules.get(base.__module__)):
                 values = self._add(ClassAttributes(base, base.__qualname__))
                 for key in names & values.keys():
@@ -223,6 +227,9 @@ class ReachableState:
                 holder = ModuleAttributes(value, label)
             names = names | REGISTRIES.keys()
         values = self._add(holder)
+        if _is_collection(value):  # its own code is Python's, which is not watched
+            self.names.update(map(str, values))
+            names = names | {*map(str, values)}
         if self._unnamed:
             self.whole.add(id(holder.owner))
         for key in names & values.keys():
@@ -257,6 +264,11 @@ class ReachableState:
             self._visit_container(value, label, depth + 1)
         else:
             self._visit(value, label, names, depth + 1)
+
+
+def _is_collection(value: Any) -> bool:
+    """Whether this is a `UserDict`, a `ChainMap`, a `WeakKeyDictionary` or the like."""
+    return any(c.__module__ in ("collections", "weakref") for c in type(value).__mro__)
 
 
 def _is_torchs(value: Any) -> bool:

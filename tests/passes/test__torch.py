@@ -17,7 +17,6 @@ from autopipe.passes._torch import (
     FunctionalTensorMode,
     emit_expression,
     from_functional,
-    has_saved_tensor_hooks,
     has_tangent,
     in_functorch_transform,
     is_functorch_call,
@@ -32,6 +31,7 @@ from autopipe.passes._torch import (
     symbolic_fake_mode,
     to_functional,
     traced_call,
+    without_saved_tensor_hooks,
 )
 from autopipe.passes.graph.fake_strides import static_fake_mode
 
@@ -121,11 +121,17 @@ def test_tangents_of_forward_mode_are_seen() -> None:
         assert not has_tangent(x)
 
 
-def test_hooks_on_saved_tensors_are_seen() -> None:
-    assert not has_saved_tensor_hooks()
-    with saved_tensors_hooks(lambda x: x, lambda x: x):
-        assert has_saved_tensor_hooks()
-    assert not has_saved_tensor_hooks()
+def test_hooks_on_saved_tensors_are_ignored_until_exit() -> None:
+    seen: list[torch.Tensor] = []
+    x = torch.ones(2, requires_grad=True)
+    with saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
+        with without_saved_tensor_hooks():
+            with without_saved_tensor_hooks():
+                x.exp()
+            x.exp()
+        assert seen == []
+        x.exp()
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])

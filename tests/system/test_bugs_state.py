@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import graph
+from torch.utils.checkpoint import checkpoint
 
 import autopipe
 from autopipe.errors import CaptureError
@@ -247,3 +249,48 @@ def test_attributes_that_are_read_without_their_names(name: str, of_model: bool)
     for value in (3.0, 4.0):
         owner.v1 = value
         assert_close(pipe(x), model(x))
+
+
+# ---------------------------------------------------------------------------- modes around a call
+
+
+def checkpointed(reentrant: bool) -> Callable[[Any, Tensor], Tensor]:
+    def run(net: Any, x: Tensor) -> Tensor:
+        found: Tensor = checkpoint(net, x, use_reentrant=reentrant)
+        return found
+
+    return run
+
+
+def within(make: Callable[[], Any]) -> Callable[[Any, Tensor], Tensor]:
+    def run(net: Any, x: Tensor) -> Tensor:
+        with make():
+            found: Tensor = net(x)
+        return found
+
+    return run
+
+
+AROUND: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "reentrant checkpoint": checkpointed(True),
+    "checkpoint": checkpointed(False),
+    "save_on_cpu": within(graph.save_on_cpu),
+    "hooks": within(lambda: graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)),
+    "no hooks": within(lambda: graph.disable_saved_tensors_hooks("disabled")),
+    "anomaly detection": within(lambda: torch.autograd.set_detect_anomaly(True)),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_a_first_call_within(name: str) -> None:
+    """Hooks on saved tensors kept a capture's tensors alive, which was refused as a leftover."""
+    model, eager, x = Net(), Net(), batch()
+    pipe = autopipe.compile(model, 2, 3)
+    gradients = []
+    for net, owner in ((eager, eager), (pipe, model)):
+        z = x.clone().requires_grad_()
+        AROUND[name](net, z).square().sum().backward()
+        gradients.append([z.grad, *(p.grad for p in owner.parameters())])
+    for expected, found in zip(*gradients, strict=True):
+        assert_close(found, expected)
