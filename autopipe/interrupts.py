@@ -116,6 +116,16 @@ def raise_deferred() -> None:
         _raise_pending()
 
 
+def raise_interrupt() -> None:
+    """Raise what waits if it is an interrupt: Ctrl-C, or an exit; no `Exception`.
+
+    Call it where an error does no harm, but may be caught by others on its way: a timeout that a
+    handler raises as an `Exception` waits for `raise_deferred`.
+    """
+    if _State.pending is not None and not isinstance(_State.pending, Exception):
+        raise_deferred()
+
+
 class waking:  # noqa: N801 (used like a function)
     """Context manager for a wait in the main thread: `wake` ends it when an exception waits.
 
