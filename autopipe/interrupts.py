@@ -41,17 +41,23 @@ class _State:
 
 
 class _Deferring:
-    """A signal handler that runs another one and keeps its exception."""
+    """A signal handler that runs another one and keeps its exception.
+
+    Attributes:
+        original: the other one.
+        leaving: it is about to be replaced by the other one again, and must still raise nothing.
+    """
 
     def __init__(self, original: Any) -> None:
         self.original = original
+        self.leaving = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         again = _State.pending is not None
         try:
             self.original(signum, frame)
         except BaseException as error:
-            if _State.depth == 0 or again:  # whoever asks twice does not want to wait
+            if (_State.depth == 0 and not self.leaving) or again:  # whoever asks twice does not want to wait
                 raise
             _State.pending = error
             if _State.wake is not None:
@@ -73,6 +79,7 @@ class deferred:  # noqa: N801 (used like a function)
         _State.depth += 1
         if _State.depth == 1:
             try:
+                _State.pending = None  # one that was overtaken by another, at the last exit
                 self._replace_handlers()
             except BaseException:
                 self.__exit__()
@@ -83,13 +90,14 @@ class deferred:  # noqa: N801 (used like a function)
         if not self._counts:
             return
         self._counts = False
+        for _, handler in self._replaced:
+            handler.leaving = True
         _State.depth -= 1
-        # From here on handlers raise at once; one that is left behind passes everything on.
         while self._replaced:
-            signum, handler = self._replaced.pop()
-            current: Any = signal.getsignal(signum)
-            if current is handler:  # else the user has set another one meanwhile
-                signal.signal(signum, handler.original)
+            try:
+                self._restore_handlers()
+            except BaseException as error:  # of a handler that is restored: restore the others too
+                _State.pending = error
         if _State.depth == 0:
             _raise_pending()
 
@@ -98,11 +106,20 @@ class deferred:  # noqa: N801 (used like a function)
             original: Any = signal.getsignal(signum)
             if callable(original):
                 handler = _Deferring(original)
+                self._replaced.append((signum, handler))  # before a handler may raise
                 try:
                     signal.signal(signum, handler)
                 except ValueError:  # not the main interpreter
                     return
-                self._replaced.append((signum, handler))
+
+    def _restore_handlers(self) -> None:
+        while self._replaced:
+            signum, handler = self._replaced[-1]
+            current: Any = signal.getsignal(signum)
+            if current is handler:  # else the user has set another one meanwhile
+                signal.signal(signum, handler.original)
+            handler.leaving = False  # whoever kept it: it passes everything on
+            self._replaced.pop()
 
 
 def is_deferred() -> bool:
@@ -114,6 +131,16 @@ def raise_deferred() -> None:
     """Raise the exception that waits, if any. Call it where an exception does no harm."""
     if is_deferred():
         _raise_pending()
+
+
+def raise_interrupt() -> None:
+    """Raise what waits if it is an interrupt: Ctrl-C, or an exit; no `Exception`.
+
+    Call it where an error does no harm, but may be caught by others on its way: a timeout that a
+    handler raises as an `Exception` waits for `raise_deferred`.
+    """
+    if _State.pending is not None and not isinstance(_State.pending, Exception):
+        raise_deferred()
 
 
 class waking:  # noqa: N801 (used like a function)

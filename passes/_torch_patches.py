@@ -19,6 +19,8 @@ from torch.export import _trace as export_trace
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from autopipe.interrupts import raise_interrupt
+
 from .one_at_a_time import replaced
 
 if TYPE_CHECKING:
@@ -53,6 +55,20 @@ def free_trace_state() -> Iterator[None]:
             if clear is not None:
                 clear()
         proxy_tensor._FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT.clear()
+
+
+@contextmanager
+def interruptible_traces() -> Iterator[None]:
+    """Let Ctrl-C end what is traced or copied at the next node, where errors may arise as well."""
+    create: Any = fx.Graph.create_node
+
+    def create_node(graph: fx.Graph, *args: Any, **kwargs: Any) -> fx.Node:
+        raise_interrupt()
+        node: fx.Node = create(graph, *args, **kwargs)
+        return node
+
+    with replaced(fx.Graph, "create_node", create_node):
+        yield
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopipe.errors import printable
+from autopipe.interrupts import raise_deferred
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
 from autopipe.passes.phases import TraceCache, cut_phases
@@ -28,7 +29,7 @@ from autopipe.passes.schedule import Scheduled, schedule
 from autopipe.passes.split import PlannedCut, split
 
 from ._torch import lazy_graph_code
-from ._torch_patches import free_trace_state
+from ._torch_patches import free_trace_state, interruptible_traces
 from .codegen import Generated, codegen
 from .one_at_a_time import one_at_a_time
 
@@ -47,6 +48,7 @@ _dumped = itertools.count(1)
 
 @one_at_a_time()
 @free_trace_state()
+@interruptible_traces()
 @lazy_graph_code()
 def capture_with_costs(
     request: CaptureRequest, progress: Callable[[str], None] = lambda text: None
@@ -63,6 +65,7 @@ def capture_with_costs(
     progress("capturing")
     captured = capture(request)
     _dump("captured", captured)
+    raise_deferred()
     progress("costing")
     annotated = annotate(captured)
     _dump("annotated", annotated)
@@ -71,6 +74,7 @@ def capture_with_costs(
 
 @one_at_a_time()
 @free_trace_state()
+@interruptible_traces()
 @lazy_graph_code()
 def cut_into_stages(
     annotated: Annotated,
@@ -115,6 +119,7 @@ class Lowered:
 
 @one_at_a_time()
 @free_trace_state()
+@interruptible_traces()
 @lazy_graph_code()
 def phases_by_size(
     request: PhaseRequest,
@@ -132,11 +137,16 @@ def phases_by_size(
         InputError: a batch norm would see a single value per channel.
     """
     cache = TraceCache() if cache is None else cache
-    return {size: cut_phases(request, size, cache, progress) for size in request.metadata}
+    phased = {}
+    for size in request.metadata:
+        raise_deferred()
+        phased[size] = cut_phases(request, size, cache, progress)
+    return phased
 
 
 @one_at_a_time()
 @free_trace_state()
+@interruptible_traces()
 @lazy_graph_code()
 def lower_to_code(
     phased: Mapping[int, Phased],

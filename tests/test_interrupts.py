@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from autopipe.interrupts import deferred, is_deferred, raise_deferred, waking
+from autopipe.interrupts import SIGNALS, deferred, is_deferred, raise_deferred, waking
 
 if threading.current_thread() is not threading.main_thread():
     pytest.skip("signals go to the main thread", allow_module_level=True)
@@ -138,3 +138,34 @@ def test_other_threads_defer_nothing() -> None:
     thread.start()
     thread.join()
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6])
+def test_an_interrupt_while_handlers_are_restored(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And while they are replaced: before and after each call of `signal.signal`."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    handlers = [signal.getsignal(s) for s in SIGNALS]
+    setter, calls = signal.signal, []
+
+    def interrupting(signum: int, handler: object) -> object:
+        calls.append(signum)
+        if 2 * len(calls) - 1 == at:
+            interrupt()
+        found = setter(signum, handler)  # type: ignore[arg-type]
+        if 2 * len(calls) == at:
+            interrupt()
+        return found
+
+    monkeypatch.setattr(signal, "signal", interrupting)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with deferred():
+                pass
+        monkeypatch.undo()
+        assert [signal.getsignal(s) for s in SIGNALS] == handlers
+        assert not is_deferred()
+        with deferred():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    finally:
+        monkeypatch.undo()
+        signal.signal(signal.SIGALRM, before)

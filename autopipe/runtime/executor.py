@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .backends import Event, Stream
-    from .memory import SavedBytesCounter
+    from .memory import SavedBytes, SavedBytesCounter
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Run:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._saved: dict[tuple[int, int], tuple[list[Tensor], int]] = {}
+        self._saved: dict[tuple[int, int], tuple[list[Tensor], SavedBytes | None]] = {}
         self._workers = self.program.workers
         self._mailbox = Mailbox()
         self._own_sums: set[str] = set()
@@ -168,16 +168,10 @@ class Run:
 
     def drop(self) -> None:
         """Free saved activations, results and gradients."""
-        for (stage, _), (_, nbytes) in self._saved.items():
-            self.memory.remove(stage, nbytes)
         self._saved.clear()
         self.inputs.clear()
         self.results.clear()
         self.gradients.clear()
-
-    def __del__(self) -> None:
-        # A forward without a backward: free its saved bytes.
-        self.drop()
 
     # Called by generated code
 
@@ -265,8 +259,7 @@ class Run:
 
     def pop_saved(self, stage: int, m: int) -> list[Tensor]:
         """Remove and return the saved activations of a micro-batch."""
-        tensors, nbytes = self._saved.pop((stage, m), ([], 0))
-        self.memory.remove(stage, nbytes)
+        tensors, _ = self._saved.pop((stage, m), ([], None))
         return tensors
 
     def accumulate(self, parameter: str, gradient: Tensor) -> None:

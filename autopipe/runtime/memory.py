@@ -7,6 +7,7 @@ and buffers do not count. Of the caller's batch, only the micro-batch's slice co
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +17,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class SavedBytes:
+    """Bytes that count for as long as this object lives.
+
+    (A destructor in Python would be called in the middle of anything: within a lock that it needs,
+    or when Ctrl-C arrives, which it would lose.)
+    """
+
+    __slots__ = ("__weakref__", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
 @dataclass
 class StageMemory:
     """Bytes of saved activations at one stage.
 
     Attributes:
-        now: bytes saved at this moment.
         peak: the largest value of `now` since `SavedBytesCounter.reset`.
         per_microbatch: bytes that one micro-batch saves, by its size in samples.
     """
 
-    now: int = 0
     peak: int = 0
     per_microbatch: dict[int, int] = field(default_factory=dict)
+    _saved: list[weakref.ref[SavedBytes]] = field(default_factory=list, repr=False)
+
+    @property
+    def now(self) -> int:
+        """Bytes saved at this moment."""
+        return sum(s.nbytes for ref in self._saved if (s := ref()) is not None)
+
+    def add(self, saved: SavedBytes) -> None:
+        """Count bytes, and forget those that are no longer saved."""
+        self._saved = [*(ref for ref in self._saved if ref() is not None), weakref.ref(saved)]
+        self.peak = max(self.peak, self.now)
 
 
 class SavedBytesCounter:
@@ -59,7 +82,7 @@ class SavedBytesCounter:
         saved: list[Tensor],
         state: Iterable[Tensor],
         caller_storages: set[int],
-    ) -> int:
+    ) -> SavedBytes:
         """Count the saved activations of one micro-batch.
 
         Shapes are static: the first micro-batch of a size is measured, and the others of the same
@@ -74,7 +97,7 @@ class SavedBytesCounter:
             caller_storages: addresses of the storages of the caller's tensors.
 
         Returns:
-            The bytes, to be passed to `remove` later.
+            The bytes, which count until the caller drops them.
         """
         key = (program, stage, size)
         if key not in self._nbytes:
@@ -88,15 +111,8 @@ class SavedBytesCounter:
                 elif address not in not_counted:
                     sizes[address] = storage.nbytes()
             self._nbytes[key] = sum(sizes.values())
-        nbytes = self._nbytes[key]
+        saved_bytes = SavedBytes(self._nbytes[key])
         with self._lock:
-            counter = self.stages[stage]
-            counter.per_microbatch[size] = nbytes
-            counter.now += nbytes
-            counter.peak = max(counter.peak, counter.now)
-        return nbytes
-
-    def remove(self, stage: int, nbytes: int) -> None:
-        """Stop counting what `add` counted: the activations are no longer saved."""
-        with self._lock:
-            self.stages[stage].now -= nbytes
+            self.stages[stage].per_microbatch[size] = saved_bytes.nbytes
+            self.stages[stage].add(saved_bytes)
+        return saved_bytes

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
+from autopipe.interrupts import raise_interrupt
 from autopipe.passes._torch import is_traced
 from autopipe.passes.graph import symbolic_size, user_source_line
 
@@ -92,6 +93,7 @@ class TensorMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        raise_interrupt()
         kwargs = kwargs or {}
         if func == READ_DATA:
             return self._call(args[0].detach)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import sympy
 from torch import Tensor
 
+from autopipe.interrupts import raise_interrupt
 from autopipe.passes._torch import storage_id
 from autopipe.passes.graph import symbolic_size, tensors_of
 from autopipe.passes.ir import ZERO, B, GradFlow, NodeCost
@@ -74,6 +75,7 @@ class DistinctCall:
     def run(self, batch: int) -> MetaRun:
         """Run the op at a batch size, unless that was done."""
         if batch not in self._runs:
+            raise_interrupt()
             self._runs[batch] = run_forward(
                 self.node, batch, self.operands_need_grad, fused=self.is_fused
             )
