@@ -24,6 +24,8 @@ from .value_keys import is_same
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from .ambient import CallModes
+
 
 class PythonState(ReachableState):
     """The Python values that a model's code can reach, before and after its forward.
@@ -53,15 +55,16 @@ class PythonState(ReachableState):
                     return holder.label
         return None
 
-    def reads(self, changed: Iterable[Change]) -> Reads:
+    def reads(self, changed: Iterable[Change], modes: CallModes | None = None) -> Reads:
         """What the called code can have read, to be compared later.
 
         Args:
             changed: what the forward itself changes; it is not compared.
+            modes: of the call, as far as the forward read them.
         """
         own = {(id(c.holder.owner), c.key) for c in changed}
         known = self.is_watched and not self.reads_unnamed
-        watched = []
+        watched = self.noted.holders()
         for holder, values in self.values.values():
             if holder.kind != "attribute":  # compared by the key of the model's state
                 continue
@@ -82,7 +85,7 @@ class PythonState(ReachableState):
             }
             if read:
                 watched.append((holder, read))
-        return Reads(watched, frozenset(self.names) if known else None)
+        return Reads(watched, frozenset(self.names) if known else None, modes)
 
     def check_generators(self) -> None:
         """Check that no generator of random numbers that is not torch's, and no iterator, was used.

@@ -34,6 +34,7 @@ from .holders import (
 )
 from .iterators import iterator_state
 from .names import names_in, reads_unnamed
+from .noted import Noted
 from .random_numbers import GENERATORS, generator_state
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class ReachableState:
         names: all names that the called code uses.
         followed: ids of the containers that the called code can reach.
         whole: ids of the owners any of whose values may have been read.
+        noted: what the forward asked for.
         is_watched: whether it was told of the functions that were called.
         reads_unnamed: whether some code may have read attributes that it does not name.
         caches: functions found that cache results (`functools.lru_cache`), and their cache's size.
@@ -82,6 +84,7 @@ class ReachableState:
         self.names: set[str] = set()
         self.followed: set[int] = set()
         self.whole: set[int] = set()
+        self.noted = Noted(model)
         self.is_watched = False
         self.reads_unnamed = False
         self._unnamed = False  # whether the function just entered may
