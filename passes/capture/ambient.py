@@ -10,8 +10,11 @@ import torch
 from torch.backends import cuda, mha, mkldnn
 
 from autopipe.errors import CaptureError
+from autopipe.passes._torch import function_modes
 from autopipe.passes.graph import is_user_file
 from autopipe.passes.one_at_a_time import replaced
+
+from .value_keys import WeakIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "torch.backends.cuda.cudnn_sdp_enabled()": cuda.cudnn_sdp_enabled,
     "torch.backends.mha.get_fastpath_enabled()": mha.get_fastpath_enabled,
     "torch.backends.mkldnn.enabled": lambda: mkldnn.enabled,
+    "torch function modes": lambda: tuple(map(WeakIdentity, function_modes())),
 }
 """What is recorded in a captured graph, or chooses the kernels of its stages."""
 

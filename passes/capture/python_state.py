@@ -16,7 +16,7 @@ from .holders import (
     Slots,
 )
 from .iterators import iterator_error, iterator_state
-from .random_numbers import generator_state, random_error
+from .random_numbers import random_error, restore_generator, saved_generator
 from .reachable import ReachableState
 from .reads import Reads, is_compared_elsewhere
 from .value_keys import is_same
@@ -94,7 +94,8 @@ class PythonState(ReachableState):
             CaptureError: one was used.
         """
         for label, (generator, state) in self.generators.items():
-            if generator_state(generator) != state:
+            if repr(saved_generator(generator)) != repr(state):
+                restore_generator(generator, state)
                 raise random_error(label, None)
         for label, (iterator, before) in self.iterators.items():
             if iterator_state(iterator) != before:

@@ -35,7 +35,7 @@ from .holders import (
 from .iterators import iterator_state
 from .names import names_in, reads_unnamed
 from .noted import Noted
-from .random_numbers import GENERATORS, generator_state
+from .random_numbers import GENERATORS, saved_generator
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -89,7 +89,7 @@ class ReachableState:
         self.reads_unnamed = False
         self._unnamed = False  # whether the function just entered may
         self.caches: dict[int, tuple[Any, Any]] = {}
-        self.generators: dict[str, tuple[Any, str]] = {}
+        self.generators: dict[str, tuple[Any, Any]] = {}
         self.iterators: dict[str, tuple[Any, Hashable]] = {}
         self._known: set[int] = set()  # values that the model's state refers to
         self._now: set[int] = set()  # those that were visited for the function just entered
@@ -179,7 +179,7 @@ class ReachableState:
         elif isinstance(value, type):
             self._visit_class(value, names, depth)
         elif isinstance(generator := getattr(value, "__self__", value), GENERATORS):
-            self.generators.setdefault(label, (generator, generator_state(generator)))
+            self.generators.setdefault(label, (generator, saved_generator(generator)))
         elif hasattr(type(value), "__next__") and (state := iterator_state(value)) is not None:
             self.iterators.setdefault(label, (value, state))
         else:

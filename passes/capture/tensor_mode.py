@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 READ_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 READ_FLAG: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+SET_FLAG: Any = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 READ_GRADIENT: Any = Tensor.grad.__get__  # type: ignore[union-attr]
 TO_PYTHON = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 ASSIGN_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -113,6 +114,10 @@ class TensorMode(TorchFunctionMode):
             return self._call(self._assign_data, *args)
         if func in (READ_FLAG, READ_GRADIENT):
             return self._read(func, args[0])
+        if func in SET_FLAG:
+            self._refuse_flag(
+                args[0], bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+            )
         if func in TO_PYTHON and self.is_tracing and not is_traced(args[0]):
             self._noted.note_values(args[0], self._where(args[0]))
         if any(type(x) in (Tensor, nn.Parameter) for x in args) or not all(
@@ -169,6 +174,17 @@ class TensorMode(TorchFunctionMode):
                 " gradient, detach it, or use it under torch.no_grad()",
             )
         return tensor
+
+    def _refuse_flag(self, tensor: Tensor, wanted: bool) -> None:
+        """Refuse to freeze or unfreeze a parameter in the forward: a graph cannot."""
+        name = self._state.get(id(tensor)) or self._names.name(tensor)
+        if name is not None and tensor.requires_grad != wanted:
+            raise CaptureError(
+                "the forward sets requires_grad of a parameter, which a captured graph cannot do",
+                source=user_source_line(traceback.extract_stack()),
+                found=name,
+                remedy="set it before the model is called",
+            )
 
     def _refuse_write(self, tensor: Tensor) -> None:
         """Refuse a write to a tensor that is not of the trace: the model's or the user's own."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, is_grad_enabled, nn
+from torch.overrides import TorchFunctionMode
 
 import autopipe
 from autopipe.errors import CaptureError
@@ -131,6 +132,71 @@ def test_the_gradient_of_a_weight_is_refused(read: Any) -> None:
     assert caught.value.found == "b.weight.grad"
     assert __file__ in str(caught.value.source)
     assert type(model(x)) is Tensor
+
+
+def freezes(net: Any, h: Tensor) -> Tensor:
+    net.b.weight.requires_grad_(False)
+    return h
+
+
+def freezes_by_assignment(net: Any, h: Tensor) -> Tensor:
+    net.b.weight.requires_grad = False
+    return h
+
+
+def freezes_all(net: Any, h: Tensor) -> Tensor:
+    net.b.requires_grad_(False)
+    return h
+
+
+def freezes_by_another_way(net: Any, h: Tensor) -> Tensor:
+    for p in [*net.b.parameters()][:1]:
+        p.requires_grad_(requires_grad=False)
+    return h
+
+
+@pytest.mark.parametrize(
+    "freeze", [freezes, freezes_by_assignment, freezes_all, freezes_by_another_way]
+)
+def test_a_forward_that_freezes_a_weight_is_refused(freeze: Any) -> None:
+    model, pipe, x = made(freeze)
+    with pytest.raises(CaptureError, match="sets requires_grad") as caught:
+        pipe(x)
+    assert caught.value.found == "b.weight"
+    assert __file__ in str(caught.value.source)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_flag_that_stays_as_it_is_may_be_set() -> None:
+    model, pipe, x = made(lambda net, h: (net.b.requires_grad_(True), h)[1])
+    assert_close(pipe(x), model(x))
+
+
+class Doubles(TorchFunctionMode):
+    """Doubles what tanh returns."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return found * 2 if func is Tensor.tanh else found
+
+
+def test_a_function_mode_around_a_call() -> None:
+    model, pipe, x = made(lambda net, h: h)
+    assert_close(pipe(x), model(x))
+    plain, mode = pipe.captured, Doubles()
+    for _ in range(2):
+        with mode:
+            expected = model(x)
+            assert_close(pipe(x), expected)
+        inside = pipe.captured
+        assert not torch.equal(expected, model(x))
+        assert_close(pipe(x), model(x))
+        assert pipe.captured is plain
+    with mode:
+        pipe(x)
+        assert pipe.captured is inside
+    with torch.device("cpu"):  # a mode, too, but one of the other settings
+        assert_close(pipe(x), model(x))
 
 
 VALUES: dict[str, Callable[[Any, Tensor], Tensor]] = {
