@@ -36,6 +36,7 @@ from torch.fx.traceback import (
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.utils import parametrize
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -63,6 +64,7 @@ __all__ = [
     "flop_registry",
     "free_unbacked_symbols",
     "from_functional",
+    "function_modes",
     "has_tangent",
     "in_functorch_transform",
     "is_functorch_call",
@@ -129,6 +131,12 @@ def without_saved_tensor_hooks() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def function_modes() -> list[Any]:
+    """The active `TorchFunctionMode`s, but for a default device."""
+    found: Any = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return [m for m in found if not isinstance(m, DeviceContext)]
 
 
 def has_tangent(tensor: Tensor) -> bool:

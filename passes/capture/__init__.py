@@ -27,6 +27,7 @@ Files, in reading order:
 - `watch_calls`, `random_numbers`, `iterators`: which functions it calls; random numbers that are
   not torch's; iterators
 - `tensor_mode`, `leftovers`: tensors that are reached around the model's names, or left behind
+- `noted`: what it asked for: flags of tensors, variables of the environment
 - `value_keys`, `reads`: the Python values that it read, compared in later calls
 - `ambient`: settings of the process that a graph depends on
 - `buffer_state`: restores attributes, and registries and values of buffers

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import CaptureError
 from autopipe.passes._torch import is_traced
 
-from .ambient import ambient_modes, check_modes
+from .ambient import CallModes, ambient_modes, check_modes
 from .buffer_assignment import is_assigned_buffer, write_in_place
 from .buffer_state import preserve_buffers
 from .changes import Change, forget_tensors, refuse_replaced_modules
@@ -82,6 +82,7 @@ class FlatModel(nn.Module):
         self._template = _Opaque([None if isinstance(x, Tensor) else x for x in leaves])
         self._spec = _Opaque(spec)
         self._names = _Opaque(TensorNames(model))
+        self._modes = _Opaque(CallModes())
         self._result = ForwardResult()  # an object: export forbids new attributes
 
     @property
@@ -95,15 +96,16 @@ class FlatModel(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
         state = PythonState(self.model)
-        watch = CallWatch(state)
+        call_modes = self._modes.value
+        watch = CallWatch(state, call_modes)
         tracing = any(map(is_traced, tensors))
         mode = TensorMode(
-            self.model, self._names.value, state.place_of, watch.asleep, is_tracing=tracing
+            self.model, self._names.value, state, call_modes, watch.asleep, is_tracing=tracing
         )
         modes = ambient_modes()
         with preserve_buffers(self.model):
             try:
-                with mode, watch.watching():
+                with mode, call_modes.visible(), watch.watching():
                     out = self.model(*args, **kwargs)
             finally:
                 changed = state.changes()
@@ -119,7 +121,7 @@ class FlatModel(nn.Module):
         result.changed = [c for c in changed if not is_assigned_buffer(c)]
         if tracing:  # what is kept of a trace would look left behind
             result.changed = [forget_tensors(c) for c in result.changed]
-        result.reads = state.reads(result.changed)
+        result.reads = state.reads(result.changed, call_modes)
         result.created = mode.created
         return write_in_place(self.model, assigned, self._flatten_result(out, kwargs))
 

@@ -16,13 +16,15 @@ from .holders import (
     Slots,
 )
 from .iterators import iterator_error, iterator_state
-from .random_numbers import generator_state, random_error
+from .random_numbers import random_error, restore_generator, saved_generator
 from .reachable import ReachableState
 from .reads import Reads, is_compared_elsewhere
 from .value_keys import is_same
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from .ambient import CallModes
 
 
 class PythonState(ReachableState):
@@ -53,15 +55,16 @@ class PythonState(ReachableState):
                     return holder.label
         return None
 
-    def reads(self, changed: Iterable[Change]) -> Reads:
+    def reads(self, changed: Iterable[Change], modes: CallModes | None = None) -> Reads:
         """What the called code can have read, to be compared later.
 
         Args:
             changed: what the forward itself changes; it is not compared.
+            modes: of the call, as far as the forward read them.
         """
         own = {(id(c.holder.owner), c.key) for c in changed}
         known = self.is_watched and not self.reads_unnamed
-        watched = []
+        watched = self.noted.holders()
         for holder, values in self.values.values():
             if holder.kind != "attribute":  # compared by the key of the model's state
                 continue
@@ -82,7 +85,7 @@ class PythonState(ReachableState):
             }
             if read:
                 watched.append((holder, read))
-        return Reads(watched, frozenset(self.names) if known else None)
+        return Reads(watched, frozenset(self.names) if known else None, modes)
 
     def check_generators(self) -> None:
         """Check that no generator of random numbers that is not torch's, and no iterator, was used.
@@ -91,7 +94,8 @@ class PythonState(ReachableState):
             CaptureError: one was used.
         """
         for label, (generator, state) in self.generators.items():
-            if generator_state(generator) != state:
+            if repr(saved_generator(generator)) != repr(state):
+                restore_generator(generator, state)
                 raise random_error(label, None)
         for label, (iterator, before) in self.iterators.items():
             if iterator_state(iterator) != before:

@@ -46,7 +46,7 @@ def random_error(name: str, source: str | None) -> CaptureError:
 def numpy_refused() -> Iterator[None]:
     """Refuse the functions of `numpy.random` until exit, at the user's line.
 
-    (They are no C functions that a profiler sees. Other generators are found by `generator_state`.)
+    (They are no C functions that a profiler sees. Other generators are found by their state.)
     """
 
     def refusing(name: str, original: Any) -> Any:
@@ -68,10 +68,28 @@ def numpy_refused() -> Iterator[None]:
         yield
 
 
-def generator_state(generator: Any) -> str:
-    """Return the state of one of the `GENERATORS`; it is another one after a draw."""
+def restore_generator(generator: Any, state: Any) -> None:
+    """Set one of the `GENERATORS` back.
+
+    Args:
+        generator: it.
+        state: what `saved_generator` returned.
+    """
     if isinstance(generator, random.Random):
-        return "" if isinstance(generator, random.SystemRandom) else repr(generator.getstate())
+        if state is not None:
+            generator.setstate(state)
+    elif isinstance(generator, numpy.random.RandomState):
+        generator.set_state(state)
+    else:
+        getattr(generator, "bit_generator", generator).state = state
+
+
+def saved_generator(generator: Any) -> Any:
+    """Copy the state of one of the `GENERATORS`; None if it has none."""
+    if isinstance(generator, random.SystemRandom):
+        return None
+    if isinstance(generator, random.Random):
+        return generator.getstate()
     if isinstance(generator, numpy.random.RandomState):
-        return repr(generator.get_state())
-    return repr(getattr(generator, "bit_generator", generator).state)
+        return generator.get_state()
+    return getattr(generator, "bit_generator", generator).state

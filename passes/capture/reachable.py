@@ -34,7 +34,8 @@ from .holders import (
 )
 from .iterators import iterator_state
 from .names import names_in, reads_unnamed
-from .random_numbers import GENERATORS, generator_state
+from .noted import Noted
+from .random_numbers import GENERATORS, saved_generator
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -70,6 +71,7 @@ class ReachableState:
         names: all names that the called code uses.
         followed: ids of the containers that the called code can reach.
         whole: ids of the owners any of whose values may have been read.
+        noted: what the forward asked for.
         is_watched: whether it was told of the functions that were called.
         reads_unnamed: whether some code may have read attributes that it does not name.
         caches: functions found that cache results (`functools.lru_cache`), and their cache's size.
@@ -82,11 +84,12 @@ class ReachableState:
         self.names: set[str] = set()
         self.followed: set[int] = set()
         self.whole: set[int] = set()
+        self.noted = Noted(model)
         self.is_watched = False
         self.reads_unnamed = False
         self._unnamed = False  # whether the function just entered may
         self.caches: dict[int, tuple[Any, Any]] = {}
-        self.generators: dict[str, tuple[Any, str]] = {}
+        self.generators: dict[str, tuple[Any, Any]] = {}
         self.iterators: dict[str, tuple[Any, Hashable]] = {}
         self._known: set[int] = set()  # values that the model's state refers to
         self._now: set[int] = set()  # those that were visited for the function just entered
@@ -176,7 +179,7 @@ class ReachableState:
         elif isinstance(value, type):
             self._visit_class(value, names, depth)
         elif isinstance(generator := getattr(value, "__self__", value), GENERATORS):
-            self.generators.setdefault(label, (generator, generator_state(generator)))
+            self.generators.setdefault(label, (generator, saved_generator(generator)))
         elif hasattr(type(value), "__next__") and (state := iterator_state(value)) is not None:
             self.iterators.setdefault(label, (value, state))
         else:

@@ -11,6 +11,7 @@ from .value_keys import value_key
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
+    from .ambient import CallModes
     from .holders import Holder
 
 
@@ -49,13 +50,16 @@ class Reads:
     Args:
         watched: for each holder of such values, the values.
         names: all names by which the forward can have read attributes; None: unknown.
+        modes: of the call, as far as the forward read them.
     """
 
     def __init__(
         self,
         watched: Sequence[tuple[Holder, Mapping[Hashable, Any]]],
         names: frozenset[str] | None = None,
+        modes: CallModes | None = None,
     ) -> None:
+        self._modes = modes
         self.names = names
         self._watched = [
             _Watched(holder, values, {k: value_key(v) for k, v in values.items()})
@@ -68,6 +72,8 @@ class Reads:
         A list, dict, set or array is compared by its contents, an object by the attributes that
         the forward read.
         """
+        if self._modes is not None and (mode := self._modes.changed()) is not None:
+            return f"torch.{mode}()"
         return next((name for w in self._watched if (name := w.changed()) is not None), None)
 
     def __str__(self) -> str:

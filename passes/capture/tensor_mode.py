@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,19 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import CaptureError
 from autopipe.interrupts import raise_interrupt
 from autopipe.passes._torch import is_traced
-from autopipe.passes.graph import symbolic_size, user_source_line
+from autopipe.passes.graph import is_user_file, symbolic_size, user_source_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from .ambient import CallModes
+    from .python_state import PythonState
+
 READ_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+READ_FLAG: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+SET_FLAG: Any = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+READ_GRADIENT: Any = Tensor.grad.__get__  # type: ignore[union-attr]
+TO_PYTHON = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 ASSIGN_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -41,6 +49,10 @@ class TensorNames:
         self._names = {id(t): name for name, t in tensors}
         self._kept = [t for _, t in tensors]
 
+    def name(self, tensor: Tensor) -> str | None:
+        """The name of an original tensor; None if it was neither a parameter nor a buffer."""
+        return self._names.get(id(tensor))
+
     def current(self, model: nn.Module, tensor: Tensor) -> Tensor | None:
         """The tensor that has, at present, the name of an original one.
 
@@ -51,7 +63,7 @@ class TensorNames:
         Returns:
             None if it was neither a parameter nor a buffer.
         """
-        name = self._names.get(id(tensor))
+        name = self.name(tensor)
         if name is None:
             return None
         path, _, last = name.rpartition(".")
@@ -65,7 +77,8 @@ class TensorMode(TorchFunctionMode):
     Args:
         model: the model.
         names: of its original tensors.
-        where: tensor → where the model holds it, for messages.
+        state: of the model: where it holds a tensor; it is told what the forward asks for.
+        modes: of the call that the model is captured for.
         call: calls a function of torch with its arguments.
         is_tracing: whether the forward runs on tensors of a trace.
 
@@ -77,13 +90,15 @@ class TensorMode(TorchFunctionMode):
         self,
         model: nn.Module,
         names: TensorNames,
-        where: Callable[[Tensor], str | None],
+        state: PythonState,
+        modes: CallModes,
         call: Callable[..., Any],
         *,
         is_tracing: bool,
     ) -> None:
         super().__init__()
-        self._model, self._names, self._where, self._call = model, names, where, call
+        self._model, self._names, self._call = model, names, call
+        self._where, self._noted, self._modes = state.place_of, state.noted, modes
         self._state = {
             id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())
         }
@@ -99,6 +114,14 @@ class TensorMode(TorchFunctionMode):
             return self._call(args[0].detach)
         if func == ASSIGN_DATA:
             return self._call(self._assign_data, *args)
+        if func in (READ_FLAG, READ_GRADIENT):
+            return self._read(func, args[0])
+        if func in SET_FLAG:
+            self._refuse_flag(
+                args[0], bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
+            )
+        if func in TO_PYTHON and self.is_tracing and not is_traced(args[0]):
+            self._noted.note_values(args[0], self._where(args[0]))
         if any(type(x) in (Tensor, nn.Parameter) for x in args) or not all(
             isinstance(x, (Tensor, int, float, str, type(None))) for x in args
         ):
@@ -110,6 +133,29 @@ class TensorMode(TorchFunctionMode):
             if isinstance(x, Tensor) and is_traced(x) and not any(x is a for a in args):
                 self.created.append(weakref.ref(x))
         return result
+
+    def _read(self, func: Any, tensor: Tensor) -> Any:
+        """Answer ``requires_grad`` as outside of the trace; refuse ``grad``: a trace has none."""
+        found = self._call(func, tensor)
+        if not is_user_file(sys._getframe(2).f_code.co_filename) or not self.is_tracing:
+            return found
+        name = self._state.get(id(tensor)) or self._names.name(tensor)
+        if func == READ_GRADIENT:
+            if name is None:
+                return found
+            raise CaptureError(
+                "the forward reads the gradient of a parameter, which a captured graph cannot",
+                source=user_source_line(traceback.extract_stack()),
+                found=f"{name}.grad",
+                remedy="read it outside of the model, and pass what depends on it as an argument",
+            )
+        if name is not None:
+            self._noted.note_flags({name: found})
+            return found
+        flags = {name: bool(p.requires_grad) for name, p in self._model.named_parameters()}
+        self._noted.note_flags(flags)
+        self._modes.read.add("is_grad_enabled")
+        return found and (tensor.is_leaf or self._modes.outer["is_grad_enabled"])
 
     def _named(self, tensor: Tensor) -> Tensor:
         """A tensor that is reached around the model's names, by its name."""
@@ -130,6 +176,17 @@ class TensorMode(TorchFunctionMode):
                 " gradient, detach it, or use it under torch.no_grad()",
             )
         return tensor
+
+    def _refuse_flag(self, tensor: Tensor, wanted: bool) -> None:
+        """Refuse to freeze or unfreeze a parameter in the forward: a graph cannot."""
+        name = self._state.get(id(tensor)) or self._names.name(tensor)
+        if name is not None and tensor.requires_grad != wanted:
+            raise CaptureError(
+                "the forward sets requires_grad of a parameter, which a captured graph cannot do",
+                source=user_source_line(traceback.extract_stack()),
+                found=name,
+                remedy="set it before the model is called",
+            )
 
     def _refuse_write(self, tensor: Tensor) -> None:
         """Refuse a write to a tensor that is not of the trace: the model's or the user's own."""

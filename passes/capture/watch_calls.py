@@ -7,26 +7,33 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 import sys
 import types
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from autopipe.passes.graph import is_standard_library, is_user_file
 
+from .ambient import READABLE
 from .random_numbers import numpy_refused, random_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
+    from .ambient import CallModes
     from .reachable import ReachableState
 
 DRAWING = ("random", "getrandbits")
 """The methods of `random.Random` that are not written in Python."""
 
 
+READ_ENVIRONMENT = type(os.environ).__getitem__.__code__
+MODES = {f for name in READABLE if isinstance(f := getattr(torch, name), types.BuiltinFunctionType)}
 CALLS = (types.FunctionType, types.MethodType, functools.partial)
 
 
@@ -35,10 +42,11 @@ class CallWatch:
 
     Args:
         state: of the model that is called.
+        modes: of the call that the model is captured for.
     """
 
-    def __init__(self, state: ReachableState) -> None:
-        self._state = state
+    def __init__(self, state: ReachableState, modes: CallModes) -> None:
+        self._state, self._modes = state, modes
         self._awake = False
 
     @contextmanager
@@ -76,7 +84,13 @@ class CallWatch:
         if event == "call":
             if _is_watched(frame.f_code.co_filename):
                 self._state.enter(frame)
-        elif event == "c_call" and _draws(function):
+            elif frame.f_code is READ_ENVIRONMENT:
+                self._state.noted.note_variable(str(frame.f_locals["key"]))
+        elif event != "c_call":
+            return
+        elif function in MODES and is_user_file(frame.f_code.co_filename):
+            self._modes.note(function, f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        elif _draws(function):
             user = _user_frame(frame)
             if user is not None:
                 raise random_error(

@@ -181,3 +181,29 @@ def test_code_that_is_in_no_ordinary_file(way: str, tmp_path: Any) -> None:
     assert {"-c": "<string>", "stdin": "<stdin>", "torchish": "torchsomething.py"}[
         way
     ] in found.stdout
+
+
+GENERATORS: dict[str, tuple[Any, Any, Any]] = {
+    "Random": (random.Random(0), lambda g: g.random(), lambda g: g.getstate()),
+    "Generator": (np.random.default_rng(0), lambda g: g.random(), lambda g: g.bit_generator.state),
+    "RandomState": (np.random.RandomState(0), lambda g: g.rand(), lambda g: g.get_state()),
+    "PCG64": (np.random.PCG64(0), lambda g: g.random_raw(), lambda g: g.state),
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_generator_is_set_back_when_it_is_refused(name: str) -> None:
+    generator, draw, state = GENERATORS[name]
+
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.generator = nn.Linear(4, 4), generator
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * (float(draw(self.generator)) % 7)
+
+    before = repr(state(generator))
+    with pytest.raises(CaptureError, match="random number that is not torch's"):
+        autopipe.compile(Draws(), 1, 2)(torch.randn(4, 4))
+    assert repr(state(generator)) == before

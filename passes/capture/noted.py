@@ -1,0 +1,115 @@
+"""Holders of what a forward asks for while it runs: flags of tensors, variables of the process."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .holders import CONTENT, Holder, Missing
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping
+
+
+class _Compared(Holder):
+    """Is compared only: a forward does not change it."""
+
+    def write(self, key: Hashable, value: Any) -> None:
+        """Change nothing."""
+
+
+class GradientFlags(_Compared):
+    """Which parameters and buffers of a model need gradients.
+
+    Args:
+        owner: the model.
+        label: what messages call it.
+    """
+
+    owner: nn.Module
+
+    def get(self, key: Hashable) -> Any:
+        """Read one flag, by the name of its tensor."""
+        path, _, name = str(key).rpartition(".")
+        try:
+            found = getattr(self.owner.get_submodule(path), name)
+        except AttributeError:  # it is gone
+            return Missing
+        return found.requires_grad if isinstance(found, Tensor) else Missing
+
+    def name_of(self, key: Hashable) -> str:
+        return f"{key}.requires_grad"
+
+
+class TensorValues(_Compared):
+    """The values of a tensor, by the count of changes in place.
+
+    Args:
+        owner: the tensor.
+        label: what messages call it.
+    """
+
+    owner: Tensor
+
+    def get(self, key: Hashable) -> Any:
+        return self.owner._version
+
+    def name_of(self, key: Hashable) -> str:
+        return self.label
+
+
+class Environment(_Compared):
+    """Variables of the process's environment."""
+
+    def __init__(self) -> None:
+        super().__init__(os.environ, "os.environ")
+
+    def get(self, key: Hashable) -> Any:
+        return os.environ.get(str(key), Missing)
+
+    def name_of(self, key: Hashable) -> str:
+        return f"os.environ[{key!r}]"
+
+
+class Noted:
+    """What a forward asked for.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        flags: name of a parameter → whether it needed gradients.
+        environment: variable → its value, or `Missing`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.flags: dict[Hashable, Any] = {}
+        self.environment: dict[Hashable, Any] = {}
+        self._tensors: list[tuple[Holder, dict[Hashable, Any]]] = []
+
+    def note_values(self, tensor: Tensor, place: str | None) -> None:
+        """Note that the values of a tensor became Python values.
+
+        Args:
+            tensor: no tensor of the trace.
+            place: where it was found.
+        """
+        self._tensors.append(
+            (TensorValues(tensor, place or "a tensor"), {CONTENT: tensor._version})
+        )
+
+    def note_variable(self, name: str) -> None:
+        """Note that a variable of the environment was read."""
+        self.environment[name] = os.environ.get(name, Missing)
+
+    def note_flags(self, names: Mapping[str, bool]) -> None:
+        """Note that ``requires_grad`` was read, by names of parameters and buffers."""
+        self.flags.update(names)
+
+    def holders(self) -> list[tuple[Holder, dict[Hashable, Any]]]:
+        """What was noted, as holders and the values that were read."""
+        found = [(GradientFlags(self._model, ""), self.flags), (Environment(), self.environment)]
+        return [*((h, v) for h, v in found if v), *self._tensors]
