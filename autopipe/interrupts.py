@@ -57,7 +57,9 @@ class _Deferring:
         try:
             self.original(signum, frame)
         except BaseException as error:
-            if (_State.depth == 0 and not self.leaving) or again:  # whoever asks twice does not want to wait
+            if (
+                _State.depth == 0 and not self.leaving
+            ) or again:  # whoever asks twice does not want to wait
                 raise
             _State.pending = error
             if _State.wake is not None:

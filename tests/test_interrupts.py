@@ -158,9 +158,8 @@ def test_an_interrupt_while_handlers_are_restored(at: int, monkeypatch: pytest.M
 
     monkeypatch.setattr(signal, "signal", interrupting)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            with deferred():
-                pass
+        with pytest.raises(KeyboardInterrupt), deferred():
+            pass
         monkeypatch.undo()
         assert [signal.getsignal(s) for s in SIGNALS] == handlers
         assert not is_deferred()

@@ -1,7 +1,5 @@
 """Ctrl-C at any instant of a capture, a step or a backward: it comes soon, and leaves no trace."""
 
-# ruff: noqa: PT012 (what is interrupted is a block)
-
 from __future__ import annotations
 
 import random
