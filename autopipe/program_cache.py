@@ -26,6 +26,7 @@ from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
 from autopipe.passes.capture import ambient_settings
 from autopipe.passes.driver import capture_with_costs, cut_into_stages
+from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
@@ -99,11 +100,17 @@ class ProgramCache:
             raise structure_error(known, signature)
         key = ModelKey(state, signature, inputs.static_shapes(), ambient_settings())
         with Progress(len(self.workers)) as progress, plain_autograd():
-            fitting = (c for c in self._models.get(key, ()) if c.fits(inputs.batch))
-            compiled = next(fitting, None) or self._capture(key, inputs, progress)
+            compiled = self._fitting(key, inputs)
+            if compiled is None:
+                with one_at_a_time():  # another thread may capture the same just now
+                    compiled = self._fitting(key, inputs) or self._capture(key, inputs, progress)
             program = compiled.program(inputs, progress)
         self._last = compiled, program
         return self._last
+
+    def _fitting(self, key: ModelKey, inputs: CallInputs) -> CompiledModel | None:
+        fitting = (c for c in self._models.get(key, ()) if c.fits(inputs.batch))
+        return next(fitting, None)
 
     @property
     def last(self) -> tuple[CompiledModel, CompiledProgram]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import autopipe
+from autopipe import program_cache
 
 
 class Cubed(torch.autograd.Function):
@@ -87,7 +88,7 @@ def logs() -> None:
 OTHERS = [compiles, checkpoints, applies, hooks, draws, infers, logs]
 
 
-@pytest.mark.parametrize("steps", [8, pytest.param(100, marks=pytest.mark.full)])
+@pytest.mark.parametrize("steps", [4, pytest.param(100, marks=pytest.mark.full)])
 @pytest.mark.filterwarnings("ignore")
 def test_steps_beside_other_threads(steps: int) -> None:
     model = net()
@@ -124,52 +125,34 @@ def test_steps_beside_other_threads(steps: int) -> None:
     assert min(rounds.values()) > 0
 
 
-def test_threads_that_compile_the_same_model() -> None:
-    """One waits for the other; both step, and no gradient is lost."""
-    model = net()
-    x = batch()
-    right = torch.autograd.grad(model(x).sum(), list(model.parameters()))
-    pipes: list[nn.Module] = []
-    barrier = threading.Barrier(3)
+def test_threads_that_call_one_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their first calls come at once: one captures the model, the others wait for it."""
+    model, captures = net(), []
+    capture = program_cache.capture_with_costs
 
-    def work() -> None:
-        barrier.wait()
-        pipe = autopipe.compile(model, devices=2, chunks=2)
-        pipe(x)
-        pipes.append(pipe)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        captures.append(threading.current_thread())
+        return capture(*args, **kwargs)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(pipes) == 3
-    for pipe in pipes:
-        model.zero_grad()
-        pipe(x).sum().backward()
-        for p, g in zip(model.parameters(), right, strict=True):
-            torch.testing.assert_close(p.grad, g, rtol=1e-12, atol=1e-12)
-
-
-def test_threads_that_call_one_pipeline() -> None:
-    """Also its first call, which captures."""
-    model = net()
+    monkeypatch.setattr(program_cache, "capture_with_costs", counted)
     pipe = autopipe.compile(model, devices=2, chunks=2)
-    wrong: list[Any] = []
-    barrier = threading.Barrier(4)
+    batches = [batch() for _ in range(4)]
+    expected = [model(x).detach() for x in batches]
+    wrong: list[BaseException] = []
+    barrier = threading.Barrier(len(batches))
 
-    def work() -> None:
+    def work(x: Tensor, right: Tensor) -> None:
         try:
             barrier.wait()
-            for _ in range(5):
-                x = batch()
-                torch.testing.assert_close(pipe(x), model(x), rtol=1e-12, atol=1e-12)
+            for _ in range(3):
+                torch.testing.assert_close(pipe(x), right, rtol=1e-12, atol=1e-12)
         except BaseException as error:
             wrong.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, args=a) for a in zip(batches, expected, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert wrong == []
+    assert len(captures) == 1
