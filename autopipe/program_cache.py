@@ -26,6 +26,7 @@ from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
 from autopipe.passes.capture import ambient_settings
 from autopipe.passes.driver import capture_with_costs, cut_into_stages
+from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
@@ -99,8 +100,12 @@ class ProgramCache:
         if strict and known and signature not in known:
             raise structure_error(known, signature)
         with Progress(len(self.workers)) as progress, plain_autograd():
-            fitting = (c for c in candidates if c.fits(inputs.batch))
-            compiled = next(fitting, None) or self._capture(candidates, inputs, progress)
+            compiled = _fitting(candidates, inputs)
+            if compiled is None:
+                with one_at_a_time():  # another thread may have captured the same just now
+                    candidates, _ = self._candidates(inputs, signature)
+                    compiled = _fitting(candidates, inputs)
+                    compiled = compiled or self._capture(candidates, inputs, progress)
             program = compiled.program(inputs, progress)
         self._last = compiled, program
         return self._last
@@ -214,3 +219,8 @@ class ProgramCache:
                 " of its modules change from call to call, and each change costs a capture",
                 stacklevel=5,
             )
+
+
+def _fitting(candidates: Sequence[CompiledModel], inputs: CallInputs) -> CompiledModel | None:
+    """The first captured model that takes the same branches for a call, with the same numbers."""
+    return next((c for c in candidates if c.fits(inputs.batch)), None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -257,3 +260,62 @@ def test_a_parameters_gradient_is_a_sum_over_samples() -> None:
 
 def batch() -> Tensor:
     return torch.randn(6, 4, dtype=torch.float64)
+
+
+class Factor:
+    """An argument of a Function, by identity."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+class Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Factor) -> Tensor:
+        ctx.factor = factor
+        return x * factor.value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor.value, None
+
+
+def times(factor: Factor) -> Model:
+    return Model(lambda s, x: s.last(Times.apply(s.first(x), factor)).sum())
+
+
+def test_pipelines_that_share_an_argument_do_not_need_each_other() -> None:
+    factor = Factor(3.0)
+    first, second = pipelined(times(factor)), pipelined(times(factor))
+    first(batch()), second(batch())
+    del first
+    gc.collect()
+    for size in (9, 4):  # traced anew
+        assert_agrees(second, torch.randn(size, 4, dtype=torch.float64))
+
+
+def test_a_copy_of_a_pipeline_has_its_own() -> None:
+    pipe = pipelined(Model(rounds))
+    pipe(batch())
+    copied = copy.deepcopy(pipe)
+    del pipe
+    gc.collect()
+    assert_agrees(copied, batch())
+
+
+def test_an_argument_lives_as_long_as_the_captured_graph() -> None:
+    factor = Factor(3.0)
+    captured = captured_of(times(factor), batch())
+    dropped = weakref.ref(factor)
+    del factor
+    gc.collect()
+    assert dropped() is not None
+    assert len(captured.functions) == 1
+    del captured
+    gc.collect()
+    assert dropped() is None
+
+
+def test_a_graph_without_its_pipeline_says_so() -> None:
+    with pytest.raises(CaptureError, match="pipeline is gone"):
+        torch.ops.autopipe.function([torch.zeros(2)], 10**9)
