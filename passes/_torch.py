@@ -37,7 +37,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointFunction
@@ -60,6 +60,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
+    "detached_unseen",
     "emit_expression",
     "flop_registry",
     "free_unbacked_symbols",
@@ -75,6 +76,7 @@ __all__ = [
     "min_cut_saved",
     "parametrization_cache",
     "preserve_node_meta",
+    "saved_tensors_seen",
     "set_traced_call",
     "storage_id",
     "storage_id_of",
@@ -137,6 +139,27 @@ def function_modes() -> list[Any]:
     """The active `TorchFunctionMode`s, but for a default device."""
     found: Any = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return [m for m in found if not isinstance(m, DeviceContext)]
+
+
+@contextmanager
+def saved_tensors_seen(pack: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Call `pack` with each tensor that autograd saves, also within `without_saved_tensor_hooks`.
+
+    Args:
+        pack: returns what is saved in the tensor's place.
+    """
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def detached_unseen(tensor: Tensor) -> Tensor:
+    """Detach a tensor; no active `TorchDispatchMode` sees it."""
+    with _disable_current_modes():
+        return tensor.detach()
 
 
 def has_tangent(tensor: Tensor) -> bool:

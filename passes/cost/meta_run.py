@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from autopipe.passes._torch import storage_id
+from autopipe.passes._torch import detached_unseen, saved_tensors_seen, storage_id
 from autopipe.passes.graph import is_size, static_fake_mode, symbolic_size
 from autopipe.passes.ir import B, GradFlow, at_batch
 
@@ -218,9 +218,9 @@ def run_forward(
         def pack(x: Tensor) -> Tensor:
             saved[storage_id(x)] = x.untyped_storage().nbytes()
             # A result that saved itself would never be freed: autograd holds it, out of gc's sight.
-            return x.detach()
+            return detached_unseen(x)
 
-        with saved_tensors_hooks(pack, lambda x: x), OpCounter() as counter:
+        with saved_tensors_seen(pack), OpCounter() as counter:
             results = tensor_leaves(call.target(*args, **kwargs))
         created = {storage_id(x) for x in results if x is not None} - set(owner)
         inner = [n for s, n in saved.items() if s not in owner and s not in created]
