@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import io
 from typing import Any
 
 import pytest
@@ -157,11 +157,12 @@ class Layer(nn.Module):
     def __init__(self, drift: float = 0.0) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 6)
-        self.scales = itertools.count(1.0, drift)  # an attribute that is set would be seen
+        self.drift, self.calls = drift, io.BytesIO()  # what is not written in Python is not seen
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.tanh(self.linear(x))
-        return y * next(self.scales)  # the line that drifts
+        self.calls.write(b"x")
+        return y * (1.0 + self.drift * self.calls.tell())  # the line that drifts
 
 
 def test_it_names_where_the_captured_graph_is_another_than_the_model() -> None:
