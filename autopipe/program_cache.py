@@ -49,13 +49,26 @@ MANY_STATES = 16
 """Warn after capturing a model in this many states (training flags, attributes)."""
 
 
+class CallKey(NamedTuple):
+    """What decides which captured graph a call can use, besides the model's state and the batch.
+
+    Attributes:
+        training: mode of the model itself; the state has that of all its modules.
+        signature, static_shapes: of the call's inputs.
+        settings: torch's, as `ambient_settings` returns them.
+    """
+
+    training: bool
+    signature: CallSignature
+    static_shapes: tuple[tuple[int, ...], ...]
+    settings: tuple[Any, ...]
+
+
 class ModelKey(NamedTuple):
     """Everything, except the batch size, that decides which captured graph a call can use."""
 
     state: Hashable
-    signature: CallSignature
-    static_shapes: tuple[tuple[int, ...], ...]
-    settings: tuple[Any, ...]
+    call: CallKey
 
 
 class ProgramCache:
@@ -75,7 +88,8 @@ class ProgramCache:
         self._options = options
         self._models: dict[ModelKey, list[CompiledModel]] = {}
         self._signatures: dict[Hashable, set[CallSignature]] = {}
-        self._names: list[frozenset[str] | None] = []  # the attributes that count for each capture
+        # The attributes that count for the captures of each kind of call.
+        self._names: dict[CallKey, dict[frozenset[str] | None, None]] = {}
         self._plans: dict[bool, Plan] = {}  # the chosen ones, by training mode
         self._last: tuple[CompiledModel, CompiledProgram] | None = None
 
@@ -95,15 +109,15 @@ class ProgramCache:
             InputError: the structure is not one of the captured ones.
             CaptureError, CouplingError, PartitionError, MemoryLimitError: see `autopipe.compile`.
         """
-        signature = CallSignature.of(inputs)
-        candidates, known = self._candidates(inputs, signature)
-        if strict and known and signature not in known:
-            raise structure_error(known, signature)
+        call = self._call_key(inputs)
         with Progress(len(self.workers)) as progress, plain_autograd():
-            compiled = _fitting(candidates, inputs)
+            compiled = _fitting(self._candidates(call), inputs)
             if compiled is None:
+                known = self._known_signatures()
+                if strict and known and call.signature not in known:
+                    raise structure_error(known, call.signature)
                 with one_at_a_time():  # another thread may have captured the same just now
-                    candidates, _ = self._candidates(inputs, signature)
+                    candidates = self._candidates(call)
                     compiled = _fitting(candidates, inputs)
                     compiled = compiled or self._capture(candidates, inputs, progress)
             program = compiled.program(inputs, progress)
@@ -130,18 +144,27 @@ class ProgramCache:
         plan = self._plans.get(self.model.training) or self._plans.get(True)
         return self._options if plan is None else self._options.planned(plan)
 
-    def _candidates(
-        self, inputs: CallInputs, signature: CallSignature
-    ) -> tuple[list[CompiledModel], set[CallSignature]]:
-        """The captured models that a call can use as far as keys tell, and all signatures."""
+    def _call_key(self, inputs: CallInputs) -> CallKey:
+        return CallKey(
+            self.model.training,
+            CallSignature.of(inputs),
+            inputs.static_shapes(),
+            ambient_settings(),
+        )
+
+    def _candidates(self, call: CallKey) -> list[CompiledModel]:
+        """The captured models that a call can use as far as keys tell."""
         found: list[CompiledModel] = []
+        for names in self._names.get(call, ()):
+            found += self._models.get(ModelKey(model_state_key(self.model, names), call), ())
+        return found
+
+    def _known_signatures(self) -> set[CallSignature]:
+        """The signatures of all calls that were captured in the model's present state."""
         known: set[CallSignature] = set()
-        rest = signature, inputs.static_shapes(), ambient_settings()
-        for names in self._names:
-            state = model_state_key(self.model, names)
-            found += self._models.get(ModelKey(state, *rest), ())
-            known |= self._signatures.get(state, set())
-        return found, known
+        for names in set().union(*self._names.values()):
+            known |= self._signatures.get(model_state_key(self.model, names), set())
+        return known
 
     def _capture(
         self,
@@ -206,13 +229,11 @@ class ProgramCache:
 
         The key is made after the capture: what capture itself changed is no reason for another.
         """
-        names = compiled.split.captured.reads.names
-        if names not in self._names:
-            self._names.append(names)
-        state, signature = model_state_key(self.model, names), CallSignature.of(inputs)
-        key = ModelKey(state, signature, inputs.static_shapes(), ambient_settings())
-        self._models.setdefault(key, []).append(compiled)
-        self._signatures.setdefault(state, set()).add(signature)
+        names, call = compiled.split.captured.reads.names, self._call_key(inputs)
+        self._names.setdefault(call, {})[names] = None
+        state = model_state_key(self.model, names)
+        self._models.setdefault(ModelKey(state, call), []).append(compiled)
+        self._signatures.setdefault(state, set()).add(call.signature)
         if len(self._signatures) > MANY_STATES:
             warnings.warn(
                 f"the model has been captured in {len(self._signatures)} configurations: attributes"

@@ -10,7 +10,7 @@ import torch
 from torch.backends import cuda, mha, mkldnn
 
 from autopipe.errors import CaptureError
-from autopipe.passes._torch import function_modes
+from autopipe.passes._torch import autocast_device_types, function_modes
 from autopipe.passes.graph import is_user_file
 from autopipe.passes.one_at_a_time import replaced
 
@@ -70,7 +70,7 @@ def check_modes(before: dict[str, Any]) -> None:
 
 
 def _autocast() -> tuple[Any, ...]:
-    kinds = ("cpu", "cuda")
+    kinds = autocast_device_types()
     return tuple((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import types
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import CaptureError
@@ -31,9 +30,7 @@ def iterator_state(value: Any) -> Hashable | None:
     if type(value).__module__ not in ("itertools", "builtins"):
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return pickle.dumps(value)
+        return pickle.dumps(value)
     except Exception:  # a file; an iterator over what cannot be pickled
         return None
 

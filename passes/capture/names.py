@@ -19,6 +19,9 @@ CALLS = {"PRECALL"} if "PRECALL" in dis.opmap else {"CALL", "CALL_FUNCTION"}
 """Instructions before which a function and its arguments are on the stack."""
 
 
+JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs})
+
+
 @functools.cache
 def names_in(code: CodeType) -> set[str]:
     """Names of attributes and variables that some code uses, and strings, which may be names.
@@ -52,6 +55,8 @@ def _calls_by_constant(code: CodeType) -> int:
     found = 0
     stack: list[object] = []  # what the interpreter's stack holds: a `str` is a constant
     for step in dis.get_instructions(code):
+        if step.is_jump_target or step.opcode in JUMPS:  # a branch: it is not known what it leaves
+            stack = [x if x is BY_NAME else None for x in stack]
         if step.opname in CALLS:
             count = step.arg or 0
             called, given = stack[-count - 2 : -count], stack[-count:]

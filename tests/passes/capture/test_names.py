@@ -26,6 +26,11 @@ UNNAMED: list[Callable[..., Any]] = [
     lambda o: getattr(o, "b") + getattr(o, "a" + str(i)),  # noqa: B009
     lambda o: getattr(o, i),
     lambda o, name: getattr(o, name, None),
+    lambda o, name, c: getattr(o, name if c else "a", 0),
+    lambda o, name, c: getattr(o, "a" if c else name, 0),
+    lambda o, name, c: getattr(o, name, "a" if c else "b"),
+    lambda o, name, c: getattr(o if c else i, name, "a"),
+    lambda o, name: getattr(o, "a" and name),
     lambda o: getattr(*o),
     lambda o: map(getattr, o),
     lambda o: vars(o),
