@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import InputError, printable, shortened
-from autopipe.passes.capture import Identity, take_apart, value_key
+from autopipe.passes.capture import take_apart
+from autopipe.passes.python_state import Identity, value_key
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping

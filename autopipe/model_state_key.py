@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from autopipe.errors import CaptureError
-from autopipe.passes.capture import MODULE_INTERNALS, WeakIdentity, is_user_module
+from autopipe.passes.python_state import MODULE_INTERNALS, WeakIdentity, is_user_module
 
 if TYPE_CHECKING:
     from collections.abc import Container, Hashable, Iterator

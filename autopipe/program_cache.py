@@ -24,10 +24,10 @@ from autopipe.compiled import CompiledModel
 from autopipe.errors import OptionError
 from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
-from autopipe.passes.capture import ambient_settings
 from autopipe.passes.driver import capture_with_costs, cut_into_stages
 from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.phases import TraceCache
+from autopipe.passes.python_state import ambient_settings
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
 from autopipe.planning.choice import choose

@@ -22,7 +22,7 @@ FLOORS = (
     {"_torch", "_torch_patches", "ops"},
     {"ir"},
     {"graph"},
-    {"batch", "codegen", "cost", "phases"},
+    {"batch", "codegen", "cost", "phases", "python_state"},
     {"capture", "split"},
     {"driver"},
 )

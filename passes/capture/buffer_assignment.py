@@ -21,7 +21,7 @@ from autopipe.passes.graph import add_call, symbolic_size, written_arguments
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .changes import Change
+    from autopipe.passes.python_state import Change
 
 
 def is_assigned_buffer(changed: Change) -> bool:

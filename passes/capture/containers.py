@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .value_keys import attribute_names, is_made_of_attributes, raw_dict
+from autopipe.passes.python_state import attribute_names, is_made_of_attributes, raw_dict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

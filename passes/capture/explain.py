@@ -7,12 +7,7 @@ import traceback
 
 from autopipe.errors import CaptureError
 from autopipe.passes.graph import user_source_line
-
-AVOIDING_OPTIONS = (
-    "a library's model often has an option that avoids it (in transformers: layerdrop=0.0,"
-    " apply_spec_augment=False, a problem_type that is stated)"
-)
-"""Part of a remedy: how to avoid what cannot be captured in a library's model."""
+from autopipe.passes.python_state import AVOIDING_OPTIONS
 
 
 def explain(error: Exception) -> CaptureError:

@@ -12,20 +12,27 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
 from autopipe.passes._torch import is_traced
+from autopipe.passes.python_state import (
+    CallModes,
+    CallWatch,
+    Change,
+    PythonState,
+    TensorMode,
+    TensorNames,
+    ambient_modes,
+    check_modes,
+    forget_tensors,
+    refuse_replaced_modules,
+)
 
-from .ambient import CallModes, ambient_modes, check_modes
 from .buffer_assignment import is_assigned_buffer, write_in_place
 from .buffer_state import preserve_buffers
-from .changes import Change, forget_tensors, refuse_replaced_modules
 from .containers import is_cache, take_apart
-from .python_state import PythonState
-from .tensor_mode import TensorMode, TensorNames
-from .watch_calls import CallWatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .reads import Reads
+    from autopipe.passes.python_state import Reads
 
 PLAIN_TYPES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 

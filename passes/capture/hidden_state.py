@@ -21,15 +21,15 @@ from autopipe.errors import AutopipeError, CaptureError
 from autopipe.passes._torch import FakeTensor, storage_id_of
 from autopipe.passes.graph import fingerprint, is_close, source_line, written_arguments
 from autopipe.passes.ir import InputKind
+from autopipe.passes.python_state import Forgotten, is_same, set_changes
 
 from .buffer_state import preserve_buffers, restore_values
-from .changes import Forgotten, set_changes
-from .value_keys import is_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .changes import Change
+    from autopipe.passes.python_state import Change
+
     from .flat_module import FlatModel
     from .normalize import Normalized
 

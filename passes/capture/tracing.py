@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import InputError
 from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.ops import exportable_ctc_loss
+from autopipe.passes.python_state import refuse_leftovers
 
 from .containers import take_apart
 from .flat_module import FlatModel, ForwardResult
 from .frontends import argument_names, as_module, frontend_of
 from .hidden_state import check_hidden_state
-from .leftovers import refuse_leftovers
 from .patches import find_observer_hooks, gather_on_one_device, trace_cumulative_norms
 
 if TYPE_CHECKING:

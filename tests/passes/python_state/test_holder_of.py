@@ -1,6 +1,6 @@
 """Containers of every kind that a forward reads: a change inside of one is noticed.
 
-A pipeline is compared with the model itself after each change. Covers capture/holder_of.py.
+A pipeline is compared with the model itself after each change. Covers python_state/holder_of.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
-from autopipe.passes.capture.holder_of import LARGEST_ARRAY, container_of
-from autopipe.passes.capture.holders import CONTENT
+from autopipe.passes.python_state.holder_of import LARGEST_ARRAY, container_of
+from autopipe.passes.python_state.holders import CONTENT
 from tests.support.agreement import assert_close
 
 

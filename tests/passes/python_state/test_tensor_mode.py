@@ -1,6 +1,6 @@
 """Tensors that a forward reaches around the model's names, assigns or keeps.
 
-Covers capture/leftovers.py. Results and gradients are compared with eager torch on a copy.
+Covers python_state/leftovers.py. Results and gradients are compared with eager torch on a copy.
 """
 
 from __future__ import annotations

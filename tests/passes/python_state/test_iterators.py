@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import autopipe
 from autopipe.errors import CaptureError
-from autopipe.passes.capture.iterators import iterator_state
+from autopipe.passes.python_state.iterators import iterator_state
 from tests.support.agreement import assert_close
 
 

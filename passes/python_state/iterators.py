@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import CaptureError
 
-from .explain import AVOIDING_OPTIONS
+from .random_numbers import AVOIDING_OPTIONS
 from .value_keys import value_key
 
 if TYPE_CHECKING:

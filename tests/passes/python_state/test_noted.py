@@ -1,6 +1,6 @@
 """What a forward asks torch and the process for: answered as in eager mode, compared in each call.
 
-Covers capture/noted.py and `CallModes` of capture/ambient.py.
+Covers python_state/noted.py and `CallModes` of python_state/ambient.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a forward reads and changes besides tensors: found, restored, and compared later.
 
-Covers capture/holders.py, capture/reachable.py, capture/changes.py and capture/reads.py.
+Covers python_state/holders.py, python_state/reachable.py, python_state/changes.py and
+python_state/reads.py.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 import autopipe
 from autopipe.errors import CaptureError
-from autopipe.passes.capture.holders import LARGEST_CONTAINER
-from autopipe.passes.capture.python_state import PythonState
+from autopipe.passes.python_state.holders import LARGEST_CONTAINER
+from autopipe.passes.python_state.state import PythonState
 from tests.support.agreement import assert_close
 
 SCALE = 2.0

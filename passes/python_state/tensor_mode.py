@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from .ambient import CallModes
-    from .python_state import PythonState
+    from .state import PythonState
 
 READ_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 READ_FLAG: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]

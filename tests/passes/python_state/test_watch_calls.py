@@ -1,6 +1,6 @@
 """Random numbers that are not torch's are refused by what is called, whatever it is named.
 
-Covers capture/random_numbers.py.
+Covers python_state/random_numbers.py.
 """
 
 from __future__ import annotations

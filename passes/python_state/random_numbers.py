@@ -13,10 +13,14 @@ from autopipe.errors import CaptureError
 from autopipe.passes.graph import is_user_file
 from autopipe.passes.one_at_a_time import replaced
 
-from .explain import AVOIDING_OPTIONS
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+AVOIDING_OPTIONS = (
+    "a library's model often has an option that avoids it (in transformers: layerdrop=0.0,"
+    " apply_spec_augment=False, a problem_type that is stated)"
+)
+"""Part of a remedy: how to avoid what cannot be captured in a library's model."""
 
 GENERATORS = (
     random.Random,

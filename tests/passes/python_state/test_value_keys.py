@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from autopipe.passes.capture.value_keys import is_same, value_key
+from autopipe.passes.python_state.value_keys import is_same, value_key
 
 
 class Mode(enum.Enum):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autopipe.passes.capture.names import names_in, reads_unnamed
+from autopipe.passes.python_state.names import names_in, reads_unnamed
 
 i = 1
 NAMED: list[Callable[..., Any]] = [
