@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import InputError, printable, shortened
+from autopipe.passes._torch import FakeTensor
 from autopipe.passes.capture import take_apart
 from autopipe.passes.python_state import Identity, value_key
 
@@ -79,6 +80,8 @@ class CallSignature(NamedTuple):
         shown: list[str] = []
         for x in inputs.leaves:
             if isinstance(x, Tensor):
+                if type(x) not in KINDS_OF_TENSORS:
+                    raise subclass_error(x)
                 keys.append((x.dtype, x.ndim))
                 shown.append(f"{str(x.dtype).removeprefix('torch.')} {x.ndim}-d")
             else:
@@ -95,6 +98,19 @@ class CallSignature(NamedTuple):
 
     def __hash__(self) -> int:
         return hash(self.leaves)
+
+
+KINDS_OF_TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
+"""Types of the tensors that a call may pass; subclasses may compute something else."""
+
+
+def subclass_error(tensor: Tensor) -> InputError:
+    """Return the error for an argument of a subclass of `torch.Tensor`."""
+    return InputError(
+        "an argument is of a subclass of torch.Tensor, whose operators may be others",
+        found=f"{type(tensor).__module__}.{type(tensor).__qualname__}",
+        remedy="pass a plain tensor: tensor.as_subclass(torch.Tensor)",
+    )
 
 
 def _comparable(value: Any) -> Hashable:

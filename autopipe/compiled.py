@@ -65,13 +65,14 @@ class CompiledModel:
         self._traces = traces
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
 
-    def fits(self, batch: int) -> bool:
+    def fits(self, inputs: CallInputs) -> bool:
         """Whether the model would take the captured branches, with the captured numbers.
 
         Args:
-            batch: number of samples.
+            inputs: of the call.
         """
-        return self.split.captured.reads.changed() is None and self.fits_size(batch)
+        changed = self.split.captured.reads.changed(inputs.leaves)
+        return changed is None and self.fits_size(inputs.batch)
 
     def fits_size(self, batch: int) -> bool:
         """Whether the model would take the captured branches for a batch of this size.

@@ -244,4 +244,4 @@ class ProgramCache:
 
 def _fitting(candidates: Sequence[CompiledModel], inputs: CallInputs) -> CompiledModel | None:
     """The first captured model that takes the same branches for a call, with the same numbers."""
-    return next((c for c in candidates if c.fits(inputs.batch)), None)
+    return next((c for c in candidates if c.fits(inputs)), None)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     import sympy
 
 __all__ = [
+    "READ_VERSION",
     "BackwardHookFunction",
     "BatchNormBase",
     "CheckpointFunction",
@@ -88,6 +89,10 @@ __all__ = [
     "wrap_with_autocast",
     "wrap_with_set_grad_enabled",
 ]
+
+
+READ_VERSION: Any = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+"""What a `TorchFunctionMode` sees where code reads how often a tensor was changed in place."""
 
 
 @contextmanager

@@ -53,6 +53,8 @@ class ForwardResult:
         assigned: qualified names of the buffers that it assigned.
         reads: the Python values that it read.
         created: the tensors that it created, some of which may still live.
+        outside: function that asks for something outside of the process → the line that calls it.
+        clock: whether one of these tells the time.
     """
 
     leaves: list[Any] = dataclasses.field(default_factory=list)
@@ -62,6 +64,8 @@ class ForwardResult:
     assigned: list[str] = dataclasses.field(default_factory=list)
     reads: Reads | None = None
     created: list[weakref.ref[Tensor]] = dataclasses.field(default_factory=list)
+    outside: dict[str, str] = dataclasses.field(default_factory=dict)
+    clock: bool = False
 
 
 class FlatModel(nn.Module):
@@ -91,23 +95,42 @@ class FlatModel(nn.Module):
         self._names = _Opaque(TensorNames(model))
         self._modes = _Opaque(CallModes())
         self._result = ForwardResult()  # an object: export forbids new attributes
+        self._same = _Opaque({})
 
     @property
     def result(self) -> ForwardResult:
         """What the last forward returned and changed."""
         return self._result
 
+    @property
+    def tells_objects_apart(self) -> bool:
+        """Whether the last forward may tell whether two arguments are the same object."""
+        return self._result.reads is not None and self._result.reads.asked.identity
+
+    def share(self, same: Mapping[int, int]) -> None:
+        """Pass some of the tensors in the place of others, too.
+
+        Args:
+            same: position of a tensor → position of the one that takes its place.
+        """
+        self._same.value = same
+
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self._template.value)
-        for position, tensor in zip(self.tensor_positions, tensors, strict=True):
-            leaves[position] = tensor
+        for n, position in enumerate(self.tensor_positions):
+            leaves[position] = tensors[self._same.value.get(n, n)]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
         state = PythonState(self.model)
         call_modes = self._modes.value
         watch = CallWatch(state, call_modes)
         tracing = any(map(is_traced, tensors))
         mode = TensorMode(
-            self.model, self._names.value, state, call_modes, watch.asleep, is_tracing=tracing
+            self.model,
+            self._names.value,
+            state,
+            call_modes,
+            watch.asleep,
+            inputs=tensors if tracing else (),
         )
         modes = ambient_modes()
         with preserve_buffers(self.model):
@@ -130,6 +153,7 @@ class FlatModel(nn.Module):
             result.changed = [forget_tensors(c) for c in result.changed]
         result.reads = state.reads(result.changed, call_modes)
         result.created = mode.created
+        result.outside, result.clock = state.noted.outside, state.noted.clock
         return write_in_place(self.model, assigned, self._flatten_result(out, kwargs))
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:

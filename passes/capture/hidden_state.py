@@ -26,7 +26,7 @@ from autopipe.passes.python_state import Forgotten, is_same, set_changes
 from .buffer_state import preserve_buffers, restore_values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from autopipe.passes.python_state import Change
 
@@ -81,6 +81,25 @@ def check_hidden_state(
             " from the start, or pass it in as an argument",
         )
     return [str(c) for c in flat.result.changed]
+
+
+def check_clock(traced: Normalized, again: Normalized, calls: Mapping[str, str]) -> None:
+    """Check that the time does not reach the graph of a model that asks for it.
+
+    Args:
+        traced, again: graphs of the model, traced one after the other.
+        calls: function that was called → the line that calls it.
+
+    Raises:
+        CaptureError: they differ.
+    """
+    if not _is_same_program(traced, again):
+        raise CaptureError(
+            "the model computes with the time: it would become a constant",
+            source=next(iter(calls.values())),
+            found=", ".join(calls),
+            remedy="pass it as an argument, a tensor",
+        )
 
 
 def refuse_written_constants(traced: Normalized, prefix: str) -> None:

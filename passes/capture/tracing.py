@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import InputError
+from autopipe.errors import CaptureError, InputError
 from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.ops import exportable_ctc_loss
-from autopipe.passes.python_state import refuse_leftovers
+from autopipe.passes.python_state import refuse_leftovers, shared
 
 from .containers import take_apart
 from .flat_module import FlatModel, ForwardResult
 from .frontends import argument_names, as_module, frontend_of
-from .hidden_state import check_hidden_state
+from .hidden_state import check_clock, check_hidden_state
 from .patches import find_observer_hooks, gather_on_one_device, trace_cumulative_norms
 
 if TYPE_CHECKING:
@@ -80,17 +80,45 @@ def trace_model(request: CaptureRequest) -> Trace:
         hooks = stack.enter_context(find_observer_hooks(module))
         normalized, sizes = trace(flat, examples, dims, names)
         refuse_leftovers(flat.result.created)
+        if flat.tells_objects_apart and (same := _same_objects(request)):
+            flat.share(same)
+            normalized, sizes = trace(flat, examples, dims, names)
+        if flat.result.reads is not None:
+            flat.result.reads.of_call(request.leaves)
         result = replace(flat.result)  # later calls of `flat` replace it
+        if result.clock:
+            check_clock(normalized, trace(flat, examples, dims, names)[0], result.outside)
         attributes = check_hidden_state(
             flat, normalized, lambda: trace(flat, examples, dims, names)[0], examples, dims
         )
-    _warn(hooks, attributes)
+    _warn(hooks, attributes, result)
     batch = next((x.shape[d] for x, d in zip(examples, dims, strict=True) if d is not None), None)
     positions = flat.tensor_positions
     return Trace(module, normalized, sizes, result, cumulative, positions, batch)
 
 
-def _warn(hooks: Sequence[str], attributes: Sequence[str]) -> None:
+def _same_objects(request: CaptureRequest) -> dict[int, int]:
+    """Tensors of the call that are the same object: position → position of the first.
+
+    Raises:
+        CaptureError: they are batched in different dimensions, so that a trace needs two.
+    """
+    tensors = [
+        (x, d)
+        for x, d in zip(request.leaves, request.symbolic_dims, strict=True)
+        if isinstance(x, Tensor)
+    ]
+    same = shared([x for x, _ in tensors])
+    if any(tensors[n][1] != tensors[first][1] for n, first in same.items()):
+        raise CaptureError(
+            "the forward may ask whether two arguments are one object; they are, but they are not"
+            " split into micro-batches alike",
+            remedy="pass a copy: tensor.clone()",
+        )
+    return same
+
+
+def _warn(hooks: Sequence[str], attributes: Sequence[str], result: ForwardResult) -> None:
     for hook in hooks:
         warn_at_user_line(
             f"a forward hook of {hook} returns nothing: if it only observes, it has run for the"
@@ -100,6 +128,17 @@ def _warn(hooks: Sequence[str], attributes: Sequence[str]) -> None:
         warn_at_user_line(
             f"the model's forward sets {', '.join(attributes)}; the pipeline does not: they keep"
             " their values"
+        )
+    for function, line in result.outside.items():
+        warn_at_user_line(
+            f"the model's forward calls {function} ({line}); the pipeline does not call it again,"
+            " and goes on with what it returned"
+        )
+    if result.reads is not None and (large := result.reads.not_compared):
+        warn_at_user_line(
+            f"the model's forward reads {', '.join(large)}, too large to be compared in every call:"
+            " the pipeline goes on with the contents of now; keep large data in a buffer"
+            " (register_buffer)"
         )
 
 

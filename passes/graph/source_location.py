@@ -57,7 +57,7 @@ def user_source_line(stack: traceback.StackSummary) -> str | None:
     """
     nearest = None
     for frame in reversed(stack):
-        if not is_user_file(frame.filename):
+        if not is_user_file(frame.filename) or is_standard_library(frame.filename):
             continue
         if frame.filename not in ("<string>", "<stdin>"):
             return f"{frame.filename}:{frame.lineno}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import sympy
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ from .values import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
     from torch.utils._pytree import TreeSpec
@@ -38,14 +38,18 @@ class PythonReads(Protocol):
 
     names: frozenset[str] | None
 
-    def changed(self) -> str | None:
-        """Return the name of a value that has changed since, or None."""
+    def changed(self, leaves: Sequence[Any] = ()) -> str | None:
+        """Return the name of a value that has changed since, or None.
+
+        Args:
+            leaves: the flattened arguments of the call that asks.
+        """
 
 
 class _NothingRead:
     names: frozenset[str] | None = None
 
-    def changed(self) -> str | None:
+    def changed(self, leaves: Sequence[Any] = ()) -> str | None:
         return None
 
 

@@ -15,7 +15,10 @@ Files, in reading order:
 - `reachable`: the values that the code which runs can reach, copied before it runs
 - `changes`, `state`: what it changed of them, and what it read
 - `reads`: what it read, compared in later calls
+- `arguments`: what it asked of its arguments, besides values and sizes
 - `ambient`: settings and modes of the process that a graph depends on
+- `questions`: what functions of torch told it about the process
+- `outside_world`: what it asked for outside of the process: clocks, files
 - `watch_calls`: which Python functions it calls
 - `tensor_mode`, `leftovers`: tensors that are reached around the model's names, or left behind
 """
@@ -23,6 +26,7 @@ Files, in reading order:
 from __future__ import annotations
 
 from .ambient import CallModes, ambient_modes, ambient_settings, check_modes
+from .arguments import shared
 from .changes import Change, Forgotten, forget_tensors, refuse_replaced_modules, set_changes
 from .holders import MODULE_INTERNALS
 from .leftovers import refuse_leftovers
@@ -67,5 +71,6 @@ __all__ = [
     "refuse_leftovers",
     "refuse_replaced_modules",
     "set_changes",
+    "shared",
     "value_key",
 ]

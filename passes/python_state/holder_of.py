@@ -15,7 +15,7 @@ from .holders import CONTENT, Context, Dict, Holder, Namespace, Sequence, Slots,
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-LARGEST_ARRAY = 1 << 24
+LARGEST_ARRAY = 1 << 20
 """Bytes of an array that are compared; of a larger one, only its identity."""
 
 

@@ -50,6 +50,23 @@ def reads_unnamed(code: CodeType) -> bool:
     return wanted > 0 and _calls_by_constant(code) < wanted
 
 
+@functools.cache
+def compares_objects(code: CodeType) -> bool:
+    """Whether some code may tell whether two objects are the same: ``a is b``, ``id(a)``.
+
+    Args:
+        code: of a function.
+    """
+    if {"id", "is_", "is_not"}.intersection(code.co_names):
+        return True
+    before = ""
+    for step in dis.get_instructions(code):
+        if step.opname == "IS_OP" and before != "LOAD_CONST":  # ``is None`` compares no arguments
+            return True
+        before = step.opname
+    return False
+
+
 def _calls_by_constant(code: CodeType) -> int:
     """How many calls of `BY_NAME` have a name that is a constant; some may be overlooked."""
     found = 0

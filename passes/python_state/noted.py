@@ -73,6 +73,25 @@ class Environment(_Compared):
         return f"os.environ[{key!r}]"
 
 
+class Answers(_Compared):
+    """What functions of torch told about the process: ``torch.distributed.is_initialized()``."""
+
+    def __init__(self) -> None:
+        super().__init__(None, "")
+
+    def get(self, key: Hashable) -> Any:
+        """Ask once more: call the function with the same arguments."""
+        assert isinstance(key, tuple)
+        function, *arguments = key
+        return function(*arguments)
+
+    def name_of(self, key: Hashable) -> str:
+        """The call, as code."""
+        assert isinstance(key, tuple)
+        function, *arguments = key
+        return f"{function.__module__}.{function.__name__}({', '.join(map(repr, arguments))})"
+
+
 class Noted:
     """What a forward asked for.
 
@@ -82,12 +101,20 @@ class Noted:
     Attributes:
         flags: name of a parameter → whether it needed gradients.
         environment: variable → its value, or `Missing`.
+        outside: function that asks for something outside of the process → the line that calls it.
+        clock: whether one of these tells the time.
+        answers: (function of torch, arguments) → what it returned.
+        arguments: what it asked of its arguments: fields of `ArgumentReads`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.flags: dict[Hashable, Any] = {}
         self.environment: dict[Hashable, Any] = {}
+        self.outside: dict[str, str] = {}
+        self.clock = False
+        self.answers: dict[Hashable, Any] = {}
+        self.arguments: set[str] = set()
         self._tensors: list[tuple[Holder, dict[Hashable, Any]]] = []
 
     def note_values(self, tensor: Tensor, place: str | None) -> None:
@@ -105,11 +132,20 @@ class Noted:
         """Note that a variable of the environment was read."""
         self.environment[name] = os.environ.get(name, Missing)
 
+    def note_outside(self, function: str, line: str, *, clock: bool) -> None:
+        """Note that a function was called that asks for something outside of the process."""
+        self.outside.setdefault(function, line)
+        self.clock |= clock
+
     def note_flags(self, names: Mapping[str, bool]) -> None:
         """Note that ``requires_grad`` was read, by names of parameters and buffers."""
         self.flags.update(names)
 
     def holders(self) -> list[tuple[Holder, dict[Hashable, Any]]]:
         """What was noted, as holders and the values that were read."""
-        found = [(GradientFlags(self._model, ""), self.flags), (Environment(), self.environment)]
+        found: list[tuple[Holder, dict[Hashable, Any]]] = [
+            (GradientFlags(self._model, ""), self.flags),
+            (Environment(), self.environment),
+            (Answers(), self.answers),
+        ]
         return [*((h, v) for h, v in found if v), *self._tensors]

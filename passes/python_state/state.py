@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .arguments import ArgumentReads
 from .changes import Change
 from .holder_of import Array
 from .holders import (
@@ -85,7 +86,11 @@ class PythonState(ReachableState):
             }
             if read:
                 watched.append((holder, read))
-        return Reads(watched, frozenset(self.names) if known else None, modes)
+        names = frozenset(self.names) if known else None
+        asked = dict.fromkeys(self.noted.arguments, True)
+        if not self.is_watched:
+            asked["identity"] = True
+        return Reads(watched, ArgumentReads(**asked, names=names), modes)
 
     def check_generators(self) -> None:
         """Check that no generator of random numbers that is not torch's, and no iterator, was used.

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
 from autopipe.interrupts import raise_interrupt
-from autopipe.passes._torch import is_traced
+from autopipe.passes._torch import READ_VERSION, is_traced
 from autopipe.passes.graph import is_user_file, symbolic_size, user_source_line
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 READ_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 READ_FLAG: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+READ_LEAF: Any = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
+READ_NODE: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+READ_FLAGS = (READ_FLAG, READ_LEAF, READ_NODE)
+LAYOUT = (Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset, Tensor.dim_order)
 SET_FLAG: Any = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 READ_GRADIENT: Any = Tensor.grad.__get__  # type: ignore[union-attr]
 TO_PYTHON = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
@@ -80,7 +84,7 @@ class TensorMode(TorchFunctionMode):
         state: of the model: where it holds a tensor; it is told what the forward asks for.
         modes: of the call that the model is captured for.
         call: calls a function of torch with its arguments.
-        is_tracing: whether the forward runs on tensors of a trace.
+        inputs: the model's arguments in a trace; empty if the forward runs outside of one.
 
     Attributes:
         created: the tensors of the trace that it created, as far as they still live.
@@ -94,7 +98,7 @@ class TensorMode(TorchFunctionMode):
         modes: CallModes,
         call: Callable[..., Any],
         *,
-        is_tracing: bool,
+        inputs: Sequence[Tensor],
     ) -> None:
         super().__init__()
         self._model, self._names, self._call = model, names, call
@@ -102,7 +106,8 @@ class TensorMode(TorchFunctionMode):
         self._state = {
             id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())
         }
-        self.is_tracing = is_tracing
+        self.is_tracing = bool(inputs)
+        self._inputs = {id(x) for x in inputs}
         self.created: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(
@@ -114,8 +119,17 @@ class TensorMode(TorchFunctionMode):
             return self._call(args[0].detach)
         if func == ASSIGN_DATA:
             return self._call(self._assign_data, *args)
-        if func in (READ_FLAG, READ_GRADIENT):
+        if func in (*READ_FLAGS, READ_GRADIENT):
             return self._read(func, args[0])
+        if func == READ_VERSION and self.is_tracing and _is_users(2):
+            raise CaptureError(
+                "the forward reads how often a tensor was changed in place; a trace cannot tell",
+                source=user_source_line(traceback.extract_stack()),
+                found="Tensor._version",
+                remedy="pass what depends on it as an argument",
+            )
+        if func in LAYOUT and id(args[0]) in self._inputs and _is_users(2):
+            self._noted.arguments.add("layout")
         if func in SET_FLAG:
             self._refuse_flag(
                 args[0], bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
@@ -137,7 +151,7 @@ class TensorMode(TorchFunctionMode):
     def _read(self, func: Any, tensor: Tensor) -> Any:
         """Answer ``requires_grad`` as outside of the trace; refuse ``grad``: a trace has none."""
         found = self._call(func, tensor)
-        if not is_user_file(sys._getframe(2).f_code.co_filename) or not self.is_tracing:
+        if not _is_users(3) or not self.is_tracing:
             return found
         name = self._state.get(id(tensor)) or self._names.name(tensor)
         if func == READ_GRADIENT:
@@ -154,8 +168,13 @@ class TensorMode(TorchFunctionMode):
             return found
         flags = {name: bool(p.requires_grad) for name, p in self._model.named_parameters()}
         self._noted.note_flags(flags)
+        self._noted.arguments.add("flags")
         self._modes.read.add("is_grad_enabled")
-        return found and (tensor.is_leaf or self._modes.outer["is_grad_enabled"])
+        if func != READ_FLAG and id(tensor) in self._inputs:
+            self._noted.arguments.add("history")
+        if self._modes.outer["is_grad_enabled"] or (func == READ_FLAG and tensor.is_leaf):
+            return found
+        return {READ_FLAG: False, READ_LEAF: True}.get(func)
 
     def _named(self, tensor: Tensor) -> Tensor:
         """A tensor that is reached around the model's names, by its name."""
@@ -211,6 +230,11 @@ class TensorMode(TorchFunctionMode):
             )
         with torch.no_grad():
             tensor.copy_(value.detach().clone())
+
+
+def _is_users(depth: int) -> bool:
+    """Whether the function so many calls up is the user's."""
+    return is_user_file(sys._getframe(depth).f_code.co_filename)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -18,7 +18,8 @@ import torch
 
 from autopipe.passes.graph import is_standard_library, is_user_file
 
-from .ambient import READABLE
+from .outside_world import asking_line, asks_outside, is_clock, name_of, refuse_random_state
+from .questions import builtin_question, question
 from .random_numbers import numpy_refused, random_error
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ DRAWING = ("random", "getrandbits")
 
 
 READ_ENVIRONMENT = type(os.environ).__getitem__.__code__
-MODES = {f for name in READABLE if isinstance(f := getattr(torch, name), types.BuiltinFunctionType)}
+TENSOR_HASH = torch.Tensor.__hash__.__code__
+MODES = {f for f in vars(torch).values() if isinstance(f, types.BuiltinFunctionType)}
 CALLS = (types.FunctionType, types.MethodType, functools.partial)
 
 
@@ -82,14 +84,31 @@ class CallWatch:
 
     def _called(self, frame: FrameType, event: str, function: Any) -> None:
         if event == "call":
-            if _is_watched(frame.f_code.co_filename):
-                self._state.enter(frame)
-            elif frame.f_code is READ_ENVIRONMENT:
-                self._state.noted.note_variable(str(frame.f_locals["key"]))
-        elif event != "c_call":
-            return
+            self._entered(frame)
+        elif event == "return":
+            if (asked := question(frame, function)) is not None:
+                self._state.noted.answers[asked] = function
+        elif event == "c_call":
+            self._called_builtin(frame, function)
+
+    def _entered(self, frame: FrameType) -> None:
+        code = frame.f_code
+        if _is_watched(code.co_filename):
+            self._state.enter(frame)
+        elif code is READ_ENVIRONMENT:
+            self._state.noted.note_variable(str(frame.f_locals["key"]))
+        elif code is TENSOR_HASH:
+            self._state.noted.arguments.add("identity")
+        else:
+            refuse_random_state(frame)
+
+    def _called_builtin(self, frame: FrameType, function: Any) -> None:
+        if isinstance(getattr(function, "__self__", None), torch.Generator):
+            refuse_random_state(frame, function)
         elif function in MODES and is_user_file(frame.f_code.co_filename):
             self._modes.note(function, f"{frame.f_code.co_filename}:{frame.f_lineno}")
+            if (asked := builtin_question(function)) is not None:
+                self._state.noted.answers[asked] = function()
         elif _draws(function):
             user = _user_frame(frame)
             if user is not None:
@@ -97,6 +116,8 @@ class CallWatch:
                     f"{type(function.__self__).__module__}.{function.__name__}",
                     f"{user.f_code.co_filename}:{user.f_lineno}",
                 )
+        elif asks_outside(function) and (line := asking_line(frame)) is not None:
+            self._state.noted.note_outside(name_of(function), line, clock=is_clock(function))
 
 
 @functools.cache

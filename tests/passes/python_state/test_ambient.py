@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import autopipe
 from autopipe.errors import CaptureError
-from autopipe.passes.capture import ambient_settings
+from autopipe.passes.python_state import ambient_settings
 from tests.support.agreement import assert_close
 
 
