@@ -85,7 +85,7 @@ def test_a_model_that_does_not_ask_is_captured_once(monkeypatch: pytest.MonkeyPa
 
 
 def test_one_tensor_that_is_batched_and_shared() -> None:
-    """A forward that asks would get another answer: it is refused. Two tensors are none the less."""
+    """A forward that asks would get another answer: it is refused, but two tensors are not."""
 
     class Both(nn.Module):
         def __init__(self) -> None:
