@@ -30,15 +30,13 @@ if TYPE_CHECKING:
 
 
 class PythonReads(Protocol):
-    """The Python values that a model's forward read while it was captured.
+    """The Python values that a model's forward read while it was captured."""
 
-    Attributes:
-        names: all names by which it can have read attributes; None: unknown.
-    """
+    @property
+    def names(self) -> frozenset[str] | None:
+        """All names by which it can have read attributes; None: unknown."""
 
-    names: frozenset[str] | None
-
-    def changed(self, leaves: Sequence[Any] = ()) -> str | None:
+    def changed(self, leaves: Sequence[Any]) -> str | None:
         """Return the name of a value that has changed since, or None.
 
         Args:
@@ -49,7 +47,7 @@ class PythonReads(Protocol):
 class _NothingRead:
     names: frozenset[str] | None = None
 
-    def changed(self, leaves: Sequence[Any] = ()) -> str | None:
+    def changed(self, leaves: Sequence[Any]) -> str | None:
         return None
 
 
