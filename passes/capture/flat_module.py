@@ -53,8 +53,8 @@ class ForwardResult:
         assigned: qualified names of the buffers that it assigned.
         reads: the Python values that it read.
         created: the tensors that it created, some of which may still live.
-        outside: function that asks for something outside of the process → the line that calls it.
-        clock: whether one of these tells the time.
+        remarks: what the forward does that a pipeline does not.
+        clocks: function that tells the time → the line that calls it.
     """
 
     leaves: list[Any] = dataclasses.field(default_factory=list)
@@ -64,8 +64,8 @@ class ForwardResult:
     assigned: list[str] = dataclasses.field(default_factory=list)
     reads: Reads | None = None
     created: list[weakref.ref[Tensor]] = dataclasses.field(default_factory=list)
-    outside: dict[str, str] = dataclasses.field(default_factory=dict)
-    clock: bool = False
+    remarks: tuple[str, ...] = ()
+    clocks: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class FlatModel(nn.Module):
@@ -153,7 +153,7 @@ class FlatModel(nn.Module):
             result.changed = [forget_tensors(c) for c in result.changed]
         result.reads = state.reads(result.changed, call_modes)
         result.created = mode.created
-        result.outside, result.clock = state.noted.outside, state.noted.clock
+        result.remarks, result.clocks = tuple(state.noted.remarks), state.noted.clocks
         return write_in_place(self.model, assigned, self._flatten_result(out, kwargs))
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -86,8 +86,8 @@ def trace_model(request: CaptureRequest) -> Trace:
         if flat.result.reads is not None:
             flat.result.reads.of_call(request.leaves)
         result = replace(flat.result)  # later calls of `flat` replace it
-        if result.clock:
-            check_clock(normalized, trace(flat, examples, dims, names)[0], result.outside)
+        if result.clocks:
+            check_clock(normalized, trace(flat, examples, dims, names)[0], result.clocks)
         attributes = check_hidden_state(
             flat, normalized, lambda: trace(flat, examples, dims, names)[0], examples, dims
         )
@@ -129,11 +129,8 @@ def _warn(hooks: Sequence[str], attributes: Sequence[str], result: ForwardResult
             f"the model's forward sets {', '.join(attributes)}; the pipeline does not: they keep"
             " their values"
         )
-    for function, line in result.outside.items():
-        warn_at_user_line(
-            f"the model's forward calls {function} ({line}); the pipeline does not call it again,"
-            " and goes on with what it returned"
-        )
+    for remark in result.remarks:
+        warn_at_user_line(f"the model's forward {remark}")
     if result.reads is not None and (large := result.reads.not_compared):
         warn_at_user_line(
             f"the model's forward reads {', '.join(large)}, too large to be compared in every call:"

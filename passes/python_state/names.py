@@ -19,6 +19,12 @@ CALLS = {"PRECALL"} if "PRECALL" in dis.opmap else {"CALL", "CALL_FUNCTION"}
 """Instructions before which a function and its arguments are on the stack."""
 
 
+COMPARISONS = {"IS_OP", "COMPARE_OP", "CONTAINS_OP"}
+HARMLESS = {"PRECALL", "CACHE", "BUILD_TUPLE", "BUILD_LIST", "BUILD_SET", "PUSH_NULL"}
+"""Instructions between a type and what it is compared with."""
+
+TENSORS = frozenset({"Tensor", "Parameter"})
+
 JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs})
 
 
@@ -64,6 +70,31 @@ def compares_objects(code: CodeType) -> bool:
         if step.opname == "IS_OP" and before != "LOAD_CONST":  # ``is None`` compares no arguments
             return True
         before = step.opname
+    return False
+
+
+@functools.cache
+def compares_types(code: CodeType) -> bool:
+    """Whether some code compares the type of an object with a tensor's: ``type(x) is Tensor``.
+
+    Args:
+        code: of a function.
+    """
+    has_type = named = False
+    before = ""
+    for step in dis.get_instructions(code):
+        if step.argval == "__class__" or (step.opname == "CALL" and before == "type"):
+            has_type, named = True, False
+        elif step.opname.startswith("LOAD_"):
+            named |= has_type and step.argval in TENSORS
+        elif step.opname in COMPARISONS:
+            if has_type and named:
+                return True
+            has_type = False
+        elif step.opname not in HARMLESS:
+            has_type = False
+        if step.opname == "LOAD_GLOBAL":
+            before = step.argval
     return False
 
 

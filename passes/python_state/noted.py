@@ -83,7 +83,10 @@ class Answers(_Compared):
         """Ask once more: call the function with the same arguments."""
         assert isinstance(key, tuple)
         function, *arguments = key
-        return function(*arguments)
+        try:
+            return function(*arguments)
+        except Exception:  # there is no answer now
+            return Missing
 
     def name_of(self, key: Hashable) -> str:
         """The call, as code."""
@@ -101,8 +104,8 @@ class Noted:
     Attributes:
         flags: name of a parameter → whether it needed gradients.
         environment: variable → its value, or `Missing`.
-        outside: function that asks for something outside of the process → the line that calls it.
-        clock: whether one of these tells the time.
+        remarks: for the user: what the forward does that a pipeline does not.
+        clocks: function that tells the time → the line that calls it.
         answers: (function of torch, arguments) → what it returned.
         arguments: what it asked of its arguments: fields of `ArgumentReads`.
     """
@@ -111,8 +114,8 @@ class Noted:
         self._model = model
         self.flags: dict[Hashable, Any] = {}
         self.environment: dict[Hashable, Any] = {}
-        self.outside: dict[str, str] = {}
-        self.clock = False
+        self.remarks: dict[str, None] = {}
+        self.clocks: dict[str, str] = {}
         self.answers: dict[Hashable, Any] = {}
         self.arguments: set[str] = set()
         self._tensors: list[tuple[Holder, dict[Hashable, Any]]] = []
@@ -132,10 +135,25 @@ class Noted:
         """Note that a variable of the environment was read."""
         self.environment[name] = os.environ.get(name, Missing)
 
+    def note_answer(self, asked: tuple[Any, ...], answer: Any) -> None:
+        """Note what a function of torch returned; None also stands for an exception."""
+        self.answers[asked] = Answers().get(asked) if answer is None else answer
+
     def note_outside(self, function: str, line: str, *, clock: bool) -> None:
         """Note that a function was called that asks for something outside of the process."""
-        self.outside.setdefault(function, line)
-        self.clock |= clock
+        self.remarks[
+            f"calls {function} ({line}); the pipeline does not call it again, and goes on with"
+            " what it returned"
+        ] = None
+        if clock:
+            self.clocks.setdefault(function, line)
+
+    def note_type_comparison(self, line: str) -> None:
+        """Note that a function compares the type of an object with a tensor's."""
+        self.remarks[
+            f"compares a type with torch.Tensor or nn.Parameter ({line}); while a model is"
+            " captured, the type of tensors is another one: use isinstance"
+        ] = None
 
     def note_flags(self, names: Mapping[str, bool]) -> None:
         """Note that ``requires_grad`` was read, by names of parameters and buffers."""

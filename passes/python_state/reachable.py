@@ -33,7 +33,7 @@ from .holders import (
     Registry,
 )
 from .iterators import iterator_state
-from .names import compares_objects, names_in, reads_unnamed
+from .names import compares_objects, compares_types, names_in, reads_unnamed
 from .noted import Noted
 from .random_numbers import GENERATORS, saved_generator
 
@@ -127,6 +127,8 @@ class ReachableState:
         self.reads_unnamed |= self._unnamed
         if compares_objects(code):
             self.noted.arguments.add("identity")
+        if compares_types(code):
+            self.noted.note_type_comparison(f"{code.co_filename}:{code.co_firstlineno}")
         self._now.clear()
         self._enter_globals(frame.f_globals, code.co_names, names)
         arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]

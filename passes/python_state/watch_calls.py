@@ -87,7 +87,7 @@ class CallWatch:
             self._entered(frame)
         elif event == "return":
             if (asked := question(frame, function)) is not None:
-                self._state.noted.answers[asked] = function
+                self._state.noted.note_answer(asked, function)
         elif event == "c_call":
             self._called_builtin(frame, function)
 
@@ -108,7 +108,7 @@ class CallWatch:
         elif function in MODES and is_user_file(frame.f_code.co_filename):
             self._modes.note(function, f"{frame.f_code.co_filename}:{frame.f_lineno}")
             if (asked := builtin_question(function)) is not None:
-                self._state.noted.answers[asked] = function()
+                self._state.noted.note_answer(asked, function())
         elif _draws(function):
             user = _user_frame(frame)
             if user is not None:

@@ -166,6 +166,32 @@ def test_how_often_a_tensor_was_changed_is_refused() -> None:
         compiled(Asks(lambda x: x._version > 0), X)
 
 
+TYPES: dict[str, Callable[[Tensor], Any]] = {
+    "is": lambda x: type(x) is torch.Tensor,
+    "==": lambda x: type(x) == Tensor,  # noqa: E721
+    "in": lambda x: type(x) in (list, Tensor),
+    "not": lambda x: type(x) is not nn.Parameter,
+    "__class__": lambda x: x.__class__ is Tensor,
+}
+
+
+@pytest.mark.parametrize("ask", TYPES)
+def test_exact_types_of_tensors_are_named(ask: str) -> None:
+    """A traced tensor is of a class of its own; `isinstance` is answered as in eager."""
+    with pytest.warns(UserWarning, match=r"compares a type with torch.Tensor.*test_arguments.py:"):
+        compiled(Asks(TYPES[ask]), X)
+
+
+def test_other_types_may_be_compared(recwarn: pytest.WarningsRecorder) -> None:
+    def ask(x: Tensor) -> bool:
+        kind = type(ask)
+        return kind is type and isinstance(x, Tensor) and type(x.shape) is not tuple
+
+    model = Asks(ask)
+    torch.testing.assert_close(compiled(model, X)(X), model(X))
+    assert not [w for w in recwarn if "compares a type" in str(w.message)]
+
+
 class Own(torch.Tensor):
     """A tensor with operators of its own."""
 

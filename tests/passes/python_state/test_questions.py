@@ -80,8 +80,19 @@ QUESTIONS: dict[str, tuple[Callable[[], Any], Callable[[Path], AbstractContextMa
     "is_initialized": (lambda: dist.is_initialized(), group),
     "imported name": (lambda: initialized(), group),
     "initial_seed": (lambda: torch.initial_seed() % 2, seeded),
+    "an error": (lambda: rank(), group),
     "threads": (lambda: torch.get_num_threads() % 2, threads),
 }
+
+
+def rank() -> bool:
+    """Without a group, `get_rank` raises; with one, it is asked, and raises later."""
+    try:
+        return dist.get_rank() == 0
+    except ValueError:
+        return False
+
+
 initialized = dist.is_initialized
 
 
