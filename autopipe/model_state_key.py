@@ -23,14 +23,14 @@ from autopipe.errors import CaptureError
 from autopipe.passes.python_state import MODULE_INTERNALS, WeakIdentity, is_user_module
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Hashable, Iterator
+    from collections.abc import Hashable, Iterator, Set
 
 PLAIN: frozenset[type] = frozenset({int, float, bool, str, type(None), torch.dtype})
 RECORDS = (types.SimpleNamespace, argparse.Namespace)
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def model_state_key(model: nn.Module, names: Container[str] | None = None) -> Hashable:
+def model_state_key(model: nn.Module, names: Set[str] | None = None) -> Hashable:
     """Return a key of the state that capture depends on: it changes if that state does.
 
     The key has, for every module: the class; attributes (such as the training flag) that are plain
@@ -51,17 +51,18 @@ def model_state_key(model: nn.Module, names: Container[str] | None = None) -> Ha
     for module in model.modules():
         attributes = vars(module)
         kind: Any = type(module)
-        key.append(kind)
-        counted = names if _is_users(kind) else None
-        for name, value in attributes.items():
-            if counted is not None and name != "training" and name not in counted:
-                continue
+        key += kind, module.training
+        counted = attributes.keys() - MODULE_INTERNALS
+        if names is not None and _is_users(kind):
+            counted &= names
+        for name in counted:
+            value = attributes[name]
             plain = type(value)
             if plain is float:
                 key.append((name, _float_key(value)))
             elif plain in PLAIN:
                 key.append((name, plain, value))  # 1 and True are equal
-            elif name not in MODULE_INTERNALS:
+            else:
                 key.extend(_attribute_key(name, value, seen))
         for name in HOOKS:
             if attributes[name]:
