@@ -23,6 +23,9 @@ NAMED = ("is_", "get_", "has_", "current_")
 
 OTHERS = {"initial_seed", "device_count", "__get__", "__getattr__"}
 
+OF_PROCESS = ("torch.distributed", "torch.cuda", "torch.backends", "torch.accelerator")
+"""Modules whose functions tell about the process also where they have arguments."""
+
 HANDLED = {*READABLE, "is_anomaly_enabled", "is_anomaly_check_nan_enabled"}
 """Modes that `CallModes` compares, or that a capture switches off."""
 
@@ -52,6 +55,8 @@ def question(frame: FrameType, answer: Any) -> tuple[Any, ...] | None:
         known = type(owner).__module__.startswith("torch.backends")
         return (getattr, owner, frame.f_locals.get("name")) if known else None
     function = inspect.unwrap(frame.f_globals.get(name, torch.is_tensor))
+    if code.co_argcount and not frame.f_globals["__name__"].startswith(OF_PROCESS):
+        return None  # `torch.is_tensor(3)` tells about its argument
     arguments = [frame.f_locals.get(n) for n in code.co_varnames[: code.co_argcount]]
     if getattr(function, "__code__", None) is not code or not all(map(_is_plain, arguments)):
         return None
