@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import autopipe
 from autopipe.passes.python_state.holder_of import LARGEST_ARRAY, container_of
-from autopipe.passes.python_state.holders import CONTENT
+from autopipe.passes.python_state.holders import CONTENT, LARGEST_CONTAINER
 from tests.support.agreement import assert_close
 
 
@@ -162,6 +162,34 @@ def test_the_contents_of_huge_arrays_are_not_compared() -> None:
     assert holder.read() == before
     holder.write(CONTENT, before[CONTENT])
     assert owner[0] == 1
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        np.ones(LARGEST_ARRAY // 8 + 1),
+        bytearray(b"1") * (LARGEST_ARRAY + 1),
+        [1.0] * (LARGEST_CONTAINER + 1),
+        dict.fromkeys(range(LARGEST_CONTAINER + 1), 1.0),
+        set(range(LARGEST_CONTAINER + 1)),
+    ],
+    ids=["array", "bytearray", "list", "dict", "set"],
+)
+def test_what_is_too_large_to_be_compared_is_named(held: Any) -> None:
+    model, x = Net(lambda net: float(len(net.held)), held), torch.randn(6, 4, dtype=torch.float64)
+    pipe = autopipe.compile(model, 1, 3)
+    with pytest.warns(UserWarning, match=r"reads held, too large to be compared in every call"):
+        assert_close(pipe(x), model(x))
+
+
+@pytest.mark.parametrize("held", [np.ones(LARGEST_ARRAY // 8), [1.0] * LARGEST_CONTAINER])
+def test_smaller_data_is_not(held: Any, recwarn: pytest.WarningsRecorder) -> None:
+    model, x = Net(lambda net: float(net.held[0]), held), torch.randn(6, 4, dtype=torch.float64)
+    pipe = autopipe.compile(model, 1, 3)
+    assert_close(pipe(x), model(x))
+    held[0] = 3.0
+    assert_close(pipe(x), model(x))
+    assert not [w for w in recwarn if "too large" in str(w.message)]
 
 
 class Remembers(nn.Module):
