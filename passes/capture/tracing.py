@@ -84,7 +84,7 @@ def trace_model(request: CaptureRequest) -> Trace:
             flat.share(same)
             normalized, sizes = trace(flat, examples, dims, names)
         if flat.result.reads is not None:
-            flat.result.reads.of_call(request.leaves)
+            flat.result.reads.of_call(request.leaves, names)
         result = replace(flat.result)  # later calls of `flat` replace it
         if result.clocks:
             check_clock(normalized, trace(flat, examples, dims, names)[0], result.clocks)

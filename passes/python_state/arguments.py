@@ -44,20 +44,23 @@ class ArgumentReads:
             tuple((n, what) for n, x in enumerate(tensors) if (what := self._hidden(x))),
         )
 
-    def check(self, leaves: Sequence[Any]) -> None:
+    def check(self, leaves: Sequence[Any], names: Sequence[str]) -> None:
         """Check that the tensors which stand for the arguments in a trace are like them.
 
         Args:
             leaves: the flattened call.
+            names: of the tensors among the leaves.
 
         Raises:
             CaptureError: the forward can tell an argument from the one that it was traced with.
         """
-        for what in (self._hidden(x) for x in leaves if isinstance(x, Tensor)):
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        for name, what in zip(names, map(self._hidden, tensors), strict=True):
             if what is not None:
                 found, remedy = what
                 raise CaptureError(
                     "the forward asks for more of an argument than a captured graph knows",
+                    node=name,
                     found=found,
                     remedy=remedy,
                 )

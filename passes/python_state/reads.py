@@ -89,16 +89,17 @@ class Reads:
         """What the forward asked of its arguments."""
         return self._arguments
 
-    def of_call(self, leaves: Sequence[Any]) -> None:
+    def of_call(self, leaves: Sequence[Any], names: Sequence[str]) -> None:
         """Set the call that the model was captured for.
 
         Args:
             leaves: its flattened arguments.
+            names: of the tensors among the leaves, for messages.
 
         Raises:
             CaptureError: the forward can tell an argument from the one that it was traced with.
         """
-        self._arguments.check(leaves)
+        self._arguments.check(leaves, names)
         for w in self._watched:  # what a function told within a with statement, or of the trace
             if isinstance(w.holder, Answers):
                 for asked in [k for k, v in w.values.items() if w.holder.get(k) != v]:

@@ -48,6 +48,32 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
 
             autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(4, 4))
             """,
+        "An argument with more than values": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    return x * getattr(x, "scale", 1.0)
+
+            x = torch.randn(4, 4)
+            x.scale = 2.0
+            autopipe.compile(Model(), devices=1, chunks=2)(x)
+            """,
+        "A seed within the forward": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    torch.manual_seed(0)
+                    return x + torch.rand(4)
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(4, 4))
+            """,
+        "A result that depends on the time": """\
+            import time
+
+            class Model(nn.Module):
+                def forward(self, x):
+                    return x * time.time()
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(4, 4))
+            """,
         "A state that is no buffer": """\
             class Model(nn.Module):
                 def __init__(self):
