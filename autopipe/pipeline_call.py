@@ -9,6 +9,7 @@ import torch
 
 from autopipe import interrupts, results
 from autopipe.call_guards import refuse_transforms, restore_autocast
+from autopipe.caller_modes import caller_modes
 from autopipe.errors import StageError
 from autopipe.higher_derivatives import differentiable_gradients
 from autopipe.passes.ir import InputKind
@@ -224,7 +225,7 @@ class PipelineCall:
         """
         buffers: dict[str, Tensor] = {}
         held = self._held(ready, before, buffers)
-        run = Run(ready.program, held, buffers, self.seed, self.memory)
+        run = Run(ready.program, held, buffers, self.seed, self.memory, caller_modes)
         for item in self.compiled.call_inputs:
             route = self.compiled.split.routes.get(item.name)
             if route is None:

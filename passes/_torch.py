@@ -37,7 +37,11 @@ from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointFunction
@@ -62,6 +66,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "detached_unseen",
+    "dispatch_modes",
     "emit_expression",
     "flop_registry",
     "free_unbacked_symbols",
@@ -138,6 +143,12 @@ def without_saved_tensor_hooks() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def dispatch_modes() -> list[TorchDispatchMode]:
+    """The active `TorchDispatchMode`s of users, outermost first."""
+    found: list[Any] = _get_current_dispatch_mode_stack()
+    return [m for m in found if not isinstance(m, (FakeTensorMode, FunctionalTensorMode))]
 
 
 def function_modes() -> list[Any]:

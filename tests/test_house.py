@@ -33,7 +33,7 @@ LAYERS = (
     {"passes", "runtime", "progress", "typed_json", "target", "formatting"},
     {"report", "planning", "profile", "options", "option_parsing", "batch_dims"}
     | {"parameters", "results", "tensor_meta", "version_watch"},
-    {"call_guards", "call_signature", "model_state_key", "module_proxy"}
+    {"call_guards", "call_signature", "caller_modes", "model_state_key", "module_proxy"}
     | {"compiled", "compiled_program"},
     {"pipeline_call", "higher_derivatives", "program_cache", "verification"},
     {"module"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,12 +17,15 @@ from .random import MicroBatchContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     import torch
     from torch import Tensor
 
     from .backends import Event, Stream
     from .memory import SavedBytes, SavedBytesCounter
+
+    EnterModes = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,8 @@ class Run:
         buffers: name → the buffer that `update_buffer` writes to.
         seed: for the step's random ops.
         memory: counters of saved bytes to update.
+        caller_modes: called in the caller's thread; returns what enters the caller's modes in a
+            worker's thread.
 
     Attributes:
         inputs: (value, stage, micro-batch) → a tensor from the caller that is not yet received.
@@ -78,6 +84,7 @@ class Run:
     buffers: Mapping[str, Tensor]
     seed: int
     memory: SavedBytesCounter
+    caller_modes: Callable[[], EnterModes] = field(default=lambda: nullcontext)
     inputs: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     results: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -123,7 +130,10 @@ class Run:
             if (stream := w.backend.current_stream(w.device)) is not None
         }
         self._caller_events = [s.record_event() for s in self._caller_streams.values()]
-        tasks = [partial(self._work, f, w) for f, w in zip(functions, self._workers, strict=True)]
+        enter = self.caller_modes() if len(self._workers) > 1 else nullcontext
+        tasks = [
+            partial(self._work, f, w, enter) for f, w in zip(functions, self._workers, strict=True)
+        ]
         cores = workers.cores_per_worker([w.device for w in self._workers])
         with interrupts.deferred(), interrupts.waking(self._mailbox.abort):
             try:
@@ -140,13 +150,19 @@ class Run:
         if self._caller_streams:
             self._join_caller_streams()
 
-    def _work(self, function: Callable[[Run], None], worker: transfer.WorkerDevice) -> None:
+    def _work(
+        self,
+        function: Callable[[Run], None],
+        worker: transfer.WorkerDevice,
+        enter_modes: EnterModes,
+    ) -> None:
         """One worker's part of `execute`, in the worker's thread."""
         if worker.compute is None:
-            function(self)
+            with enter_modes():
+                function(self)
             return
         backend = worker.backend
-        with backend.use_device(worker.device), backend.use_stream(worker.compute):
+        with enter_modes(), backend.use_device(worker.device), backend.use_stream(worker.compute):
             for event in self._caller_events:
                 worker.compute.wait_event(event)
             function(self)
