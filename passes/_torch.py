@@ -33,6 +33,7 @@ from torch.fx.traceback import (
     preserve_node_meta,
     set_stack_trace,
 )
+from torch.nn.modules import module as module_hooks
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.utils import parametrize
@@ -65,10 +66,12 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
+    "backward_hooks_of_all",
     "detached_unseen",
     "dispatch_modes",
     "emit_expression",
     "flop_registry",
+    "forward_hooks_of_all",
     "free_unbacked_symbols",
     "from_functional",
     "function_modes",
@@ -143,6 +146,16 @@ def without_saved_tensor_hooks() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def forward_hooks_of_all() -> list[dict[int, Any]]:
+    """The registries of forward hooks that all modules have (`register_module_forward_hook`)."""
+    return [module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks]
+
+
+def backward_hooks_of_all() -> list[dict[int, Any]]:
+    """The registries of backward hooks that all modules have."""
+    return [module_hooks._global_backward_pre_hooks, module_hooks._global_backward_hooks]
 
 
 def dispatch_modes() -> list[TorchDispatchMode]:

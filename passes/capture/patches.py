@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from autopipe.passes._torch import BatchNormBase, symbolic_fake_mode
+from autopipe.passes._torch import BatchNormBase, forward_hooks_of_all, symbolic_fake_mode
 from autopipe.passes.graph import is_user_file
 
 from .norm_statistics import CUMULATIVE_MOMENTUM
@@ -49,19 +50,50 @@ def find_observer_hooks(module: nn.Module) -> Iterator[list[str]]:
         for path, m in module.named_modules()
         for registry in (m._forward_pre_hooks, m._forward_hooks)
     ]
-    originals = [(r, key, hook) for _, r in registries for key, hook in r.items()]
+    shared = forward_hooks_of_all()
+    originals = [
+        (r, key, hook) for r in (*(r for _, r in registries), *shared) for key, hook in r.items()
+    ]
     for path, registry in registries:
         registry.update({key: wrap(path, hook) for key, hook in registry.items()})
+    for registry in shared:
+        registry.update(
+            {
+                key: _of_model(hook, wrap("all modules", hook), module)
+                for key, hook in registry.items()
+            }
+        )
     names: list[str] = []
     try:
         yield names
     finally:
         for registry, key, hook in originals:
-            registry[key] = hook
+            if key in registry:  # another thread may have removed one of all modules
+                registry[key] = hook
         for line, paths in found.items():
             first, *others = dict.fromkeys(paths)
             more = f" and {len(others)} more" if others else ""
             names.append(f"{first}{more} ({line})")
+
+
+def _of_model(
+    hook: Callable[..., Any], watched: Callable[..., Any], model: nn.Module
+) -> Callable[..., Any]:
+    """A hook of all modules, but for those that a capture puts around the model.
+
+    Args:
+        hook: it.
+        watched: what is called for modules of the model in this thread.
+        model: the model.
+    """
+    own, thread = {id(m) for m in model.modules()}, threading.get_ident()
+
+    def wrapped(caller: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return hook(caller, *args, **kwargs)
+        return watched(caller, *args, **kwargs) if id(caller) in own else None
+
+    return wrapped
 
 
 @contextmanager

@@ -10,7 +10,12 @@ import torch
 from torch.backends import cuda, mha, mkldnn
 
 from autopipe.errors import CaptureError
-from autopipe.passes._torch import autocast_device_types, function_modes
+from autopipe.passes._torch import (
+    autocast_device_types,
+    backward_hooks_of_all,
+    forward_hooks_of_all,
+    function_modes,
+)
 from autopipe.passes.graph import is_user_file
 from autopipe.passes.one_at_a_time import replaced
 
@@ -30,6 +35,11 @@ SETTINGS: dict[str, Any] = {
     "torch.backends.mha.get_fastpath_enabled()": mha.get_fastpath_enabled,
     "torch.backends.mkldnn.enabled": lambda: mkldnn.enabled,
     "torch function modes": lambda: tuple(map(WeakIdentity, function_modes())),
+    "hooks of all modules": lambda: tuple(
+        WeakIdentity(hook)
+        for registry in (*forward_hooks_of_all(), *backward_hooks_of_all())
+        for hook in registry.values()
+    ),
 }
 """What is recorded in a captured graph, or chooses the kernels of its stages."""
 
