@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from autopipe.errors import UnsupportedError
-from autopipe.passes._torch import has_tangent, in_functorch_transform, without_saved_tensor_hooks
+from autopipe.passes._torch_modes import (
+    dispatch_modes,
+    has_tangent,
+    in_functorch_transform,
+    without_dispatch_modes,
+    without_saved_tensor_hooks,
+)
 from autopipe.runtime.backends import autocast_types
 
 if TYPE_CHECKING:
@@ -39,12 +45,14 @@ def refuse_transforms(leaves: Sequence[Any]) -> None:
 
 @contextmanager
 def plain_autograd() -> Iterator[None]:
-    """Trace without the caller's hooks on saved tensors and without anomaly detection.
+    """Trace without the caller's dispatch modes, hooks on saved tensors and anomaly detection.
 
-    Both would see fake tensors; they are meant for the real backward, which runs later.
+    They would see fake tensors; they are meant for the real ops, which run later.
     """
     with ExitStack() as stack:
         stack.enter_context(without_saved_tensor_hooks())
+        if dispatch_modes():
+            stack.enter_context(without_dispatch_modes())
         if torch.is_anomaly_enabled():
             stack.enter_context(torch.autograd.set_detect_anomaly(False, check_nan=False))
         yield

@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from autopipe.passes._torch import TorchDispatchMode, dispatch_modes
+from autopipe.passes._torch import TorchDispatchMode
+from autopipe.passes._torch_modes import dispatch_modes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""All private names of torch, here and in `_torch_patches`.
+"""Private names of torch; `_torch_modes` and `_torch_patches` have the others.
 
 Tested with torch 2.11 (CUDA 13.0) and torch 2.13 (CPU). If a new torch version breaks autopipe, fix
 it there: no other file uses a name of torch that starts with an underscore.
@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
-from torch.autograd import forward_ad
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
@@ -33,15 +32,11 @@ from torch.fx.traceback import (
     preserve_node_meta,
     set_stack_trace,
 )
-from torch.nn.modules import module as module_hooks
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.utils import parametrize
-from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
 )
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -66,17 +61,10 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
-    "backward_hooks_of_all",
-    "detached_unseen",
-    "dispatch_modes",
     "emit_expression",
     "flop_registry",
-    "forward_hooks_of_all",
     "free_unbacked_symbols",
     "from_functional",
-    "function_modes",
-    "has_tangent",
-    "in_functorch_transform",
     "is_functorch_call",
     "is_traced",
     "lazy_graph_code",
@@ -85,7 +73,6 @@ __all__ = [
     "min_cut_saved",
     "parametrization_cache",
     "preserve_node_meta",
-    "saved_tensors_seen",
     "set_traced_call",
     "storage_id",
     "storage_id_of",
@@ -93,7 +80,6 @@ __all__ = [
     "symbolic_fake_mode",
     "to_functional",
     "traced_call",
-    "without_saved_tensor_hooks",
     "wrap_with_autocast",
     "wrap_with_set_grad_enabled",
 ]
@@ -127,75 +113,6 @@ def parametrization_cache() -> dict[Any, Any]:
 def is_functorch_call(target: Any) -> bool:
     """Whether an exported op belongs to a function transform, such as vmap's levels."""
     return str(getattr(target, "__module__", "")).startswith("torch._functorch.")
-
-
-def in_functorch_transform(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a function transform is active, or has wrapped one of the tensors."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched
-    return any(wrapped(t) or batched(t) for t in tensors)
-
-
-@contextmanager
-def without_saved_tensor_hooks() -> Iterator[None]:
-    """Ignore `saved_tensors_hooks` that are active, until exit."""
-    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
-    try:
-        yield
-    finally:
-        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
-
-
-def forward_hooks_of_all() -> list[dict[int, Any]]:
-    """The registries of forward hooks that all modules have (`register_module_forward_hook`)."""
-    return [module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks]
-
-
-def backward_hooks_of_all() -> list[dict[int, Any]]:
-    """The registries of backward hooks that all modules have."""
-    return [module_hooks._global_backward_pre_hooks, module_hooks._global_backward_hooks]
-
-
-def dispatch_modes() -> list[TorchDispatchMode]:
-    """The active `TorchDispatchMode`s of users, outermost first."""
-    found: list[Any] = _get_current_dispatch_mode_stack()
-    return [m for m in found if not isinstance(m, (FakeTensorMode, FunctionalTensorMode))]
-
-
-def function_modes() -> list[Any]:
-    """The active `TorchFunctionMode`s, but for a default device."""
-    found: Any = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return [m for m in found if not isinstance(m, DeviceContext)]
-
-
-@contextmanager
-def saved_tensors_seen(pack: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Call `pack` with each tensor that autograd saves, also within `without_saved_tensor_hooks`.
-
-    Args:
-        pack: returns what is saved in the tensor's place.
-    """
-    before = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            yield
-    finally:
-        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
-
-
-def detached_unseen(tensor: Tensor) -> Tensor:
-    """Detach a tensor; no active `TorchDispatchMode` sees it."""
-    with _disable_current_modes():
-        return tensor.detach()
-
-
-def has_tangent(tensor: Tensor) -> bool:
-    """Whether a tensor has a tangent of forward-mode differentiation."""
-    if forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def set_traced_call(call: int, stack_trace: str | None) -> None:
@@ -298,9 +215,3 @@ def emit_expression(expr: sympy.Expr, batch: fx.Node) -> fx.Node:
     (symbol,) = expr.free_symbols
     result: fx.Proxy = sympy_interp(_OnProxies, {symbol: fx.Proxy(batch)}, expr)
     return result.node
-
-
-def autocast_device_types() -> tuple[str, ...]:
-    """The device types for which autocast can be on: the CPU and this torch build's accelerator."""
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)

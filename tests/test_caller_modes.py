@@ -1,4 +1,7 @@
-"""Modes around a call see what the stages run, in whatever thread, as in eager torch."""
+"""Modes around a call see what the stages run, in whatever thread, as in eager torch.
+
+Covers passes/_torch_modes.py.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +51,13 @@ class Fails(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["first call", "later call"])
 @pytest.mark.parametrize("devices", [1, 2, 3])
-def test_operations_are_counted(devices: int) -> None:
+def test_operations_are_counted(devices: int, first: bool) -> None:
     net, x = model(), torch.randn(6, 4)
     pipe = autopipe.compile(net, devices=devices, chunks=3, remat="none")
-    pipe(x).sum().backward()
+    if not first:
+        pipe(x).sum().backward()
     with FlopCounterMode(display=False) as found:
         pipe(x).sum().backward()
     with FlopCounterMode(display=False) as wanted:
@@ -69,6 +74,15 @@ def test_operations_that_run_again_are_counted_again() -> None:
     with FlopCounterMode(display=False) as wanted:
         net(x).sum().backward()
     assert found.get_total_flops() > wanted.get_total_flops()
+
+
+def test_a_mode_is_no_reason_for_a_capture() -> None:
+    net, x = model(), torch.randn(6, 4)
+    pipe = autopipe.compile(net, devices=2, chunks=3, args=(x,))
+    first = pipe.captured
+    with FlopCounterMode(display=False):
+        pipe(x).sum().backward()
+    assert pipe.captured is first
 
 
 @pytest.mark.parametrize("devices", [1, 2])

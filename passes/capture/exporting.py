@@ -18,10 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.errors import AutopipeError, CaptureError
-from autopipe.passes._torch import (
-    BackwardHookFunction,
-    CheckpointFunction,
-)
+from autopipe.passes._torch import BackwardHookFunction, CheckpointFunction
 from autopipe.passes._torch_patches import (
     fix_lstm_state_shapes,
     keep_no_grad_regions,

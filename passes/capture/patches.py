@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autopipe.passes._torch import BatchNormBase, forward_hooks_of_all, symbolic_fake_mode
+from autopipe.passes._torch import BatchNormBase, symbolic_fake_mode
+from autopipe.passes._torch_modes import forward_hooks_of_all
 from autopipe.passes.graph import is_user_file
+from autopipe.passes.python_state import is_users_hook
 
 from .norm_statistics import CUMULATIVE_MOMENTUM
 
@@ -79,7 +81,9 @@ def find_observer_hooks(module: nn.Module) -> Iterator[list[str]]:
 def _of_model(
     hook: Callable[..., Any], watched: Callable[..., Any], model: nn.Module
 ) -> Callable[..., Any]:
-    """A hook of all modules, but for those that a capture puts around the model.
+    """A hook of all modules, but not for those that a capture puts around the model.
+
+    Hooks of torch's own (`FlopCounterMode`) are not called: they look at what runs, not at traces.
 
     Args:
         hook: it.
@@ -91,7 +95,8 @@ def _of_model(
     def wrapped(caller: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return hook(caller, *args, **kwargs)
-        return watched(caller, *args, **kwargs) if id(caller) in own else None
+        is_meant = id(caller) in own and is_users_hook(hook)
+        return watched(caller, *args, **kwargs) if is_meant else None
 
     return wrapped
 

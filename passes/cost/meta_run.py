@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from autopipe.passes._torch import detached_unseen, saved_tensors_seen, storage_id
+from autopipe.passes._torch import storage_id
+from autopipe.passes._torch_modes import detached_unseen, saved_tensors_seen
 from autopipe.passes.graph import is_size, static_fake_mode, symbolic_size
 from autopipe.passes.ir import B, GradFlow, at_batch
 

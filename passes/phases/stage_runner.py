@@ -17,10 +17,10 @@ from autopipe.errors import AutopipeError, CaptureError
 from autopipe.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    autocast_device_types,
     from_functional,
     set_traced_call,
 )
+from autopipe.passes._torch_modes import autocast_device_types
 from autopipe.passes.graph import source_line
 
 if TYPE_CHECKING:

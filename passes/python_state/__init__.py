@@ -25,7 +25,7 @@ Files, in reading order:
 
 from __future__ import annotations
 
-from .ambient import CallModes, ambient_modes, ambient_settings, check_modes
+from .ambient import CallModes, ambient_modes, ambient_settings, check_modes, is_users_hook
 from .arguments import shared
 from .changes import Change, Forgotten, forget_tensors, refuse_replaced_modules, set_changes
 from .holders import MODULE_INTERNALS
@@ -67,6 +67,7 @@ __all__ = [
     "is_made_of_attributes",
     "is_same",
     "is_user_module",
+    "is_users_hook",
     "raw_dict",
     "refuse_leftovers",
     "refuse_replaced_modules",

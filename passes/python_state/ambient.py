@@ -10,7 +10,7 @@ import torch
 from torch.backends import cuda, mha, mkldnn
 
 from autopipe.errors import CaptureError
-from autopipe.passes._torch import (
+from autopipe.passes._torch_modes import (
     autocast_device_types,
     backward_hooks_of_all,
     forward_hooks_of_all,
@@ -39,9 +39,16 @@ SETTINGS: dict[str, Any] = {
         WeakIdentity(hook)
         for registry in (*forward_hooks_of_all(), *backward_hooks_of_all())
         for hook in registry.values()
+        if is_users_hook(hook)
     ),
 }
 """What is recorded in a captured graph, or chooses the kernels of its stages."""
+
+
+def is_users_hook(hook: Any) -> bool:
+    """Whether a hook is not one of torch, such as those of `FlopCounterMode`, which only look."""
+    code = getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None)
+    return code is None or is_user_file(code.co_filename)
 
 
 def ambient_settings() -> tuple[Any, ...]:
