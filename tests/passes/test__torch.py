@@ -17,8 +17,6 @@ from autopipe.passes._torch import (
     FunctionalTensorMode,
     emit_expression,
     from_functional,
-    has_tangent,
-    in_functorch_transform,
     is_functorch_call,
     is_traced,
     make_fx,
@@ -31,6 +29,10 @@ from autopipe.passes._torch import (
     symbolic_fake_mode,
     to_functional,
     traced_call,
+)
+from autopipe.passes._torch_modes import (
+    has_tangent,
+    in_functorch_transform,
     without_saved_tensor_hooks,
 )
 from autopipe.passes.graph.fake_strides import static_fake_mode
