@@ -138,14 +138,16 @@ class _MeasuredDevice:
                     if i == WARM_UP and index == 0:
                         ends[0] = time.perf_counter() + ENOUGH_SECONDS
                     if i >= WARM_UP + LEAST:
-                        barrier.wait()  # so that all workers stop after the same round
+                        # All workers stop after the same round: one decides, between two barriers,
+                        # so that all read the decision before the next one is made.
+                        if index == 0:
+                            done[0] = time.perf_counter() > ends[0]
+                        barrier.wait()
                         if done[0]:
                             return
                     both = run.once()
                     if i >= WARM_UP:
                         rounds[index].append(both)
-                    if index == 0 and i >= WARM_UP + LEAST - 1:
-                        done[0] = time.perf_counter() > ends[0]
             except BaseException:
                 barrier.abort()
                 raise

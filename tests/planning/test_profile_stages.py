@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,33 @@ def test_a_failure_ends_all_workers() -> None:
     except RuntimeError:
         return  # of random numbers a root may not be there
     assert clock.seconds(stage, 3).forward > 0
+
+
+def test_a_slow_worker_stops_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All workers stop after the same round, however late one sees that there are enough."""
+
+    class Late(threading.Barrier):
+        def wait(self, timeout: float | None = None) -> int:
+            place = super().wait(timeout)
+            if threading.current_thread().name == "autopipe-worker-1":
+                time.sleep(0.02)
+            return place
+
+    monkeypatch.setattr(measure.threading, "Barrier", Late)
+    model, x = Sized(), torch.randn(4, 64)
+    (stage,) = phased_of(split_of(model, 1, x), model, 4, ((x,), {}), remat="none").stages
+    found: list[PhaseSeconds] = []
+    timers = measured_timers([CPU, CPU], [CPU_CORE] * 2)
+    assert timers[0] is timers[1]
+
+    def measured() -> None:
+        found.append(timers[0].seconds(stage, 3))
+
+    thread = threading.Thread(target=measured, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "a worker waits for one that has stopped"
+    assert found[0].forward > 0
 
 
 @pytest.mark.parametrize("remat", ["full", "none", 0.5])
