@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from contextlib import contextmanager
+from types import ClassMethodDescriptorType
 from typing import TYPE_CHECKING, Any
 
 from autopipe.interrupts import deferred, raise_deferred
@@ -47,8 +48,8 @@ def replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator
     missing = object()
     before = vars(owner).get(name, missing)  # missing: inherited, or a builtin
     original: Any = inspect.getattr_static(owner, name, replacement)
-    of_class = isinstance(original, classmethod)
-    if of_class:
+    of_class = isinstance(original, (classmethod, ClassMethodDescriptorType))
+    if isinstance(original, classmethod):
         original = original.__func__
     active = True
 

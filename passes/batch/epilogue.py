@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -62,6 +61,14 @@ class Epilogue:
                 todo += reversed(missing)
             else:
                 ordered[todo.pop()] = None
-        for before, after in pairwise(ordered):
-            before.append(after)
-        return graph_module(self.graph, "Epilogue")
+        # In a new graph, placeholders come first and keep their names. Here, one that was added
+        # late is named apart from an op, and that name may be the one of another placeholder.
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in ordered:
+            if node.op == "placeholder":
+                copies[node] = graph.placeholder(str(node.target))
+                copies[node].meta = dict(node.meta)
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        return graph_module(graph, "Epilogue")

@@ -6,6 +6,7 @@ they raise a `CaptureError`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import traceback
@@ -26,7 +27,7 @@ from autopipe.passes._torch_patches import (
 )
 from autopipe.passes.graph import is_user_file, user_source_line
 from autopipe.passes.one_at_a_time import replaced
-from autopipe.passes.ops import apply_function, record_function
+from autopipe.passes.ops import APPLY_OWNER, apply_function, record_function
 
 from .buffer_state import preserve_attributes
 from .explain import explain
@@ -34,6 +35,9 @@ from .size_uses import SizeUses, record_size_uses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+ENTERS_FOR_OTHERS = {contextlib.__file__, torch.no_grad()(lambda: None).__code__.co_filename}
+"""Files whose code enters a context for its caller: `ExitStack`, decorators (``@no_grad()``)."""
 
 
 def export(
@@ -123,8 +127,10 @@ def _refuse_lossy_constructs() -> Iterator[None]:
     enter: Any = torch.inference_mode.__enter__
 
     def refuse_inference(mode: Any) -> Any:
-        caller = sys._getframe(2).f_code.co_filename
-        if not is_user_file(caller):  # fake tensors use it internally
+        caller = sys._getframe(2)
+        while caller.f_code.co_filename in ENTERS_FOR_OTHERS and caller.f_back is not None:
+            caller = caller.f_back
+        if not is_user_file(caller.f_code.co_filename):  # fake tensors use it internally
             return enter(mode)
         raise CaptureError(
             "inference mode inside the model: the captured graph would not have it",
@@ -134,7 +140,7 @@ def _refuse_lossy_constructs() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(replaced(torch.inference_mode, "__enter__", refuse_inference))
-        stack.enter_context(replaced(torch.autograd.Function, "apply", keep_function))
+        stack.enter_context(replaced(APPLY_OWNER, "apply", keep_function))
         stack.enter_context(replaced(Tensor, "register_hook", refuse_hook))
         for name in ("grad", "backward"):
             stack.enter_context(replaced(torch.autograd, name, partial(_refuse_derivative, name)))

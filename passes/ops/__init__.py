@@ -13,6 +13,7 @@ Files, in reading order:
 from __future__ import annotations
 
 from .autograd_function import (
+    APPLY_OWNER,
     apply_function,
     record_function,
     recorded_functions,
@@ -21,6 +22,7 @@ from .autograd_function import (
 from .ctc_loss import CTC_LOSS_OP, exportable_ctc_loss
 
 __all__ = [
+    "APPLY_OWNER",
     "CTC_LOSS_OP",
     "apply_function",
     "exportable_ctc_loss",

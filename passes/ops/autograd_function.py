@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 PLAIN_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
-_APPLY: Any = torch.autograd.Function.apply  # torch replaces it while a model is exported
+APPLY_OWNER: Any = torch.autograd.Function.__base__
+"""The class in which a trace replaces `apply`: `Function.apply` ends in that of its base.
+
+(``round = Round.apply``, evaluated before the trace, keeps `Function`'s own method.)"""
 
 
 @dataclass
@@ -166,9 +169,9 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
 
     Args:
         function: a custom autograd.Function.
-        args: its arguments.
+        args: its arguments, those with a default among them.
     """
-    return _APPLY.__func__(function, *args)
+    return super(APPLY_OWNER, function).apply(*args)
 
 
 def record_function(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -59,6 +59,17 @@ def test_a_class_method(owner: type[Base]) -> None:
     assert dict(vars(owner)) == names
 
 
+def test_a_class_method_of_c() -> None:
+    class Words(dict[str, int]):
+        pass
+
+    with replaced(Words, "fromkeys", lambda cls, keys: (cls, keys)):
+        assert Words.fromkeys("ab") == (Words, "ab")
+        assert elsewhere(lambda: Words.fromkeys("ab")) == {"a": None, "b": None}
+    assert "fromkeys" not in vars(Words)
+    assert Words.fromkeys("ab") == {"a": None, "b": None}
+
+
 def test_a_function_of_a_module() -> None:
     module = types.ModuleType("m")
     module.f = abs  # type: ignore[attr-defined]

@@ -98,3 +98,30 @@ def test_a_stage_read_a_buffer_that_another_wrote() -> None:
     twin = copy.deepcopy(model)
     pipe = autopipe.compile(model, 2, 3, batch_norm="micro")
     assert_close(pipe(batch()), torch.cat([twin(part) for part in batch().tensor_split(3)]))
+
+
+@pytest.mark.filterwarnings("ignore:the model's forward sets")
+@pytest.mark.parametrize("size", [4, 6])
+def test_one_buffer_got_the_value_of_another(size: int) -> None:
+    """The mean of the loss is a division, and so are both vectors of spectral norm. In the
+    epilogue, the division took the name of a value that was passed in, which then took the
+    other's: with a square weight, u silently became v."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.Linear(4, size, dtype=torch.float64)
+            self.layer = nn.utils.spectral_norm(layer)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self.layer(x).sin(), y)
+
+    model = Loss()
+    twin = copy.deepcopy(model)
+    pipe = autopipe.compile(model, 2, 3)
+    for seed in range(3):
+        x, y = batch(seed), torch.arange(7) % 4
+        assert_close(pipe(x, y), twin(x, y))
+    for found, expected in zip(model.buffers(), twin.buffers(), strict=True):
+        assert_close(found, expected)

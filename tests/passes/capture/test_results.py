@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -212,6 +213,24 @@ def test_inference_mode_within_the_model_is_refused() -> None:
     assert caught.value.source == user_line(in_inference_mode, "with torch.inference" + "_mode()")
 
 
+@torch.inference_mode()
+def infers(x: Tensor) -> Tensor:
+    return x.sin()
+
+
+def entered_by_a_stack(x: Tensor) -> Tensor:
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        return x.sin()
+
+
+@pytest.mark.parametrize("shift", [infers, entered_by_a_stack])
+def test_inference_mode_that_torch_enters_is_refused(shift: Callable[[Tensor], Tensor]) -> None:
+    """Not the user's line enters it, but a decorator's, or that of an `ExitStack`."""
+    with pytest.raises(CaptureError, match="inference mode inside the model"):
+        pipelined(Model(lambda s, x: s.last(x) + shift(x)))(batch(grad=True))
+
+
 def uses_hook(s: Any, x: Tensor) -> Tensor:
     x.register_hook(lambda gradient: gradient * 2)  # the line of the hook
     return s.last(x)
@@ -232,10 +251,10 @@ def test_a_module_backward_hook_is_refused(where: str) -> None:
 
 
 def test_after_a_refusal_torch_is_as_before() -> None:
-    before = torch.autograd.Function.__dict__.get("apply"), Tensor.register_hook
+    before = [*map(dict, map(vars, torch.autograd.Function.__mro__)), Tensor.register_hook]
     with pytest.raises(CaptureError):
         captured_of(Model(uses_hook), batch())
-    assert (torch.autograd.Function.__dict__.get("apply"), Tensor.register_hook) == before
+    assert [*map(dict, map(vars, torch.autograd.Function.__mro__)), Tensor.register_hook] == before
 
 
 def test_forward_hooks_and_hooks_on_parameters_work() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -79,13 +80,23 @@ def multiplies(s: Model, x: Tensor) -> Tensor:
     return s.last(y) + sign
 
 
+straight = Straight.apply
+product = functools.partial(Product.apply)
+
+
+def kept_before(s: Model, x: Tensor) -> Tensor:
+    """The form of torch's own tutorials: `apply` is looked up once, before any capture."""
+    y, sign = product(straight(s.first(x), 4), s.last.weight[0], {"scale": 0.5})
+    return s.last(y) + sign
+
+
 def without_gradients(s: Model, x: Tensor) -> Tensor:
     with torch.no_grad():
         y = Straight.apply(s.first(x), 4)
     return s.last(x + y)
 
 
-@pytest.mark.parametrize("f", [rounds, rounds_twice, multiplies, without_gradients])
+@pytest.mark.parametrize("f", [rounds, rounds_twice, multiplies, kept_before, without_gradients])
 @pytest.mark.parametrize("remat", ["full", "none", "min-cut"])
 def test_the_users_backward_runs(f: Callable[..., Any], remat: str) -> None:
     pipe = pipelined(Model(f), remat=remat)
