@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .backends import backend_of
+from .untagged_draws import call_watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -105,6 +106,16 @@ class MicroBatchContext:
                 return op(*args, **kwargs)
             finally:
                 default.set_state(state)
+
+    @staticmethod
+    def watched(op: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call an operator that might draw random numbers although it has no tag that says so.
+
+        Raises:
+            UnsupportedError: it does.
+        """
+        device = _device(args, kwargs)
+        return call_watched(op, device, _default_generator_lock, args, kwargs)
 
     @staticmethod
     def with_grad(op: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RESERVED = frozenset({"args", "ctx", "device", "inf", "nan", "torch"})
 """Names that a stage's function uses for other things than values."""
 
-CONTEXT_METHODS = frozenset({"accumulate", "draw", "in_suggested_format", "with_grad"})
+CONTEXT_METHODS = frozenset({"accumulate", "draw", "in_suggested_format", "watched", "with_grad"})
 """Methods of the runtime's `ctx` that a joint graph calls."""
 
 FRAME = re.compile(r'File "(.+)", line (\d+), in (.+)')

@@ -19,8 +19,9 @@ aten = torch.ops.aten
 CONTEXT = "ctx"
 """First placeholder of every joint graph: the object by which a stage's code calls the runtime.
 
-Its methods are `draw` (a keyed random op), `in_suggested_format` (a tensor, dense in the memory
-format that its strides suggest), `with_grad` (an op with gradients enabled) and `accumulate`."""
+Its methods are `draw` (a keyed random op), `watched` (an op that must not draw),
+`in_suggested_format` (a tensor, dense in the memory format that its strides suggest), `with_grad`
+(an op with gradients enabled) and `accumulate`."""
 
 RNN_WORKSPACE = 22
 """Position of oneDNN's workspace among the arguments of its LSTM backward."""
@@ -40,6 +41,8 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
     a dimension of size one differs from the kernel's (see `graph/fake_strides.py`), the norm was
     traced as if its argument were dense in a memory format that the real argument does not
     suggest. The format is chosen again at run time, as eager execution would.
+
+    An op of another library without that tag is watched: it is refused if it draws after all.
 
     An LSTM's backward is passed the workspace of its forward.
 
@@ -65,6 +68,11 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
             draws.append(RandomDraw(call, sum(d.call == call for d in draws), call in static))
             drawn.meta = dict(node.meta)
             node.replace_all_uses_with(drawn)
+        elif _may_draw(node):
+            with graph.inserting_before(node):
+                watched = graph.call_method("watched", (ctx, node.target, *node.args), node.kwargs)
+            watched.meta = dict(node.meta)
+            node.replace_all_uses_with(watched)
         elif node.target is aten.mkldnn_rnn_layer_backward.default:
             _give_workspace(graph, ctx, node)
         elif node.target in LAYOUT_SENSITIVE:
@@ -79,6 +87,17 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
     for node in graph.nodes:
         node.meta.pop("custom", None)
     return tuple(draws)
+
+
+def _may_draw(node: fx.Node) -> bool:
+    """Whether an op of another library could draw random numbers without saying so by the tag."""
+    schema = getattr(node.target, "_schema", None)
+    return (
+        schema is not None
+        and schema.name.partition("::")[0] not in ("aten", "prims", "autopipe")
+        and not schema.is_mutable
+        and not is_random(node)
+    )
 
 
 def _give_workspace(graph: fx.Graph, ctx: fx.Node, backward: fx.Node) -> None:

@@ -70,7 +70,7 @@ def _min_cut(graph: fx.Graph, results: int, budget: float) -> set[fx.Node]:
         _, *arguments = node.args
         target: Any = aten.clone.default
         if node.target != "in_suggested_format":  # its first argument is the operator
-            start = {"draw": 1, "with_grad": 0}[node.target]
+            start = {"draw": 1, "watched": 0, "with_grad": 0}[node.target]
             target, arguments = arguments[start], arguments[start + 1 :]
         arguments, kwargs = fx.map_arg((arguments, node.kwargs), env.__getitem__)
         env[node] = copy.create_node(
