@@ -147,7 +147,7 @@ def run_epilogue(
     if any("autocast" in n.meta for n in epilogue.graph.nodes):
         found: Sequence[Tensor] = _AutocastInterpreter(epilogue).run(*arguments)
         return found
-    values: Sequence[Tensor] = epilogue(*arguments)
+    values: Sequence[Tensor] = epilogue.forward(*arguments)  # no module of the user's: no hooks
     return values
 
 

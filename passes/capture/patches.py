@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from autopipe.errors import CaptureError
 from autopipe.passes._torch import BatchNormBase, symbolic_fake_mode
 from autopipe.passes._torch_modes import forward_hooks_of_all
 from autopipe.passes.graph import is_user_file
@@ -36,12 +37,11 @@ def find_observer_hooks(module: nn.Module) -> Iterator[list[str]]:
     found: dict[str, list[str]] = {}
 
     def wrap(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-        code = getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None)
+        line = _line_of(hook)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             result = hook(*args, **kwargs)
-            if result is None and code is not None and is_user_file(code.co_filename):
-                line = f"{code.co_filename}:{code.co_firstlineno}"
+            if result is None and line is not None and is_user_file(line):
                 found.setdefault(line, []).append(path or "the model")
             return result
 
@@ -61,7 +61,7 @@ def find_observer_hooks(module: nn.Module) -> Iterator[list[str]]:
     for registry in shared:
         registry.update(
             {
-                key: _of_model(hook, wrap("all modules", hook), module)
+                key: _of_model(hook, wrap("every module", hook), module)
                 for key, hook in registry.items()
             }
         )
@@ -78,12 +78,19 @@ def find_observer_hooks(module: nn.Module) -> Iterator[list[str]]:
             names.append(f"{first}{more} ({line})")
 
 
+def _line_of(hook: Callable[..., Any]) -> str | None:
+    """Where a hook is written."""
+    code = getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None)
+    return None if code is None else f"{code.co_filename}:{code.co_firstlineno}"
+
+
 def _of_model(
     hook: Callable[..., Any], watched: Callable[..., Any], model: nn.Module
 ) -> Callable[..., Any]:
     """A hook of all modules, but not for those that a capture puts around the model.
 
-    Hooks of torch's own (`FlopCounterMode`) are not called: they look at what runs, not at traces.
+    One that changes a value is refused: it would act on the pipeline itself, too. Hooks of torch's
+    own (`FlopCounterMode`) are not called: they look at what runs, not at traces.
 
     Args:
         hook: it.
@@ -95,8 +102,18 @@ def _of_model(
     def wrapped(caller: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return hook(caller, *args, **kwargs)
-        is_meant = id(caller) in own and is_users_hook(hook)
-        return watched(caller, *args, **kwargs) if is_meant else None
+        if id(caller) not in own or not is_users_hook(hook):
+            return None
+        result = watched(caller, *args, **kwargs)
+        if result is not None:
+            raise CaptureError(
+                "a hook that all modules of the process call changes a value",
+                source=_line_of(hook),
+                found=f"it returns {type(result).__name__} for {type(caller).__name__}",
+                remedy="register it at the modules that it is meant for:"
+                " module.register_forward_hook(hook)",
+            )
+        return None
 
     return wrapped
 

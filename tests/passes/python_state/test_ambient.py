@@ -8,11 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-    register_module_full_backward_hook,
-)
 
 import autopipe
 from autopipe.errors import CaptureError
@@ -99,70 +94,3 @@ def test_a_forward_that_leaves_a_mode_switched_is_refused(
         assert name in str(caught.value.expected)
     finally:
         back()
-
-
-class Wrapper(nn.Module):
-    """Around a model, as a pipeline is: hooks of all modules are called for it, too."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.model(x)
-        return found
-
-
-def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output * 2
-
-
-def shifted(module: nn.Module, args: Any) -> Any:
-    return (args[0] + 1,)
-
-
-@pytest.mark.parametrize("early", [True, False], ids=["before", "after compiling"])
-@pytest.mark.parametrize(
-    ("register", "hook"),
-    [
-        (register_module_forward_hook, doubled),
-        (register_module_forward_pre_hook, shifted),
-    ],
-)
-def test_hooks_of_all_modules(early: bool, register: Any, hook: Any) -> None:
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(6, 4)
-    wrapped, plain = Wrapper(model), model(x)
-    pipe = autopipe.compile(model, devices=2, chunks=3)
-    if not early:
-        torch.testing.assert_close(pipe(x), plain)
-    handle = register(hook)
-    try:
-        torch.testing.assert_close(pipe(x), wrapped(x))
-    finally:
-        handle.remove()
-    torch.testing.assert_close(pipe(x), plain)
-
-
-def test_a_hook_of_all_modules_that_only_looks_is_named() -> None:
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(6, 4)
-    seen: list[str] = []
-    handle = register_module_forward_hook(lambda m, args, out: seen.append(type(m).__name__))
-    try:
-        with pytest.warns(UserWarning, match="hook of all modules.*returns nothing"):
-            autopipe.compile(model, devices=2, chunks=3, args=(x,))
-    finally:
-        handle.remove()
-    assert "Linear" in seen
-    assert not {"FlatModel", "Interpreter"} & set(seen)
-
-
-def test_a_backward_hook_of_all_modules_is_refused() -> None:
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(6, 4)
-    pipe = autopipe.compile(model, devices=2, chunks=3, args=(x,))
-    handle = register_module_full_backward_hook(lambda module, before, after: None)
-    try:
-        with pytest.raises(CaptureError, match="backward hook of a module"):
-            pipe(x)
-    finally:
-        handle.remove()
-    torch.testing.assert_close(pipe(x), model(x))
