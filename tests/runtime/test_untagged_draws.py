@@ -42,6 +42,23 @@ def test_what_draws_nothing_runs_once() -> None:
     assert seen == [3]
 
 
+def test_a_quiet_operator_is_soon_trusted_but_not_with_other_flags(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[torch.device] = []
+    states = untagged_draws._states
+    monkeypatch.setattr(untagged_draws, "_states", lambda d: looked.append(d) or states(d))
+
+    def op(x: Tensor, draws: bool) -> Tensor:
+        return x * torch.rand(()) if draws else x
+
+    for _ in range(untagged_draws.TRUSTED + 5):
+        watched(op, torch.ones(2), False)
+    assert len(looked) == 2 * untagged_draws.TRUSTED
+    with pytest.raises(UnsupportedError):
+        watched(op, torch.ones(2), True)
+
+
 def test_another_threads_draw_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """It moved the generator within one of the calls, but not in each."""
     calls = iter([True, False])
