@@ -15,12 +15,12 @@ import weakref
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from autopipe.passes._torch import parametrization_cache
-from autopipe.passes.graph import is_own_file, is_standard_library, is_user_file
+from autopipe.passes.graph import is_own_file, is_user_file
 
-from .holder_of import container_of, object_of
+from .holder_of import container_of, objects_of
 from .holders import (
     CONTENT,
     Cell,
@@ -33,6 +33,8 @@ from .holders import (
     Registry,
 )
 from .iterators import iterator_state
+from .kinds import is_collection, is_shallow, is_torchs, is_user_module, is_users_class, owner_of
+from .members import ForeignFunctions, Members, members_of
 from .names import compares_objects, compares_types, names_in, reads_unnamed
 from .noted import Noted
 from .random_numbers import GENERATORS, saved_generator
@@ -50,9 +52,6 @@ REGISTRIES = {
 }
 """Registries of a module → what they hold. (A forward may register hooks and set a flag for it.)"""
 
-SHALLOW = (Tensor, bool, int, float, complex, str, bytes, type(None))
-"""What refers to nothing."""
-
 LARGEST_FOLLOWED = 200
 """How many entries of a container are followed."""
 
@@ -67,7 +66,8 @@ class ReachableState:
         model: the model, before its forward.
 
     Attributes:
-        values: id of an owner → its holder, and its values when they were first seen.
+        values: id of an owner and kind of holder → the holder, and its values when it was first
+            seen.
         names: all names that the called code uses.
         followed: ids of the containers that the called code can reach.
         whole: ids of the owners any of whose values may have been read.
@@ -80,7 +80,7 @@ class ReachableState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.values: dict[int, tuple[Holder, dict[Hashable, Any]]] = {}
+        self.values: dict[Hashable, tuple[Holder, dict[Hashable, Any]]] = {}
         self.names: set[str] = set()
         self.followed: set[int] = set()
         self.whole: set[int] = set()
@@ -105,6 +105,8 @@ class ReachableState:
             attributes = self._add(ModuleAttributes(module, path))
             for key, value in list(attributes.items()):
                 self._visit_container(value, f"{path}.{key}".lstrip("."), 0)
+            if not is_users_class(type(module)):  # the code of others is not watched
+                self._add(Members(type(module), type(module).__qualname__, ("forward",)))
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
                 self._visit(hook, f"a hook of {path or 'the model'}", set(), 0)
         self._add(Dict(parametrization_cache(), "torch.nn.utils.parametrize.cached()"))
@@ -130,7 +132,10 @@ class ReachableState:
         if compares_types(code):
             self.noted.note_type_comparison(f"{code.co_filename}:{code.co_firstlineno}")
         self._now.clear()
-        self._enter_globals(frame.f_globals, code.co_names, names)
+        whole = "globals" in names  # globals()["scale"]
+        self._enter_globals(frame.f_globals, names if whole else code.co_names, names)
+        for name in names & sys.modules.keys() if "modules" in names else ():  # sys.modules["m"]
+            self._visit(sys.modules[name], name, names, 0)
         arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         for name in (*arguments, *code.co_freevars):
             value = frame.f_locals.get(name)
@@ -141,26 +146,31 @@ class ReachableState:
 
     def _enter_globals(self, scope: dict[str, Any], used: Iterable[str], names: set[str]) -> None:
         label = scope.get("__name__", "globals")
-        holder, values = self.values.setdefault(id(scope), (Globals(scope, label), {}))
-        assert isinstance(holder, Globals)
+        used = list(used)
+        self._add_variables(Globals(scope, label), used)
         for name in used:
-            if name not in holder.names:
-                holder.names.add(name)
-                if name in scope:
-                    values[name] = scope[name]
             if name in scope:
                 self._visit(scope[name], f"{label}.{name}", names, 0)
 
+    def _add_variables(self, new: Globals, used: Iterable[str]) -> None:
+        """Copy some variables of a Python module."""
+        holder, values = self.values.setdefault((id(new.owner), type(new)), (new, {}))
+        assert isinstance(holder, Globals)
+        added = set(used) - holder.names
+        holder.names |= added
+        values |= {n: v for n, v in holder.read().items() if n in added}
+
     def _add(self, holder: Holder) -> dict[Hashable, Any]:
-        if id(holder.owner) not in self.values:
-            self.values[id(holder.owner)] = (holder, holder.read())
-        values = self.values[id(holder.owner)][1]
+        key = id(holder.owner), type(holder)
+        if key not in self.values:
+            self.values[key] = (holder, holder.read())
+        values = self.values[key][1]
         self._known.update(map(id, values.values()))
         return values
 
     def _visit(self, value: Any, label: str, names: set[str], depth: int) -> None:
         """Follow a reference that the code may follow."""
-        if depth > DEEPEST or isinstance(value, SHALLOW) or id(value) in self._now:
+        if depth > DEEPEST or is_shallow(value) or id(value) in self._now:
             return
         self._now.add(id(value))
         self._known.add(id(value))
@@ -178,11 +188,10 @@ class ReachableState:
         elif isinstance(value, weakref.ref):
             self._visit(value(), label, names, depth + 1)
         elif isinstance(value, types.ModuleType):
-            if is_user_module(value):
-                self._enter_globals(vars(value), names & vars(value).keys(), names)
+            self._visit_module(value, names, depth)
         elif isinstance(value, type):
             self._visit_class(value, names, depth)
-        elif isinstance(generator := getattr(value, "__self__", value), GENERATORS):
+        elif isinstance(generator := owner_of(value), GENERATORS):
             self.generators.setdefault(label, (generator, saved_generator(generator)))
         elif hasattr(type(value), "__next__") and (state := iterator_state(value)) is not None:
             self.iterators.setdefault(label, (value, state))
@@ -207,6 +216,7 @@ class ReachableState:
                 self._visit(value, variable, inner, depth + 1)
         if not is_user_file(function.__code__.co_filename):
             return
+        self._add_members(function, function.__qualname__)
         attributes = self._add(Namespace(function, function.__qualname__))
         for key in names & attributes.keys():
             name = f"{function.__qualname__}.{key}"
@@ -214,6 +224,21 @@ class ReachableState:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         for value in defaults:
             self._visit(value, f"a default of {function.__qualname__}", names, depth + 1)
+
+    def _add_members(self, value: Any, label: str) -> None:
+        if (members := members_of(value, label)) is not None:
+            self._add(members)
+
+    def _visit_module(self, module: types.ModuleType, names: set[str], depth: int) -> None:
+        """Follow the variables of a Python module that the code names."""
+        used = names & vars(module).keys()
+        if is_user_module(module):
+            self._enter_globals(vars(module), used, names)
+            return
+        self._add_variables(ForeignFunctions(vars(module), module.__name__), used)
+        for name in used:
+            if isinstance(part := vars(module)[name], types.ModuleType):  # torch.nn.functional
+                self._visit(part, f"{module.__name__}.{name}", names, depth + 1)
 
     def _visit_class(self, kind: Any, names: set[str], depth: int) -> None:
         for base in (*kind.__mro__, *type(kind).__mro__):
@@ -225,20 +250,20 @@ class ReachableState:
 
     def _visit_object(self, value: Any, label: str, names: set[str], depth: int) -> None:
         """Follow the attributes of an object that the code names."""
-        holder = object_of(value, label)
-        if holder is None or _is_torchs(value):
+        holders = objects_of(value, label)
+        if not holders or is_torchs(value):
             return
         if isinstance(value, nn.Module):
             if id(value) in self._own:
                 label = self._own[id(value)]
-                holder = ModuleAttributes(value, label)
+                holders[0] = ModuleAttributes(value, label)
             names = names | REGISTRIES.keys()
-        values = self._add(holder)
-        if _is_collection(value):  # its own code is Python's, which is not watched
+        values = {k: v for holder in holders for k, v in self._add(holder).items()}
+        if is_collection(value):  # its own code is Python's, which is not watched
             self.names.update(map(str, values))
             names = names | {*map(str, values)}
         if self._unnamed:
-            self.whole.add(id(holder.owner))
+            self.whole.add(id(value))
         for key in names & values.keys():
             name = f"{label}.{key}".lstrip(".")
             self._visit(values[key], name, names, depth + 1)
@@ -257,6 +282,7 @@ class ReachableState:
         holder = container_of(value, label)
         if holder is None or depth > DEEPEST:
             return
+        self._add_members(value, label)
         if names is not None:
             self.followed.add(id(value))
         for key, item in islice(self._add(holder).items(), LARGEST_FOLLOWED):
@@ -271,24 +297,3 @@ class ReachableState:
             self._visit_container(value, label, depth + 1)
         else:
             self._visit(value, label, names, depth + 1)
-
-
-def _is_collection(value: Any) -> bool:
-    """Whether this is a `UserDict`, a `ChainMap`, a `WeakKeyDictionary` or the like."""
-    return any(c.__module__ in ("collections", "weakref") for c in type(value).__mro__)
-
-
-def _is_torchs(value: Any) -> bool:
-    """Whether an object is of a class of torch, such as an operator, and no layer."""
-    root = type(value).__module__.partition(".")[0]
-    return root in ("torch", "numpy", "sympy") and not isinstance(value, nn.Module)
-
-
-def is_user_module(module: Any) -> bool:
-    """Whether a Python module is the user's or another library's, not torch's or Python's own."""
-    if type(module) is not types.ModuleType:  # torch.ops.aten
-        return False
-    file = getattr(module, "__file__", None)
-    if file is None:  # a notebook, python -c: or built in
-        return getattr(module, "__name__", "") == "__main__"
-    return is_user_file(file) and not is_standard_library(file)
