@@ -11,6 +11,7 @@ Files, in reading order:
 - `frontends`: the kinds of models, and how each is traced to a normalized graph
 - `tracing`: calls a front end, with the patches and checks that a faithful graph needs
 - `containers`: objects that hold tensors, taken apart
+- `argument_changes`: what a forward changes of its arguments
 - `flat_module`: the model as a function from flat tensors to flat tensors
 - `exporting`: runs torch.export: silences it, refuses what it would lose
 - `size_uses`: what the model's code did with symbolic sizes

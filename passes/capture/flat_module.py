@@ -25,9 +25,10 @@ from autopipe.passes.python_state import (
     refuse_replaced_modules,
 )
 
+from .argument_changes import describe_changes, entries
 from .buffer_assignment import is_assigned_buffer, write_in_place
 from .buffer_state import preserve_buffers
-from .containers import is_cache, take_apart
+from .containers import is_cache, kinds_in, take_apart
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,7 +121,9 @@ class FlatModel(nn.Module):
         for n, position in enumerate(self.tensor_positions):
             leaves[position] = tensors[self._same.value.get(n, n)]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
+        given = entries(args, kwargs)
         state = PythonState(self.model)
+        state.add_arguments(self._template.value, kinds_in(self._spec.value))
         call_modes = self._modes.value
         watch = CallWatch(state, call_modes)
         tracing = any(map(is_traced, tensors))
@@ -153,7 +156,8 @@ class FlatModel(nn.Module):
             result.changed = [forget_tensors(c) for c in result.changed]
         result.reads = state.reads(result.changed, call_modes)
         result.created = mode.created
-        result.remarks, result.clocks = tuple(state.noted.remarks), state.noted.clocks
+        remarks = *state.noted.remarks, *describe_changes(given, entries(args, kwargs))
+        result.remarks, result.clocks = remarks, state.noted.clocks
         return write_in_place(self.model, assigned, self._flatten_result(out, kwargs))
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:

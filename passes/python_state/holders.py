@@ -26,6 +26,16 @@ MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weigh
 """Attributes that torch sets in a module: parameters, hooks, flat copies of recurrent weights."""
 
 
+REGISTRIES = {
+    "_buffers": "buffer",
+    "_parameters": "parameter",
+    "_modules": "module",
+    "_forward_pre_hooks": "hook",
+    "_forward_hooks": "hook",
+}
+"""Registries of a module → what they hold. (A forward may register hooks and set a flag for it.)"""
+
+
 class Missing:
     """The value of a name that does not exist."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from .holders import Globals, Holder
@@ -61,8 +60,6 @@ class Members(Holder):
         return getattr(self.owner, str(key), None)
 
 
-def members_of(value: Any, label: str) -> Holder | None:
-    """The holder for what an object of one of Python's own classes keeps besides, or None."""
-    if isinstance(value, types.FunctionType):
-        return Members(value, label, ("__code__", "__defaults__", "__kwdefaults__"))
-    return Members(value, label, ("default_factory",)) if isinstance(value, defaultdict) else None
+def members_of(function: types.FunctionType) -> Holder:
+    """The holder for what makes a function do what it does."""
+    return Members(function, function.__qualname__, ("__code__", "__defaults__", "__kwdefaults__"))

@@ -12,6 +12,7 @@ import functools
 import sys
 import types
 import weakref
+from collections import defaultdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from autopipe.passes.graph import is_own_file, is_user_file
 from .holder_of import container_of, objects_of
 from .holders import (
     CONTENT,
+    REGISTRIES,
     Cell,
     ClassAttributes,
     Dict,
@@ -40,17 +42,8 @@ from .noted import Noted
 from .random_numbers import GENERATORS, saved_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
-    from types import CodeType, FrameType
-
-REGISTRIES = {
-    "_buffers": "buffer",
-    "_parameters": "parameter",
-    "_modules": "module",
-    "_forward_pre_hooks": "hook",
-    "_forward_hooks": "hook",
-}
-"""Registries of a module → what they hold. (A forward may register hooks and set a flag for it.)"""
+    from collections.abc import Collection, Hashable, Iterable
+    from types import FrameType
 
 LARGEST_FOLLOWED = 200
 """How many entries of a container are followed."""
@@ -66,8 +59,7 @@ class ReachableState:
         model: the model, before its forward.
 
     Attributes:
-        values: id of an owner and kind of holder → the holder, and its values when it was first
-            seen.
+        values: owner's id, kind of holder → the holder, and its values when it was first seen.
         names: all names that the called code uses.
         followed: ids of the containers that the called code can reach.
         whole: ids of the owners any of whose values may have been read.
@@ -93,8 +85,8 @@ class ReachableState:
         self.iterators: dict[str, tuple[Any, Hashable]] = {}
         self._known: set[int] = set()  # values that the model's state refers to
         self._now: set[int] = set()  # those that were visited for the function just entered
-        self._entered: set[tuple[CodeType, int]] = set()
-        self._kept: list[Any] = []  # so that no id is used twice
+        self._entered: set[tuple[object, ...]] = set()
+        self._given: tuple[list[Any], list[type]] = [], []  # arguments, classes of others
         self._own = {id(m): path for path, m in model.named_modules()}
         for path, module in model.named_modules():
             if not isinstance(module._buffers, dict):  # a scripted module has no Python state
@@ -111,6 +103,15 @@ class ReachableState:
                 self._visit(hook, f"a hook of {path or 'the model'}", set(), 0)
         self._add(Dict(parametrization_cache(), "torch.nn.utils.parametrize.cached()"))
 
+    def add_arguments(self, values: Iterable[Any], kinds: Iterable[type]) -> None:
+        """Follow what is passed to the model, besides tensors.
+
+        Args:
+            values: arguments that are the user's own objects.
+            kinds: the classes of those of which the model gets copies.
+        """
+        self._given = [v for v in values if not is_shallow(v)], list(kinds)
+
     def enter(self, frame: FrameType) -> None:
         """Copy what a function that is being called can reach; it has not run yet.
 
@@ -118,11 +119,12 @@ class ReachableState:
             frame: of the function.
         """
         code = frame.f_code
-        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if (code, id(first)) in self._entered:
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        found = {n: frame.f_locals.get(n) for n in (*arguments, *code.co_freevars)}
+        known = {n: v for n, v in found.items() if id(v) in self._known or id(v) in self._own}
+        if (called := (code, *map(id, known.values()))) in self._entered:
             return
-        self._entered.add((code, id(first)))
-        self._kept.append(first)
+        self._entered.add(called)
         names = names_in(code)
         self.names |= names
         self._unnamed = reads_unnamed(code)
@@ -132,21 +134,23 @@ class ReachableState:
         if compares_types(code):
             self.noted.note_type_comparison(f"{code.co_filename}:{code.co_firstlineno}")
         self._now.clear()
-        whole = "globals" in names  # globals()["scale"]
-        self._enter_globals(frame.f_globals, names if whole else code.co_names, names)
+        used = names if "globals" in names else code.co_names  # globals()["scale"]
+        self._enter_globals(frame.f_globals, used, names)
         for name in names & sys.modules.keys() if "modules" in names else ():  # sys.modules["m"]
             self._visit(sys.modules[name], name, names, 0)
-        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        for name in (*arguments, *code.co_freevars):
-            value = frame.f_locals.get(name)
+        for name, value in known.items():
             if id(value) in self._own:
                 self._visit_object(value, self._own[id(value)], names, 0)
-            elif id(value) in self._known:
+            else:
                 self._visit(value, name, names, 0)
+        values, kinds = self._given
+        for value in values:
+            self._visit(value, f"an argument of type {type(value).__qualname__}", names, 0)
+        for kind in kinds:
+            self._visit_class(kind, names, 0)
 
-    def _enter_globals(self, scope: dict[str, Any], used: Iterable[str], names: set[str]) -> None:
+    def _enter_globals(self, scope: dict[str, Any], used: Collection[str], names: set[str]) -> None:
         label = scope.get("__name__", "globals")
-        used = list(used)
         self._add_variables(Globals(scope, label), used)
         for name in used:
             if name in scope:
@@ -216,7 +220,7 @@ class ReachableState:
                 self._visit(value, variable, inner, depth + 1)
         if not is_user_file(function.__code__.co_filename):
             return
-        self._add_members(function, function.__qualname__)
+        self._add(members_of(function))
         attributes = self._add(Namespace(function, function.__qualname__))
         for key in names & attributes.keys():
             name = f"{function.__qualname__}.{key}"
@@ -224,10 +228,6 @@ class ReachableState:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         for value in defaults:
             self._visit(value, f"a default of {function.__qualname__}", names, depth + 1)
-
-    def _add_members(self, value: Any, label: str) -> None:
-        if (members := members_of(value, label)) is not None:
-            self._add(members)
 
     def _visit_module(self, module: types.ModuleType, names: set[str], depth: int) -> None:
         """Follow the variables of a Python module that the code names."""
@@ -238,7 +238,7 @@ class ReachableState:
         self._add_variables(ForeignFunctions(vars(module), module.__name__), used)
         for name in used:
             if isinstance(part := vars(module)[name], types.ModuleType):  # torch.nn.functional
-                self._visit(part, f"{module.__name__}.{name}", names, depth + 1)
+                self._visit(part, name, names, depth + 1)
 
     def _visit_class(self, kind: Any, names: set[str], depth: int) -> None:
         for base in (*kind.__mro__, *type(kind).__mro__):
@@ -282,7 +282,8 @@ class ReachableState:
         holder = container_of(value, label)
         if holder is None or depth > DEEPEST:
             return
-        self._add_members(value, label)
+        if isinstance(value, defaultdict):
+            self._add(Members(value, label, ("default_factory",)))
         if names is not None:
             self.followed.add(id(value))
         for key, item in islice(self._add(holder).items(), LARGEST_FOLLOWED):
