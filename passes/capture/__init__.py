@@ -23,6 +23,7 @@ Files, in reading order:
 - `patches`: replacements of parts of a model while it is traced
 - `buffer_state`: restores attributes, and registries and values of buffers
 - `hidden_state`: refuses models whose next call depends on what this one set
+- `far_values`: what these may be after many calls
 - `buffer_assignment`: ``self.n = self.n + 1`` as a write in place
 - `buffer_mutation`: writes to buffers become results, once a step
 - `norm_statistics`: running statistics of the batch from those of micro-batches
