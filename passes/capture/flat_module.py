@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import pathlib
+import re
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +38,10 @@ if TYPE_CHECKING:
 
     from autopipe.passes.python_state import Reads
 
-PLAIN_TYPES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+PLAIN_TYPES = (
+    *(int, float, complex, bool, str, bytes, type(None), enum.Enum, range, slice, pathlib.PurePath),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
 
 
 class TensorSlot:
@@ -158,7 +164,9 @@ class FlatModel(nn.Module):
         result.created = mode.created
         remarks = *state.noted.remarks, *describe_changes(given, entries(args, kwargs))
         result.remarks, result.clocks = remarks, state.noted.clocks
-        return write_in_place(self.model, assigned, self._flatten_result(out, kwargs))
+        found = self._flatten_result(out, kwargs)
+        _refuse_sizes_in_text(result.leaves, tensors)
+        return write_in_place(self.model, assigned, found)
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a result; its other leaves are stored in `result`."""
@@ -189,6 +197,19 @@ class FlatModel(nn.Module):
                     " register the class with torch.utils._pytree.register_pytree_node",
                 )
         return tensors
+
+
+def _refuse_sizes_in_text(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+    """Refuse a text in a result that has the name of a symbolic size in the place of a number."""
+    sizes: list[Any] = [n for x in tensors for n in x.shape if isinstance(n, torch.SymInt)]
+    names = {re.escape(str(s)) for n in sizes for s in n.node.expr.free_symbols}
+    for leaf in leaves:
+        if isinstance(leaf, str) and any(re.search(rf"\b{name}\b", leaf) for name in names):
+            raise CaptureError(
+                "the model returns a text that tells the size of the batch",
+                found=repr(leaf),
+                remedy="return the size itself (x.shape[0]), and write the text outside",
+            )
 
 
 @dataclasses.dataclass
