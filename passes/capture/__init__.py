@@ -11,6 +11,7 @@ Files, in reading order:
 - `frontends`: the kinds of models, and how each is traced to a normalized graph
 - `tracing`: calls a front end, with the patches and checks that a faithful graph needs
 - `containers`: objects that hold tensors, taken apart
+- `argument_changes`: what a forward changes of its arguments
 - `flat_module`: the model as a function from flat tensors to flat tensors
 - `exporting`: runs torch.export: silences it, refuses what it would lose
 - `size_uses`: what the model's code did with symbolic sizes
@@ -22,6 +23,7 @@ Files, in reading order:
 - `patches`: replacements of parts of a model while it is traced
 - `buffer_state`: restores attributes, and registries and values of buffers
 - `hidden_state`: refuses models whose next call depends on what this one set
+- `far_values`: what these may be after many calls
 - `buffer_assignment`: ``self.n = self.n + 1`` as a write in place
 - `buffer_mutation`: writes to buffers become results, once a step
 - `norm_statistics`: running statistics of the batch from those of micro-batches

@@ -16,10 +16,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopipe.passes.python_state import attribute_names, is_made_of_attributes, raw_dict
+from autopipe.passes.python_state import (
+    attribute_names,
+    extra_key,
+    is_made_of_attributes,
+    raw_dict,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     Key = tuple[pytree.KeyEntry, Any]
 
@@ -49,12 +54,14 @@ class _Kind:
         names: its attributes, or keys.
         empty: creates an object without parts.
         by_key: whether the parts are items, not attributes.
+        others: its attributes besides items.
     """
 
     type: type
     names: tuple[Any, ...]
     empty: Callable[[], Any] = dataclasses.field(compare=False)
     by_key: bool = False
+    others: Hashable = ()
 
 
 class Parts:
@@ -85,6 +92,16 @@ def take_apart(value: Any) -> Any:
     return value if isinstance(value, PLAIN) else _taken_apart(value, 0)
 
 
+def kinds_in(spec: pytree.TreeSpec) -> list[type]:
+    """The classes of the objects that were taken apart.
+
+    Args:
+        spec: the structure of what `take_apart` returned.
+    """
+    own = [spec.context.type] if spec.type is Parts else []
+    return own + [kind for child in spec.children() for kind in kinds_in(child)]
+
+
 def _taken_apart(value: Any, depth: int) -> Any:
     return pytree.tree_map(lambda leaf: _taken(leaf, depth), value)
 
@@ -110,7 +127,9 @@ def _parts_of(value: Any) -> Parts | None:
         items = raw_dict(value) if isinstance(value, dict) else dict(value.items())
         rebuilt = _empty_mapping(value)
         if rebuilt is not None:
-            return Parts(_Kind(kind, tuple(items), rebuilt, by_key=True), list(items.values()))
+            others = extra_key(value)
+            own = _Kind(kind, tuple(items), rebuilt, by_key=True, others=others)
+            return Parts(own, list(items.values()))
         return None
     if not is_made_of_attributes(value):
         return None

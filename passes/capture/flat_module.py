@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import pathlib
+import re
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +28,20 @@ from autopipe.passes.python_state import (
     refuse_replaced_modules,
 )
 
+from .argument_changes import describe_changes, entries
 from .buffer_assignment import is_assigned_buffer, write_in_place
 from .buffer_state import preserve_buffers
-from .containers import is_cache, take_apart
+from .containers import is_cache, kinds_in, take_apart
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from autopipe.passes.python_state import Reads
 
-PLAIN_TYPES = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+PLAIN_TYPES = (
+    *(int, float, complex, bool, str, bytes, type(None), enum.Enum, range, slice, pathlib.PurePath),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
 
 
 class TensorSlot:
@@ -120,7 +127,9 @@ class FlatModel(nn.Module):
         for n, position in enumerate(self.tensor_positions):
             leaves[position] = tensors[self._same.value.get(n, n)]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
+        given = entries(args, kwargs)
         state = PythonState(self.model)
+        state.add_arguments(self._template.value, kinds_in(self._spec.value))
         call_modes = self._modes.value
         watch = CallWatch(state, call_modes)
         tracing = any(map(is_traced, tensors))
@@ -153,8 +162,11 @@ class FlatModel(nn.Module):
             result.changed = [forget_tensors(c) for c in result.changed]
         result.reads = state.reads(result.changed, call_modes)
         result.created = mode.created
-        result.remarks, result.clocks = tuple(state.noted.remarks), state.noted.clocks
-        return write_in_place(self.model, assigned, self._flatten_result(out, kwargs))
+        remarks = *state.noted.remarks, *describe_changes(given, entries(args, kwargs))
+        result.remarks, result.clocks = remarks, state.noted.clocks
+        found = self._flatten_result(out, kwargs)
+        _refuse_sizes_in_text(result.leaves, tensors)
+        return write_in_place(self.model, assigned, found)
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a result; its other leaves are stored in `result`."""
@@ -185,6 +197,19 @@ class FlatModel(nn.Module):
                     " register the class with torch.utils._pytree.register_pytree_node",
                 )
         return tensors
+
+
+def _refuse_sizes_in_text(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+    """Refuse a text in a result that has the name of a symbolic size in the place of a number."""
+    sizes: list[Any] = [n for x in tensors for n in x.shape if isinstance(n, torch.SymInt)]
+    names = {re.escape(str(s)) for n in sizes for s in n.node.expr.free_symbols}
+    for leaf in leaves:
+        if isinstance(leaf, str) and any(re.search(rf"\b{name}\b", leaf) for name in names):
+            raise CaptureError(
+                "the model returns a text that tells the size of the batch",
+                found=repr(leaf),
+                remedy="return the size itself (x.shape[0]), and write the text outside",
+            )
 
 
 @dataclasses.dataclass

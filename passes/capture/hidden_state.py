@@ -24,6 +24,7 @@ from autopipe.passes.ir import InputKind
 from autopipe.passes.python_state import Forgotten, is_same, set_changes
 
 from .buffer_state import preserve_buffers, restore_values
+from .far_values import far
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,11 @@ def check_hidden_state(
     if all(c.holder.kind == "attribute" and c.after is not Forgotten for c in changed):
         set_changes(changed, "after")
         try:
-            same = _is_same_program(traced, trace_again())
+            again = _is_same_program(traced, trace_again())
+            if again and (counted := far(changed, flat.result.changed)):
+                set_changes(counted, "after")
+                again = _is_same_program(traced, trace_again())
+            same = again
         except AutopipeError:
             pass
         finally:
@@ -162,11 +167,25 @@ def _later_calls_agree(
 
     first_call = _run_calls(flat, [samples(0, 1)])
     second_call = _run_calls(flat, [samples(0, 0), samples(0, 1)])
-    return len(first_call) == len(second_call) and all(map(_agree, first_call, second_call))
+    try:
+        many_calls = _run_calls(flat, [samples(0, 0), samples(0, 0), samples(0, 1)], many=True)
+    except Exception:  # of the user's code
+        return False
+    return all(
+        len(first_call) == len(call) and all(map(_agree, first_call, call))
+        for call in (second_call, many_calls)
+    )
 
 
-def _run_calls(flat: FlatModel, calls: Sequence[Sequence[Tensor]]) -> list[Any]:
+def _run_calls(
+    flat: FlatModel, calls: Sequence[Sequence[Tensor]], *, many: bool = False
+) -> list[Any]:
     """Run the model several times, then restore its state.
+
+    Args:
+        flat: the model.
+        calls: the tensors of each.
+        many: run the last one with what its numbers and lists may be after many calls.
 
     Returns:
         The last call's results, the values that it gave the model's buffers (each call starts from
@@ -184,6 +203,8 @@ def _run_calls(flat: FlatModel, calls: Sequence[Sequence[Tensor]]) -> list[Any]:
                 results += [b.clone() for b, _ in saved]
                 changed.append(flat.result.changed)
                 set_changes(changed[-1], "after")
+                if many and len(changed) == len(calls) - 1:
+                    set_changes(far(*changed[-2:]), "after")
                 restore_values(saved)
             created = {
                 str(a): a.holder.get(a.key) for c in changed for a in c if a.holder.kind == "buffer"

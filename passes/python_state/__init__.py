@@ -8,7 +8,8 @@ compared.
 Files, in reading order:
 
 - `value_keys`: the key by which a Python value is compared
-- `holders`, `holder_of`: what holds Python values: attributes, variables, containers
+- `holders`, `members`, `holder_of`: what holds Python values: attributes, variables, containers
+- `kinds`: what a value is
 - `names`: by which code reaches attributes
 - `noted`: what the forward asked for: flags of tensors, variables of the environment
 - `random_numbers`, `iterators`: those that are not torch's; iterators that are advanced
@@ -29,9 +30,9 @@ from .ambient import CallModes, ambient_modes, ambient_settings, check_modes, is
 from .arguments import shared
 from .changes import Change, Forgotten, forget_tensors, refuse_replaced_modules, set_changes
 from .holders import MODULE_INTERNALS
+from .kinds import is_user_module
 from .leftovers import refuse_leftovers
 from .random_numbers import AVOIDING_OPTIONS
-from .reachable import is_user_module
 from .reads import Reads
 from .state import PythonState
 from .tensor_mode import TensorMode, TensorNames
@@ -39,6 +40,7 @@ from .value_keys import (
     Identity,
     WeakIdentity,
     attribute_names,
+    extra_key,
     is_made_of_attributes,
     is_same,
     raw_dict,
@@ -63,6 +65,7 @@ __all__ = [
     "ambient_settings",
     "attribute_names",
     "check_modes",
+    "extra_key",
     "forget_tensors",
     "is_made_of_attributes",
     "is_same",

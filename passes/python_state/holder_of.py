@@ -8,7 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy
-from torch import Tensor, nn
+from torch import Tensor
 
 from .holders import CONTENT, Context, Dict, Holder, Namespace, Sequence, Slots, TooLarge, slots_of
 
@@ -102,10 +102,21 @@ def _is_memory(value: Any) -> bool:
     return True
 
 
-def object_of(value: Any, label: str) -> Holder | None:
-    """The holder for an object's attributes, or None if it has none in Python."""
+def objects_of(value: Any, label: str) -> list[Holder]:
+    """The holders for an object's attributes: those of its dict, and those of its slots."""
     if isinstance(value, (Tensor, type, types.ModuleType, types.FunctionType)):
+        return []
+    found: list[Holder] = []
+    if isinstance(own_dict(value), dict):
+        found.append(Namespace(value, label))
+    if slots_of(value):
+        found.append(Slots(value, label))
+    return found
+
+
+def own_dict(value: Any) -> Any:
+    """An object's ``__dict__``; None if it has none."""
+    try:
+        return getattr(value, "__dict__", None)
+    except Exception:  # its own ``__getattr__`` raises another error
         return None
-    if isinstance(value, nn.Module) or isinstance(getattr(value, "__dict__", None), dict):
-        return Namespace(value, label)
-    return Slots(value, label) if slots_of(value) else None

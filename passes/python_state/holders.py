@@ -14,7 +14,7 @@ from torch import nn
 from .value_keys import raw_dict
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Collection, Hashable, Mapping
 
 CONTENT = "content"
 
@@ -24,6 +24,16 @@ LARGEST_CONTAINER = 2000
 
 MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weight_refs"}
 """Attributes that torch sets in a module: parameters, hooks, flat copies of recurrent weights."""
+
+
+REGISTRIES = {
+    "_buffers": "buffer",
+    "_parameters": "parameter",
+    "_modules": "module",
+    "_forward_pre_hooks": "hook",
+    "_forward_hooks": "hook",
+}
+"""Registries of a module → what they hold. (A forward may register hooks and set a flag for it.)"""
 
 
 class Missing:
@@ -43,11 +53,13 @@ class Holder:
         label: what messages call it; "" for the model itself.
         kind: what its values are: "attribute", or "buffer", "parameter", "module" or "hook" of a
             module.
+        is_changed: whether what the forward changes of it is looked for.
     """
 
     owner: Any
     label: str
     kind = "attribute"
+    is_changed = True
 
     def read(self) -> dict[Hashable, Any]:
         """Copy the values."""
@@ -61,6 +73,10 @@ class Holder:
         """Read one value; `Missing` if there is none."""
         return self.read().get(key, Missing)
 
+    def present(self) -> Collection[Hashable]:
+        """The names of what exists, in order; nothing where there is always the same."""
+        return ()
+
     def name_of(self, key: Hashable) -> str:
         """What messages call one of the values."""
         return f"{self.label}.{key}" if self.label else str(key)
@@ -69,14 +85,18 @@ class Holder:
 class Namespace(Holder):
     """Variables of a Python module (its globals), or the attributes of an object."""
 
-    def _names(self) -> Mapping[Hashable, Any]:
-        return self.owner if isinstance(self.owner, dict) else vars(self.owner)
+    def _names(self) -> Mapping[Any, Any]:
+        names: Mapping[Any, Any] = vars(self.owner)
+        return names
 
     def read(self) -> dict[Hashable, Any]:
         return dict(self._names())
 
     def get(self, key: Hashable) -> Any:
         return self._names().get(key, Missing)
+
+    def present(self) -> Collection[Hashable]:
+        return self._names().keys()
 
     def write(self, key: Hashable, value: Any) -> None:
         names: Any = self._names()
@@ -99,8 +119,15 @@ class Globals(Namespace):
         super().__init__(owner, label)
         self.names: set[str] = set()
 
+    def _names(self) -> Mapping[Any, Any]:
+        names: dict[str, Any] = self.owner
+        return names
+
     def read(self) -> dict[Hashable, Any]:
         return {n: self.owner[n] for n in self.names if n in self.owner}
+
+    def present(self) -> Collection[Hashable]:
+        return sorted(self.owner.keys() & self.names)
 
 
 class Registry(Namespace):
@@ -116,8 +143,9 @@ class Registry(Namespace):
         super().__init__(owner, label)
         self.kind = kind
 
-    def get(self, key: Hashable) -> Any:
-        return self.owner.get(key, Missing)
+    def _names(self) -> Mapping[Any, Any]:
+        registry: dict[Any, Any] = self.owner
+        return registry
 
 
 class ModuleAttributes(Namespace):
@@ -140,6 +168,9 @@ def _set_by_torch_hook(module: nn.Module, name: str) -> bool:
 
 class Slots(Holder):
     """The attributes of an object that has slots."""
+
+    def present(self) -> Collection[Hashable]:
+        return [n for n in slots_of(self.owner) if hasattr(self.owner, n)]
 
     def read(self) -> dict[Hashable, Any]:
         return {n: getattr(self.owner, n) for n in slots_of(self.owner) if hasattr(self.owner, n)}
@@ -173,6 +204,10 @@ class Dict(Holder):
         if key == CONTENT:
             return self.read().get(key, Missing)
         return dict.get(self.owner, key, Missing)
+
+    def present(self) -> Collection[Hashable]:
+        large = len(self.owner) > LARGEST_CONTAINER
+        return () if large else [*dict.keys(self.owner)]
 
     def write(self, key: Hashable, value: Any) -> None:
         if key == CONTENT and key not in self.owner:
@@ -213,6 +248,9 @@ class Cell(Holder):
             return {CONTENT: self.owner.cell_contents}
         except ValueError:  # it is empty
             return {}
+
+    def present(self) -> Collection[Hashable]:
+        return [*self.read()]
 
     def write(self, key: Hashable, value: Any) -> None:
         if value is Missing:

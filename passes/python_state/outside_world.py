@@ -23,6 +23,9 @@ CLOCK = "time"
 ASKING = frozenset({CLOCK, "posix", "nt", "_io", "io", "_thread", "_socket"})
 """Modules whose functions ask for something outside."""
 
+PURE = frozenset({"fspath", "text_encoding", "_path_normpath", "_path_splitroot"})
+"""Functions of these modules that only compute: the name of a file."""
+
 WAYS = frozenset(
     {"os", "posixpath", "ntpath", "genericpath", "pathlib", "glob", "shutil", "threading", "codecs"}
 )
@@ -49,6 +52,8 @@ def is_clock(function: Callable[..., Any]) -> bool:
 
 def asks_outside(function: Callable[..., Any]) -> bool:
     """Whether a function that is not written in Python asks for something outside."""
+    if getattr(function, "__name__", "") in PURE:
+        return False
     return getattr(function, "__module__", None) in ASKING or is_clock(function)
 
 

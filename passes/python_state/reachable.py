@@ -12,17 +12,19 @@ import functools
 import sys
 import types
 import weakref
+from collections import defaultdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from autopipe.passes._torch import parametrization_cache
-from autopipe.passes.graph import is_own_file, is_standard_library, is_user_file
+from autopipe.passes.graph import is_own_file, is_user_file
 
-from .holder_of import container_of, object_of
+from .holder_of import container_of, objects_of
 from .holders import (
     CONTENT,
+    REGISTRIES,
     Cell,
     ClassAttributes,
     Dict,
@@ -33,25 +35,15 @@ from .holders import (
     Registry,
 )
 from .iterators import iterator_state
+from .kinds import is_collection, is_shallow, is_torchs, is_user_module, is_users_class, owner_of
+from .members import ForeignFunctions, Members, members_of
 from .names import compares_objects, compares_types, names_in, reads_unnamed
 from .noted import Noted
 from .random_numbers import GENERATORS, saved_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
-    from types import CodeType, FrameType
-
-REGISTRIES = {
-    "_buffers": "buffer",
-    "_parameters": "parameter",
-    "_modules": "module",
-    "_forward_pre_hooks": "hook",
-    "_forward_hooks": "hook",
-}
-"""Registries of a module → what they hold. (A forward may register hooks and set a flag for it.)"""
-
-SHALLOW = (Tensor, bool, int, float, complex, str, bytes, type(None))
-"""What refers to nothing."""
+    from collections.abc import Collection, Hashable, Iterable
+    from types import FrameType
 
 LARGEST_FOLLOWED = 200
 """How many entries of a container are followed."""
@@ -67,7 +59,7 @@ class ReachableState:
         model: the model, before its forward.
 
     Attributes:
-        values: id of an owner → its holder, and its values when they were first seen.
+        values: owner's id, kind of holder → the holder, and its values when it was first seen.
         names: all names that the called code uses.
         followed: ids of the containers that the called code can reach.
         whole: ids of the owners any of whose values may have been read.
@@ -80,7 +72,7 @@ class ReachableState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.values: dict[int, tuple[Holder, dict[Hashable, Any]]] = {}
+        self.values: dict[Hashable, tuple[Holder, dict[Hashable, Any]]] = {}
         self.names: set[str] = set()
         self.followed: set[int] = set()
         self.whole: set[int] = set()
@@ -93,8 +85,8 @@ class ReachableState:
         self.iterators: dict[str, tuple[Any, Hashable]] = {}
         self._known: set[int] = set()  # values that the model's state refers to
         self._now: set[int] = set()  # those that were visited for the function just entered
-        self._entered: set[tuple[CodeType, int]] = set()
-        self._kept: list[Any] = []  # so that no id is used twice
+        self._entered: set[tuple[object, ...]] = set()
+        self._given: tuple[list[Any], list[type]] = [], []  # arguments, classes of others
         self._own = {id(m): path for path, m in model.named_modules()}
         for path, module in model.named_modules():
             if not isinstance(module._buffers, dict):  # a scripted module has no Python state
@@ -105,9 +97,20 @@ class ReachableState:
             attributes = self._add(ModuleAttributes(module, path))
             for key, value in list(attributes.items()):
                 self._visit_container(value, f"{path}.{key}".lstrip("."), 0)
+            if not is_users_class(type(module)):  # the code of others is not watched
+                self._add(Members(type(module), type(module).__qualname__, ("forward",)))
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
                 self._visit(hook, f"a hook of {path or 'the model'}", set(), 0)
         self._add(Dict(parametrization_cache(), "torch.nn.utils.parametrize.cached()"))
+
+    def add_arguments(self, values: Iterable[Any], kinds: Iterable[type]) -> None:
+        """Follow what is passed to the model, besides tensors.
+
+        Args:
+            values: arguments that are the user's own objects.
+            kinds: the classes of those of which the model gets copies.
+        """
+        self._given = [v for v in values if not is_shallow(v)], list(kinds)
 
     def enter(self, frame: FrameType) -> None:
         """Copy what a function that is being called can reach; it has not run yet.
@@ -116,11 +119,12 @@ class ReachableState:
             frame: of the function.
         """
         code = frame.f_code
-        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if (code, id(first)) in self._entered:
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        found = {n: frame.f_locals.get(n) for n in (*arguments, *code.co_freevars)}
+        known = {n: v for n, v in found.items() if id(v) in self._known or id(v) in self._own}
+        if (called := (code, *map(id, known.values()))) in self._entered:
             return
-        self._entered.add((code, id(first)))
-        self._kept.append(first)
+        self._entered.add(called)
         names = names_in(code)
         self.names |= names
         self._unnamed = reads_unnamed(code)
@@ -130,37 +134,47 @@ class ReachableState:
         if compares_types(code):
             self.noted.note_type_comparison(f"{code.co_filename}:{code.co_firstlineno}")
         self._now.clear()
-        self._enter_globals(frame.f_globals, code.co_names, names)
-        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        for name in (*arguments, *code.co_freevars):
-            value = frame.f_locals.get(name)
+        used = names if "globals" in names else code.co_names  # globals()["scale"]
+        self._enter_globals(frame.f_globals, used, names)
+        for name in names & sys.modules.keys() if "modules" in names else ():  # sys.modules["m"]
+            self._visit(sys.modules[name], name, names, 0)
+        for name, value in known.items():
             if id(value) in self._own:
                 self._visit_object(value, self._own[id(value)], names, 0)
-            elif id(value) in self._known:
+            else:
                 self._visit(value, name, names, 0)
+        values, kinds = self._given
+        for value in values:
+            self._visit(value, f"an argument of type {type(value).__qualname__}", names, 0)
+        for kind in kinds:
+            self._visit_class(kind, names, 0)
 
-    def _enter_globals(self, scope: dict[str, Any], used: Iterable[str], names: set[str]) -> None:
+    def _enter_globals(self, scope: dict[str, Any], used: Collection[str], names: set[str]) -> None:
         label = scope.get("__name__", "globals")
-        holder, values = self.values.setdefault(id(scope), (Globals(scope, label), {}))
-        assert isinstance(holder, Globals)
+        self._add_variables(Globals(scope, label), used)
         for name in used:
-            if name not in holder.names:
-                holder.names.add(name)
-                if name in scope:
-                    values[name] = scope[name]
             if name in scope:
                 self._visit(scope[name], f"{label}.{name}", names, 0)
 
+    def _add_variables(self, new: Globals, used: Iterable[str]) -> None:
+        """Copy some variables of a Python module."""
+        holder, values = self.values.setdefault((id(new.owner), type(new)), (new, {}))
+        assert isinstance(holder, Globals)
+        added = set(used) - holder.names
+        holder.names |= added
+        values |= {n: v for n, v in holder.read().items() if n in added}
+
     def _add(self, holder: Holder) -> dict[Hashable, Any]:
-        if id(holder.owner) not in self.values:
-            self.values[id(holder.owner)] = (holder, holder.read())
-        values = self.values[id(holder.owner)][1]
+        key = id(holder.owner), type(holder)
+        if key not in self.values:
+            self.values[key] = (holder, holder.read())
+        values = self.values[key][1]
         self._known.update(map(id, values.values()))
         return values
 
     def _visit(self, value: Any, label: str, names: set[str], depth: int) -> None:
         """Follow a reference that the code may follow."""
-        if depth > DEEPEST or isinstance(value, SHALLOW) or id(value) in self._now:
+        if depth > DEEPEST or is_shallow(value) or id(value) in self._now:
             return
         self._now.add(id(value))
         self._known.add(id(value))
@@ -178,11 +192,10 @@ class ReachableState:
         elif isinstance(value, weakref.ref):
             self._visit(value(), label, names, depth + 1)
         elif isinstance(value, types.ModuleType):
-            if is_user_module(value):
-                self._enter_globals(vars(value), names & vars(value).keys(), names)
+            self._visit_module(value, names, depth)
         elif isinstance(value, type):
             self._visit_class(value, names, depth)
-        elif isinstance(generator := getattr(value, "__self__", value), GENERATORS):
+        elif isinstance(generator := owner_of(value), GENERATORS):
             self.generators.setdefault(label, (generator, saved_generator(generator)))
         elif hasattr(type(value), "__next__") and (state := iterator_state(value)) is not None:
             self.iterators.setdefault(label, (value, state))
@@ -207,6 +220,7 @@ class ReachableState:
                 self._visit(value, variable, inner, depth + 1)
         if not is_user_file(function.__code__.co_filename):
             return
+        self._add(members_of(function))
         attributes = self._add(Namespace(function, function.__qualname__))
         for key in names & attributes.keys():
             name = f"{function.__qualname__}.{key}"
@@ -214,6 +228,17 @@ class ReachableState:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         for value in defaults:
             self._visit(value, f"a default of {function.__qualname__}", names, depth + 1)
+
+    def _visit_module(self, module: types.ModuleType, names: set[str], depth: int) -> None:
+        """Follow the variables of a Python module that the code names."""
+        used = names & vars(module).keys()
+        if is_user_module(module):
+            self._enter_globals(vars(module), used, names)
+            return
+        self._add_variables(ForeignFunctions(vars(module), module.__name__), used)
+        for name in used:
+            if isinstance(part := vars(module)[name], types.ModuleType):  # torch.nn.functional
+                self._visit(part, name, names, depth + 1)
 
     def _visit_class(self, kind: Any, names: set[str], depth: int) -> None:
         for base in (*kind.__mro__, *type(kind).__mro__):
@@ -225,20 +250,20 @@ class ReachableState:
 
     def _visit_object(self, value: Any, label: str, names: set[str], depth: int) -> None:
         """Follow the attributes of an object that the code names."""
-        holder = object_of(value, label)
-        if holder is None or _is_torchs(value):
+        holders = objects_of(value, label)
+        if not holders or is_torchs(value):
             return
         if isinstance(value, nn.Module):
             if id(value) in self._own:
                 label = self._own[id(value)]
-                holder = ModuleAttributes(value, label)
+                holders[0] = ModuleAttributes(value, label)
             names = names | REGISTRIES.keys()
-        values = self._add(holder)
-        if _is_collection(value):  # its own code is Python's, which is not watched
+        values = {k: v for holder in holders for k, v in self._add(holder).items()}
+        if is_collection(value):  # its own code is Python's, which is not watched
             self.names.update(map(str, values))
             names = names | {*map(str, values)}
         if self._unnamed:
-            self.whole.add(id(holder.owner))
+            self.whole.add(id(value))
         for key in names & values.keys():
             name = f"{label}.{key}".lstrip(".")
             self._visit(values[key], name, names, depth + 1)
@@ -257,6 +282,8 @@ class ReachableState:
         holder = container_of(value, label)
         if holder is None or depth > DEEPEST:
             return
+        if isinstance(value, defaultdict):
+            self._add(Members(value, label, ("default_factory",)))
         if names is not None:
             self.followed.add(id(value))
         for key, item in islice(self._add(holder).items(), LARGEST_FOLLOWED):
@@ -271,24 +298,3 @@ class ReachableState:
             self._visit_container(value, label, depth + 1)
         else:
             self._visit(value, label, names, depth + 1)
-
-
-def _is_collection(value: Any) -> bool:
-    """Whether this is a `UserDict`, a `ChainMap`, a `WeakKeyDictionary` or the like."""
-    return any(c.__module__ in ("collections", "weakref") for c in type(value).__mro__)
-
-
-def _is_torchs(value: Any) -> bool:
-    """Whether an object is of a class of torch, such as an operator, and no layer."""
-    root = type(value).__module__.partition(".")[0]
-    return root in ("torch", "numpy", "sympy") and not isinstance(value, nn.Module)
-
-
-def is_user_module(module: Any) -> bool:
-    """Whether a Python module is the user's or another library's, not torch's or Python's own."""
-    if type(module) is not types.ModuleType:  # torch.ops.aten
-        return False
-    file = getattr(module, "__file__", None)
-    if file is None:  # a notebook, python -c: or built in
-        return getattr(module, "__name__", "") == "__main__"
-    return is_user_file(file) and not is_standard_library(file)

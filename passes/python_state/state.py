@@ -8,6 +8,7 @@ from .arguments import ArgumentReads
 from .changes import Change
 from .holder_of import Array
 from .holders import (
+    ClassAttributes,
     Dict,
     Globals,
     Missing,
@@ -17,15 +18,17 @@ from .holders import (
     Slots,
 )
 from .iterators import iterator_error, iterator_state
+from .members import SPECIAL
 from .random_numbers import random_error, restore_generator, saved_generator
 from .reachable import ReachableState
-from .reads import Reads, is_compared_elsewhere
+from .reads import Read, Reads, is_compared_elsewhere
 from .value_keys import is_same
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Hashable, Iterable
 
     from .ambient import CallModes
+    from .holders import Holder
 
 
 class PythonState(ReachableState):
@@ -39,6 +42,8 @@ class PythonState(ReachableState):
         """What differs from when it was first seen."""
         found = []
         for holder, before in self.values.values():
+            if not holder.is_changed:
+                continue
             after = holder.read()
             for key in {**before, **after}:
                 old, new = before.get(key, Missing), after.get(key, Missing)
@@ -63,34 +68,44 @@ class PythonState(ReachableState):
             changed: what the forward itself changes; it is not compared.
             modes: of the call, as far as the forward read them.
         """
-        own = {(id(c.holder.owner), c.key) for c in changed}
+        sets: dict[int, dict[Hashable, Any]] = {}  # what it sets
+        own = set()
+        for c in changed:
+            sets.setdefault(id(c.holder), {})[c.key] = c.after
+            if c.before is not None and c.before is not Missing:
+                own.add((id(c.holder), c.key))  # else others may set it, to something else
         known = self.is_watched and not self.reads_unnamed
-        watched = self.noted.holders()
+        every = frozenset(self.names)
+        watched = [Read(*found) for found in self.noted.holders()]
         for holder, values in self.values.values():
             if holder.kind != "attribute":  # compared by the key of the model's state
                 continue
-            keys = set(values)
             is_container = isinstance(holder, (Dict, Sequence, Array))
             if known and is_container and id(holder.owner) not in self.followed:
                 continue
-            of_object = isinstance(holder, (Namespace, Slots)) and not isinstance(holder, Globals)
-            if of_object and id(holder.owner) not in self.whole:
-                keys &= self.names
+            names = self._names_of(holder, every)
+            elsewhere = isinstance(holder, ModuleAttributes)
             read = {
-                key: values[key]
-                for key in keys
-                if (id(holder.owner), key) not in own
-                and not (
-                    isinstance(holder, ModuleAttributes) and is_compared_elsewhere(values[key])
-                )
+                key: value
+                for key, value in values.items()
+                if (names is None or key in names)
+                and (id(holder), key) not in own
+                and not (elsewhere and is_compared_elsewhere(value))
             }
-            if read:
-                watched.append((holder, read))
-        names = frozenset(self.names) if known else None
+            watched.append(Read(holder, read, names, sets.get(id(holder), {})))
+        names = every if known else None
         asked = dict.fromkeys(self.noted.arguments, True)
         if not self.is_watched:
             asked["identity"] = True
         return Reads(watched, ArgumentReads(**asked, names=names), modes)
+
+    def _names_of(self, holder: Holder, every: frozenset[str]) -> frozenset[str] | None:
+        """The names by which the called code can have asked a holder; None: by any."""
+        if isinstance(holder, Globals) or not isinstance(holder, (Namespace, Slots)):
+            return None
+        if id(holder.owner) in self.whole:
+            return None
+        return every | SPECIAL if isinstance(holder, ClassAttributes) else every
 
     def check_generators(self) -> None:
         """Check that no generator of random numbers that is not torch's, and no iterator, was used.

@@ -86,6 +86,30 @@ def value_key(value: Any, depth: int = 0, *, objects: bool = False) -> Hashable:
         depth: how many containers it is inside of.
         objects: compare objects by their attributes; else by identity.
     """
+    content = _content_key(value, depth, objects=objects)
+    return (content, own) if objects and (own := extra_key(value)) else content
+
+
+def extra_key(value: Any) -> Hashable:
+    """Return a key for the public, plain attributes of a number, text or container; () if none.
+
+    Args:
+        value: any value; one of Python's own classes has no attributes.
+    """
+    if not isinstance(value, CONTENTS) or isinstance(value, enum.Enum):
+        return ()
+    own = vars(value) if hasattr(value, "__dict__") else {}
+    return tuple(
+        (n, _content_key(v, 0, objects=False))
+        for n, v in own.items()
+        if isinstance(n, str) and not n.startswith("_") and isinstance(v, (*PLAIN, float, complex))
+    )
+
+
+CONTENTS = (int, float, complex, str, bytes, list, tuple, set, frozenset, dict, deque)
+
+
+def _content_key(value: Any, depth: int, *, objects: bool) -> Hashable:
     kind: Any = type(value)
     if isinstance(value, (float, complex)):  # 0.0 is not -0.0, and nan is itself
         return kind, complex.__repr__(complex(value))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import enum
+import pathlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -321,3 +323,25 @@ def test_autocast_around_the_call_may_change_from_call_to_call() -> None:
             found, expected = pipe(x), model(x)
         assert found.dtype == (torch.bfloat16 if enabled else torch.float32)
         assert torch.equal(found, expected)
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@pytest.mark.parametrize("value", [Colour.RED, range(3), slice(1, 2), pathlib.PurePath("a")])
+def test_plain_values_are_results(value: Any) -> None:
+    pipe = pipelined(Model(lambda s, x: (s.last(x), value)))
+    assert pipe(batch())[1] == value
+
+
+def test_a_text_that_tells_the_size_of_the_batch_is_refused() -> None:
+    """The name of a symbol stood in the place of the number."""
+    pipe = pipelined(Model(lambda s, x: (s.last(x), f"{tuple(x.shape)}")))
+    with pytest.raises(CaptureError, match="a text that tells the size"):
+        pipe(batch())
+
+
+def test_a_text_about_other_sizes_is_a_result() -> None:
+    pipe = pipelined(Model(lambda s, x: (s.last(x), f"s1 {x.shape[1]}")))
+    assert pipe(batch())[1] == f"s1 {D}"

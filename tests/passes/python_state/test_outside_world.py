@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import pathlib
 import threading
 import time
 import warnings
@@ -99,6 +100,7 @@ def test_logging_and_imports_are_no_questions() -> None:
         import colorsys
 
         logging.getLogger("test").info("the time is in every record")
+        os.path.join(pathlib.PurePath("a"), "b")  # only computes a name
         warnings.warn("of the model's own", DeprecationWarning, stacklevel=1)
         return colorsys.rgb_to_hsv(0.5, 0.5, 0.5)[2]
 
