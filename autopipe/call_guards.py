@@ -1,15 +1,24 @@
-"""Handle the modes of a call: function transforms, hooks, anomaly detection, autocast."""
+"""Handle the modes of a call: tracers, transforms, dispatch modes, hooks, autocast, and so on."""
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from autopipe.errors import UnsupportedError
-from autopipe.passes._torch import has_tangent, in_functorch_transform, without_saved_tensor_hooks
+from autopipe.errors import InputError, UnsupportedError
+from autopipe.passes._torch import (
+    FakeTensor,
+    FakeTensorMode,
+    dispatch_modes,
+    has_tangent,
+    in_functorch_transform,
+    without_dispatch_modes,
+    without_saved_tensor_hooks,
+)
 from autopipe.runtime.backends import autocast_types
 
 if TYPE_CHECKING:
@@ -37,17 +46,89 @@ def refuse_transforms(leaves: Sequence[Any]) -> None:
         )
 
 
+def refuse_tracers() -> None:
+    """Refuse a call that another tracer records: the stages run in threads that it does not see.
+
+    Raises:
+        UnsupportedError: a call within torch.export, make_fx, torch.jit.trace or another capture.
+    """
+    _, tracers = dispatch_modes()
+    tracing = any(not isinstance(mode, FakeTensorMode) for mode in tracers)
+    tracing |= torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or torch.compiler.is_exporting():
+        raise UnsupportedError(
+            "a pipeline is called while something records a graph (autopipe, torch.export, make_fx,"
+            " torch.jit.trace)",
+            remedy="record the model itself: pipe.model; in a larger model, use that in place of"
+            " the pipeline",
+        )
+
+
+def check_dispatch_modes() -> None:
+    """Refuse a mode that would change operators, warn of one of torch's that only looks on.
+
+    The stages run in threads of their own, where no mode of the caller's is active.
+
+    Raises:
+        UnsupportedError: a call within a `TorchDispatchMode` of a user or another library.
+    """
+    for mode in dispatch_modes()[0]:
+        kind = type(mode)
+        if kind.__module__ in BLIND_MODES:
+            continue
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if not kind.__module__.startswith("torch."):
+            raise UnsupportedError(
+                "a TorchDispatchMode around a pipeline: it would not see the operators of the"
+                " stages, which run in other threads",
+                found=name,
+                remedy="run the model itself in it (pipe.model), or leave it before the pipeline is"
+                " called",
+            )
+        warnings.warn(
+            f"{name} around a pipeline does not see the operators of its stages, which run in"
+            " other threads: what it counts or shows lacks them. Run the model itself in it"
+            " (pipe.model); pipe.stages[k].cost has the stages' FLOPs",
+            stacklevel=2,
+        )
+
+
+BLIND_MODES = ("torch.utils.checkpoint", "torch.autograd.graph")
+"""Modules of torch whose modes need not see a pipeline's operators: its backward is its own."""
+
+
 @contextmanager
 def plain_autograd() -> Iterator[None]:
-    """Trace without the caller's hooks on saved tensors and without anomaly detection.
+    """Trace without the caller's dispatch modes, hooks on saved tensors and anomaly detection.
 
-    Both would see fake tensors; they are meant for the real backward, which runs later.
+    They would see fake tensors, and a mode could change what is recorded; they are meant for the
+    real call and its backward, which run later.
     """
     with ExitStack() as stack:
+        if dispatch_modes()[0]:
+            stack.enter_context(without_dispatch_modes())
         stack.enter_context(without_saved_tensor_hooks())
         if torch.is_anomaly_enabled():
             stack.enter_context(torch.autograd.set_detect_anomaly(False, check_nan=False))
         yield
+
+
+def refuse_meta(leaves: Sequence[Any]) -> None:
+    """Refuse tensors without values.
+
+    Args:
+        leaves: flattened inputs of a call.
+
+    Raises:
+        InputError: one is on the meta device.
+    """
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_meta and not isinstance(leaf, FakeTensor):
+            raise InputError(
+                "an input is on the meta device: it has no values to compute with",
+                found=f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}",
+                remedy="pass a tensor with values; autopipe.plan and pipe.capture take such inputs",
+            )
 
 
 def autocast_state() -> tuple[tuple[bool, torch.dtype], ...]:

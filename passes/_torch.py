@@ -37,7 +37,11 @@ from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointFunction
@@ -62,6 +66,7 @@ __all__ = [
     "OpOverload",
     "TorchDispatchMode",
     "detached_unseen",
+    "dispatch_modes",
     "emit_expression",
     "flop_registry",
     "free_unbacked_symbols",
@@ -85,6 +90,7 @@ __all__ = [
     "symbolic_fake_mode",
     "to_functional",
     "traced_call",
+    "without_dispatch_modes",
     "without_saved_tensor_hooks",
     "wrap_with_autocast",
     "wrap_with_set_grad_enabled",
@@ -138,6 +144,15 @@ def without_saved_tensor_hooks() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+def dispatch_modes() -> tuple[list[TorchDispatchMode], list[TorchDispatchMode]]:
+    """The modes that see every operator: those of users and tools, and those of torch's tracers."""
+    modes = _get_current_dispatch_mode_stack()
+    return [m for m in modes if not m.is_infra_mode()], [m for m in modes if m.is_infra_mode()]
+
+
+without_dispatch_modes = _disable_current_modes
 
 
 def function_modes() -> list[Any]:

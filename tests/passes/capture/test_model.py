@@ -19,8 +19,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import AutopipeError, CaptureError, InputError
+from autopipe.passes.capture.explain import explain
 from autopipe.passes.capture.patches import gather_on_one_device
-from autopipe.passes.graph.fx_utils import fingerprint
+from autopipe.passes.graph.fingerprints import fingerprint
 from autopipe.passes.ir.combine import Concatenate
 from autopipe.passes.ir.values import InputKind
 from tests.support.agreement import assert_agrees, assert_close, pipelined
@@ -370,3 +371,26 @@ def test_capture_works_on_several_devices() -> None:
     ]
     assert {str(n.meta["val"].device) for n in graphs[0].nodes if "val" in n.meta} == {"cpu"}
     assert {p: str(p.device) for p in model.parameters()} == placed, "the model is as it was"
+
+
+# ------------------------------------------------------------------------- what torch.export says
+
+
+class FailingText(RuntimeError):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def test_an_error_without_text_is_not_masked() -> None:
+    assert explain(FailingText()).found == ("FailingText: (no text: its __str__ raised ValueError)")
+
+
+def test_a_distribution_that_checks_its_parameters() -> None:
+    def forward(model: Model, x: Tensor) -> Tensor:
+        q = torch.distributions.Normal(model.first(x), 1.0, validate_args=True)  # the distribution
+        return q.rsample()
+
+    with pytest.raises(CaptureError, match="validate_args=False") as caught:
+        captured_of(Model(forward), batch())
+    here = test_a_distribution_that_checks_its_parameters
+    assert caught.value.source == user_line(here, "# the " + "distribution")
