@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import warnings
 from typing import Any
 
 import pytest
@@ -394,3 +395,26 @@ def test_a_distribution_that_checks_its_parameters() -> None:
         captured_of(Model(forward), batch())
     here = test_a_distribution_that_checks_its_parameters
     assert caught.value.source == user_line(here, "# the " + "distribution")
+
+
+def test_an_encoder_that_zeroes_padded_positions_in_evaluation() -> None:
+    """Eager does so without gradients only, and only for some masks: a warning says it."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 8, 0.0, batch_first=True), 2)
+    x, padded = torch.randn(4, 5, D), torch.arange(5)[None] >= torch.tensor([5, 3, 2, 4])[:, None]
+
+    def said(**arguments: Any) -> list[str]:
+        pipe = pipelined(encoder)
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y = pipe(x, **arguments)
+            pipe(x, **arguments)
+            assert_close(y[~padded], encoder(x, **arguments)[~padded])
+        return [str(w.message) for w in caught if "padded" in str(w.message)]
+
+    assert said(src_key_padding_mask=padded) == []  # in training
+    encoder.eval()
+    (warning,) = said(src_key_padding_mask=padded)
+    assert "enable_nested_tensor=False" in warning
+    assert said() == []
+    encoder.use_nested_tensor = False
+    assert said(src_key_padding_mask=padded) == []
