@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from autopipe.batch_dims import batch_of
 from autopipe.call_signature import flatten
 from autopipe.errors import OptionError, shown
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from autopipe.passes.capture import UserModel
     from autopipe.passes.devices import Device
@@ -174,6 +176,13 @@ def plan(
 def _module_of(model: UserModel) -> nn.Module:
     """The module of what the user passed, which must not hold a pipeline."""
     module = as_module(model)
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        raise OptionError(
+            "the model is replicated over processes; a pipeline cannot capture what replicates it",
+            found="torch.nn.parallel.DistributedDataParallel",
+            remedy="compile the model in it, and replicate the pipeline:"
+            " DistributedDataParallel(pipe)",
+        )
     for name, part in module.named_modules():
         if isinstance(part, Pipeline):
             raise OptionError(

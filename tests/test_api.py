@@ -61,3 +61,16 @@ def test_examples_that_are_none(given: dict[str, Any]) -> None:
     for call in (autopipe.compile, autopipe.plan):
         with pytest.raises(OptionError, match=next(iter(given))):
             call(Layers(2), ["cpu"] * 2, 2, **given)
+
+
+def test_replicated_models_are_compiled_inside() -> None:
+    with pytest.raises(OptionError, match=r"DistributedDataParallel\(pipe\)"):
+        autopipe.compile(Replicated(nn.Linear(3, 3)), ["cpu"], 1)
+
+
+class Replicated(nn.parallel.DistributedDataParallel):
+    """One that needs no group of processes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module = module

@@ -75,6 +75,9 @@ class TensorNames:
         return found
 
 
+TRACER = "torch.fx.experimental.proxy_tensor"
+
+
 class TensorMode(TorchFunctionMode):
     """Intercepts torch's functions while a model's forward runs.
 
@@ -143,6 +146,8 @@ class TensorMode(TorchFunctionMode):
         if self.is_tracing and (written := _written(func, args, kwargs)) is not None:
             self._refuse_write(written)
         result = self._call(func, *args, **kwargs)
+        if sys._getframe(1).f_globals.get("__name__") == TRACER:
+            return result  # metadata of a node (for an array's memory), not the forward's
         for x in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(x, Tensor) and is_traced(x) and not any(x is a for a in args):
                 self.created.append(weakref.ref(x))

@@ -9,10 +9,12 @@ ops) and batch_dims.py.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -418,3 +420,32 @@ def test_an_encoder_that_zeroes_padded_positions_in_evaluation() -> None:
     assert said() == []
     encoder.use_nested_tensor = False
     assert said(src_key_padding_mask=padded) == []
+
+
+def test_an_array_whose_memory_a_tensor_shares() -> None:
+    """The tracer's own note of such a constant is not taken for a tensor that the forward keeps."""
+    model = Model(lambda s, x: s.first(x) + torch.from_numpy(s.array))
+    model.array = np.arange(D, dtype=np.float64)
+    pipe, x = pipelined(model), batch()
+    assert_close(pipe(x), model(x))
+    model.array[:] = 3
+    assert_close(pipe(x), model(x))
+
+
+KEPT: list[Any] = []
+
+
+def test_such_a_tensor_that_is_kept() -> None:
+    def forward(model: Model, x: Tensor) -> Tensor:
+        constant = torch.from_numpy(model.array)
+        KEPT.append(lambda: constant)
+        return model.first(x) + constant
+
+    model = Model(forward)
+    model.array = np.arange(D, dtype=np.float64)
+    pipe = pipelined(model)
+    with contextlib.suppress(CaptureError):
+        pipe(batch())
+        assert KEPT == []  # undone
+    KEPT.clear()
+    assert type(model(batch())) is Tensor
