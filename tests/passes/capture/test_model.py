@@ -449,3 +449,24 @@ def test_such_a_tensor_that_is_kept() -> None:
         assert KEPT == []  # undone
     KEPT.clear()
     assert type(model(batch())) is Tensor
+
+
+@pytest.mark.parametrize("share", [torch.from_numpy, torch.as_tensor, torch.asarray, torch.tensor])
+@pytest.mark.parametrize("write", [lambda t: t.add_(1), lambda t: t[1:].mul_(2)])
+def test_writes_to_the_memory_of_an_array(share: Any, write: Any) -> None:
+    """The next call of the model itself would find them."""
+
+    def forward(model: Model, x: Tensor) -> Tensor:
+        constant = share(model.array)
+        write(constant)
+        return model.first(x) + constant
+
+    model = Model(forward)
+    model.array = np.arange(D, dtype=np.float64)
+    pipe, x = pipelined(model), batch()
+    if share is torch.tensor:  # a copy
+        assert_close(pipe(x), model(x))
+    else:
+        with pytest.raises(CaptureError, match="memory of an array"):
+            pipe(x)
+    assert model.array.tolist() == list(range(D))
