@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from autopipe.batch_dims import batch_of
 from autopipe.call_signature import flatten
+from autopipe.errors import OptionError, shown
 from autopipe.module import Pipeline
 from autopipe.options import parse_options
 from autopipe.passes.capture import as_module
@@ -15,7 +19,7 @@ from autopipe.planning.choice import choose
 from autopipe.planning.plans import Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from os import PathLike
 
     import torch
@@ -106,9 +110,10 @@ def compile(
         backend=backend,
         plan=plan,
     )
-    pipeline = Pipeline(as_module(model), options)
+    args, kwargs = _examples(args, kwargs)
+    pipeline = Pipeline(_module_of(model), options)
     if args or kwargs:
-        pipeline.capture(*args, **(kwargs or {}))
+        pipeline.capture(*args, **kwargs)
     return pipeline
 
 
@@ -160,9 +165,48 @@ def plan(
         batch_norm=batch_norm,
         elsewhere=not profile,
     )
-    module = as_module(model)
-    kwargs = kwargs or {}
+    module = _module_of(model)
+    args, kwargs = _examples(args, kwargs)
     leaves, spec = flatten(args, kwargs)
     dims, batch = batch_of(in_dims, module, args, kwargs)
     annotated = capture_with_costs(options.capture_request(module, leaves, spec, dims))
     return choose(module, annotated, leaves, batch, options).plan
+
+
+def _module_of(model: UserModel) -> nn.Module:
+    """The module of what the user passed, which must not hold a pipeline."""
+    module = as_module(model)
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        raise OptionError(
+            "the model is replicated over processes; a pipeline cannot capture what replicates it",
+            found="torch.nn.parallel.DistributedDataParallel",
+            remedy="compile the model in it, and replicate the pipeline:"
+            " DistributedDataParallel(pipe)",
+        )
+    for name, part in module.named_modules():
+        if isinstance(part, Pipeline):
+            raise OptionError(
+                "the model is a pipeline already"
+                if part is module
+                else "a part of the model is a pipeline already",
+                expected="the model itself",
+                found=f"{name}: {part!r}" if name else repr(part),
+                remedy="compile pipe.model, with the options that you want; a pipeline can also be"
+                " called beside other layers in an ordinary module",
+            )
+    return module
+
+
+def _examples(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Check that example inputs are a sequence and a dictionary by name."""
+    if not isinstance(args, (tuple, list)):
+        expected = "a tuple of positional inputs: args=(x,)"
+        raise OptionError("`args` is no tuple", expected=expected, found=type(args).__name__)
+    named = kwargs is None or isinstance(kwargs, Mapping)
+    if not named or not all(isinstance(name, str) for name in kwargs or ()):
+        raise OptionError(
+            "`kwargs` is no dictionary of inputs by name",
+            expected='kwargs={"x": x}',
+            found=type(kwargs).__name__ if not named else ", ".join(map(shown, kwargs)),
+        )
+    return tuple(args), dict(kwargs or {})

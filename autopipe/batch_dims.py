@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import InputError, OptionError
+from autopipe.errors import InputError, OptionError, shown
 from autopipe.passes.capture import Parts, argument_names, take_apart
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _requested_dims(
             raise OptionError(
                 "in_dims names inputs that the call does not have",
                 expected=f"some of {sorted({*names, *kwargs})}",
-                found=str(sorted(unknown)),
+                found=", ".join(sorted(map(shown, unknown))),
             )
         of_args: Any = tuple(in_dims.get(n, 0) for n in names)
         of_kwargs: Any = {n: in_dims.get(n, 0) for n in kwargs}
@@ -109,7 +109,7 @@ def _broadcast_dims(dims: Any, value: Any, where: str) -> list[int | None]:
     """One entry for every leaf of `value`; `dims` may stop at a container of several."""
     if isinstance(value, Parts):
         value = value.as_dict()
-    if dims is None or isinstance(dims, int):
+    if dims is None or (isinstance(dims, int) and not isinstance(dims, bool)):
         return [dims] * len(pytree.tree_leaves(value))
     if isinstance(dims, (tuple, list)) and isinstance(value, (tuple, list)):
         if len(dims) == len(value):
@@ -122,5 +122,5 @@ def _broadcast_dims(dims: Any, value: Any, where: str) -> list[int | None]:
     raise OptionError(
         "in_dims does not fit the inputs",
         expected=f"an integer, None or the structure of {where}",
-        found=repr(dims),
+        found=shown(dims),
     )

@@ -1,4 +1,4 @@
-"""Handle the modes of a call: function transforms, hooks, anomaly detection, autocast."""
+"""Handle the modes of a call: tracers, transforms, dispatch modes, hooks, autocast, and so on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from autopipe.errors import UnsupportedError
+from autopipe.errors import InputError, UnsupportedError
+from autopipe.passes._torch import FakeTensor
 from autopipe.passes._torch_modes import (
     dispatch_modes,
     has_tangent,
     in_functorch_transform,
+    tracing_modes,
     without_dispatch_modes,
     without_saved_tensor_hooks,
 )
@@ -43,11 +45,29 @@ def refuse_transforms(leaves: Sequence[Any]) -> None:
         )
 
 
+def refuse_tracers() -> None:
+    """Refuse a call that another tracer records: the stages run in threads that it does not see.
+
+    Raises:
+        UnsupportedError: a call within torch.export, make_fx, torch.jit.trace or another capture.
+    """
+    tracing = bool(tracing_modes())
+    tracing |= torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or torch.compiler.is_exporting():
+        raise UnsupportedError(
+            "a pipeline is called while something records a graph (autopipe, torch.export, make_fx,"
+            " torch.jit.trace)",
+            remedy="record the model itself: pipe.model; in a larger model, use that in place of"
+            " the pipeline",
+        )
+
+
 @contextmanager
 def plain_autograd() -> Iterator[None]:
     """Trace without the caller's dispatch modes, hooks on saved tensors and anomaly detection.
 
-    They would see fake tensors; they are meant for the real ops, which run later.
+    They would see fake tensors, and a mode could change what is recorded; they are meant for the
+    real call and its backward, which run later.
     """
     with ExitStack() as stack:
         stack.enter_context(without_saved_tensor_hooks())
@@ -56,6 +76,24 @@ def plain_autograd() -> Iterator[None]:
         if torch.is_anomaly_enabled():
             stack.enter_context(torch.autograd.set_detect_anomaly(False, check_nan=False))
         yield
+
+
+def refuse_meta(leaves: Sequence[Any]) -> None:
+    """Refuse tensors without values.
+
+    Args:
+        leaves: flattened inputs of a call.
+
+    Raises:
+        InputError: one is on the meta device.
+    """
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_meta and not isinstance(leaf, FakeTensor):
+            raise InputError(
+                "an input is on the meta device: it has no values to compute with",
+                found=f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}",
+                remedy="pass a tensor with values; autopipe.plan and pipe.capture take such inputs",
+            )
 
 
 def autocast_state() -> tuple[tuple[bool, torch.dtype], ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import InputError, printable, shortened
+from autopipe.errors import InputError, shortened, shown
 from autopipe.passes._torch import FakeTensor
 from autopipe.passes.capture import take_apart
 from autopipe.passes.python_state import Identity, value_key
@@ -28,11 +28,24 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any]
 
     Returns:
         Leaves and structure.
+
+    Raises:
+        InputError: a tensor is sparse or nested: a batch is split into views.
     """
-    found: tuple[list[Any], pytree.TreeSpec] = pytree.tree_flatten(
+    leaves: list[Any]
+    leaves, spec = pytree.tree_flatten(
         (tuple(map(take_apart, args)), {n: take_apart(v) for n, v in sorted(kwargs.items())})
     )
-    return found
+    for x in leaves:
+        if isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested):
+            raise InputError(
+                "an argument is a tensor that is not dense",
+                expected="layout torch.strided",
+                found="a nested tensor" if x.is_nested else f"layout {x.layout}",
+                remedy="pass it dense (x.to_dense(), torch.nested.to_padded_tensor), or pass its"
+                " indices and values and build it outside of the pipeline",
+            )
+    return leaves, spec
 
 
 class CallInputs(NamedTuple):
@@ -77,17 +90,17 @@ class CallSignature(NamedTuple):
     def of(cls, inputs: CallInputs) -> CallSignature:
         """The signature of a call."""
         keys: list[Hashable] = []
-        shown: list[str] = []
+        texts: list[str] = []
         for x in inputs.leaves:
             if isinstance(x, Tensor):
                 if type(x) not in KINDS_OF_TENSORS:
                     raise subclass_error(x)
                 keys.append((x.dtype, x.ndim))
-                shown.append(f"{str(x.dtype).removeprefix('torch.')} {x.ndim}-d")
+                texts.append(f"{str(x.dtype).removeprefix('torch.')} {x.ndim}-d")
             else:
                 keys.append(_comparable(x))
-                shown.append(shortened(_text(x), LONGEST_VALUE))
-        return cls(inputs.spec, tuple(keys), tuple(shown))
+                texts.append(shortened(shown(x), LONGEST_VALUE))
+        return cls(inputs.spec, tuple(keys), tuple(texts))
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -129,13 +142,6 @@ def _comparable(value: Any) -> Hashable:
             " attributes are such values; set other objects as attributes of the model",
         )
     return key
-
-
-def _text(value: Any) -> str:
-    try:
-        return printable(repr(value))
-    except Exception:  # the user's own `__repr__`
-        return f"<{type(value).__qualname__}>"
 
 
 LONGEST_VALUE = 100
@@ -193,7 +199,7 @@ def _described(structure: CallSignature) -> str:
     class Shown(str):
         __repr__ = str.__str__
 
-    shown = list(map(Shown, structure.shown))
-    args, kwargs = pytree.tree_unflatten(shown, structure.spec)
-    parts = [_text(a) for a in args] + [f"{k}={_text(v)}" for k, v in kwargs.items()]
+    texts = list(map(Shown, structure.shown))
+    args, kwargs = pytree.tree_unflatten(texts, structure.spec)
+    parts = [shown(a) for a in args] + [f"{k}={shown(v)}" for k, v in kwargs.items()]
     return f"pipe({', '.join(parts)})"

@@ -6,8 +6,8 @@ graph node, the line of the model, what was expected and found, and the remedy.
 A new class only needs a docstring. If it has further arguments, its constructor passes these fields
 to `AutopipeError` and stores the others as attributes.
 
-`printable`, `text_of` and `describe` turn text and exceptions that others wrote into text that is
-safe to show: on a terminal, in a table, in a message.
+`printable`, `text_of`, `describe` and `shown` turn text, exceptions and values of others into text
+that is safe to show: on a terminal, in a table, in a message.
 """
 
 from __future__ import annotations
@@ -74,6 +74,20 @@ def describe(error: BaseException) -> str:
     kind = _class_name(error)
     first = next((line for line in text_of(error).splitlines() if line.strip()), "")
     return shortened(f"{kind}: {first.strip()}" if first else kind, LONGEST_DESCRIPTION)
+
+
+def shown(value: object) -> str:
+    """A value of the user's as in code, control characters escaped, of limited length.
+
+    Its ``__repr__`` may fail: then the text names its class instead. Never raises.
+
+    Args:
+        value: anything.
+    """
+    try:
+        return shortened(printable(str.__str__(repr(value)), lines=True), LONGEST_DESCRIPTION)
+    except Exception:
+        return f"<{_class_name(value)}>"
 
 
 def _class_name(value: object) -> str:

@@ -43,12 +43,14 @@ def model_state_key(model: nn.Module, names: Set[str] | None = None) -> Hashable
             torch's layers, also of derived ones, may read any attribute.)
 
     Raises:
-        CaptureError: a parameter of a lazy layer has no shape yet.
+        CaptureError: a parameter of a lazy layer has no shape yet, or a layer is of TorchScript.
     """
     numbers: dict[int, int] = {}  # of tensors and layers, by identity
     key: list[Any] = []
     seen: set[int] = set()
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise _script_error(module)
         attributes = vars(module)
         kind: Any = type(module)
         key += kind, module.training
@@ -79,6 +81,14 @@ def model_state_key(model: nn.Module, names: Set[str] | None = None) -> Hashable
                     number = numbers.setdefault(id(tensor), len(numbers))
                     key.append((name, number, tensor.shape, tensor.dtype))
     return tuple(key)
+
+
+def _script_error(module: nn.Module) -> CaptureError:
+    return CaptureError(
+        "a part of the model is compiled by TorchScript: it has no Python code to capture",
+        node=str(getattr(module, "original_name", type(module).__name__)),
+        remedy="use the module that torch.jit.script or torch.jit.trace was called with",
+    )
 
 
 def _lazy_error(module: nn.Module, name: str) -> CaptureError:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from autopipe.batch_dims import batch_of
-from autopipe.call_guards import refuse_transforms
+from autopipe.call_guards import (
+    refuse_meta,
+    refuse_tracers,
+    refuse_transforms,
+)
 from autopipe.call_signature import CallInputs, flatten
-from autopipe.errors import OptionError
+from autopipe.errors import OptionError, shown
 from autopipe.interrupts import deferred, raise_deferred
 from autopipe.module_proxy import ModuleProxy
 from autopipe.pipeline_call import PipelineCall
@@ -72,10 +77,12 @@ class Pipeline(ModuleProxy):
 
         Raises:
             InputError: inputs whose structure is not the captured one.
+            UnsupportedError: the call is within a function transform or a tracer.
             CaptureError, CouplingError, PartitionError: on a first call; see `autopipe.compile`.
             StageError: a stage failed while it ran.
         """
         with deferred():  # Ctrl-C interrupts between a step's parts
+            refuse_tracers()
             leaves, spec = flatten(args, kwargs)
             refuse_transforms(leaves)
             dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)
@@ -83,6 +90,7 @@ class Pipeline(ModuleProxy):
             compiled, program = self._programs.program_for(inputs, strict=True)
             raise_deferred()
             compiled.place_parameters()
+            refuse_meta(leaves)
             call = PipelineCall(compiled, program, leaves, self.memory)
             if program.program.backward:
                 values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
@@ -150,7 +158,13 @@ class Pipeline(ModuleProxy):
 
         Raises:
             UnsupportedError: the model draws random numbers that cannot be disabled.
+            OptionError: the tolerance is no finite number of at least 0.
         """
+        number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+        if tolerance is not None and not (number and 0 <= tolerance < math.inf):
+            raise OptionError(
+                "`tolerance`", expected="a finite number >= 0", found=shown(tolerance)
+            )
         return compare(self._compared(), self._inputs(args, kwargs), tolerance)
 
     def _compared(self) -> ComparedPipeline:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from autopipe.errors import DeviceError, OptionError
+from autopipe.errors import DeviceError, OptionError, shown
 from autopipe.passes.devices import Device, device_of
 from autopipe.passes.remat_policies import DEFAULT, RematPolicy, parse_policy, policy_options
 from autopipe.runtime.backends import accelerators, backend_of
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
+
+MOST_DEVICES = 1024
+"""As in a plan's file."""
+
+LONGEST_NUMBER = 30
+"""Characters of the number in a size."""
 
 
 def policies(
@@ -48,7 +55,7 @@ def policy(value: Any) -> RematPolicy:
     found = parse_policy(value)
     if found is None:
         expected = f"one of {', '.join(policy_options())}; or auto"
-        raise OptionError("unknown remat", expected=expected, found=repr(value))
+        raise OptionError("unknown remat", expected=expected, found=shown(value))
     return found
 
 
@@ -88,15 +95,24 @@ def size(value: Any) -> int:
     """
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt]?)(i?)B\s*", str(value))
-    if match is None or (match[3] and not match[2]) or isinstance(value, int):
+    text = value if isinstance(value, str) else ""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt]?)(i?)B\s*", text)
+    bytes_ = 0 if match is None or (match[3] and not match[2]) else _bytes(*match.groups())
+    if bytes_ < 1:
         raise OptionError(
             "`memory` is what a device has for the pipeline",
             expected='bytes above 0, as a number or as "16GiB" (2^30) or "80GB" (10^9)',
-            found=repr(value),
+            found=shown(value),
         )
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return bytes_
+
+
+def _bytes(number: str, unit: str, binary: str) -> int:
+    """The bytes of a text such as 80 GB, exactly; 0 for a number that is too long to be one."""
+    if len(number) > LONGEST_NUMBER:
+        return 0
+    power = " KMGT".index(unit.upper() or " ")
+    return int(Fraction(number) * (1024 if binary else 1000) ** power)
 
 
 def parse_devices(
@@ -120,7 +136,13 @@ def parse_devices(
     if isinstance(devices, int) and not isinstance(devices, bool):
         if devices < 1:
             raise OptionError(
-                "a pipeline needs a device", expected="at least 1", found=str(devices)
+                "a pipeline needs a device", expected="at least 1", found=shown(devices)
+            )
+        if devices > MOST_DEVICES:
+            raise OptionError(
+                "so many devices cannot be planned",
+                expected=f"at most {MOST_DEVICES}",
+                found=shown(devices),
             )
         if not present or (elsewhere and devices > len(present)):
             return (torch.device("cpu"),) * devices
@@ -136,7 +158,7 @@ def parse_devices(
         raise OptionError(
             "devices is a count or a list",
             expected='2 or ["cuda:0", "cuda:1"]',
-            found=repr(devices),
+            found=shown(devices),
         )
     if not devices:
         raise OptionError("a pipeline needs a device", expected="at least 1", found="an empty list")
@@ -149,11 +171,11 @@ def _parse_device(value: str | torch.device) -> torch.device:
         device = torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(
-            "no such device", expected='"cpu" or "cuda:0"', found=repr(value)
+            "no such device", expected='"cpu" or "cuda:0"', found=shown(value)
         ) from error
     found = backend_of(device).find(device)
     if found is not None:
         return found
     present = accelerators()
     here = f' or "{present[0]}" … "{present[-1]}"' if present else " (there is no GPU)"
-    raise DeviceError("no such device here", expected=f'"cpu"{here}', found=repr(str(value)))
+    raise DeviceError("no such device here", expected=f'"cpu"{here}', found=shown(str(value)))

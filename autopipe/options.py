@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from autopipe import option_parsing
-from autopipe.errors import OptionError, UnsupportedError
+from autopipe.errors import OptionError, UnsupportedError, shown
 from autopipe.passes.capture import CaptureRequest
 from autopipe.passes.devices import CPU_CORE, device_named_in_torch
 from autopipe.passes.ir import REDUCTIONS
@@ -170,12 +170,15 @@ def parse_options(
         raise OptionError(
             "a pipeline needs devices",
             expected="devices=8, or a plan that says how many",
-            found=f"devices={devices!r}",
+            found=f"devices={shown(devices)}",
         )
     _check_chunks(chunks)
     _check_schedule(schedule)
     _check_backend(backend)
     _check_reductions(out_reduce, batch_norm)
+    if loss_fn is not None and not callable(loss_fn):
+        expected = "a function: loss_fn(output, target)"
+        raise OptionError("loss_fn is no function", expected=expected, found=shown(loss_fn))
     parsed = option_parsing.parse_devices(devices, elsewhere=elsewhere)
     each, count = option_parsing.each, len(parsed)
     options = Options(
@@ -201,17 +204,17 @@ def _check_chunks(chunks: int | None) -> None:
         raise OptionError(
             "chunks is the number of micro-batches that a batch is cut into",
             expected="an integer of at least 1, or None: the planner chooses",
-            found=repr(chunks),
+            found=shown(chunks),
         )
 
 
 def _check_schedule(schedule: str | None) -> None:
     known = ", ".join((*EXECUTED, "auto"))
     if schedule not in (None, *KINDS, "auto"):
-        raise OptionError("unknown schedule", expected=f"one of {known}", found=repr(schedule))
+        raise OptionError("unknown schedule", expected=f"one of {known}", found=shown(schedule))
     if schedule not in (None, *EXECUTED, "auto"):
         raise UnsupportedError(
-            f"the runtime does not execute schedule={schedule!r} yet",
+            f"the runtime does not execute schedule={shown(schedule)} yet",
             expected=f"one of {known}",
             remedy=f'use schedule="{DEFAULT_KIND}"',
         )
@@ -223,16 +226,18 @@ def _check_backend(backend: str) -> None:
             'backend="inductor" is not implemented yet', remedy='use backend="eager"'
         )
     if backend != "eager":
-        raise OptionError("unknown backend", expected="eager", found=repr(backend))
+        raise OptionError("unknown backend", expected="eager", found=shown(backend))
 
 
 def _check_reductions(out_reduce: str | None, batch_norm: str) -> None:
     if out_reduce not in (None, *REDUCTIONS):
         names = " or ".join(f'"{name}"' for name in REDUCTIONS)
-        raise OptionError("unknown out_reduce", expected=f"None, {names}", found=repr(out_reduce))
+        raise OptionError("unknown out_reduce", expected=f"None, {names}", found=shown(out_reduce))
     if batch_norm not in BATCH_NORM:
         raise OptionError(
-            "unknown batch_norm", expected=f"one of {', '.join(BATCH_NORM)}", found=repr(batch_norm)
+            "unknown batch_norm",
+            expected=f"one of {', '.join(BATCH_NORM)}",
+            found=shown(batch_norm),
         )
 
 
@@ -259,14 +264,14 @@ def _devices_beside_plan(
         if given is not None and given != planned:
             raise OptionError(
                 f"{name} is not the plan's",
-                expected=f"{name}={planned!r}",
-                found=f"{name}={given!r}",
+                expected=f"{name}={shown(planned)}",
+                found=f"{name}={shown(given)}",
                 remedy=f"leave {name} to the plan, or make another plan",
             )
     if memory is not None:
         raise OptionError(
             "a memory limit beside a plan",
-            found=f"memory={memory!r}",
+            found=f"memory={shown(memory)}",
             remedy="give the limit to autopipe.plan, or leave the plan out",
         )
     return K if devices is None else devices

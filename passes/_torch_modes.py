@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.utils._device import DeviceContext
@@ -57,7 +56,13 @@ def backward_hooks_of_all() -> list[dict[int, Any]]:
 def dispatch_modes() -> list[TorchDispatchMode]:
     """The active `TorchDispatchMode`s of users, outermost first."""
     found: list[Any] = _get_current_dispatch_mode_stack()
-    return [m for m in found if not isinstance(m, (FakeTensorMode, FunctionalTensorMode))]
+    return [m for m in found if not m.is_infra_mode()]
+
+
+def tracing_modes() -> list[TorchDispatchMode]:
+    """The active modes of torch's tracers, which record ops; those of fake tensors do not."""
+    found: list[Any] = _get_current_dispatch_mode_stack()
+    return [m for m in found if m.is_infra_mode() and not isinstance(m, FakeTensorMode)]
 
 
 @contextmanager

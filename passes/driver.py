@@ -6,7 +6,8 @@
     Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated                     `lower_to_code`
 
 Every program is verified when it is created. With ``AUTOPIPE_DUMP=dir`` in the environment each is
-also written to that folder, numbered in the order of creation. A folder that cannot be written is
+also written to that folder, numbered in the order of creation, after the files that are
+there. A folder that cannot be written is
 one warning; the passes go on.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -184,9 +186,20 @@ def _dump(name: str, program: object, suffix: str = "txt") -> None:
         content = printable(f"{program}\n", lines=True).encode()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / f"{next(_dumped):03d}-{name}.{suffix}").write_bytes(content)
+            _write_new(path, f"{name}.{suffix}", content)
         except OSError as error:
             _warn_once(f"AUTOPIPE_DUMP: no program is written to {folder!r}: {error.strerror}")
+
+
+def _write_new(folder: Path, name: str, content: bytes) -> None:
+    """Write a file under the next free number: other processes may write to the folder, too."""
+    while True:
+        number = next(_dumped)
+        if any(folder.glob(f"{number:03d}-*")):
+            continue
+        with suppress(FileExistsError), (folder / f"{number:03d}-{name}").open("xb") as file:
+            file.write(content)
+            return
 
 
 @cache

@@ -8,6 +8,7 @@ what `replaced` replaces acts as before in every other thread.
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from contextlib import contextmanager
 from types import ClassMethodDescriptorType
@@ -18,7 +19,17 @@ from autopipe.interrupts import deferred, raise_deferred
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_turn = threading.RLock()
+
+class _Turn:
+    """Whose turn it is.
+
+    Attributes:
+        lock: of the thread that compiles.
+    """
+
+    lock = threading.RLock()
+
+
 PATIENCE = 0.2
 """Seconds after which a waiting thread looks whether Ctrl-C was pressed."""
 
@@ -27,12 +38,22 @@ PATIENCE = 0.2
 def one_at_a_time() -> Iterator[None]:
     """Wait until no other thread compiles; Ctrl-C waits for a safe place until exit."""
     with deferred():
-        while not _turn.acquire(timeout=PATIENCE):
+        turn = _Turn.lock  # a forked child has another
+        while not turn.acquire(timeout=PATIENCE):
             raise_deferred()
         try:
             yield
         finally:
-            _turn.release()
+            turn.release()
+
+
+def _take_turns_anew() -> None:
+    """In a forked process no other thread is left that could end its turn."""
+    _Turn.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_take_turns_anew)
 
 
 @contextmanager

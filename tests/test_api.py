@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +43,34 @@ def test_planning_an_exported_program() -> None:
     program = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     plan = autopipe.plan(program, ["cpu"] * 2, 2, args=(X,))
     assert plan.sizes == (4, 4)
+
+
+def test_a_pipeline_is_no_model() -> None:
+    pipe = autopipe.compile(Layers(2), ["cpu"] * 2, 2)
+    for model in (pipe, nn.Sequential(pipe, nn.Linear(6, 6))):
+        for call in (autopipe.compile, autopipe.plan):
+            with pytest.raises(OptionError, match=r"pipe\.model") as caught:
+                call(model, ["cpu"] * 2, 2, args=(X,))
+            assert "Pipeline(Layers" in str(caught.value.found)
+    assert autopipe.compile(pipe.model, ["cpu"] * 2, 2, args=(X,)).captured.outputs
+    assert autopipe.compile(pipe.install(), ["cpu"] * 2, 2, args=(X,)).captured.outputs
+
+
+@pytest.mark.parametrize("given", [{"args": X}, {"kwargs": [X]}, {"kwargs": {1: X}}])
+def test_examples_that_are_none(given: dict[str, Any]) -> None:
+    for call in (autopipe.compile, autopipe.plan):
+        with pytest.raises(OptionError, match=next(iter(given))):
+            call(Layers(2), ["cpu"] * 2, 2, **given)
+
+
+def test_replicated_models_are_compiled_inside() -> None:
+    with pytest.raises(OptionError, match=r"DistributedDataParallel\(pipe\)"):
+        autopipe.compile(Replicated(nn.Linear(3, 3)), ["cpu"], 1)
+
+
+class Replicated(nn.parallel.DistributedDataParallel):
+    """One that needs no group of processes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module = module

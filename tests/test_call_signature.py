@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from autopipe.call_signature import CallInputs, CallSignature, flatten, structure_error
+from autopipe.errors import InputError
 
 X = torch.zeros(4, 3)
 
@@ -49,3 +51,18 @@ def test_the_error_shows_both_calls() -> None:
     text = str(structure_error([signature(X, mask=None)], signature(X.long(), mask=X)))
     assert "pipe(float32 2-d, mask=None)" in text
     assert "pipe(int64 2-d, mask=float32 2-d)" in text
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.eye(3).to_sparse_csr(),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*beta state", "ignore:.*prototype stage")
+def test_tensors_that_are_not_dense(tensor: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="not dense"):
+        flatten((tensor,), {})

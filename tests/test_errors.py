@@ -230,3 +230,14 @@ def test_descriptions_are_short() -> None:
     assert text.endswith("x…")
     whole = errors.text_of(RuntimeError("a\nb\x1b" * 1000))
     assert whole == "a\nb\\x1b" * 1000, "the whole text, where it is searched"
+
+
+class Failing:
+    def __repr__(self) -> str:
+        raise ValueError("no text")
+
+
+def test_values_of_users_are_shown() -> None:
+    assert errors.shown("a\x1b") == "'a\\x1b'"
+    assert errors.shown(Failing()) == "<Failing>"
+    assert len(errors.shown("x" * 5000)) == 500

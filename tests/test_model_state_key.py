@@ -93,3 +93,13 @@ def test_a_lazy_layer_must_be_called_first() -> None:
     with pytest.raises(CaptureError, match="no shape yet") as caught:
         model_state_key(nn.Sequential(nn.LazyLinear(3)))
     assert "LazyLinear.weight" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 3))]
+)
+def test_layers_of_torchscript(compiled: Callable[[Any], Any]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), compiled(nn.Linear(3, 3)))
+    with pytest.raises(CaptureError, match="TorchScript") as caught:
+        model_state_key(model)
+    assert caught.value.node == "Linear"

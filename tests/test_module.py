@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import autopipe
+from autopipe.errors import OptionError
 
 pytestmark = [pytest.mark.few(3), pytest.mark.usefixtures("alike_models_once")]
 
@@ -377,3 +378,10 @@ def test_coupled_models_run_in_one_chunk() -> None:
     assert close(autopipe.compile(Centred(), 1, 1)(X), Centred()(X))
     with pytest.raises(autopipe.errors.CouplingError, match="mean"):
         autopipe.compile(Centred(), 1, 2)(X)
+
+
+@pytest.mark.parametrize("tolerance", [-1, float("nan"), "a", True])
+def test_verify_with_a_tolerance_that_is_none(tolerance: Any) -> None:
+    pipe = autopipe.compile(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["cpu", "cpu"], 2)
+    with pytest.raises(OptionError, match="tolerance"):
+        pipe.verify(torch.randn(4, 4), tolerance=tolerance)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autopipe.errors import DeviceError, OptionError
-from autopipe.option_parsing import parse_devices
+from autopipe.option_parsing import parse_devices, size
 
 CPU = torch.device("cpu")
 GPUS = (torch.device("cuda", 0), torch.device("cuda", 1))
@@ -68,3 +68,39 @@ def test_what_is_neither_a_count_nor_a_list(value: Any) -> None:
         OptionError, match=r"a pipeline needs a device|devices is a count or a list"
     ):
         parse_devices(value, elsewhere=False)
+
+
+class Unprintable:
+    """A value of a user's whose text fails."""
+
+    def __repr__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize("devices", [10**30, 10**5000, 1025], ids=["31 digits", "more", "1025"])
+def test_too_many_devices(devices: int) -> None:
+    with pytest.raises(OptionError, match="at most 1024"):
+        parse_devices(devices, elsewhere=True)
+
+
+@pytest.mark.parametrize("devices", [Unprintable(), [Unprintable()]])
+def test_a_failing_text_does_not_mask_the_error(devices: Any) -> None:
+    with pytest.raises((OptionError, DeviceError), match="<Unprintable>"):
+        parse_devices(devices, elsewhere=False)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["9" * 400 + "TiB", "0GiB", "0.0000001KiB", "1" * 31 + "B", "16Gib", 0, True, 1e9, None],
+)
+def test_no_sizes(value: Any) -> None:
+    with pytest.raises(OptionError, match="bytes above 0"):
+        size(value)
+    with pytest.raises(OptionError, match="<Unprintable>"):
+        size(Unprintable())
+
+
+def test_sizes_are_exact() -> None:
+    assert size("9999999999999999TiB") == 9999999999999999 * 1024**4
+    assert size(" 1.5 kB ") == 1500
+    assert size("0.1TB") == 10**11

@@ -66,6 +66,13 @@ def test_one_micro_batch_that_was_asked_for_is_the_whole_batch() -> None:
     assert not options(chunks=None).whole_batch
 
 
+class Unprintable:
+    """A value of a user's whose text fails."""
+
+    def __repr__(self) -> str:
+        raise ValueError("no text")
+
+
 @pytest.mark.parametrize(
     ("given", "error", "problem"),
     [
@@ -79,12 +86,20 @@ def test_one_micro_batch_that_was_asked_for_is_the_whole_batch() -> None:
         ({"out_reduce": "max"}, OptionError, "unknown out_reduce"),
         ({"batch_norm": "global"}, OptionError, "unknown batch_norm"),
         ({"remat": "some"}, OptionError, "unknown remat"),
+        ({"loss_fn": "mse"}, OptionError, "loss_fn is no function"),
+        ({"chunks": Unprintable()}, OptionError, "<Unprintable>"),
+        ({"schedule": Unprintable()}, OptionError, "<Unprintable>"),
+        ({"remat": Unprintable()}, OptionError, "<Unprintable>"),
+        ({"remat": [Unprintable(), "full"]}, OptionError, "<Unprintable>"),
+        ({"backend": Unprintable()}, OptionError, "<Unprintable>"),
+        ({"out_reduce": Unprintable()}, OptionError, "<Unprintable>"),
+        ({"batch_norm": Unprintable()}, OptionError, "<Unprintable>"),
     ],
 )
 def test_wrong_options(given: dict[str, Any], error: type[Exception], problem: str) -> None:
     with pytest.raises(error, match=problem) as caught:
         options(**given)
-    if "schedule" in given:
+    if isinstance(given.get("schedule"), str):
         assert isinstance(caught.value, AutopipeError)
         assert {"gpipe", "auto"} <= {*re.findall(r"[\w-]+", str(caught.value.expected))}
 

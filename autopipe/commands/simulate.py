@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from argparse import ArgumentTypeError
 from typing import TYPE_CHECKING
 
 from autopipe.commands import Command
-from autopipe.errors import OptionError, shortened
 from autopipe.passes.schedule import KINDS, simulate
 
 from ._output import say
@@ -16,13 +13,6 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
     from autopipe.passes.schedule import Timeline
-
-MOST_ACTIONS, MOST_TURNS = 2**18, 2**20
-"""Stages times micro-batches, which take seconds; and stages times devices: some kinds are
-generated for as many micro-batches as there are devices, or more."""
-
-LONGEST = 1e100
-"""A time whose sums are finite."""
 
 DESCRIPTION = """\
 Simulate one training step of a schedule and draw it, one row per device: digits are forwards,
@@ -56,31 +46,13 @@ def _times(text: str) -> float | tuple[float, ...]:
 
 
 def _time(text: str) -> float:
-    value = float(text)
-    if LONGEST < value < math.inf:  # `simulate` refuses what is not finite
-        raise ArgumentTypeError(f"a time above {LONGEST:.0e}")
-    return value
+    return float(text)
 
 
 _time.__name__ = _times.__name__ = "time"  # what argparse calls a wrong value
 
 
-def _check_size(kind: str, stages: int, chunks: int, virtual_stages: int | None) -> None:
-    """Refuse what would take minutes and all memory."""
-    default = KINDS[kind].virtual_stages if kind in KINDS else 1
-    v = max(1, default if virtual_stages is None else virtual_stages)
-    actions, turns = max(stages, 1) * max(chunks, 1) * v, max(stages, 1) ** 2 * v
-    if actions > MOST_ACTIONS or turns > MOST_TURNS:
-        raise OptionError(
-            "the step is too large to be simulated",
-            expected=f"at most {MOST_ACTIONS:,} stages times micro-batches, and at most"
-            f" {MOST_TURNS:,} stages times devices",
-            found=shortened(f"{stages} devices, {v} stages each, {chunks} micro-batches", 80),
-        )
-
-
 def _run(options: Namespace) -> None:
-    _check_size(options.kind, options.stages, options.chunks, options.virtual_stages)
     line = simulate(
         options.kind,
         stages=options.stages,

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import linecache
+import os
 import traceback
 
-from autopipe.errors import CaptureError
+from autopipe.errors import CaptureError, text_of
 from autopipe.passes.graph import user_source_line
 from autopipe.passes.python_state import AVOIDING_OPTIONS
+
+DISTRIBUTIONS = os.path.join("torch", "distributions")
 
 
 def explain(error: Exception) -> CaptureError:
     """Turn an error of torch.export into a short one with the line of the model."""
-    source = user_source_line(traceback.extract_tb(error.__traceback__))
-    kind, text = type(error).__name__, str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    source = user_source_line(frames)
+    kind, text = type(error).__name__, text_of(error)
     first = next((line for line in text.splitlines() if line.strip()), kind)
     if source is not None:
         file, _, number = source.rpartition(":")
         first = f"{linecache.getline(file, int(number)).strip()}  ({first})"
+    if any(DISTRIBUTIONS in frame.filename for frame in frames) and "Guard" in kind:
+        return CaptureError(
+            "a distribution checks its parameters, which depend on the values of tensors",
+            source=source,
+            found=first,
+            remedy="pass validate_args=False to the distribution (Normal(mean, std,"
+            " validate_args=False)), or call"
+            " torch.distributions.Distribution.set_default_validate_args(False)",
+        )
     if "DataDependent" in kind or "data-dependent" in text.lower():
         return CaptureError(
             "control flow that depends on the values of tensors cannot be captured",

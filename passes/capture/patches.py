@@ -13,6 +13,7 @@ from autopipe.errors import CaptureError
 from autopipe.passes._torch import BatchNormBase, symbolic_fake_mode
 from autopipe.passes._torch_modes import forward_hooks_of_all
 from autopipe.passes.graph import is_user_file
+from autopipe.passes.one_at_a_time import replaced
 from autopipe.passes.python_state import is_users_hook
 
 from .norm_statistics import CUMULATIVE_MOMENTUM
@@ -146,6 +147,48 @@ def trace_cumulative_norms(module: nn.Module) -> Iterator[list[str]]:
     finally:
         for norm in found.values():
             norm.momentum = None
+
+
+@contextmanager
+def find_nested_encoders(module: nn.Module) -> Iterator[list[str]]:
+    """Find the encoders of torch that may turn padded sequences into nested tensors.
+
+    In evaluation without gradients, eager torch then returns zeros at the padded positions. Whether
+    it does depends on values of the mask; torch.export (and torch.compile) do not do it.
+
+    Args:
+        module: the model.
+
+    Yields:
+        A list, filled while the model is traced: the paths of these encoders.
+    """
+    paths = {
+        id(m): name or "the model"
+        for name, m in module.named_modules()
+        if isinstance(m, nn.TransformerEncoder)
+        and getattr(m, "use_nested_tensor", False)
+        and not any(layer.training for layer in m.layers[:1])
+    }
+    found: list[str] = []
+    original = nn.TransformerEncoder.forward
+
+    def forward(
+        self: nn.TransformerEncoder,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        path = paths.get(id(self))
+        if path is not None and path not in found and src_key_padding_mask is not None:
+            found.append(path)
+        return original(self, src, mask, src_key_padding_mask, is_causal)
+
+    if not paths or not torch.backends.mha.get_fastpath_enabled():
+        yield found
+        return
+    with replaced(nn.TransformerEncoder, "forward", forward):
+        yield found
 
 
 @contextmanager

@@ -20,7 +20,12 @@ from .containers import take_apart
 from .flat_module import FlatModel, ForwardResult
 from .frontends import argument_names, as_module, frontend_of
 from .hidden_state import check_clock, check_hidden_state
-from .patches import find_observer_hooks, gather_on_one_device, trace_cumulative_norms
+from .patches import (
+    find_nested_encoders,
+    find_observer_hooks,
+    gather_on_one_device,
+    trace_cumulative_norms,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,6 +83,7 @@ def trace_model(request: CaptureRequest) -> Trace:
         stack.enter_context(exportable_ctc_loss())
         cumulative = stack.enter_context(trace_cumulative_norms(module))
         hooks = stack.enter_context(find_observer_hooks(module))
+        encoders = stack.enter_context(find_nested_encoders(module))
         normalized, sizes = trace(flat, examples, dims, names)
         refuse_leftovers(flat.result.created)
         if flat.tells_objects_apart and (same := _same_objects(request)):
@@ -90,6 +96,12 @@ def trace_model(request: CaptureRequest) -> Trace:
             check_clock(normalized, trace(flat, examples, dims, names)[0], result.clocks)
         attributes = check_hidden_state(
             flat, normalized, lambda: trace(flat, examples, dims, names)[0], examples, dims
+        )
+    for path in encoders:
+        warn_at_user_line(
+            f"nn.TransformerEncoder ({path}): in evaluation without gradients, eager torch returns"
+            " zeros at positions that are padded at the end; a pipeline returns there what it does"
+            " with gradients. enable_nested_tensor=False makes both the same"
         )
     _warn(hooks, attributes, result)
     batch = next((x.shape[d] for x, d in zip(examples, dims, strict=True) if d is not None), None)

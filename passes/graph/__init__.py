@@ -6,18 +6,20 @@ ops, graph modules, constants as source, and a fake tensor mode with the strides
 
 Read the files in this order:
 
-    `fx_utils`         sizes, tensors, side effects, views of a node; append ops; fingerprints
+    `fx_utils`         sizes, tensors, side effects, views of a node; append ops
     `mutations`        which ops write to whose memory
     `source_location`  which lines are the user's code; warnings at the user's line
     `fake_strides`     fake tensors with the strides of real kernels
     `numerics`         equality up to rounding
     `source_text`      constants, operators and names as Python source
+    `fingerprints`     equal for graphs with the same ops on the same arguments
     `interpreted`      graph modules; odd graphs run without Python source
 """
 
 from __future__ import annotations
 
 from .fake_strides import static_fake_mode
+from .fingerprints import fingerprint
 from .fx_utils import (
     HIDDEN_WRITES,
     add_call,
@@ -25,7 +27,6 @@ from .fx_utils import (
     cache_per_graph,
     emit_batch_size,
     emit_size,
-    fingerprint,
     functional_variant,
     has_side_effect,
     in_batch_symbol,

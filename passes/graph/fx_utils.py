@@ -1,9 +1,8 @@
-"""Sizes, tensors, side effects and views of fx nodes; appending ops; fingerprints of graphs."""
+"""Sizes, tensors, side effects and views of fx nodes; appending ops; caches by graph."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import operator
 import re
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -256,20 +255,6 @@ def emit_size(value: Any, batch: Callable[[], fx.Node]) -> fx.Node | int:
     """
     expr = symbolic_size(value)
     return int(expr) if expr.is_Integer else emit_expression(expr, batch())
-
-
-def fingerprint(graph: fx.Graph) -> str:
-    """Hash a graph: equal for graphs with the same ops on the same arguments, under any names.
-
-    (`static` is included because a static op draws its random numbers with another key.)
-    """
-    index = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
-    rows = [
-        f"{n.op} {n.target if n.op == 'call_function' else ''} {n.meta.get('autocast')}"
-        f" {n.meta.get('static')} {fx.map_arg((n.args, n.kwargs), index.__getitem__)}"
-        for n in graph.nodes
-    ]
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 class _HasGraph(Protocol):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from autopipe.errors import CaptureError
+from autopipe.errors import CaptureError, describe
 from autopipe.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -222,7 +222,7 @@ def _gradients(
     except (DynamicOutputShapeException, DataDependentOutputException) as error:
         raise CaptureError(
             "a shape in the backward depends on the values of tensors",
-            found=str(error),
+            found=describe(error),
             remedy="use torch.where instead of index_fill and similar calls",
         ) from error
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import AutopipeError, CaptureError
+from autopipe.errors import AutopipeError, CaptureError, describe
 from autopipe.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -118,7 +118,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
             "torch cannot trace what is written in place here",
             node=node.name,
             source=source_line(node),
-            found=str(error),
+            found=describe(error),
             remedy="write it out of place: x = x.masked_fill(...) for x.masked_fill_(...)",
         ) from error
 

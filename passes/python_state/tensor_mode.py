@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
 from autopipe.interrupts import raise_interrupt
-from autopipe.passes._torch import READ_VERSION, is_traced
+from autopipe.passes._torch import READ_VERSION, is_traced, storage_id
+from autopipe.passes._torch_modes import without_dispatch_modes
 from autopipe.passes.graph import is_user_file, symbolic_size, user_source_line
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class TensorNames:
         return found
 
 
+TRACER = "torch.fx.experimental.proxy_tensor"
+
+
 class TensorMode(TorchFunctionMode):
     """Intercepts torch's functions while a model's forward runs.
 
@@ -109,6 +113,7 @@ class TensorMode(TorchFunctionMode):
         self.is_tracing = bool(inputs)
         self._inputs = {id(x) for x in inputs}
         self.created: list[weakref.ref[Tensor]] = []
+        self._foreign: dict[int, Any] = {}  # the storages of constants that share an array's memory
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -143,6 +148,10 @@ class TensorMode(TorchFunctionMode):
         if self.is_tracing and (written := _written(func, args, kwargs)) is not None:
             self._refuse_write(written)
         result = self._call(func, *args, **kwargs)
+        if sys._getframe(1).f_globals.get("__name__") == TRACER:
+            return result  # metadata of a node (for an array's memory), not the forward's
+        if self.is_tracing and _is_of_other_memory(func, args, kwargs):
+            self._foreign[storage_id(result)] = result.untyped_storage()
         for x in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(x, Tensor) and is_traced(x) and not any(x is a for a in args):
                 self.created.append(weakref.ref(x))
@@ -209,11 +218,14 @@ class TensorMode(TorchFunctionMode):
 
     def _refuse_write(self, tensor: Tensor) -> None:
         """Refuse a write to a tensor that is not of the trace: the model's or the user's own."""
-        if not is_traced(tensor):
+        foreign = storage_id(tensor) in self._foreign
+        if foreign or not is_traced(tensor):
             raise CaptureError(
                 "the forward writes to a tensor that is not a buffer of the model",
                 source=user_source_line(traceback.extract_stack()),
-                found=self._where(tensor) or f"a tensor of shape {tuple(tensor.shape)}",
+                found="memory of an array, in which the next call would find it"
+                if foreign
+                else self._where(tensor) or f"a tensor of shape {tuple(tensor.shape)}",
                 remedy="register it: self.register_buffer(name, tensor); what a forward writes to a"
                 " buffer is written once a step",
             )
@@ -235,6 +247,18 @@ class TensorMode(TorchFunctionMode):
 def _is_users(depth: int) -> bool:
     """Whether the function so many calls up is the user's."""
     return is_user_file(sys._getframe(depth).f_code.co_filename)
+
+
+def _is_of_other_memory(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the result of a function of torch is a constant in memory of NumPy or others."""
+    if func == torch.ops.aten.lift_fresh_copy.default:  # of `from_numpy`, which modes do not see
+        real = args[0]
+    elif func in (torch.as_tensor, torch.asarray) and args and not isinstance(args[0], Tensor):
+        with without_dispatch_modes():
+            real = func(*args, **kwargs)
+    else:
+        return False
+    return not is_traced(real) and not real.untyped_storage().resizable()
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

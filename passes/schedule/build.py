@@ -7,11 +7,15 @@ run while the device waits for one.
 
 from __future__ import annotations
 
-from autopipe.errors import OptionError
+from autopipe.errors import OptionError, shown
 
 from .actions import Action, Scheduled
 from .kinds import KINDS
 from .schedule_kind import ScheduleKind
+
+MOST_ACTIONS, MOST_TURNS = 2**18, 2**20
+"""Stages times micro-batches, which take seconds; and stages times devices: some kinds are
+generated for as many micro-batches as there are devices, or more."""
 
 
 def schedule(
@@ -43,10 +47,12 @@ def schedule(
         OptionError: an unknown kind, a count below 1, or a v that the kind does not have.
     """
     chosen = find_kind(kind)
-    v = chosen.stages_per_device(virtual_stages)
     for what, count in (("stages", stages), ("chunks", chunks)):
+        if not hasattr(type(count), "__index__"):
+            raise OptionError(f"`{what}`", expected="an integer >= 1", found=shown(count))
         if count < 1:
-            raise OptionError(f"too few {what}", expected=f"{what} >= 1", found=str(count))
+            raise OptionError(f"too few {what}", expected=f"{what} >= 1", found=shown(count))
+    v = chosen.stages_per_device(virtual_stages)
     devices = []
     for row in chosen.order(stages, chunks, v):
         actions = []
@@ -62,6 +68,35 @@ def schedule(
     return Scheduled(kind, stages * v, chunks, tuple(devices))
 
 
+def check_size(kind: str, stages: int, chunks: int, virtual_stages: int | None) -> None:
+    """Refuse what would take minutes and all memory.
+
+    Args:
+        kind, stages, chunks, virtual_stages: as for `schedule`, not checked before.
+
+    Raises:
+        OptionError: the schedule would have too many actions.
+    """
+    v = KINDS[kind].virtual_stages if virtual_stages is None else virtual_stages
+    counts = [max(n, 1) for n in (stages, chunks, v) if hasattr(type(n), "__index__")]
+    if len(counts) < 3:
+        return  # `schedule` says what is wrong
+    actions, turns = counts[0] * counts[1] * counts[2], counts[0] ** 2 * counts[2]
+    if actions > MOST_ACTIONS or turns > MOST_TURNS:
+        raise OptionError(
+            "the step is too large to be simulated",
+            expected=f"at most {MOST_ACTIONS:,} stages times micro-batches, and at most"
+            f" {MOST_TURNS:,} stages times devices",
+            found=f"{_count(stages)} devices, {_count(v)} stages each,"
+            f" {_count(chunks)} micro-batches",
+        )
+
+
+def _count(number: int) -> str:
+    """A number in figures, unless they are so many that Python itself refuses to write them."""
+    return str(number) if number.bit_length() < 100 else f"2^{number.bit_length() - 1} or more"
+
+
 def find_kind(name: str) -> ScheduleKind:
     """Look up a kind.
 
@@ -71,7 +106,7 @@ def find_kind(name: str) -> ScheduleKind:
     Raises:
         OptionError: there is none; the error lists the names.
     """
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         names = ", ".join(map(repr, KINDS))
-        raise OptionError("unknown schedule", expected=f"one of {names}", found=repr(name))
+        raise OptionError("unknown schedule", expected=f"one of {names}", found=shown(name))
     return KINDS[name]

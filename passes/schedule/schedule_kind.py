@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autopipe.errors import OptionError
+from autopipe.errors import OptionError, shown
 
 RawAction = tuple[str, int, int]
 """Letters of the phases, stage, micro-batch."""
@@ -47,6 +47,9 @@ class ScheduleKind:
         """
         if virtual_stages is None:
             return self.virtual_stages
+        if not hasattr(type(virtual_stages), "__index__"):
+            found = shown(virtual_stages)
+            raise OptionError("`virtual_stages`", expected="an integer >= 1", found=found)
         if self.any_virtual_stages and virtual_stages >= 1:
             return virtual_stages
         if self.any_virtual_stages:

@@ -14,15 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from autopipe.errors import OptionError
+from autopipe.errors import OptionError, shown
 
 from .actions import Scheduled, dependencies
-from .build import schedule
+from .build import check_size, find_kind, schedule
 from .timeline import Span, Timeline
 
 Times = float | Sequence[float]
 """One time (or one number of bytes) for all stages, or one for each."""
+
+LONGEST = 1e100
+"""A time whose sums are finite."""
 
 
 def simulate(
@@ -67,9 +71,10 @@ def simulate(
         weight_bytes: what is still saved after B, for W; None: everything. See `peak_bytes`.
 
     Raises:
-        OptionError: an unknown kind, a count below 1, or a time or a number of bytes that is
-            negative, not finite, or not one for each.
+        OptionError: an unknown kind, a count below 1, a step with too many actions, or a time or a
+            number of bytes that is negative, not finite, above `LONGEST`, or not one for each.
     """
+    check_size(find_kind(kind).name, stages, chunks, virtual_stages)
     scheduled = schedule(
         kind,
         stages,
@@ -247,12 +252,24 @@ def _device_of_stage(scheduled: Scheduled) -> dict[int, int]:
 
 def _per_stage(what: str, values: Times, count: int, *, or_count: int = 0) -> tuple[float, ...]:
     """`count` checked values; `or_count` is another length that the error names as valid."""
-    checked = tuple(values) if isinstance(values, Sequence) else (values,) * count
-    if len(checked) != count:
+    given = values if isinstance(values, Sequence) else (values,) * count
+    several: Sequence[Any] = () if isinstance(values, (str, bytes)) else given
+    if len(several) != count:
         counts = f"{count} or {or_count}" if or_count > count else f"{count}"
-        found = f"{len(checked)} values"
+        found = shown(values) if isinstance(values, (str, bytes)) else f"{len(several)} values"
         raise OptionError(f"`{what}`", expected=f"one value, or {counts}", found=found)
-    for value in checked:
-        if not 0 <= value < math.inf:
-            raise OptionError(f"`{what}`", expected="a finite value >= 0", found=str(value))
-    return checked
+    return tuple(_checked(what, value) for value in several)
+
+
+def _checked(what: str, value: Any) -> float:
+    """A time, or a number of bytes."""
+    try:
+        finite = not isinstance(value, (str, bytes)) and 0 <= float(value) < math.inf
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: of a tensor
+        finite = False
+    if not finite:
+        raise OptionError(f"`{what}`", expected="a finite value >= 0", found=shown(value))
+    if value > LONGEST:
+        raise OptionError(f"`{what}`", expected=f"at most {LONGEST:.0e}", found=shown(value))
+    number: float = value
+    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from autopipe.call_signature import flatten
+from autopipe.passes import driver
 from autopipe.passes.capture.request import CaptureRequest
 from autopipe.passes.driver import (
     _dump,
@@ -84,3 +86,18 @@ def test_programs_are_dumped_in_any_locale(tmp_path: Path, monkeypatch: pytest.M
     _dump("captured", "# File: größe/\udcff.py")
     (path,) = (tmp_path / "größe").iterdir()
     assert path.read_bytes() == "# File: größe/\\udcff.py\n".encode()
+
+
+def test_processes_that_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each numbers its programs from 1; none replaces a file of another."""
+    monkeypatch.setenv("AUTOPIPE_DUMP", str(tmp_path))
+    for text in ("one", "two"):
+        monkeypatch.setattr(driver, "_dumped", itertools.count(1))
+        _dump("captured", text)
+        _dump("generated", text, suffix="py")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "001-captured.txt": "one\n",
+        "002-generated.py": "one\n",
+        "003-captured.txt": "two\n",
+        "004-generated.py": "two\n",
+    }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import types
 from collections.abc import Callable
@@ -134,3 +136,37 @@ def test_one_thread_at_a_time() -> None:
     for thread in threads:
         thread.join(10)
     assert inside == ["first", "second"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_does_not_wait_for_a_thread_that_it_lacks() -> None:
+    started, end = threading.Event(), threading.Event()
+
+    def compiling() -> None:
+        with one_at_a_time():
+            started.set()
+            end.wait(60)
+
+    thread = threading.Thread(target=compiling)
+    thread.start()
+    started.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # which ends a child that waits
+        with one_at_a_time():
+            os._exit(7)
+    _, status = os.waitpid(child, 0)
+    end.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 7
+
+
+def test_a_thread_that_forks_within_its_turn() -> None:
+    with one_at_a_time():
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+    if child == 0:
+        os._exit(8)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 8

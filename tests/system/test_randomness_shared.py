@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autopipe
-from autopipe.passes.graph.fx_utils import fingerprint
+from autopipe.passes.graph.fingerprints import fingerprint
 from autopipe.runtime.random import derive_seed, step_seed
 from tests.support.programs import calls, sole_stage
 

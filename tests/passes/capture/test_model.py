@@ -9,9 +9,12 @@ ops) and batch_dims.py.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,8 +22,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import AutopipeError, CaptureError, InputError
+from autopipe.passes.capture.explain import explain
 from autopipe.passes.capture.patches import gather_on_one_device
-from autopipe.passes.graph.fx_utils import fingerprint
+from autopipe.passes.graph.fingerprints import fingerprint
 from autopipe.passes.ir.combine import Concatenate
 from autopipe.passes.ir.values import InputKind
 from tests.support.agreement import assert_agrees, assert_close, pipelined
@@ -370,3 +374,101 @@ def test_capture_works_on_several_devices() -> None:
     ]
     assert {str(n.meta["val"].device) for n in graphs[0].nodes if "val" in n.meta} == {"cpu"}
     assert {p: str(p.device) for p in model.parameters()} == placed, "the model is as it was"
+
+
+# ------------------------------------------------------------------------- what torch.export says
+
+
+class FailingTextError(RuntimeError):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def test_an_error_without_text_is_not_masked() -> None:
+    assert explain(FailingTextError()).found == (
+        "FailingTextError: (no text: its __str__ raised ValueError)"
+    )
+
+
+def test_a_distribution_that_checks_its_parameters() -> None:
+    def forward(model: Model, x: Tensor) -> Tensor:
+        q = torch.distributions.Normal(model.first(x), 1.0, validate_args=True)  # the distribution
+        return q.rsample()
+
+    with pytest.raises(CaptureError, match="validate_args=False") as caught:
+        captured_of(Model(forward), batch())
+    here = test_a_distribution_that_checks_its_parameters
+    assert caught.value.source == user_line(here, "# the " + "distribution")
+
+
+def test_an_encoder_that_zeroes_padded_positions_in_evaluation() -> None:
+    """Eager does so without gradients only, and only for some masks: a warning says it."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 8, 0.0, batch_first=True), 2)
+    x, padded = torch.randn(4, 5, D), torch.arange(5)[None] >= torch.tensor([5, 3, 2, 4])[:, None]
+
+    def said(**arguments: Any) -> list[str]:
+        pipe = pipelined(encoder)
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y = pipe(x, **arguments)
+            pipe(x, **arguments)
+            assert_close(y[~padded], encoder(x, **arguments)[~padded])
+        return [str(w.message) for w in caught if "padded" in str(w.message)]
+
+    assert said(src_key_padding_mask=padded) == []  # in training
+    encoder.eval()
+    (warning,) = said(src_key_padding_mask=padded)
+    assert "enable_nested_tensor=False" in warning
+    assert said() == []
+    encoder.use_nested_tensor = False
+    assert said(src_key_padding_mask=padded) == []
+
+
+def test_an_array_whose_memory_a_tensor_shares() -> None:
+    """The tracer's own note of such a constant is not taken for a tensor that the forward keeps."""
+    model = Model(lambda s, x: s.first(x) + torch.from_numpy(s.array))
+    model.array = np.arange(D, dtype=np.float64)
+    pipe, x = pipelined(model), batch()
+    assert_close(pipe(x), model(x))
+    model.array[:] = 3
+    assert_close(pipe(x), model(x))
+
+
+KEPT: list[Any] = []
+
+
+def test_such_a_tensor_that_is_kept() -> None:
+    def forward(model: Model, x: Tensor) -> Tensor:
+        constant = torch.from_numpy(model.array)
+        KEPT.append(lambda: constant)
+        return model.first(x) + constant
+
+    model = Model(forward)
+    model.array = np.arange(D, dtype=np.float64)
+    pipe = pipelined(model)
+    with contextlib.suppress(CaptureError):
+        pipe(batch())
+        assert KEPT == []  # undone
+    KEPT.clear()
+    assert type(model(batch())) is Tensor
+
+
+@pytest.mark.parametrize("share", [torch.from_numpy, torch.as_tensor, torch.asarray, torch.tensor])
+@pytest.mark.parametrize("write", [lambda t: t.add_(1), lambda t: t[1:].mul_(2)])
+def test_writes_to_the_memory_of_an_array(share: Any, write: Any) -> None:
+    """The next call of the model itself would find them."""
+
+    def forward(model: Model, x: Tensor) -> Tensor:
+        constant = share(model.array)
+        write(constant)
+        return model.first(x) + constant
+
+    model = Model(forward)
+    model.array = np.arange(D, dtype=np.float64)
+    pipe, x = pipelined(model), batch()
+    if share is torch.tensor:  # a copy
+        assert_close(pipe(x), model(x))
+    else:
+        with pytest.raises(CaptureError, match="memory of an array"):
+            pipe(x)
+    assert model.array.tolist() == list(range(D))

@@ -19,7 +19,6 @@ from autopipe.passes.graph.fx_utils import (
     cache_per_graph,
     emit_batch_size,
     emit_size,
-    fingerprint,
     functional_variant,
     has_side_effect,
     in_batch_symbol,
@@ -227,18 +226,6 @@ def test_sizes_are_written_as_calls_on_the_batch_size() -> None:
     graph.output((rows, columns))
     assert columns == 2
     assert fx.GraphModule({}, graph)(5) == (15, 2)
-
-
-def test_fingerprints_ignore_names_only() -> None:
-    def made(name: str, *, number: int = 2, static: bool = False) -> str:
-        graph, (x,) = written(name)
-        node = graph.call_function(aten.mul.Tensor, (x, number))
-        node.meta |= {"static": True} if static else {}
-        graph.output(node)
-        return fingerprint(graph)
-
-    assert made("a") == made("b")
-    assert len({made("a"), made("a", number=3), made("a", static=True)}) == 3
 
 
 def test_results_are_cached_as_long_as_the_graph_lives() -> None:

@@ -118,6 +118,20 @@ def test_a_timeline_prints_as_a_gantt_chart() -> None:
         {"saved_bytes": 1.0, "weight_bytes": [1.0]},
         {"chunks": 0},
         {"stages": 0},
+        {"forward": 1e308},
+        {"forward": 10**400},
+        {"forward": "12"},
+        {"forward": None},
+        {"backward": [None, 1.0]},
+        {"transfer": 1e308},
+        {"saved_bytes": 1e308},
+        {"stages": 1e308},
+        {"stages": None},
+        {"chunks": 2.0},
+        {"chunks": 10**400},
+        {"stages": 10**30},
+        {"virtual_stages": "2"},
+        {"virtual_stages": 2},
     ],
 )
 def test_values_that_are_no_times_are_refused(change: dict[str, object]) -> None:
@@ -127,8 +141,9 @@ def test_values_that_are_no_times_are_refused(change: dict[str, object]) -> None
 
 
 def test_kinds_are_checked() -> None:
-    with pytest.raises(OptionError, match="unknown schedule"):
-        simulate("zb-h3", stages=2, chunks=2, forward=1, backward=1)
+    for kind in ("zb-h3", ["gpipe"], None):
+        with pytest.raises(OptionError, match="unknown schedule"):
+            simulate(kind, stages=2, chunks=2, forward=1, backward=1)  # type: ignore[arg-type]
 
 
 def test_an_unsound_schedule_is_refused() -> None:
