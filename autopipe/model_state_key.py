@@ -65,6 +65,7 @@ def model_state_key(model: nn.Module, names: Set[str] | None = None) -> Hashable
             elif plain in PLAIN:
                 key.append((name, plain, value))  # 1 and True are equal
             else:
+                key.append(name)
                 key.extend(_attribute_key(name, value, seen))
         for name in HOOKS:
             if attributes[name]:

@@ -13,7 +13,6 @@ from autopipe.errors import CaptureError
 from autopipe.passes._torch import BatchNormBase, symbolic_fake_mode
 from autopipe.passes._torch_modes import forward_hooks_of_all
 from autopipe.passes.graph import is_user_file
-from autopipe.passes.one_at_a_time import replaced
 from autopipe.passes.python_state import is_users_hook
 
 from .norm_statistics import CUMULATIVE_MOMENTUM
@@ -170,25 +169,25 @@ def find_nested_encoders(module: nn.Module) -> Iterator[list[str]]:
         and not any(layer.training for layer in m.layers[:1])
     }
     found: list[str] = []
-    original = nn.TransformerEncoder.forward
 
-    def forward(
-        self: nn.TransformerEncoder,
-        src: Tensor,
-        mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool | None = None,
-    ) -> Tensor:
-        path = paths.get(id(self))
-        if path is not None and path not in found and src_key_padding_mask is not None:
-            found.append(path)
-        return original(self, src, mask, src_key_padding_mask, is_causal)
+    def called(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See a call (src, mask, src_key_padding_mask, …) of one of them."""
+        padding = kwargs.get("src_key_padding_mask", args[2] if len(args) > 2 else None)
+        if padding is not None and paths[id(encoder)] not in found:
+            found.append(paths[id(encoder)])
 
-    if not paths or not torch.backends.mha.get_fastpath_enabled():
+    if not torch.backends.mha.get_fastpath_enabled():
+        paths.clear()
+    handles = [
+        m.register_forward_pre_hook(called, with_kwargs=True)
+        for m in module.modules()
+        if id(m) in paths
+    ]
+    try:
         yield found
-        return
-    with replaced(nn.TransformerEncoder, "forward", forward):
-        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

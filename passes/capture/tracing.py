@@ -89,14 +89,14 @@ def trace_model(request: CaptureRequest) -> Trace:
         if flat.tells_objects_apart and (same := _same_objects(request)):
             flat.share(same)
             normalized, sizes = trace(flat, examples, dims, names)
-        if flat.result.reads is not None:
-            flat.result.reads.of_call(request.leaves, names)
         result = replace(flat.result)  # later calls of `flat` replace it
         if result.clocks:
             check_clock(normalized, trace(flat, examples, dims, names)[0], result.clocks)
         attributes = check_hidden_state(
             flat, normalized, lambda: trace(flat, examples, dims, names)[0], examples, dims
         )
+    if result.reads is not None:  # now nothing of torch is replaced any more
+        result.reads.of_call(request.leaves, names, _line_of_forward(module))
     for path in encoders:
         warn_at_user_line(
             f"nn.TransformerEncoder ({path}): in evaluation without gradients, eager torch returns"
@@ -107,6 +107,11 @@ def trace_model(request: CaptureRequest) -> Trace:
     batch = next((x.shape[d] for x, d in zip(examples, dims, strict=True) if d is not None), None)
     positions = flat.tensor_positions
     return Trace(module, normalized, sizes, result, cumulative, positions, batch)
+
+
+def _line_of_forward(module: nn.Module) -> str | None:
+    code = getattr(module.forward, "__code__", None)
+    return None if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _same_objects(request: CaptureRequest) -> dict[int, int]:

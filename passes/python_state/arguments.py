@@ -44,12 +44,13 @@ class ArgumentReads:
             tuple((n, what) for n, x in enumerate(tensors) if (what := self._hidden(x))),
         )
 
-    def check(self, leaves: Sequence[Any], names: Sequence[str]) -> None:
+    def check(self, leaves: Sequence[Any], names: Sequence[str], source: str | None) -> None:
         """Check that the tensors which stand for the arguments in a trace are like them.
 
         Args:
             leaves: the flattened call.
             names: of the tensors among the leaves.
+            source: where the forward is.
 
         Raises:
             CaptureError: the forward can tell an argument from the one that it was traced with.
@@ -61,6 +62,7 @@ class ArgumentReads:
                 raise CaptureError(
                     "the forward asks for more of an argument than a captured graph knows",
                     node=name,
+                    source=source,
                     found=found,
                     remedy=remedy,
                 )

@@ -118,6 +118,7 @@ class Globals(Namespace):
     def __init__(self, owner: dict[str, Any], label: str) -> None:
         super().__init__(owner, label)
         self.names: set[str] = set()
+        self._ordered: list[str] = []
 
     def _names(self) -> Mapping[Any, Any]:
         names: dict[str, Any] = self.owner
@@ -127,7 +128,9 @@ class Globals(Namespace):
         return {n: self.owner[n] for n in self.names if n in self.owner}
 
     def present(self) -> Collection[Hashable]:
-        return sorted(self.owner.keys() & self.names)
+        if len(self._ordered) != len(self.names):
+            self._ordered = sorted(self.names)
+        return [n for n in self._ordered if n in self.owner]
 
 
 class Registry(Namespace):
@@ -159,6 +162,10 @@ class ModuleAttributes(Namespace):
             and not isinstance(value, nn.Module)
             and not _set_by_torch_hook(self.owner, name)
         }
+
+    def present(self) -> Collection[Hashable]:
+        """Nothing: which attributes a module has is compared by the key of the model's state."""
+        return ()
 
 
 def _set_by_torch_hook(module: nn.Module, name: str) -> bool:

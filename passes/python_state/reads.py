@@ -81,7 +81,11 @@ class _Watched:
     def _appeared(self) -> str | None:
         """The name of what the forward would find now, but did not exist, or was elsewhere."""
         now = self.holder.present()
-        if _are_same(now, self.present):
+        if self.names is not None and len(now) == len(self.present):
+            # A name that is new is the last one.
+            if not now or next(reversed(now)) is self.present[-1]:  # type: ignore[call-overload]
+                return None
+        elif _are_same(now, self.present):
             return None
         known = set(self.present)
         now = [k for k in now if k in known or not self._is_set(k)]
@@ -145,17 +149,18 @@ class Reads:
         """What the forward asked of its arguments."""
         return self._arguments
 
-    def of_call(self, leaves: Sequence[Any], names: Sequence[str]) -> None:
+    def of_call(self, leaves: Sequence[Any], names: Sequence[str], source: str | None) -> None:
         """Set the call that the model was captured for.
 
         Args:
             leaves: its flattened arguments.
             names: of the tensors among the leaves, for messages.
+            source: where the forward is, for messages.
 
         Raises:
             CaptureError: the forward can tell an argument from the one that it was traced with.
         """
-        self._arguments.check(leaves, names)
+        self._arguments.check(leaves, names, source)
         for w in self._watched:  # what a function told within a with statement, or of the trace
             if isinstance(w.holder, (Answers, ForeignFunctions)):
                 for asked in [k for k, v in w.values.items() if w.holder.get(k) != v]:

@@ -92,7 +92,8 @@ class PythonState(ReachableState):
                 and (id(holder), key) not in own
                 and not (elsewhere and is_compared_elsewhere(value))
             }
-            watched.append(Read(holder, read, names, sets.get(id(holder), {})))
+            if read or not elsewhere:
+                watched.append(Read(holder, read, names, sets.get(id(holder), {})))
         names = every if known else None
         asked = dict.fromkeys(self.noted.arguments, True)
         if not self.is_watched:

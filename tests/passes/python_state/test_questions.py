@@ -130,3 +130,26 @@ def test_a_capture_says_that_it_compiles() -> None:
     with torch.no_grad():
         expected = model(X) * 3.0
     torch.testing.assert_close(pipe(X), expected)
+
+
+class Losses(nn.Module):
+    """Asks torch for functions that a capture replaces while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        scale = 2.0 if torch.is_grad_enabled() else 1.0
+        scores = self.norm(self.a(x)).log_softmax(-1)[None].expand(3, -1, -1)
+        lengths = torch.full((x.shape[0],), 3), torch.full((x.shape[0],), 1)
+        return nn.functional.ctc_loss(scores, targets, *lengths) * scale
+
+
+def test_what_a_capture_replaces_costs_no_other_capture() -> None:
+    model, x, targets = Losses(), torch.randn(6, 4), torch.randint(1, 4, (6, 1))
+    pipe = autopipe.compile(model, devices=1, chunks=1)
+    pipe(x, targets)
+    first = pipe.captured
+    pipe(x, targets)
+    assert pipe.captured is first
