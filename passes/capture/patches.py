@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from autopipe.errors import CaptureError
 from autopipe.passes._torch import BatchNormBase, symbolic_fake_mode
 from autopipe.passes._torch_modes import forward_hooks_of_all
 from autopipe.passes.graph import is_user_file
+from autopipe.passes.one_at_a_time import replaced
 from autopipe.passes.python_state import is_users_hook
 
 from .norm_statistics import CUMULATIVE_MOMENTUM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+NO_SIZES = torch.Size()
 
 
 @contextmanager
@@ -146,6 +150,26 @@ def trace_cumulative_norms(module: nn.Module) -> Iterator[list[str]]:
     finally:
         for norm in found.values():
             norm.momentum = None
+
+
+@contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """Switch off the checks that `torch.distributions` makes unless told otherwise.
+
+    They read the values of parameters and samples, which a trace does not have.
+    """
+    original = Distribution.__init__
+
+    def initialize(
+        self: Distribution,
+        batch_shape: torch.Size = NO_SIZES,
+        event_shape: torch.Size = NO_SIZES,
+        validate_args: bool | None = None,
+    ) -> None:
+        original(self, batch_shape, event_shape, bool(validate_args))
+
+    with replaced(Distribution, "__init__", initialize):
+        yield
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from .patches import (
     find_observer_hooks,
     gather_on_one_device,
     trace_cumulative_norms,
+    unchecked_distributions,
 )
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def trace_model(request: CaptureRequest) -> Trace:
         stack.enter_context(exportable_ctc_loss())
         cumulative = stack.enter_context(trace_cumulative_norms(module))
         hooks = stack.enter_context(find_observer_hooks(module))
+        stack.enter_context(unchecked_distributions())
         encoders = stack.enter_context(find_nested_encoders(module))
         normalized, sizes = trace(flat, examples, dims, names)
         refuse_leftovers(flat.result.created)

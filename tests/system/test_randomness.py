@@ -93,6 +93,7 @@ OPS: dict[str, Op] = {
     "random_": lambda x: x * torch.empty_like(x).random_(9),
     "poisson": lambda x: x + torch.poisson(x.detach().abs()),
     "Normal": lambda x: torch.distributions.Normal(x, 1.0, validate_args=False).rsample(),
+    "Normal, checked in eager": lambda x: torch.distributions.Normal(x, x.exp()).rsample(),
     "Gamma": lambda x: torch.distributions.Gamma(x.exp(), 1.0, validate_args=False).rsample(),
     "Categorical": lambda x: (
         x + torch.distributions.Categorical(logits=x, validate_args=False).sample()[..., None]

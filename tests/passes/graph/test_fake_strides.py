@@ -85,6 +85,9 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     ),
 }
 
+if torch.__version__ < "2.12":  # leaky_relu changes the stride of a dimension of one entry there
+    CASES["activations"] = lambda x: F.silu(x) + F.gelu(x) + F.relu(x) + x.sigmoid()
+
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("sizes", [(4, 6), (1, 4), (3, 4, 2)])
