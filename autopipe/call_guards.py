@@ -45,15 +45,20 @@ def refuse_transforms(leaves: Sequence[Any]) -> None:
         )
 
 
-def refuse_tracers() -> None:
+def refuse_tracers(leaves: Sequence[Any]) -> None:
     """Refuse a call that another tracer records: the stages run in threads that it does not see.
+
+    Args:
+        leaves: flattened inputs of a call.
 
     Raises:
         UnsupportedError: a call within torch.export, make_fx, torch.jit.trace or another capture.
     """
     tracing = bool(tracing_modes())
     tracing |= torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing or torch.compiler.is_exporting():
+    # While one thread exports, all are told so; but only that one passes fakes.
+    exporting = torch.compiler.is_exporting() and any(isinstance(x, FakeTensor) for x in leaves)
+    if tracing or exporting:
         raise UnsupportedError(
             "a pipeline is called while something records a graph (autopipe, torch.export, make_fx,"
             " torch.jit.trace)",

@@ -82,8 +82,8 @@ class Pipeline(ModuleProxy):
             StageError: a stage failed while it ran.
         """
         with deferred():  # Ctrl-C interrupts between a step's parts
-            refuse_tracers()
             leaves, spec = flatten(args, kwargs)
+            refuse_tracers(leaves)
             refuse_transforms(leaves)
             dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)
             inputs = CallInputs(leaves, spec, dims, batch)

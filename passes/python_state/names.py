@@ -30,13 +30,23 @@ JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs})
 
 @functools.cache
 def names_in(code: CodeType) -> set[str]:
-    """Names of attributes and variables that some code uses, and strings, which may be names.
+    """Names of attributes and variables that some code reads, and strings, which may be names.
 
     Args:
         code: of a function.
     """
     texts = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
-    return {*code.co_names, *code.co_freevars, *texts}
+    return {*(set(code.co_names) - _only_set(code)), *code.co_freevars, *texts}
+
+
+def _only_set(code: CodeType) -> set[str]:
+    """Attributes that some code sets and never reads: ``self.last = x``."""
+    stored: set[str] = set()
+    others: set[str] = set()
+    for step in dis.get_instructions(code):
+        if isinstance(step.argval, str):
+            (stored if step.opname == "STORE_ATTR" else others).add(step.argval)
+    return stored - others
 
 
 @functools.cache

@@ -52,3 +52,13 @@ def test_other_names(function: Any) -> None:
 def test_names_and_texts_that_may_be_names() -> None:
     found = names_in((lambda o: o.a + getattr(o, "b", "no name")).__code__)
     assert found == {"a", "b", "getattr"}
+
+
+def test_what_is_only_set_is_no_name() -> None:
+    def sets(o: Any, x: Any) -> None:
+        o.last = x
+        o.count += 1
+        o.seen = x
+        o.part.end = o.seen
+
+    assert names_in(sets.__code__) == {"count", "seen", "part"}

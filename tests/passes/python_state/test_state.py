@@ -533,3 +533,26 @@ def test_large_containers_are_compared_by_their_length() -> None:
     held[-1] = 1.0
     pipe(x)
     assert pipe.captured is not first
+
+
+class Records(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.a(x).tanh()
+        y: Tensor = self.b(self.a(x).tanh())
+        self.scale = 2.0
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:the model's forward sets")
+def test_what_a_forward_only_records_costs_no_capture() -> None:
+    """The model itself may run between the pipeline's calls: in an evaluation, for a metric."""
+    model, x = Records(), torch.randn(6, 4)
+    pipe = autopipe.compile(model, devices=2, chunks=3, args=(x,))
+    first = pipe.captured
+    for _ in range(3):
+        assert_close(model(x), pipe(x))
+    assert pipe.captured is first
