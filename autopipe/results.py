@@ -164,22 +164,11 @@ class _AutocastInterpreter(fx.Interpreter):
             return super().run_node(n)
 
 
-def write_buffers(
-    captured: Captured, model: nn.Module, values: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """Write the model's buffers from the final `values`, once a step.
-
-    Returns:
-        The values; in place of one that a buffer now has, the buffer, as the model returns it.
-    """
-    written: dict[int, Tensor] = {}
+def write_buffers(captured: Captured, model: nn.Module, values: Sequence[Tensor]) -> None:
+    """Write the model's buffers from the final `values`, once a step."""
     with torch.no_grad():
         for target, index in captured.updates:
-            buffer, value = model.get_buffer(target), values[index]
-            buffer.copy_(value)
-            if not value.requires_grad:
-                written[id(value)] = buffer
-    return [written.get(id(value), value) for value in values]
+            model.get_buffer(target).copy_(values[index])
 
 
 def fill_result(
@@ -202,8 +191,6 @@ def fill_result(
         "value": lambda i: values[i],
         "input": lambda i: leaves[i],
         "parameter": model.get_parameter,
-        "buffer": model.get_buffer,
-        "view": lambda view: view[1](kinds[view[0].kind](view[0].value), batch),
         "size": lambda number: number(batch),
         "constant": lambda x: x,
     }
@@ -228,5 +215,5 @@ def finish(
         batch: number of samples in the whole batch.
     """
     values = run_epilogue(captured, gathered, batch, model.get_buffer)
-    values = write_buffers(captured, model, values)
+    write_buffers(captured, model, values)
     return fill_result(captured, model, values, leaves, batch)

@@ -28,7 +28,6 @@ Files, in reading order:
     `partial_reductions`  reductions rewritten as sums per micro-batch
     `epilogue`            the graph that runs once per step
     `epilogue_cut`        the captured graph cut at its batch reductions
-    `aliases`             results that are views of inputs, buffers or other results
     `combine_outputs`     a rule of combination for every result
 """
 

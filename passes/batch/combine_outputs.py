@@ -18,7 +18,6 @@ from torch import fx
 from autopipe.passes.graph import graph_module, tensor_spec
 from autopipe.passes.ir import REDUCTIONS, Combine, Input, InputKind, Output, ResultLeaf, results_of
 
-from .aliases import view_of
 from .epilogue_cut import EpilogueCut
 from .lattice import Mixed, Reduced
 from .shares import shared_sources
@@ -70,27 +69,21 @@ def combine(
     cut = EpilogueCut(graph, inputs, states)
     stated = None if out_reduce is None else REDUCTIONS[out_reduce]
     by_name = {i.name: i for i in inputs}
-    updates = updates or {}
+    leaves: list[ResultLeaf] = []
     finals: dict[fx.Node, fx.Node] = {}
-    known = _places(graph, by_name, updates)
-    bases = {*known, *results_of(graph), *updates.values()}
-    buffer_of = {value: buffer for buffer, value in updates.items()}
-
-    def leaf_of(result: fx.Node) -> ResultLeaf:
-        if result not in known:
-            found = view_of(result, bases, buffer_of)
-            if found is not None:
-                base, replay = found
-                known[result] = ResultLeaf("view", (leaf_of(base), replay))
-            else:
-                known[result] = ResultLeaf("value", len(finals))
-                finals[result] = _final_value(cut, result, stated)
-        return known[result]
-
     with graph.inserting_before(graph.output_node()):
-        leaves = [leaf_of(result) for result in results_of(graph)]
+        for result in results_of(graph):
+            item = by_name.get(result.name)
+            if item is not None and item.kind is InputKind.INPUT:
+                leaves.append(ResultLeaf("input", item.index))
+            elif item is not None and item.kind is InputKind.PARAMETER:
+                leaves.append(ResultLeaf("parameter", item.target))
+            else:
+                if result not in finals:
+                    finals[result] = _final_value(cut, result, stated)
+                leaves.append(ResultLeaf("value", list(finals).index(result)))
         values, written = list(finals.values()), []
-        for buffer, value in updates.items():
+        for buffer, value in (updates or {}).items():
             written.append((by_name[buffer.name].target, len(values)))
             values.append(cut.buffer_value(value))
         values += [cut.check(n) for n in shared_sources(graph, states)]
@@ -102,24 +95,6 @@ def combine(
         leaves,
         tuple(written),
     )
-
-
-def _places(
-    graph: fx.Graph, inputs: Mapping[str, Input], updates: Mapping[fx.Node, fx.Node]
-) -> dict[fx.Node, ResultLeaf]:
-    """Where the caller's tensors are: its inputs, and the model's parameters and buffers.
-
-    (A written buffer's place is that of its new value: see `write_buffers`.)
-    """
-    kinds = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}
-    places = {}
-    for node in graph.nodes:
-        item = inputs.get(node.name)
-        if item is not None and item.kind is InputKind.INPUT:
-            places[node] = ResultLeaf("input", item.index)
-        elif item is not None and item.kind in kinds and node not in updates:
-            places[node] = ResultLeaf(kinds[item.kind], item.target)
-    return places
 
 
 def _final_value(cut: EpilogueCut, node: fx.Node, stated: Combine | None) -> fx.Node:

@@ -141,10 +141,9 @@ class ResultLeaf:
     """One leaf of the model's result.
 
     Attributes:
-        kind: "value", "input", "parameter", "buffer", "size", "view" or "constant".
+        kind: "value", "input", "parameter", "size" or "constant".
         value: depending on the kind, an index into the final values, an index into the call's
-            flattened inputs, a qualified name (of a parameter or buffer), a function of the batch
-            size, another leaf and a function that views it, or the object itself.
+            flattened inputs, a qualified name, a function of the batch size, or the object itself.
     """
 
     kind: str

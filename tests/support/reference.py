@@ -146,8 +146,6 @@ def over_chunks(
             "value": lambda i: values[i],
             "input": lambda i: state[next(c.name for c in captured.inputs if c.index == i)],
             "parameter": model.get_parameter,
-            "buffer": model.get_buffer,
-            "view": lambda view: view[1](kinds[view[0].kind](view[0].value), batch),
             "constant": lambda x: x,
         }
         filled = [kinds[leaf.kind](leaf.value) for leaf in captured.leaves]

@@ -36,10 +36,8 @@ def precision(_: Path) -> Iterator[None]:
 
 @contextmanager
 def benchmarked(_: Path) -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = not before
-    yield
-    torch.backends.cudnn.benchmark = before
+    with torch.backends.cudnn.flags(benchmark=not torch.backends.cudnn.benchmark):
+        yield
 
 
 @contextmanager
