@@ -1,10 +1,12 @@
 """Replacements of private parts of torch while a model is traced, in the tracing thread only.
 
-Beside `_torch`, this is the only file that uses names of torch which start with an underscore.
+Beside `_torch` and `_torch_modes`, this is the only file that uses names of torch which start with
+an underscore.
 """
 
 from __future__ import annotations
 
+import linecache
 import weakref
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from torch._export.passes import replace_set_grad_with_hop_pass as regions
 from torch._higher_order_ops import effects
 from torch.amp.autocast_mode import _enter_autocast
 from torch.export import _trace as export_trace
+from torch.fx import graph_module
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -33,7 +36,8 @@ def free_trace_state() -> Iterator[None]:
 
     A `ShapeEnv` and what it keeps of fake tensors refer to each other, by way of C++, where
     Python's garbage collector does not look. And every cached method of the class keeps the object,
-    some without a limit. A tracer at work elsewhere computes anew what was cached.
+    some without a limit. A tracer at work elsewhere computes anew what was cached. The source of every
+    `GraphModule` is kept for tracebacks; those of a trace never run.
     """
     created: list[weakref.ref[ShapeEnv]] = []
     create: Any = ShapeEnv.__init__
@@ -42,10 +46,23 @@ def free_trace_state() -> Iterator[None]:
         created.append(weakref.ref(shapes))
         create(shapes, *args, **kwargs)
 
+    loader: Any = graph_module._loader
+    sources: list[str] = []
+    keep = type(loader).cache
+
+    def kept(self: Any, *args: Any, **kwargs: Any) -> str:
+        name: str = keep(self, *args, **kwargs)
+        sources.append(name)
+        return name
+
     try:
-        with replaced(ShapeEnv, "__init__", record):
+        with replaced(ShapeEnv, "__init__", record), replaced(type(loader), "cache", kept):
             yield
     finally:
+        for name in sources:
+            if name.startswith("<eval_with_key>"):
+                loader.eval_cache.pop(name, None)
+                linecache.cache.pop(name, None)
         for shapes in filter(None, (ref() for ref in created)):
             if shapes.tracked_fakes is not None:
                 shapes.tracked_fakes.clear()
