@@ -36,8 +36,8 @@ def free_trace_state() -> Iterator[None]:
 
     A `ShapeEnv` and what it keeps of fake tensors refer to each other, by way of C++, where
     Python's garbage collector does not look. And every cached method of the class keeps the object,
-    some without a limit. A tracer at work elsewhere computes anew what was cached. The source of every
-    `GraphModule` is kept for tracebacks; those of a trace never run.
+    some without a limit. A tracer at work elsewhere computes anew what was cached. The source of
+    every `GraphModule` is kept for tracebacks; those of a trace never run.
     """
     created: list[weakref.ref[ShapeEnv]] = []
     create: Any = ShapeEnv.__init__
