@@ -227,8 +227,9 @@ def compiles(count: int, kind: str) -> tuple[dict[str, object], bool]:
             gc.collect()
             start = resident()
         once()
-    left = alive(Tensor) - before[0], alive(nn.Module) - before[1]
+    gc.collect()
     growth = (resident() - start) / (count - count // 2) / 1024
+    left = alive(Tensor) - before[0], alive(nn.Module) - before[1]
     text = f"{left[0]} tensors, {left[1]} modules, {growth:+.1f} KiB a compile of the later half"
     return {f"{count} compiles, {kind}": text}, left == (0, 0)
 
