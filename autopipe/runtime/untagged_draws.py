@@ -62,9 +62,7 @@ def call_watched(
     result = op(*args, **kwargs)
     moved = _moved(before, _states(device))
     if moved is None:
-        if len(_quiet_calls) > MOST_REMEMBERED:
-            _quiet_calls.clear()
-        _quiet_calls[call] = _quiet_calls.get(call, 0) + 1
+        _count(call)
         return result
     with quiet:
         for _ in range(TRIES - 1):
@@ -72,6 +70,7 @@ def call_watched(
             op(*args, **kwargs)
             moved = _moved(before, _states(device))
             if moved is None:
+                _count(call)
                 return result
     raise UnsupportedError(
         "an operator draws random numbers, but does not say so: its backward would not meet the"
@@ -85,6 +84,13 @@ def call_watched(
 
 PLAIN = (int, float, bool, str, type(None))
 _quiet_calls: dict[Hashable, int] = {}
+
+
+def _count(call: Hashable) -> None:
+    """Count a call that drew nothing."""
+    if len(_quiet_calls) > MOST_REMEMBERED:
+        _quiet_calls.clear()
+    _quiet_calls[call] = _quiet_calls.get(call, 0) + 1
 
 
 def _states(device: torch.device) -> dict[str, Any]:

@@ -27,9 +27,8 @@ def explain(error: Exception) -> CaptureError:
             "a distribution checks its parameters, which depend on the values of tensors",
             source=source,
             found=first,
-            remedy="pass validate_args=False to the distribution (Normal(mean, std,"
-            " validate_args=False)), or call"
-            " torch.distributions.Distribution.set_default_validate_args(False)",
+            remedy="leave out validate_args=True (what is not said is not checked), or pass"
+            " validate_args=False",
         )
     if "DataDependent" in kind or "data-dependent" in text.lower():
         return CaptureError(

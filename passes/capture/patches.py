@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from autopipe.errors import CaptureError
 from autopipe.passes._torch import BatchNormBase, symbolic_fake_mode
 from autopipe.passes._torch_modes import forward_hooks_of_all
-from autopipe.passes.graph import is_user_file
+from autopipe.passes.graph import is_user_file, line_of
 from autopipe.passes.one_at_a_time import replaced
 from autopipe.passes.python_state import is_users_hook
 
@@ -41,7 +41,7 @@ def find_observer_hooks(module: nn.Module) -> Iterator[list[str]]:
     found: dict[str, list[str]] = {}
 
     def wrap(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-        line = _line_of(hook)
+        line = line_of(hook)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             result = hook(*args, **kwargs)
@@ -82,12 +82,6 @@ def find_observer_hooks(module: nn.Module) -> Iterator[list[str]]:
             names.append(f"{first}{more} ({line})")
 
 
-def _line_of(hook: Callable[..., Any]) -> str | None:
-    """Where a hook is written."""
-    code = getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None)
-    return None if code is None else f"{code.co_filename}:{code.co_firstlineno}"
-
-
 def _of_model(
     hook: Callable[..., Any], watched: Callable[..., Any], model: nn.Module
 ) -> Callable[..., Any]:
@@ -112,7 +106,7 @@ def _of_model(
         if result is not None:
             raise CaptureError(
                 "a hook that all modules of the process call changes a value",
-                source=_line_of(hook),
+                source=line_of(hook),
                 found=f"it returns {type(result).__name__} for {type(caller).__name__}",
                 remedy="register it at the modules that it is meant for:"
                 " module.register_forward_hook(hook)",

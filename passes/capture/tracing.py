@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError, InputError
-from autopipe.passes.graph import warn_at_user_line
+from autopipe.passes.graph import line_of, warn_at_user_line
 from autopipe.passes.ops import exportable_ctc_loss
 from autopipe.passes.python_state import refuse_leftovers, shared
 
@@ -98,7 +98,7 @@ def trace_model(request: CaptureRequest) -> Trace:
             flat, normalized, lambda: trace(flat, examples, dims, names)[0], examples, dims
         )
     if result.reads is not None:  # now nothing of torch is replaced any more
-        result.reads.of_call(request.leaves, names, _line_of_forward(module))
+        result.reads.of_call(request.leaves, names, line_of(module.forward))
     for path in encoders:
         warn_at_user_line(
             f"nn.TransformerEncoder ({path}): in evaluation without gradients, eager torch returns"
@@ -109,11 +109,6 @@ def trace_model(request: CaptureRequest) -> Trace:
     batch = next((x.shape[d] for x, d in zip(examples, dims, strict=True) if d is not None), None)
     positions = flat.tensor_positions
     return Trace(module, normalized, sizes, result, cumulative, positions, batch)
-
-
-def _line_of_forward(module: nn.Module) -> str | None:
-    code = getattr(module.forward, "__code__", None)
-    return None if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _same_objects(request: CaptureRequest) -> dict[int, int]:

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 TORCH = tuple(
     f"{Path(str(spec.origin)).parent}/"
@@ -63,6 +64,16 @@ def user_source_line(stack: traceback.StackSummary) -> str | None:
             return f"{frame.filename}:{frame.lineno}"
         nearest = nearest or f"{frame.filename}:{frame.lineno}"
     return nearest
+
+
+def line_of(function: Any) -> str | None:
+    """Return ``file:line`` of where a callable is written; None if it is not Python's.
+
+    Args:
+        function: a function, a method, or an object that can be called.
+    """
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return None if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def warn_at_user_line(text: str) -> None:

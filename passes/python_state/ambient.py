@@ -16,7 +16,7 @@ from autopipe.passes._torch_modes import (
     forward_hooks_of_all,
     function_modes,
 )
-from autopipe.passes.graph import is_user_file
+from autopipe.passes.graph import is_user_file, line_of
 from autopipe.passes.one_at_a_time import replaced
 
 from .value_keys import WeakIdentity
@@ -47,8 +47,8 @@ SETTINGS: dict[str, Any] = {
 
 def is_users_hook(hook: Any) -> bool:
     """Whether a hook is not one of torch, such as those of `FlopCounterMode`, which only look."""
-    code = getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None)
-    return code is None or is_user_file(code.co_filename)
+    line = line_of(hook)
+    return line is None or is_user_file(line)
 
 
 def ambient_settings() -> tuple[Any, ...]:

@@ -59,6 +59,25 @@ def test_a_quiet_operator_is_soon_trusted_but_not_with_other_flags(
         watched(op, torch.ones(2), True)
 
 
+def test_a_quiet_operator_is_trusted_also_where_others_draw() -> None:
+    """It must not run three times for ever because another stage has a dropout."""
+    seen: list[int] = []
+    draws = iter([True, False] * untagged_draws.TRUSTED)
+
+    def op() -> int:
+        seen.append(1)
+        if next(draws, False):  # another thread's, in the first of the calls
+            torch.rand(())
+        return 5
+
+    for _ in range(untagged_draws.TRUSTED):
+        assert watched(op) == 5
+    before = len(seen)
+    assert watched(op) == 5
+    assert len(seen) == before + 1
+    assert before == 2 * untagged_draws.TRUSTED
+
+
 def test_another_threads_draw_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """It moved the generator within one of the calls, but not in each."""
     calls = iter([True, False])
