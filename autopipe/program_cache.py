@@ -117,7 +117,8 @@ class ProgramCache:
                 if strict and known and call.signature not in known:
                     raise structure_error(known, call.signature)
                 with one_at_a_time():  # another thread may have captured the same just now
-                    candidates = self._candidates(call)
+                    # While it did, torch's settings were not the caller's: export switches some.
+                    candidates = self._candidates(self._call_key(inputs))
                     compiled = _fitting(candidates, inputs)
                     compiled = compiled or self._capture(candidates, inputs, progress)
             program = compiled.program(inputs, progress)

@@ -156,3 +156,32 @@ def test_threads_that_call_one_pipeline(monkeypatch: pytest.MonkeyPatch) -> None
         thread.join()
     assert wrong == []
     assert len(captures) == 1
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_a_call_while_another_thread_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.export` switches MKLDNN off for all threads: no reason to capture once more."""
+    captures, exports, waits = [], threading.Event(), threading.Event()
+    capture, turn = program_cache.capture_with_costs, program_cache.one_at_a_time
+
+    def captured_while_another_waits(*args: Any, **kwargs: Any) -> Any:
+        captures.append(threading.current_thread())
+        with torch.backends.mkldnn.flags(enabled=not torch.backends.mkldnn.enabled):
+            exports.set()
+            assert waits.wait(60)
+        return capture(*args, **kwargs)
+
+    def waiting() -> Any:
+        if exports.is_set():
+            waits.set()
+        return turn()
+
+    monkeypatch.setattr(program_cache, "capture_with_costs", captured_while_another_waits)
+    monkeypatch.setattr(program_cache, "one_at_a_time", waiting)
+    pipe = autopipe.compile(net(), devices=2, chunks=2)
+    first = threading.Thread(target=pipe, args=(batch(),))
+    first.start()
+    assert exports.wait(60)
+    pipe(batch())
+    first.join()
+    assert captures == [first]
