@@ -44,6 +44,7 @@ def compile(
     batch_norm: str = "deferred",
     loss_fn: Callable[..., Tensor] | None = None,
     backend: str = "eager",
+    dynamic: Mapping[str, Mapping[int, str | None]] | None = None,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Pipeline:
@@ -80,6 +81,10 @@ def compile(
             per step, as if the whole batch had been seen at once; "micro": once per micro-batch.
         loss_fn: for `Pipeline.step`: ``loss_fn(output, target)``.
         backend: "eager".
+        dynamic: sizes besides the batch that change from call to call, by argument and dimension,
+            with a name or None: ``{"input_ids": {1: "length"}}``. They are symbolic from the first
+            capture on. Without it, a size that changes costs one more capture, and is symbolic
+            from then on. `torch._dynamo.mark_dynamic(tensor, dim)` marks one, too.
         args, kwargs: example inputs, to compile immediately. Without them, the first call compiles.
 
     Returns:
@@ -109,6 +114,7 @@ def compile(
         loss_fn=loss_fn,
         backend=backend,
         plan=plan,
+        dynamic=dynamic,
     )
     args, kwargs = _examples(args, kwargs)
     pipeline = Pipeline(_module_of(model), options)

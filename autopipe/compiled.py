@@ -8,29 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.call_guards import autocast_state, plain_autograd, restore_autocast
-from autopipe.compiled_program import CompiledProgram, ProgramKey
+from autopipe.compiled_program import ProgramKey
 from autopipe.errors import DeviceError, MemoryLimitError
+from autopipe.lengths import lengths_of
 from autopipe.parameters import move, parameter
-from autopipe.passes.driver import lower_to_code, phases_by_size
-from autopipe.passes.ir import InputKind
-from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
+from autopipe.passes.ir import B, InputKind
+from autopipe.passes.phases import concrete
 from autopipe.planning.fitting import missing_bytes
 from autopipe.planning.make_plan import make_plan, modeled_timers
 from autopipe.progress import silent
 from autopipe.runtime import microbatch
-from autopipe.runtime.executor import Program
-from autopipe.runtime.load import load_source
-from autopipe.tensor_meta import input_metadata, state_metadata, usual_outputs
+from autopipe.tensor_meta import input_metadata, usual_outputs
+from autopipe.traced_programs import TracedPrograms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from autopipe.call_signature import CallInputs
+    from autopipe.compiled_program import CompiledProgram
     from autopipe.options import Options
-    from autopipe.passes.driver import Lowered
-    from autopipe.passes.ir import Input, Split
+    from autopipe.passes.ir import Input, Sizes, Split
+    from autopipe.passes.phases import TraceCache
     from autopipe.planning.plans import Plan
     from autopipe.runtime.transfer import WorkerDevice
+
+MANY_SHAPES = 512
+"""How many shapes of inputs a model remembers to fit or not."""
 
 
 class CompiledModel:
@@ -42,8 +45,13 @@ class CompiledModel:
         workers: one per stage.
         split: the stages.
         traces: traces of these stages so far.
+        inputs: the call that it was captured for.
 
     Attributes:
+        shapes: of that call's tensors; None for leaves that are no tensors.
+        lengths: for each leaf the dimensions, besides the batch, that may have any size.
+        programs: what was traced and generated.
+        used: the key, in `programs`, of the code that the last call used.
         expected: names of the outputs that the next call expects gradients for.
     """
 
@@ -54,15 +62,22 @@ class CompiledModel:
         workers: tuple[WorkerDevice, ...],
         split: Split,
         traces: TraceCache,
+        inputs: CallInputs,
     ) -> None:
         self.model, self.options, self.workers, self.split = model, options, workers, split
         captured = split.captured
         self.parameters = tuple(i for i in captured.inputs if i.kind is InputKind.PARAMETER)
         self.call_inputs = tuple(i for i in captured.inputs if i.kind is InputKind.INPUT)
         self.expected = usual_outputs(captured)
-        self._fits: dict[int, bool] = {}
-        self._programs: dict[ProgramKey, CompiledProgram] = {}
-        self._traces = traces
+        self.shapes = [tuple(x.shape) if isinstance(x, Tensor) else () for x in inputs.leaves]
+        self.lengths = lengths_of(captured, len(inputs.leaves))
+        dims = enumerate(inputs.batch_dims)
+        self._free = {*dims, *((n, d) for n, of in enumerate(self.lengths) for d in of)}
+        self._sizes: dict[Hashable, Sizes | None] = {}
+        self._holds: dict[Hashable, bool] = {}
+        self.programs = TracedPrograms(split, options, workers, traces, self._tensor)
+        self.used: Hashable = None
+        self._within_limits: dict[ProgramKey, None] = {}
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
 
     def fits(self, inputs: CallInputs) -> bool:
@@ -71,18 +86,47 @@ class CompiledModel:
         Args:
             inputs: of the call.
         """
-        changed = self.split.captured.reads.changed(inputs.leaves)
-        return changed is None and self.fits_size(inputs.batch)
+        sizes = self.sizes(inputs)
+        return (
+            sizes is not None
+            and self.split.captured.reads.changed(inputs.leaves) is None
+            and self.holds(sizes)
+        )
 
-    def fits_size(self, batch: int) -> bool:
-        """Whether the model would take the captured branches for a batch of this size.
+    def holds(self, sizes: Sizes | None) -> bool:
+        """Whether the model would take the captured branches for a call of these sizes.
 
         Args:
-            batch: number of samples.
+            sizes: what `sizes` returned.
         """
-        if batch not in self._fits:
-            self._fits[batch] = self.split.captured.size_guards.hold_for(batch)
-        return self._fits[batch]
+        if sizes is None:
+            return False
+        key = tuple(sizes.values())
+        if key not in self._holds:
+            if len(self._holds) >= MANY_SHAPES:
+                self._holds.clear()
+            self._holds[key] = self.split.captured.size_guards.hold_for(sizes)
+        return self._holds[key]
+
+    def sizes(self, inputs: CallInputs) -> Sizes | None:
+        """Return the sizes of a call; None: the graph is for inputs of other shapes.
+
+        Args:
+            inputs: of the call.
+        """
+        key = inputs.batch, inputs.static_shapes()
+        if key not in self._sizes:
+            if len(self._sizes) >= MANY_SHAPES:
+                self._sizes.clear()
+            same = all(
+                new == old or (n, d) in self._free
+                for n, (leaf, shape) in enumerate(zip(inputs.leaves, self.shapes, strict=True))
+                if isinstance(leaf, Tensor)
+                for d, (new, old) in enumerate(zip(leaf.shape, shape, strict=True))
+            )
+            captured = self.split.captured
+            self._sizes[key] = captured.sizes(inputs.leaves, inputs.batch) if same else None
+        return self._sizes[key]
 
     def tensor(self, kind: InputKind, target: str) -> Tensor:
         """Return a parameter, buffer or constant of the model.
@@ -174,6 +218,7 @@ class CompiledModel:
                 for size in dict.fromkeys(sizes)
             ),
             autocast_state(),
+            tuple((s, n) for s, n in (self.sizes(inputs) or {}).items() if s != B),
         )
         return self._program(key, progress)
 
@@ -192,34 +237,19 @@ class CompiledModel:
             return self._program(program.key._replace(expected=names), silent)
 
     def _program(self, key: ProgramKey, progress: Callable[[str], None]) -> CompiledProgram:
-        if key not in self._programs:
-            state = state_metadata(self.split.captured, self._tensor)
-            devices = tuple(w.device for w in self.workers)
-            request = PhaseRequest(
-                self.split,
-                {
-                    size: state | dict(inputs)
-                    for size, inputs in zip(dict.fromkeys(key.sizes), key.inputs, strict=True)
-                },
-                devices,
-                self.options.resolved.remat,
-                key.grad,
-                key.expected,
-            )
-            phased = phases_by_size(request, self._traces, progress)
-            kind = self.options.schedule_kind
-            lowered = lower_to_code(phased, key.sizes, devices, kind=kind, progress=progress)
-            program = CompiledProgram(key, self._load(lowered, key.sizes), lowered)
-            if self.options.limits is not None and key.grad:
-                self._check_limits(program)
-            self._programs[key] = program
-        return self._programs[key]
+        program, code = self.programs.program(key, progress)
+        if self.options.limits is not None and key.grad and key not in self._within_limits:
+            self._check_limits(program)
+            self._within_limits[key] = None
+        self.used = code
+        return program
 
     def plan(self, program: CompiledProgram) -> Plan:
         """The plan of a program: the one that it was compiled with, or one by the device table."""
         options, sizes = self.options, program.key.sizes
         timers = modeled_timers(options.device_models)
-        plan = make_plan(self.model, self.split, program.lowered.phased, sizes, options, timers)
+        phased = {s: concrete(cut, program.sizes(s)) for s, cut in program.lowered.phased.items()}
+        plan = make_plan(self.model, self.split, phased, sizes, options, timers)
         given = options.plan
         # The times of a given plan may have been measured on the devices.
         return given if given is not None and plan.is_of(given) else plan
@@ -239,20 +269,3 @@ class CompiledModel:
 
     def _tensor(self, item: Input) -> Tensor:
         return self.tensor(item.kind, item.target)
-
-    def _load(self, lowered: Lowered, sizes: tuple[int, ...]) -> Program:
-        generated = lowered.generated
-        names, filename = load_source(generated.source)
-        return Program(
-            forward=tuple(names[n] for n in generated.forward),
-            backward=tuple(names[n] for n in generated.backward),
-            workers=self.workers,
-            sizes=sizes,
-            draws={s: [k.draws for k in cut.stages] for s, cut in lowered.phased.items()},
-            strides={
-                (*key, size): strides
-                for size, cut in lowered.phased.items()
-                for key, strides in received_strides(cut).items()
-            },
-            filename=filename,
-        )

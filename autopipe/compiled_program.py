@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from autopipe.passes.ir import B
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     import torch
 
     from autopipe.passes.driver import Lowered
+    from autopipe.passes.ir import Sizes
     from autopipe.passes.phases import TensorMeta
     from autopipe.runtime.executor import Program
 
@@ -24,6 +29,7 @@ class ProgramKey(NamedTuple):
         parameters: for each parameter, whether it requires a gradient, and its dtype.
         inputs: for each distinct micro-batch size, names and metadata of the call's tensors.
         autocast: as `call_guards.autocast_state` returns it.
+        lengths: (name of a length, its value) for each.
     """
 
     sizes: tuple[int, ...]
@@ -32,6 +38,16 @@ class ProgramKey(NamedTuple):
     parameters: tuple[tuple[bool, torch.dtype], ...]
     inputs: tuple[tuple[tuple[str, TensorMeta], ...], ...]
     autocast: tuple[tuple[bool, torch.dtype], ...]
+    lengths: tuple[tuple[Any, int], ...] = ()
+
+    @property
+    def modes(self) -> Hashable:
+        """What does not depend on sizes."""
+        return self.grad, self.expected, self.parameters, self.autocast
+
+    def metadata(self, size: int) -> dict[str, TensorMeta]:
+        """Metadata of the call's tensors in a micro-batch of one size."""
+        return dict(self.inputs[list(dict.fromkeys(self.sizes)).index(size)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +63,10 @@ class CompiledProgram:
     key: ProgramKey
     program: Program
     lowered: Lowered
+
+    def sizes(self, size: int) -> Sizes:
+        """The values of all symbols in a micro-batch of one size."""
+        return {B: size, **dict(self.key.lengths)}
 
     @cached_property
     def updates(self) -> frozenset[str]:

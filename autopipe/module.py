@@ -96,7 +96,9 @@ class Pipeline(ModuleProxy):
                 values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
             else:
                 values = call.forward()
-            return finish(compiled.split.captured, self.model, values, leaves, sum(call.sizes))
+            sizes = compiled.sizes(inputs)
+            assert sizes is not None, "the captured model was chosen by the sizes of its inputs"
+            return finish(compiled.split.captured, self.model, values, leaves, sizes)
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """Forward, loss and backward of one batch; gradients are added to ``.grad``.

@@ -10,6 +10,7 @@ import torch
 
 from autopipe import option_parsing
 from autopipe.errors import OptionError, UnsupportedError, shown
+from autopipe.lengths import check_dynamic
 from autopipe.passes.capture import CaptureRequest
 from autopipe.passes.devices import CPU_CORE, device_named_in_torch
 from autopipe.passes.ir import REDUCTIONS
@@ -17,11 +18,12 @@ from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED, KINDS
 from autopipe.runtime.backends import backend_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
     from torch.utils._pytree import TreeSpec
 
+    from autopipe.lengths import LengthDims
     from autopipe.passes.devices import Device
     from autopipe.passes.remat_policies import RematPolicy
     from autopipe.planning.plans import Plan
@@ -50,6 +52,7 @@ class Options:
         chunks, schedule, remat: None if the planner chooses; `remat` has a policy per stage.
         in_dims, out_reduce, batch_norm, loss_fn, profile, plan: as the user wrote them.
         limits: bytes of memory per device; None: no limit.
+        dynamic: argument → dimension whose size may change → its name, or None.
         models: device models for the times of each stage; None: those of `devices`.
     """
 
@@ -65,6 +68,7 @@ class Options:
     models: tuple[Device, ...] | None = None
     profile: bool = False
     plan: Plan | None = None
+    dynamic: Mapping[str, Mapping[int, str | None]] | None = None
 
     @property
     def needs_planning(self) -> bool:
@@ -100,19 +104,21 @@ class Options:
         leaves: Sequence[Any],
         spec: TreeSpec,
         batch_dims: Sequence[int | None],
+        lengths: LengthDims = (),
         *,
         single: bool = False,
     ) -> CaptureRequest:
         """Build the request to capture a model under these options.
 
         Args:
-            model, leaves, spec, batch_dims, single: see `CaptureRequest`.
+            model, leaves, spec, batch_dims, lengths, single: see `CaptureRequest`.
         """
         return CaptureRequest(
             model,
             leaves,
             spec,
             batch_dims,
+            lengths,
             whole=self.whole_batch,
             single=single,
             batch_norm=self.batch_norm,
@@ -148,13 +154,14 @@ def parse_options(
     device: str | Device | Sequence[str | Device] | None = None,
     profile: bool = False,
     plan: Plan | None = None,
+    dynamic: Mapping[str, Mapping[int, str | None]] | None = None,
     elsewhere: bool = False,
 ) -> Options:
     """Check what the user wrote; None means the plan's value or the default.
 
     Args:
         devices, chunks, schedule, remat, memory, in_dims, out_reduce, batch_norm: as for `compile`.
-        backend, loss_fn, profile, plan: as for `compile`.
+        backend, loss_fn, profile, plan, dynamic: as for `compile`.
         device: as for `autopipe.plan`.
         elsewhere: the pipeline will run on another machine, so more `devices` than are here are
             allowed.
@@ -176,6 +183,7 @@ def parse_options(
     _check_schedule(schedule)
     _check_backend(backend)
     _check_reductions(out_reduce, batch_norm)
+    check_dynamic(dynamic)
     if loss_fn is not None and not callable(loss_fn):
         expected = "a function: loss_fn(output, target)"
         raise OptionError("loss_fn is no function", expected=expected, found=shown(loss_fn))
@@ -193,6 +201,7 @@ def parse_options(
         limits=None if memory is None else each("memory", memory, count, option_parsing.size),
         models=None if device is None else each("device", device, count, option_parsing.speeds),
         profile=profile,
+        dynamic=dynamic,
     )
     return options if plan is None else options.planned(plan)
 

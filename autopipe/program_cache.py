@@ -1,14 +1,16 @@
 """Find the program for a call, or build it: capture, choose a plan, cut, trace.
 
-    call ──▶ ModelKey: model state, structure of the inputs, static shapes, torch's settings
+    call ──▶ ModelKey: model state, structure of the inputs, torch's settings
          ──▶ `CompiledModel`s,
-             of which the first is used that holds for the batch's size and for the Python values
+             of which the first is used that holds for the call's sizes and for the Python values
              that it was captured with
          ──▶ ProgramKey: micro-batch sizes, grad, outputs with gradients, parameters, metadata
              of the inputs, autocast ──▶ `CompiledProgram`
 
-A model is captured once per `ModelKey` (rarely more often: for a batch of one sample the model may
-take other branches); its stages are traced once per `ProgramKey`.
+A model is captured once per `ModelKey`, and once more if sizes besides the batch change: these are
+symbolic from then on. (Rarely more often: for a batch of one sample the model may take other
+branches.) Its stages are traced once per `ProgramKey`. All captures follow the cut of the first, so
+that parameters stay where they are.
 """
 
 from __future__ import annotations
@@ -16,20 +18,22 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from autopipe.call_guards import plain_autograd
 from autopipe.call_signature import CallSignature, structure_error
 from autopipe.compiled import CompiledModel
-from autopipe.errors import OptionError
+from autopipe.errors import AutopipeError, OptionError
+from autopipe.lengths import LengthDims, changed_lengths, marked_lengths, named_lengths
 from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
+from autopipe.passes.capture import input_names
 from autopipe.passes.driver import capture_with_costs, cut_into_stages
 from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.python_state import ambient_settings
 from autopipe.passes.schedule import schedule
-from autopipe.passes.split import objective_of
+from autopipe.passes.split import EarlierCut, objective_of
 from autopipe.planning.choice import choose
 from autopipe.planning.make_plan import planned_cut
 from autopipe.progress import Progress
@@ -54,18 +58,17 @@ class CallKey(NamedTuple):
 
     Attributes:
         training: mode of the model itself; the state has that of all its modules.
-        signature, static_shapes: of the call's inputs.
+        signature: of the call's inputs.
         settings: torch's, as `ambient_settings` returns them.
     """
 
     training: bool
     signature: CallSignature
-    static_shapes: tuple[tuple[int, ...], ...]
     settings: tuple[Any, ...]
 
 
 class ModelKey(NamedTuple):
-    """Everything, except the batch size, that decides which captured graph a call can use."""
+    """Everything, except sizes, that decides which captured graph a call can use."""
 
     state: Hashable
     call: CallKey
@@ -90,7 +93,10 @@ class ProgramCache:
         self._signatures: dict[Hashable, set[CallSignature]] = {}
         # The attributes that count for the captures of each kind of call.
         self._names: dict[CallKey, dict[frozenset[str] | None, None]] = {}
-        self._plans: dict[bool, Plan] = {}  # the chosen ones, by training mode
+        self._plan: Plan | None = None  # the chosen one
+        self._cut: EarlierCut | None = None  # of the first capture, which all others follow
+        # The dimensions that the model fixes: (position of a leaf, dimension).
+        self._fixed: dict[CallSignature, set[tuple[int, int]]] = {}
         self._last: tuple[CompiledModel, CompiledProgram] | None = None
 
     def program_for(
@@ -141,15 +147,13 @@ class ProgramCache:
 
     @property
     def options(self) -> Options:
-        """The options with the plan chosen in this mode, or else with the one for training."""
-        plan = self._plans.get(self.model.training) or self._plans.get(True)
-        return self._options if plan is None else self._options.planned(plan)
+        """The options, with the plan chosen for them."""
+        return self._options if self._plan is None else self._options.planned(self._plan)
 
     def _call_key(self, inputs: CallInputs) -> CallKey:
         return CallKey(
             self.model.training,
             CallSignature.of(inputs),
-            inputs.static_shapes(),
             ambient_settings(),
         )
 
@@ -175,43 +179,83 @@ class ProgramCache:
     ) -> CompiledModel:
         """Capture the model for a call that no captured graph fits."""
         model_state_key(self.model)  # which checks that layers have shapes
-        single = inputs.batch == 1 and any(not c.fits_size(1) for c in candidates)
-        compiled = self._compile(inputs, progress, single=single)
+        sizes = ((c, c.sizes(inputs)) for c in candidates)
+        single = inputs.batch == 1 and any(s and not c.holds(s) for c, s in sizes)
+        compiled = self._compile_lengths(candidates, inputs, progress, single=single)
         self._remember(compiled, inputs)
-        if inputs.batch == 1 and not compiled.fits_size(1):
+        if inputs.batch == 1 and not compiled.holds(compiled.sizes(inputs)):
             # One sample was traced as two, which gave another branch: trace it as one.
-            compiled = self._compile(inputs, progress, single=True)
+            compiled = self._compile_lengths(candidates, inputs, progress, single=True)
             self._remember(compiled, inputs)
-        if self._options.needs_planning and compiled.options.plan is not None:
-            self._plans.setdefault(self.model.training, compiled.options.plan)
+        if self._plan is None and self._options.needs_planning:
+            self._plan = compiled.options.plan
+        if self._cut is None:
+            self._cut = EarlierCut.of(compiled.split)
+        return compiled
+
+    def _compile_lengths(
+        self,
+        candidates: Sequence[CompiledModel],
+        inputs: CallInputs,
+        progress: Callable[[str], None],
+        *,
+        single: bool,
+    ) -> CompiledModel:
+        """Capture and cut the model, with the dimensions symbolic that may change."""
+        leaves = inputs.leaves
+        fixed = self._fixed.setdefault(CallSignature.of(inputs), set())
+        same = [c for c in candidates if c.split.captured.reads.changed(leaves) is None]
+        marked = marked_lengths(self._options.dynamic, self.model, inputs)
+        asked = [(c.shapes, c.lengths) for c in same]
+        changed = changed_lengths(inputs, asked, marked)
+        earlier = [c.shapes for c in same]
+        lengths = named_lengths(inputs, changed, earlier, self.model, fixed)
+        if not any(lengths):
+            return self._compile(inputs, progress, lengths, single=single)
+        wanted = {(n, d) for n, dims in enumerate(lengths) for d in dims}
+        try:
+            compiled = self._compile(inputs, progress, lengths, single=single)
+        except AutopipeError as error:
+            compiled = self._compile(inputs, progress, ({},) * len(leaves), single=single)
+            found, reason = set(), str(error)
+        else:
+            found = {(n, d) for n, dims in enumerate(compiled.lengths) for d in dims}
+            reason = "the model turns it into a number"
+        if wanted - found:
+            fixed |= wanted - found
+            _warn_of_fixed(sorted(wanted - found), inputs, self.model, reason)
         return compiled
 
     def _compile(
-        self, inputs: CallInputs, progress: Callable[[str], None], *, single: bool
+        self,
+        inputs: CallInputs,
+        progress: Callable[[str], None],
+        lengths: LengthDims,
+        *,
+        single: bool,
     ) -> CompiledModel:
         model, options = self.model, self.options
         for name, tensor in model.named_parameters():
             if not isinstance(tensor, nn.Parameter):
                 raise replaced_error(name)
         leaves, spec, dims, batch = inputs
-        annotated = capture_with_costs(
-            options.capture_request(model, leaves, spec, dims, single=single), progress
-        )
+        request = options.capture_request(model, leaves, spec, dims, lengths, single=single)
+        annotated = capture_with_costs(request, progress)
         if not options.needs_planning:
-            split = self._cut(annotated, options, batch, progress)
-            return CompiledModel(model, options, self.workers, split, TraceCache())
+            split = self._split(annotated, options, batch, progress)
+            return CompiledModel(model, options, self.workers, split, TraceCache(), inputs)
         chosen = choose(model, annotated, leaves, batch, options, progress)
         options = options.planned(chosen.plan)
-        return CompiledModel(model, options, self.workers, chosen.split, chosen.traces)
+        return CompiledModel(model, options, self.workers, chosen.split, chosen.traces, inputs)
 
-    def _cut(
+    def _split(
         self,
         annotated: Annotated,
         options: Options,
         batch: int,
         progress: Callable[[str], None],
     ) -> Split:
-        """Cut as in the plan, or balanced if there is none; nothing is left to choose."""
+        """Cut as before; else as in the plan, or balanced if there is none."""
         plan, (chunks, remat) = options.plan, options.resolved
         sizes = microbatch.sizes(batch, chunks)
         models = options.device_models
@@ -222,6 +266,7 @@ class ProgramCache:
             objective,
             planned=None if plan is None else planned_cut(plan),
             must_fit=plan is not None and plan.training == self.model.training,
+            earlier=self._cut,
             progress=progress,
         )
 
@@ -246,3 +291,17 @@ class ProgramCache:
 def _fitting(candidates: Sequence[CompiledModel], inputs: CallInputs) -> CompiledModel | None:
     """The first captured model that takes the same branches for a call, with the same numbers."""
     return next((c for c in candidates if c.fits(inputs)), None)
+
+
+def _warn_of_fixed(
+    dims: Sequence[tuple[int, int]], inputs: CallInputs, model: nn.Module, reason: str
+) -> None:
+    names = input_names(model, inputs.leaves, inputs.spec)
+    tensors = [n for n, x in enumerate(inputs.leaves) if isinstance(x, Tensor)]
+    name_of = dict(zip(tensors, names, strict=True))
+    found = ", ".join(f"dimension {d} of {name_of[n]}" for n, d in dims)
+    warnings.warn(
+        f"{found}: this model cannot be captured for any size there, so each new size costs a"
+        f" capture ({reason}); pad to few sizes",
+        stacklevel=2,
+    )

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopipe.passes.ir import SUM, Concatenate, InputKind
+from autopipe.passes.ir import SUM, B, Concatenate, InputKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
     from torch import nn
 
-    from autopipe.passes.ir import Captured, Combine, Input, Output
+    from autopipe.passes.ir import Captured, Combine, Input, Output, Sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,21 +126,21 @@ def output_device(last: torch.device, inputs: Sequence[torch.device]) -> torch.d
 
 
 def run_epilogue(
-    captured: Captured, gathered: Sequence[Tensor], batch: int, buffer: Callable[[str], Tensor]
+    captured: Captured, gathered: Sequence[Tensor], sizes: Sizes, buffer: Callable[[str], Tensor]
 ) -> Sequence[Tensor]:
     """Compute the final values from the gathered outputs.
 
     Args:
         captured: the model's graph, with its epilogue.
         gathered: one value per output.
-        batch: number of samples in the whole batch.
+        sizes: of the whole batch.
         buffer: returns a buffer of the model by its qualified name.
     """
     epilogue = captured.epilogue
     if epilogue is None:
         return gathered
     known: dict[str, Any] = {o.name: v for o, v in zip(captured.outputs, gathered, strict=True)}
-    known["batch_size"] = batch
+    known |= {"batch_size" if s == B else str(s): n for s, n in sizes.items()}
     targets = {i.name: i.target for i in captured.inputs if i.kind is InputKind.BUFFER}
     wanted = [str(n.target) for n in epilogue.graph.nodes if n.op == "placeholder"]
     arguments = [known[n] if n in known else buffer(targets[n]) for n in wanted]
@@ -176,7 +176,7 @@ def fill_result(
     model: nn.Module,
     values: Sequence[Tensor],
     leaves: Sequence[Any],
-    batch: int,
+    sizes: Sizes,
 ) -> Any:
     """Fill the structure that the model returns.
 
@@ -185,13 +185,13 @@ def fill_result(
         model: whose parameters may be results themselves.
         values: the final values.
         leaves: the call's flattened inputs, which may be results themselves.
-        batch: number of samples in the whole batch.
+        sizes: of the whole batch.
     """
     kinds: dict[str, Callable[[Any], Any]] = {
         "value": lambda i: values[i],
         "input": lambda i: leaves[i],
         "parameter": model.get_parameter,
-        "size": lambda number: number(batch),
+        "size": lambda number: number(sizes),
         "constant": lambda x: x,
     }
     filled = [kinds[leaf.kind](leaf.value) for leaf in captured.leaves]
@@ -203,7 +203,7 @@ def finish(
     model: nn.Module,
     gathered: Sequence[Tensor],
     leaves: Sequence[Any],
-    batch: int,
+    sizes: Sizes,
 ) -> Any:
     """Turn the gathered outputs into what the model returns, and write its buffers.
 
@@ -212,8 +212,8 @@ def finish(
         model: the user's module.
         gathered: one value per output.
         leaves: the call's flattened inputs.
-        batch: number of samples in the whole batch.
+        sizes: of the whole batch.
     """
-    values = run_epilogue(captured, gathered, batch, model.get_buffer)
+    values = run_epilogue(captured, gathered, sizes, model.get_buffer)
     write_buffers(captured, model, values)
-    return fill_result(captured, model, values, leaves, batch)
+    return fill_result(captured, model, values, leaves, sizes)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from autopipe.passes.ir import InputKind
+import sympy
+
+from autopipe.passes.ir import B, InputKind
 from autopipe.passes.phases import PhaseRequest, TensorMeta
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     import torch
     from torch import Tensor, nn
 
-    from autopipe.passes.ir import Captured, Input, Split
+    from autopipe.passes.ir import Captured, Input, Sizes, Split
     from autopipe.passes.remat_policies import RematPolicy
 
 
@@ -33,8 +35,37 @@ def input_metadata(captured: Captured, leaves: Sequence[Any], size: int) -> dict
         if item.batch_dim is not None:
             tensor = tensor.narrow(item.batch_dim, 0, size)
         meta = TensorMeta.of(tensor)._replace(requires_grad=leaves[item.index].requires_grad)
-        found[item.name] = meta.after_copy()
+        found[item.name] = meta.after_copy({})
     return found
+
+
+def symbolic_metadata(
+    captured: Captured, inputs: Mapping[str, TensorMeta], sizes: Sizes, symbols: Container[Any]
+) -> dict[str, TensorMeta]:
+    """Return the metadata of a call's tensors with some sizes symbolic.
+
+    Args:
+        captured: the graph with the placeholders.
+        inputs: the metadata for one micro-batch size.
+        sizes: the values of all symbols.
+        symbols: those that stay symbolic.
+    """
+    places: dict[tuple[int, int], Any] = {(n, d): size for n, d, size in captured.derived_sizes}
+    places |= {place: x.name for x in captured.lengths for place in x.places}
+    places |= {(i.index, i.batch_dim): B for i in captured.inputs if i.batch_dim is not None}
+    known = {s: sympy.Integer(n) for s, n in sizes.items() if s not in symbols}
+    index = {i.name: i.index for i in captured.inputs}
+    found = {}
+    for name, meta in inputs.items():
+        dims = enumerate(meta.shape)
+        exprs = ((n, places.get((index[name], d))) for d, n in dims)
+        shape = tuple(n if e is None else _known(e.xreplace(known)) for n, e in exprs)
+        found[name] = meta._replace(shape=shape).dense_as(meta.stride, sizes)
+    return found
+
+
+def _known(expr: sympy.Expr) -> Any:
+    return int(expr) if expr.is_Integer else expr
 
 
 def state_metadata(captured: Captured, tensor: Callable[[Input], Tensor]) -> dict[str, TensorMeta]:

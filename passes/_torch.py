@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
@@ -25,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 from torch.fx.traceback import (
     get_current_meta,
     has_preserved_node_meta,
@@ -39,12 +40,13 @@ from torch.utils._python_dispatch import (
     TorchDispatchMode,
 )
 from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import sympy
 
@@ -60,8 +62,11 @@ __all__ = [
     "FunctionalTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "ShapeEnv",
     "TorchDispatchMode",
+    "create_size_symbol",
     "emit_expression",
+    "enable_python_dispatcher",
     "flop_registry",
     "free_unbacked_symbols",
     "from_functional",
@@ -74,6 +79,8 @@ __all__ = [
     "parametrization_cache",
     "preserve_node_meta",
     "set_traced_call",
+    "size_of_expression",
+    "size_text",
     "storage_id",
     "storage_id_of",
     "suggest_memory_format",
@@ -192,6 +199,43 @@ def min_cut_saved(
     return {node.name for node in saved if isinstance(node, fx.Node)}
 
 
+def create_size_symbol(environment: ShapeEnv, name: str, example: int) -> tuple[Any, Any]:
+    """Create a symbol for a size of at least 2.
+
+    Args:
+        environment: where.
+        name: for torch's messages.
+        example: its value while tracing.
+
+    Returns:
+        The symbol, and the size that stands for it in shapes.
+    """
+    from torch._dynamo.source import ConstantSource  # slow to import; torch.export needs it, too
+
+    source = ConstantSource(name)
+    symbol = environment.create_symbol(
+        example, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+    )
+    return symbol, environment.create_symintnode(symbol, hint=example, source=source)
+
+
+def size_of_expression(environment: ShapeEnv, expr: sympy.Expr, example: int) -> Any:
+    """Create a size from an expression in an environment's symbols.
+
+    Args:
+        environment: of the symbols.
+        expr: the expression.
+        example: its value while tracing.
+    """
+    return environment.create_symintnode(expr, hint=example)
+
+
+def size_text(expr: sympy.Expr) -> str:
+    """Write a size expression as Python."""
+    text: str = PythonPrinter().doprint(expr)
+    return text
+
+
 class _OnProxies(PythonReferenceAnalysis):
     """Evaluates size expressions on proxies; torch's rule for 1 / n would read numbers."""
 
@@ -200,18 +244,18 @@ class _OnProxies(PythonReferenceAnalysis):
         return a / b
 
 
-def emit_expression(expr: sympy.Expr, batch: fx.Node) -> fx.Node:
-    """Append the arithmetic of a size expression to the graph of `batch`.
+def emit_expression(expr: sympy.Expr, values: Mapping[Any, fx.Node]) -> fx.Node:
+    """Append the arithmetic of a size expression to a graph.
 
     Args:
-        expr: depends on one symbol, the batch size.
-        batch: the node whose value is the batch size.
+        expr: depends on at least one symbol.
+        values: for each of its symbols the node whose value is the symbol's.
 
     Returns:
         The node whose value is `expr`.
     """
     if expr.is_Symbol:
-        return batch
-    (symbol,) = expr.free_symbols
-    result: fx.Proxy = sympy_interp(_OnProxies, {symbol: fx.Proxy(batch)}, expr)
+        return values[expr]
+    proxies = {symbol: fx.Proxy(node) for symbol, node in values.items()}
+    result: fx.Proxy = sympy_interp(_OnProxies, proxies, expr)
     return result.node

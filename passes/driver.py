@@ -17,7 +17,7 @@ import itertools
 import os
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from autopipe.passes.capture import CaptureRequest
     from autopipe.passes.ir import Annotated, Phased, Split
     from autopipe.passes.phases import PhaseRequest
-    from autopipe.passes.split import Objective
+    from autopipe.passes.split import EarlierCut, Objective
 
 _dumped = itertools.count(1)
 
@@ -84,6 +84,7 @@ def cut_into_stages(
     *,
     planned: PlannedCut | None = None,
     must_fit: bool = False,
+    earlier: EarlierCut | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Split:
     """Cut a graph with costs into stages.
@@ -93,13 +94,14 @@ def cut_into_stages(
         objective: what the cut is optimized for.
         planned: the cut of a plan, to use instead.
         must_fit: whether the graph must be the one of the plan.
+        earlier: the cut of another capture of the model, to follow.
         progress: is called with the name of the step.
 
     Raises:
         PartitionError, PlanError: as `split` does.
     """
     progress("splitting")
-    result = split(annotated, objective, planned=planned, must_fit=must_fit)
+    result = split(annotated, objective, planned=planned, must_fit=must_fit, earlier=earlier)
     _dump("split", result)
     return result
 
@@ -117,6 +119,10 @@ class Lowered:
     phased: Mapping[int, Phased]
     scheduled: Scheduled
     generated: Generated
+
+    def with_phases(self, phased: Mapping[int, Phased]) -> Lowered:
+        """The same code for other micro-batch sizes that have the same phases."""
+        return replace(self, phased=phased)
 
 
 @one_at_a_time()

@@ -118,9 +118,9 @@ def test_the_result_has_the_models_structure_and_buffers_are_written() -> None:
         )
     }
     gathered = results.gather_outputs(captured.outputs, known, SIZES, CPU).values
-    values = results.run_epilogue(captured, gathered, 7, model.get_buffer)
+    values = results.run_epilogue(captured, gathered, {B: 7}, model.get_buffer)
     assert model.seen == 1.0, "the epilogue reads the buffer and does not write to it"
-    found = results.finish(captured, model, gathered, [x], 7)
+    found = results.finish(captured, model, gathered, [x], {B: 7})
     seen = dict(captured.updates)["seen"]
     assert torch.equal(model.seen, values[seen])
     torch.testing.assert_close(model.seen, 1.0 + (2 * x).sum())
@@ -139,4 +139,4 @@ def arguments(captured: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
 def test_without_an_epilogue_the_outputs_are_the_values() -> None:
     captured = captured_of(nn.Linear(4, 4), torch.randn(7, 4))
     gathered = (torch.randn(7, 4),)
-    assert results.run_epilogue(captured, gathered, 7, {}.__getitem__) is gathered
+    assert results.run_epilogue(captured, gathered, {B: 7}, {}.__getitem__) is gathered

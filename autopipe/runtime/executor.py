@@ -41,6 +41,7 @@ class Program:
         strides: (value, stage, micro-batch size) → the strides that the stage was traced with, in
             elements, for values that the caller passes in.
         filename: the name under which `linecache` has the source.
+        symbols: per micro-batch size, the values of the symbolic sizes in the code, in its order.
     """
 
     forward: tuple[Callable[[Run], None], ...]
@@ -50,6 +51,7 @@ class Program:
     draws: Mapping[int, Sequence[Sequence[tuple[int, int, bool]]]]
     strides: Mapping[tuple[str, int, int], tuple[int, ...]]
     filename: str
+    symbols: Mapping[int, tuple[int, ...]]
 
     @property
     def is_random(self) -> bool:
@@ -205,9 +207,13 @@ class Run:
         """
         if interrupts.is_deferred():  # a single worker runs in the main thread
             raise AbortError
-        draws = self.program.draws[self.program.sizes[m]][stage]
+        size = self.program.sizes[m]
         return MicroBatchContext(
-            self.seed, draws, m, lambda i, gradient: self.accumulate(parameters[i], gradient)
+            self.seed,
+            self.program.draws[size][stage],
+            m,
+            lambda i, gradient: self.accumulate(parameters[i], gradient),
+            self.program.symbols[size],
         )
 
     def receive(self, value: str, stage: int, m: int) -> Tensor:

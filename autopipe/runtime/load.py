@@ -25,3 +25,12 @@ def load_source(source: str) -> tuple[dict[str, Any], str]:
     names: dict[str, Any] = {}
     exec(compile(source, filename, "exec"), names)
     return names, filename
+
+
+def unload_source(filename: str) -> None:
+    """Forget the text of a generated module that is no longer used.
+
+    Args:
+        filename: as `load_source` returned it.
+    """
+    linecache.cache.pop(filename, None)

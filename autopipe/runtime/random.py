@@ -60,9 +60,10 @@ class MicroBatchContext:
             whether all micro-batches share it: then each draws the numbers of micro-batch 0).
         microbatch: index of the micro-batch.
         add: called with ``(i, gradient)`` for the stage's i-th parameter.
+        sizes: the values of the symbolic sizes in the stage's code, in its order.
     """
 
-    __slots__ = ("_add", "_draws", "_microbatch", "_seed")
+    __slots__ = ("_add", "_draws", "_microbatch", "_seed", "sizes")
 
     def __init__(
         self,
@@ -70,9 +71,11 @@ class MicroBatchContext:
         draws: Sequence[tuple[int, int, bool]],
         microbatch: int,
         add: Callable[[int, Tensor], None] | None = None,
+        sizes: tuple[int, ...] = (),
     ) -> None:
         self._seed, self._draws, self._microbatch = seed, draws, microbatch
         self._add = add
+        self.sizes = sizes
 
     def accumulate(self, index: int, gradient: Tensor) -> None:
         """Add to the gradient of the stage's parameter `index`, as soon as it is computed."""

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from autopipe.passes.graph import graph_module
+from autopipe.passes.ir import B
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import sympy
+
 
 class Epilogue:
-    """A graph whose placeholders are named ``batch_size`` or after nodes of the captured graph."""
+    """A graph whose placeholders are named after sizes or nodes of the captured graph."""
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
@@ -25,9 +28,9 @@ class Epilogue:
         found.meta["val"] = node.meta["val"]
         return found
 
-    def batch_size(self) -> fx.Node:
-        """The placeholder for the number of samples in the whole batch."""
-        return self._placeholder("batch_size")
+    def size(self, symbol: sympy.Symbol) -> fx.Node:
+        """The placeholder for the number of samples in the whole batch, or for a length."""
+        return self._placeholder("batch_size" if symbol == B else str(symbol))
 
     def _placeholder(self, name: str) -> fx.Node:
         if name not in self.placeholders:

@@ -208,7 +208,7 @@ class EpilogueCut:
     def _argument(self, reader: fx.Node, node: fx.Node) -> Any:
         """The value that `reader`, copied to the epilogue, reads there instead of `node`."""
         if is_size(node):
-            return emit_size(node.meta["val"], self._epilogue.batch_size)
+            return emit_size(node.meta["val"], self._epilogue.size)
         item = self._inputs.get(node.name)
         if node.op == "placeholder" and item is not None and item.kind is InputKind.BUFFER:
             return self._epilogue.placeholder_for(node)

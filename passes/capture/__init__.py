@@ -27,7 +27,8 @@ Files, in reading order:
 - `buffer_assignment`: ``self.n = self.n + 1`` as a write in place
 - `buffer_mutation`: writes to buffers become results, once a step
 - `norm_statistics`: running statistics of the batch from those of micro-batches
-- `size_guards`: the batch sizes that the graph holds for
+- `symbolic_dims`: the dimensions that are symbolic, and what their symbols mean
+- `size_guards`: the sizes that the graph holds for
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ from .buffer_state import preserve_buffers, restore_values
 from .containers import Parts, take_apart
 from .frontends import FRONTENDS, Frontend, UserModel, argument_names, as_module, is_model
 from .model import capture
+from .normalize import RESERVED
 from .request import CaptureRequest
+from .tracing import input_names
 
 __all__ = [
     "FRONTENDS",
+    "RESERVED",
     "CaptureRequest",
     "Frontend",
     "Parts",
@@ -47,6 +51,7 @@ __all__ = [
     "argument_names",
     "as_module",
     "capture",
+    "input_names",
     "is_model",
     "preserve_buffers",
     "restore_values",

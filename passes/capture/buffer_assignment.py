@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from autopipe.errors import UnsupportedError
 from autopipe.passes._torch import storage_id, storage_id_of
-from autopipe.passes.graph import add_call, symbolic_size, written_arguments
+from autopipe.passes.graph import add_call, full_size, written_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ def is_assigned_buffer(changed: Change) -> bool:
         and isinstance(old, Tensor)
         and isinstance(new, Tensor)
         and old.dtype == new.dtype
-        and list(map(symbolic_size, old.shape)) == list(map(symbolic_size, new.shape))
+        and list(map(full_size, old.shape)) == list(map(full_size, new.shape))
     )
 
 

@@ -34,21 +34,23 @@ from .explain import explain
 from .size_uses import SizeUses, record_size_uses
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from .symbolic_dims import SymbolicDims
 
 ENTERS_FOR_OTHERS = {contextlib.__file__, torch.no_grad()(lambda: None).__code__.co_filename}
 """Files whose code enters a context for its caller: `ExitStack`, decorators (``@no_grad()``)."""
 
 
 def export(
-    flat: nn.Module, examples: list[Tensor], dims: list[int | None]
+    flat: nn.Module, examples: Sequence[Tensor], dims: Sequence[SymbolicDims]
 ) -> tuple[torch.export.ExportedProgram, SizeUses]:
     """Export a module of flat tensors.
 
     Args:
         flat: the module.
         examples: its arguments.
-        dims: for each argument, the dimension that becomes symbolic, or None.
+        dims: for each argument, the dimensions that become symbolic.
 
     Returns:
         The exported program, and how the module's code used symbolic sizes.
@@ -56,7 +58,7 @@ def export(
     Raises:
         CaptureError: torch.export cannot capture the module, or would change its gradients.
     """
-    shapes = tuple({} if d is None else {d: torch.export.Dim.AUTO} for d in dims)
+    shapes = tuple(d.for_export() for d in dims)
     try:
         with ExitStack() as stack:
             for context in (

@@ -19,6 +19,7 @@ from autopipe.errors import OptionError
 from .exporting import export
 from .normalize import Normalized, normalize
 from .size_uses import SizeUses
+from .symbolic_dims import SymbolicDims, name_symbols
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ UserModel = nn.Module | fx.GraphModule | torch.export.ExportedProgram
 def export_and_normalize(
     flat: FlatModel,
     examples: Sequence[Tensor],
-    batch_dims: Sequence[int | None],
+    dims: Sequence[SymbolicDims],
     names: Sequence[str],
 ) -> tuple[Normalized, SizeUses]:
     """Trace a module by torch.export.
@@ -40,7 +41,7 @@ def export_and_normalize(
     Args:
         flat: the module, as a function of flat tensors.
         examples: one tensor for each argument of `flat`.
-        batch_dims: for each of them the dimension that becomes symbolic, or None.
+        dims: for each of them the dimensions that become symbolic.
         names: what to call them in the graph.
 
     Returns:
@@ -50,8 +51,10 @@ def export_and_normalize(
         CaptureError: the module cannot be exported.
         UnsupportedError: its graph holds something that later passes cannot handle.
     """
-    program, sizes = export(flat, list(examples), list(batch_dims))
-    return normalize(program, flat.model, flat.prefix, names), sizes
+    program, sizes = export(flat, examples, dims)
+    sizes.named = name_symbols(program, examples, dims, names)
+    reserved = [str(length.name) for length in sizes.named.lengths]
+    return normalize(program, flat.model, flat.prefix, names, reserved), sizes
 
 
 @dataclass(frozen=True)

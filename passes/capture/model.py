@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from autopipe.errors import CaptureError, UnsupportedError
 from autopipe.passes._torch import free_unbacked_symbols
 from autopipe.passes.batch import STATIC, Reduced, combine, decide_by_trial, propagate_states
-from autopipe.passes.graph import in_batch_symbol
+from autopipe.passes.graph import full_size
 from autopipe.passes.ir import (
     NOTHING_READ,
     SINGLE_SAMPLE,
@@ -86,6 +86,8 @@ def capture(request: CaptureRequest) -> Captured:
         out_spec=_result_spec(trace),
         updates=combined.updates,
         size_guards=sizes,
+        lengths=trace.lengths.lengths,
+        derived_sizes=trace.lengths.derived,
         reads=trace.result.reads or NOTHING_READ,
         notes=(*trace.result.notes, *notes),
         functions=functions,
@@ -111,11 +113,16 @@ def _describe_inputs(trace: Trace, request: CaptureRequest) -> tuple[Input, ...]
 
 
 def _supported_sizes(trace: Trace, inputs: Sequence[Input]) -> SizeGuards:
-    """The batch sizes for which the graph computes the same as the model."""
-    if trace.batch is None:
+    """The sizes for which the graph computes the same as the model."""
+    graph, conditions = trace.normalized.graph, trace.sizes.conditions
+    traced = {length.name: length.example for length in trace.lengths.lengths}
+    if trace.batch is not None:
+        _check_batch_is_symbolic(inputs, next(iter(trace.sizes.concretized), None))
+        return collect_guards(graph, conditions, {B: trace.batch, **traced})
+    if not traced:
         return SINGLE_SAMPLE
-    _check_batch_is_symbolic(inputs, next(iter(trace.sizes.concretized), None))
-    return collect_guards(trace.normalized.graph, trace.sizes.conditions, trace.batch)
+    of_lengths = collect_guards(graph, conditions, {B: 1, **traced}).conditions
+    return SizeGuards((*SINGLE_SAMPLE.conditions, *of_lengths))
 
 
 def _check_batch_is_symbolic(inputs: Sequence[Input], concretized_at: str | None) -> None:
@@ -226,7 +233,7 @@ def _result_leaves(trace: Trace, tensors: Sequence[ResultLeaf]) -> tuple[ResultL
 
 
 def _plain_leaf(leaf: Any) -> ResultLeaf:
-    """A leaf that is not a tensor: its value while tracing, or a function of the batch size."""
+    """A leaf that is not a tensor: its value while tracing, or a function of sizes."""
     if not isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return ResultLeaf("constant", leaf)
     if free_unbacked_symbols(leaf):
@@ -236,8 +243,8 @@ def _plain_leaf(leaf: Any) -> ResultLeaf:
             remedy="return the tensor itself (no .item(), no nonzero().shape)",
         )
     kind = leaf.node.pytype
-    expr = in_batch_symbol(leaf.node.expr)
-    return ResultLeaf("size", lambda batch: kind(expr.subs(B, batch)))
+    expr = full_size(leaf)
+    return ResultLeaf("size", lambda sizes: kind(expr.subs(sizes)))
 
 
 def _result_spec(trace: Trace) -> pytree.TreeSpec:

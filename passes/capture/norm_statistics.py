@@ -17,13 +17,12 @@ their numbers of samples.
 from __future__ import annotations
 
 import operator
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from autopipe.passes.graph import add_size, symbolic_size
+from autopipe.passes.graph import add_product, add_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +82,7 @@ def _moments(
     graph: fx.Graph, x: Any, old: Any, own: list[fx.Node], add: Add
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """The moments that are combined over micro-batches; the batch's mean and variance from them."""
-    positions = prod(int(symbolic_size(n)) for n in x.meta["val"].shape[2:])
+    positions = add_product(graph, x, range(2, x.meta["val"].dim()))
     samples = add_size(graph, aten.sym_size.int, x, 0)
     count = add_size(graph, operator.mul, samples, positions)
     moved = add(aten.square.default, add(aten.sub.Tensor, own[0], old))

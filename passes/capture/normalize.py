@@ -1,8 +1,8 @@
 """Normalize an exported graph to the form that later passes rely on.
 
 The normalized graph has plain ops only (no_grad and autocast regions are inlined), no assertions,
-one placeholder for each tensor (tied parameters are merged), and sizes that are expressions in one
-symbol, `B`.
+one placeholder for each tensor (tied parameters are merged), and sizes that are expressions in the
+batch size `B` and in lengths.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ class Normalized(NamedTuple):
 
 
 def normalize(
-    program: torch.export.ExportedProgram, model: nn.Module, prefix: str, names: Sequence[str]
+    program: torch.export.ExportedProgram,
+    model: nn.Module,
+    prefix: str,
+    names: Sequence[str],
+    reserved: Sequence[str] = (),
 ) -> Normalized:
     """Rewrite an exported program's graph.
 
@@ -48,6 +52,7 @@ def normalize(
         model: the exported module; tells which of its tensors are the same object.
         prefix: prefix of the model's own names in the program's signature.
         names: what to call the inputs of the call, in order.
+        reserved: names that no node may have.
 
     Returns:
         The normalized graph; unused parameters, buffers and constants have no placeholder.
@@ -56,7 +61,7 @@ def normalize(
         CaptureError: the graph holds an op with graphs of its own, or reads numbers from tensors.
         UnsupportedError: the model holds a constant that is not a tensor.
     """
-    placeholders = _Placeholders(program, model, prefix, names)
+    placeholders = _Placeholders(program, model, prefix, names, reserved)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             placeholders.add(node)
@@ -85,10 +90,11 @@ class _Placeholders:
         model: nn.Module,
         prefix: str,
         names: Sequence[str],
+        reserved: Sequence[str],
     ) -> None:
         """Start with an empty graph; arguments as for `normalize`."""
         self.graph = fx.Graph()
-        for name in RESERVED:  # fx gives no name twice, even if the node was erased
+        for name in (*RESERVED, *reserved):  # fx gives no name twice, even if the node was erased
             self.graph.erase_node(self.graph.placeholder(name))
         self.inputs: list[Input] = []
         self.constants: dict[str, Tensor] = {}

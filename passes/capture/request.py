@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch.utils._pytree import TreeSpec
 
@@ -23,6 +23,8 @@ class CaptureRequest:
         leaves: the flattened ``(args, kwargs)``; leaves that are not tensors become constants.
         spec: structure of ``(args, kwargs)``.
         batch_dims: for each leaf the dimension that micro-batches split, or None.
+        lengths: for each leaf its other dimensions whose sizes may change, with the names that the
+            user gave them, or None.
         whole: there is always a single micro-batch, so results need not be combined.
         single: the batch has one sample, and the graph need only hold for that size.
         batch_norm: "deferred": buffers change as if the whole batch had been seen once; "micro":
@@ -35,12 +37,17 @@ class CaptureRequest:
     leaves: Sequence[Any]
     spec: TreeSpec
     batch_dims: Sequence[int | None]
+    lengths: Sequence[Mapping[int, str | None]] = ()
     whole: bool = False
     single: bool = False
     batch_norm: str = "deferred"
     out_reduce: str | None = None
 
     @property
-    def symbolic_dims(self) -> Sequence[int | None]:
-        """For each leaf the dimension whose size is symbolic in the graph, or None."""
+    def symbolic_batch_dims(self) -> Sequence[int | None]:
+        """For each leaf the batch dimension if its size is symbolic in the graph, or None."""
         return [None] * len(self.leaves) if self.single else self.batch_dims
+
+    def lengths_of(self, position: int) -> Mapping[int, str | None]:
+        """The entry of `lengths` for a leaf."""
+        return self.lengths[position] if self.lengths else {}

@@ -14,6 +14,8 @@ from torch import Tensor
 from autopipe.passes.graph import is_user_file
 from autopipe.passes.one_at_a_time import replaced
 
+from .symbolic_dims import NamedLengths
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -26,10 +28,12 @@ class SizeUses:
         concretized: lines (``file:line``) that turned a symbolic size into a Python integer, which
             fixes it.
         conditions: (condition on sizes, its value) for each condition that was evaluated.
+        named: the lengths of the trace.
     """
 
     concretized: list[str] = field(default_factory=list)
     conditions: list[tuple[Any, bool]] = field(default_factory=list)
+    named: NamedLengths = field(default_factory=lambda: NamedLengths((), ()))
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def record_size_uses() -> Iterator[SizeUses]:
         expr, caller = condition.node.expr, sys._getframe(2)
         value: bool = to_bool(condition)
         if is_user_file(caller.f_code.co_filename):
-            sizes.conditions.append((expr, value))
+            sizes.conditions.append((condition, value))
             if value and isinstance(expr, sympy.Eq):  # n == 3
                 sizes.concretized.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
         return value

@@ -27,6 +27,7 @@ from .patches import (
     trace_cumulative_norms,
     unchecked_distributions,
 )
+from .symbolic_dims import NamedLengths, SymbolicDims
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +47,8 @@ class Trace(NamedTuple):
         result: how its results fill the structure that it returns; the buffers that it assigns.
         cumulative: paths of batch norms with a cumulative average (momentum None).
         positions: for each input of the graph its position among the call's leaves.
-        batch: number of samples that it was traced with; None: no dimension is symbolic.
+        batch: number of samples that it was traced with; None: the batch dimension is not symbolic.
+        lengths: the other symbolic sizes, with their places among the call's leaves.
     """
 
     module: nn.Module
@@ -56,6 +58,7 @@ class Trace(NamedTuple):
     cumulative: Sequence[str]
     positions: Sequence[int]
     batch: int | None
+    lengths: NamedLengths
 
 
 def trace_model(request: CaptureRequest) -> Trace:
@@ -75,9 +78,13 @@ def trace_model(request: CaptureRequest) -> Trace:
     """
     module = as_module(request.model)
     trace = frontend_of(module).trace
-    examples = example_tensors(request.leaves, request.symbolic_dims)
+    examples = example_tensors(request.leaves, request.symbolic_batch_dims)
     flat = FlatModel(module, request.leaves, request.spec)
-    dims = [request.symbolic_dims[i] for i in flat.tensor_positions]
+    positions = flat.tensor_positions
+    batch_dims = [request.symbolic_batch_dims[i] for i in positions]
+    dims = [
+        SymbolicDims(d, request.lengths_of(i)) for i, d in zip(positions, batch_dims, strict=True)
+    ]
     names = input_names(module, request.leaves, request.spec)
     with ExitStack() as stack:
         stack.enter_context(gather_on_one_device(module, examples))
@@ -95,7 +102,7 @@ def trace_model(request: CaptureRequest) -> Trace:
         if result.clocks:
             check_clock(normalized, trace(flat, examples, dims, names)[0], result.clocks)
         attributes = check_hidden_state(
-            flat, normalized, lambda: trace(flat, examples, dims, names)[0], examples, dims
+            flat, normalized, lambda: trace(flat, examples, dims, names)[0], examples, batch_dims
         )
     if result.reads is not None:  # now nothing of torch is replaced any more
         result.reads.of_call(request.leaves, names, line_of(module.forward))
@@ -106,9 +113,20 @@ def trace_model(request: CaptureRequest) -> Trace:
             " with gradients. enable_nested_tensor=False makes both the same"
         )
     _warn(hooks, attributes, result)
-    batch = next((x.shape[d] for x, d in zip(examples, dims, strict=True) if d is not None), None)
-    positions = flat.tensor_positions
-    return Trace(module, normalized, sizes, result, cumulative, positions, batch)
+    batches = (x.shape[d] for x, d in zip(examples, batch_dims, strict=True) if d is not None)
+    batch = next(batches, None)
+    lengths = _of_leaves(sizes.named, positions)
+    return Trace(module, normalized, sizes, result, cumulative, positions, batch, lengths)
+
+
+def _of_leaves(named: NamedLengths, positions: Sequence[int]) -> NamedLengths:
+    """The same lengths, with their places among all leaves instead of among the tensors."""
+    return NamedLengths(
+        tuple(
+            replace(x, places=tuple((positions[n], d) for n, d in x.places)) for x in named.lengths
+        ),
+        tuple((positions[n], d, size) for n, d, size in named.derived),
+    )
 
 
 def _same_objects(request: CaptureRequest) -> dict[int, int]:
@@ -119,7 +137,7 @@ def _same_objects(request: CaptureRequest) -> dict[int, int]:
     """
     tensors = [
         (x, d)
-        for x, d in zip(request.leaves, request.symbolic_dims, strict=True)
+        for x, d in zip(request.leaves, request.symbolic_batch_dims, strict=True)
         if isinstance(x, Tensor)
     ]
     same = shared([x for x, _ in tensors])

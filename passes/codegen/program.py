@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from autopipe.errors import VerifyError
 from autopipe.passes.graph import quoted
-from autopipe.passes.ir import CALLER
+from autopipe.passes.ir import CALLER, B
 
 from .generated import Generated
 from .stage_ops import stage_function
@@ -52,8 +52,9 @@ def codegen(
     _verify_two_passes(scheduled)
     split = next(iter(phased.values())).split
     names = sorted({a.phase for row in scheduled.devices for a in row})
-    batch = ", ".join(map(str, sizes))
+    batch = ", ".join("B" if B in phased[s].symbols else str(s) for s in sizes)
     title = f"{scheduled.kind}: {scheduled.stages} stages, micro-batches of {batch}"
+    labels = _labels(phased)
     parts = [HEADER.format(title=quoted(title)[1:-1])]
     computes: dict[tuple[str, int, int], str] = {}
     written: dict[tuple[int, str, torch.device], str] = {}
@@ -62,8 +63,8 @@ def codegen(
             for phase in names:
                 key = (id(stage.graph), phase, device)
                 if key not in written:  # identical stages share their functions
-                    written[key] = f"{phase}_{stage.index}_b{size}"
-                    parts.append(stage_function(stage, phase, device, written[key]))
+                    written[key] = f"{phase}_{stage.index}_{labels[size]}"
+                    parts.append(stage_function(stage, phase, device, written[key], cut.symbols))
                 computes[phase, stage.index, size] = written[key]
     for stage in next(iter(phased.values())).stages:
         parts.append(_forward(split, stage))
@@ -80,6 +81,18 @@ def codegen(
     result = Generated("\n\n".join(parts), tuple(programs["forward"]), tuple(programs["backward"]))
     result.verify()
     return result
+
+
+def _labels(phased: Mapping[int, Phased]) -> dict[int, str]:
+    """What functions for a micro-batch size are called: b4, or B where it is symbolic."""
+    found: dict[int, str] = {}
+    used: dict[int, str] = {}
+    for size, cut in sorted(phased.items()):
+        if B not in cut.symbols:
+            found[size] = f"b{size}"
+        else:
+            found[size] = used.setdefault(id(cut), f"B{len(used) + 1 if used else ''}")
+    return found
 
 
 def _verify_two_passes(scheduled: Scheduled) -> None:

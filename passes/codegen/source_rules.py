@@ -32,12 +32,15 @@ IMPORTS = ("from math import inf, nan", "import torch", "from torch import devic
 GLOBALS = frozenset({"device", "inf", "nan", "torch"})
 """What the imports define; no value may have these names."""
 
-BUILTINS = frozenset({"complex", "getattr", "slice"})
-"""Functions of Python that literals call."""
+BUILTINS = frozenset({"complex", "getattr", "max", "min", "slice"})
+"""Functions of Python that literals and sizes call."""
+
+ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Div, ast.Pow)
+"""Operators in expressions of sizes."""
 
 HEADS = re.compile(
     r"def (?:"
-    r"(?P<ops>[FRBW]{1,3}_\d+_b\d+)\(ctx, args\)|"
+    r"(?P<ops>[FRBW]{1,3}_\d+_(?:b\d+|B\d*))\(ctx, args\)|"
     r"(?P<stage>(?:forward|backward)_\d+)\(run, m, compute\)|"
     r"(?P<device>device_\d+_(?:forward|backward))\(run\)"
     r"):",
@@ -212,6 +215,10 @@ class _Function:
         """Check an expression of another form; its parts raise errors of their own."""
         if isinstance(e, ast.UnaryOp):
             return isinstance(e.op, ast.USub) and _is_number(e.operand)
+        if isinstance(e, ast.BinOp):
+            self._expression(e.left)
+            self._expression(e.right)
+            return isinstance(e.op, ARITHMETIC)
         if isinstance(e, ast.Starred):
             self._expression(e.value)
             return isinstance(e.value, ast.Call)
@@ -228,6 +235,8 @@ class _Function:
                 self._expression(each)
             return True
         path = _path(e)
+        if path == ["ctx", "sizes"]:
+            return "ctx" in self._known
         if path[:2] == ["torch", "ops"]:
             return self._is_operator(tuple(path[2:]))
         return len(path) == 2 and path[0] == "torch" and _is_constant(path[1])
@@ -246,7 +255,8 @@ class _Function:
         function = call.func
         if isinstance(function, ast.Name):
             name = function.id
-            return name in ("compute", "complex", "device", "slice") or name in self._functions
+            known = ("compute", "complex", "device", "max", "min", "slice")
+            return name in known or name in self._functions
         path = _path(function)
         if path[:2] == ["torch", "ops"]:
             return self._is_operator(tuple(path[2:]))

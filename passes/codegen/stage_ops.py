@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from autopipe.errors import UnsupportedError, printable
+from autopipe.passes._torch import size_text
 from autopipe.passes.graph import (
     Names,
+    SizeExpression,
+    full_size,
     is_identifier,
     literal,
     operator_path,
@@ -25,6 +28,8 @@ from autopipe.passes.graph import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    import sympy
 
     from autopipe.passes.ir import StagePhases
 
@@ -56,7 +61,13 @@ class _Line(NamedTuple):
     typed: bool = True
 
 
-def stage_function(stage: StagePhases, phase: str, device: torch.device, name: str) -> str:
+def stage_function(
+    stage: StagePhases,
+    phase: str,
+    device: torch.device,
+    name: str,
+    symbols: Sequence[sympy.Symbol] = (),
+) -> str:
     """Write the ops of some phases as a function ``name(ctx, args)``, which empties `args`.
 
     `StagePhases` shows the arguments and results of these functions.
@@ -66,6 +77,7 @@ def stage_function(stage: StagePhases, phase: str, device: torch.device, name: s
         phase: letters of the phases whose ops are written: "F", or some of "RBW".
         device: where the function runs.
         name: of the function.
+        symbols: the symbolic sizes; their values are in ``ctx.sizes``.
 
     Returns:
         Python source of the function.
@@ -90,7 +102,7 @@ def stage_function(stage: StagePhases, phase: str, device: torch.device, name: s
             own_grads.setdefault(node, []).append(i)
     labels = [*stage.state, *stage.receives, *(f"grad_{n}" for n in stage.tangents)]
     label_of = dict(zip(placeholders, labels, strict=True))
-    names = Names(RESERVED)
+    names = Names(RESERVED | {str(s) for s in symbols})
     env = {node: names.create(label_of.get(node, node.name)) for node in arguments}
     parameters = list(env.values())
     env[ctx] = "ctx"
@@ -108,6 +120,8 @@ def stage_function(stage: StagePhases, phase: str, device: torch.device, name: s
             )
     returned = [env[v] if isinstance(v, fx.Node) else literal(v) for v in values]
     head = [f"def {name}(ctx, args):"]
+    if writer.uses_sizes:
+        head.append(f"    ({', '.join(map(str, symbols))},) = ctx.sizes")
     if parameters:
         head += [f"    {_wrapped(parameters)} = args", "    args.clear()"]
     body = [*head, *_written(lines, returned), f"    return [{', '.join(returned)}]"]
@@ -121,6 +135,9 @@ class _Writer:
         env: the names of nodes; later ones are added to it.
         traced: the device in the graph.
         device: the device to write instead; both have the same type.
+
+    Attributes:
+        uses_sizes: whether an expression has a symbolic size.
     """
 
     def __init__(
@@ -128,6 +145,7 @@ class _Writer:
     ) -> None:
         self._env, self._traced, self._device = env, traced, device
         self._paths: dict[Any, str] = {}
+        self.uses_sizes = False
 
     def call(self, node: fx.Node) -> str:
         """Write the expression that computes a node.
@@ -183,6 +201,9 @@ class _Writer:
             return self._env[value]
         if isinstance(value, torch.device) and value == self._traced:
             return literal(self._device)
+        if isinstance(value, SizeExpression):
+            self.uses_sizes = True
+            return size_text(value.expr)
         return None
 
 
@@ -213,7 +234,7 @@ def _annotation(line: _Line) -> str:
     if not line.typed or not isinstance(value, Tensor):
         return ""
     dtype = getattr(value.dtype, "abbr", str(value.dtype).removeprefix("torch."))
-    shape = ", ".join(map(str, value.shape))
+    shape = ", ".join(str(full_size(n)) for n in value.shape)
     return f": {quoted(f'{dtype}[{shape}]')}"
 
 

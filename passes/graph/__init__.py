@@ -6,7 +6,8 @@ ops, graph modules, constants as source, and a fake tensor mode with the strides
 
 Read the files in this order:
 
-    `fx_utils`         sizes, tensors, side effects, views of a node; append ops
+    `sizes`            sizes in `B` and in lengths; append arithmetic on sizes
+    `fx_utils`         tensors, side effects, views of a node; append ops
     `mutations`        which ops write to whose memory
     `source_location`  which lines are the user's code; warnings at the user's line
     `fake_strides`     fake tensors with the strides of real kernels
@@ -18,18 +19,14 @@ Read the files in this order:
 
 from __future__ import annotations
 
-from .fake_strides import static_fake_mode
+from .fake_strides import fake_mode, static_fake_mode
 from .fingerprints import fingerprint
 from .fx_utils import (
     HIDDEN_WRITES,
     add_call,
-    add_size,
     cache_per_graph,
-    emit_batch_size,
-    emit_size,
     functional_variant,
     has_side_effect,
-    in_batch_symbol,
     is_integer,
     is_random,
     is_size,
@@ -37,14 +34,27 @@ from .fx_utils import (
     memory_owners,
     remove_dead_calls,
     source_line,
-    symbolic_size,
-    tensor_spec,
     tensors_of,
     written_arguments,
 )
 from .interpreted import graph_module
 from .mutations import InPlaceWrites
 from .numerics import is_close, is_inexact
+from .sizes import (
+    SizeExpression,
+    SizeNames,
+    add_product,
+    add_size,
+    emit_size,
+    emit_symbol,
+    full_size,
+    in_named_sizes,
+    name_sizes,
+    readable_symbols,
+    size_symbols,
+    symbolic_size,
+    tensor_spec,
+)
 from .source_location import (
     is_own_file,
     is_standard_library,
@@ -60,16 +70,21 @@ __all__ = [
     "HIDDEN_WRITES",
     "InPlaceWrites",
     "Names",
+    "SizeExpression",
+    "SizeNames",
     "add_call",
+    "add_product",
     "add_size",
     "cache_per_graph",
-    "emit_batch_size",
     "emit_size",
+    "emit_symbol",
+    "fake_mode",
     "fingerprint",
+    "full_size",
     "functional_variant",
     "graph_module",
     "has_side_effect",
-    "in_batch_symbol",
+    "in_named_sizes",
     "is_close",
     "is_identifier",
     "is_inexact",
@@ -83,9 +98,12 @@ __all__ = [
     "literal",
     "memory_owner",
     "memory_owners",
+    "name_sizes",
     "operator_path",
     "quoted",
+    "readable_symbols",
     "remove_dead_calls",
+    "size_symbols",
     "source_line",
     "static_fake_mode",
     "symbolic_size",

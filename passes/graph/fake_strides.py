@@ -15,12 +15,20 @@ strides: cutting changes nothing, and only decisions within one trace can differ
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from autopipe.passes._torch import FakeTensorMode, OpOverload, suggest_memory_format
+from autopipe.passes._torch import (
+    FakeTensorMode,
+    OpOverload,
+    ShapeEnv,
+    enable_python_dispatcher,
+    suggest_memory_format,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +59,9 @@ SUGGESTED = {
 """Operators whose first result has the memory format of an argument → its position."""
 
 
+PYTHON_FAKES = {aten.constant_pad_nd.default}
+"""Operators whose fake kernel in C++ does not take symbolic sizes."""
+
 UNARY = ("lerp", "pow")
 """Operators with a separate kernel for Python numbers."""
 
@@ -67,16 +78,32 @@ def static_fake_mode() -> FakeTensorMode:
     (upsample, dropout, matmul) instead of Python decompositions. So a trace contains the kernels
     that eager execution would run, and results are bit-equal.
     """
-    return _StaticFakes(shape_env=None, allow_non_fake_inputs=True)
+    return _Fakes(shape_env=None, allow_non_fake_inputs=True)
 
 
-class _StaticFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
+def fake_mode(environment: ShapeEnv) -> FakeTensorMode:
+    """Create a fake tensor mode with symbolic sizes and corrected strides.
+
+    Args:
+        environment: has the symbols, each with an example. Strides are corrected as they are for
+            the example.
+    """
+    return _Fakes(shape_env=environment, allow_non_fake_inputs=True)
+
+
+class _Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
     def dispatch(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        result: Any = super().dispatch(func, types, args, kwargs or {})
+        # A kernel in C++ that asks for integer sizes would fix symbolic ones.
+        by_python = self.shape_env is not None and func in PYTHON_FAKES
+        with enable_python_dispatcher() if by_python else nullcontext():
+            result: Any = super().dispatch(func, types, args, kwargs or {})
         first = result[0] if isinstance(result, (tuple, list)) and result else result
         if not isinstance(first, Tensor) or (1 not in first.shape and func not in SUGGESTED):
             return result
-        strides = _kernel_strides(func, args, kwargs or {}, first.shape)
+        if self.shape_env is None:
+            strides = _kernel_strides(func, args, kwargs or {}, first.shape)
+        else:
+            strides = _symbolic_strides(func, args, kwargs or {}, first)
         if strides is None or strides == first.stride():
             return result
         with self:
@@ -109,6 +136,45 @@ def _kernel_strides(
     if torch.Tag.pointwise in func.tags and name not in COPIES:
         return _iterated(func, name, args, shape)
     return None
+
+
+def _symbolic_strides(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Tensor
+) -> tuple[Any, ...] | None:
+    """`_kernel_strides` for symbolic sizes: the order of dimensions that the example has.
+
+    Returns:
+        Symbolic strides; None if torch's fake is right for the example, or the example's are not
+        those of a dense tensor.
+    """
+    args, kwargs, sizes = pytree.tree_map_only(
+        (Tensor, torch.SymInt), _of_example, (list(args), kwargs, list(result.shape))
+    )
+    strides = _kernel_strides(func, args, kwargs, torch.Size(sizes))
+    if strides is None or strides == tuple(map(_of_example, result.stride())):
+        return None
+    found: dict[int, Any] = {}
+    step: Any = 1
+    for d in sorted(range(len(sizes)), key=lambda d: (strides[d], sizes[d], -d)):
+        if _of_example(step) != strides[d]:
+            return None
+        found[d] = step
+        step = step * result.shape[d]
+    return tuple(found[d] for d in range(len(sizes)))
+
+
+_EXAMPLES = FakeTensorMode()
+
+
+def _of_example(value: Any) -> Any:
+    """A symbolic size, or a tensor, as it is in the example that is traced."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint
+    if not isinstance(value, Tensor):
+        return value
+    shape, stride = (list(map(_of_example, n)) for n in (value.shape, value.stride()))
+    with _EXAMPLES:
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
 
 
 def _iterated(

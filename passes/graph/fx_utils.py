@@ -1,4 +1,4 @@
-"""Sizes, tensors, side effects and views of fx nodes; appending ops; caches by graph."""
+"""Tensors, side effects and views of fx nodes; appending ops; caches by graph."""
 
 from __future__ import annotations
 
@@ -8,38 +8,16 @@ import re
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopipe.passes._torch import emit_expression
-from autopipe.passes.ir import B, TensorSpec
-
 from .source_location import is_user_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 aten = torch.ops.aten
-
-
-def symbolic_size(value: Any) -> sympy.Expr:
-    """Return a size as an expression in `B`: every symbol of a captured graph is the batch size."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return in_batch_symbol(value.node.expr)
-    return sympy.Integer(int(value))
-
-
-def in_batch_symbol(expr: Any) -> Any:
-    """Replace every symbol of an expression by `B`."""
-    return sympy.sympify(expr).xreplace(dict.fromkeys(expr.free_symbols, B))
-
-
-def tensor_spec(node: fx.Node) -> TensorSpec:
-    """Return the metadata of a node's tensor."""
-    value = node.meta["val"]
-    return TensorSpec(node.name, tuple(map(symbolic_size, value.shape)), value.dtype)
 
 
 def source_line(node: fx.Node) -> str | None:
@@ -210,51 +188,6 @@ def add_call(graph: fx.Graph, target: Callable[..., Any], /, *args: Any, **kwarg
         if "stack_trace" in source.meta:
             node.meta["stack_trace"] = source.meta["stack_trace"]
     return node
-
-
-def add_size(graph: fx.Graph, target: Callable[..., Any], /, *args: Any) -> fx.Node:
-    """Append a computation on sizes, with its value."""
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-    return node
-
-
-def emit_batch_size(graph: fx.Graph, candidates: Iterable[tuple[fx.Node, TensorSpec]]) -> fx.Node:
-    """Append ops that compute `B` from the shape of a tensor.
-
-    Args:
-        graph: the graph.
-        candidates: nodes with their metadata; a dimension equal to `B` is preferred to a multiple.
-
-    Returns:
-        The node whose value is the batch size.
-
-    Raises:
-        LookupError: no candidate's shape depends on `B`.
-    """
-    multiples = []
-    for node, spec in candidates:
-        for dim, expr in enumerate(spec.shape):
-            if expr == B:
-                return graph.call_function(aten.sym_size.int, (node, dim))
-            if expr.free_symbols and (expr / B).is_Integer:
-                multiples.append((node, dim, int(expr / B)))
-    if not multiples:
-        raise LookupError("no shape depends on the batch size")
-    node, dim, factor = multiples[0]
-    multiple = graph.call_function(aten.sym_size.int, (node, dim))
-    return graph.call_function(operator.floordiv, (multiple, factor))
-
-
-def emit_size(value: Any, batch: Callable[[], fx.Node]) -> fx.Node | int:
-    """Return a size as an integer, or append ops that compute it from the batch size.
-
-    Args:
-        value: the size, maybe symbolic.
-        batch: returns the node whose value is the batch size; only called if it is needed.
-    """
-    expr = symbolic_size(value)
-    return int(expr) if expr.is_Integer else emit_expression(expr, batch())
 
 
 class _HasGraph(Protocol):

@@ -16,9 +16,11 @@ from .values import (
     B,
     Input,
     InputKind,
+    Length,
     Output,
     ResultLeaf,
     SizeGuards,
+    Sizes,
     results_of,
 )
 
@@ -65,12 +67,14 @@ class Captured:
         outputs: what each micro-batch returns.
         constants: tensors of the model that are neither parameters nor buffers, by key.
         epilogue: graph from the combined outputs to the final values, run once per step on the
-            whole batch. Its placeholders are named after the outputs, ``batch_size``, and buffers
-            (their values before the call). None if the combined outputs are the final values.
+            whole batch. Its placeholders are named after the outputs, ``batch_size``, lengths, and
+            buffers (their values before the call). None if the combined outputs are final.
         leaves: how the final values fill the model's result.
         out_spec: the structure of the result.
         updates: (buffer, index of its value after the call among the final values).
-        size_guards: the batch sizes that the graph is valid for.
+        size_guards: the sizes that the graph is valid for.
+        lengths: the sizes besides the batch that may change from call to call.
+        derived_sizes: (position of a leaf, dimension, size) for sizes computed from others.
         reads: the Python values that the graph is valid for.
         notes: remarks of the capture pass for the user.
         original_positions: for each node its position before ops were reordered; empty if they were
@@ -88,6 +92,8 @@ class Captured:
     out_spec: TreeSpec
     updates: tuple[tuple[str, int], ...] = ()
     size_guards: SizeGuards = ANY_BATCH_SIZE
+    lengths: tuple[Length, ...] = ()
+    derived_sizes: tuple[tuple[int, int, sympy.Expr], ...] = ()
     reads: PythonReads = NOTHING_READ
     notes: tuple[str, ...] = ()
     original_positions: tuple[int, ...] = ()
@@ -134,6 +140,22 @@ class Captured:
                 "a constant without a value",
                 node=item.name,
             )
+
+    def sizes(self, leaves: Sequence[Any], batch: int) -> Sizes | None:
+        """Return a call's sizes; None if inputs differ that have the same size in the graph.
+
+        Args:
+            leaves: the call's flattened inputs.
+            batch: its number of samples.
+        """
+        sizes: dict[Any, int] = {B: batch}
+        for length in self.lengths:
+            found = length.read(leaves)
+            if found is None:
+                return None
+            sizes[length.name] = found
+        derived = ((leaves[n].shape[d], size.subs(sizes)) for n, d, size in self.derived_sizes)
+        return sizes if all(found == size for found, size in derived) else None
 
     def original_position(self, position: int) -> int:
         """Return the position that the node at `position` had when the graph was captured."""

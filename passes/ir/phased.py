@@ -11,12 +11,16 @@ from torch import fx
 from autopipe.errors import printable, require
 
 from .split import CALLER, Split
-from .values import results_of
+from .values import all_hold, results_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import sympy
+
     from autopipe.passes.remat_policies import RematPolicy
+
+    from .values import Sizes
 
 PHASES = ("F", "R", "B", "W")
 """Forward, recompute, gradients of received values, gradients of parameters: in this order."""
@@ -82,6 +86,7 @@ class StagePhases:
         sent_grads: received values and copies whose gradients it sends back.
         draws: the key of each random draw; `call` is the position in the captured graph.
         device: the device that it was traced for.
+        conditions: on the symbols of symbolic sizes, under which it holds; () if there are none.
     """
 
     index: int
@@ -97,6 +102,7 @@ class StagePhases:
     sent_grads: tuple[str, ...]
     draws: tuple[RandomDraw, ...]
     device: torch.device
+    conditions: tuple[sympy.Basic, ...] = ()
 
     @property
     def labels(self) -> dict[str, str]:
@@ -142,15 +148,17 @@ class StagePhases:
 
 @dataclass(frozen=True, eq=False)
 class Phased:
-    """All stages cut into phases, for one micro-batch size.
+    """All stages cut into phases, for one micro-batch size, or for symbolic sizes.
 
     Attributes:
         split: the stages.
-        size: samples in the micro-batch.
+        size: samples in the micro-batch; if sizes are symbolic, in that which was traced.
         remat: for each stage, the rematerialization policy that chose `saved`.
         differentiable: names of the outputs that depend on a tensor which requires a gradient.
         differentiated: the outputs among them that will get a gradient; none for inference.
         stages: each stage with its phases; identical ones share their graph.
+        symbols: the sizes that are symbolic: `B` or not, and names of lengths.
+        conditions: on these, under which the phases hold.
     """
 
     split: Split
@@ -159,6 +167,12 @@ class Phased:
     differentiable: frozenset[str]
     differentiated: frozenset[str]
     stages: tuple[StagePhases, ...]
+    symbols: tuple[sympy.Symbol, ...] = ()
+    conditions: tuple[sympy.Basic, ...] = ()
+
+    def holds_for(self, sizes: Sizes) -> bool:
+        """Whether these are the phases for some sizes."""
+        return all_hold(self.conditions, sizes)
 
     def verify(self) -> None:
         for stage in self.stages:

@@ -1,10 +1,10 @@
-"""Values of a program: shapes in the batch size `B`, inputs, outputs, results, size guards."""
+"""Values of a program: sizes, shapes in the batch size `B`, inputs, outputs, results, guards."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sympy
 import torch
@@ -14,6 +14,9 @@ from autopipe.errors import require as require  # used by the programs that impo
 
 from .combine import Combine, Concatenate
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
 B = sympy.Symbol("B")
 """The batch size: number of samples of the whole batch, or of one micro-batch.
 
@@ -21,8 +24,32 @@ It has no sympy assumptions, so that ``expr.subs("B", 8)`` replaces this symbol.
 
 
 def at_batch(expr: sympy.Expr | int, batch: int) -> int:
-    """Evaluate a size expression at one batch size."""
+    """Evaluate a size expression in `B` at one batch size."""
     return expr if isinstance(expr, int) else int(sympy.sympify(expr).subs(B, batch))
+
+
+Sizes: TypeAlias = "Mapping[Any, int]"
+"""The values of symbols: of `B`, and of the names of lengths."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """A size besides the batch that may change from call to call, such as a sequence length.
+
+    Attributes:
+        name: its symbol in size expressions.
+        example: its value in the example that was captured.
+        places: where a call has it: (position of a leaf, dimension).
+    """
+
+    name: sympy.Symbol
+    example: int
+    places: tuple[tuple[int, int], ...]
+
+    def read(self, leaves: Sequence[Any]) -> int | None:
+        """Read it off a call's flattened inputs; None: they contradict one another."""
+        found = {leaves[position].shape[dim] for position, dim in self.places}
+        return int(found.pop()) if len(found) == 1 else None
 
 
 def results_of(graph: fx.Graph) -> list[Any]:
@@ -143,7 +170,7 @@ class ResultLeaf:
     Attributes:
         kind: "value", "input", "parameter", "size" or "constant".
         value: depending on the kind, an index into the final values, an index into the call's
-            flattened inputs, a qualified name, a function of the batch size, or the object itself.
+            flattened inputs, a qualified name, a function of `Sizes`, or the object itself.
     """
 
     kind: str
@@ -152,10 +179,11 @@ class ResultLeaf:
 
 @dataclass(frozen=True)
 class SizeGuards:
-    """The batch sizes that a captured graph is valid for.
+    """The sizes that a captured graph is valid for.
 
     Attributes:
-        conditions: conditions on `B`, from branches that the model took and sizes used as numbers.
+        conditions: conditions on `B` and on lengths, from branches that the model took and sizes
+            used as numbers.
         valid_for_one: whether a batch of one sample, which is traced as two, takes the same
             branches.
     """
@@ -163,11 +191,9 @@ class SizeGuards:
     conditions: tuple[sympy.Basic, ...] = ()
     valid_for_one: bool = True
 
-    def hold_for(self, batch: int) -> bool:
-        """Whether the graph computes what the model computes for a batch of this size."""
-        return (batch > 1 or self.valid_for_one) and all(
-            holds_at(c, batch) for c in self.conditions
-        )
+    def hold_for(self, sizes: Sizes) -> bool:
+        """Whether the graph computes what the model computes for these sizes."""
+        return (sizes[B] > 1 or self.valid_for_one) and all_hold(self.conditions, sizes)
 
 
 ANY_BATCH_SIZE = SizeGuards()
@@ -177,6 +203,12 @@ SINGLE_SAMPLE = SizeGuards((sympy.Eq(B, 1),))
 """Guards of a graph that was traced with one sample and is valid for one sample only."""
 
 
-def holds_at(condition: sympy.Basic, batch: int) -> bool:
-    """Evaluate a condition on `B` at one batch size."""
-    return bool(condition.subs(B, batch) == sympy.true)
+def holds_at(condition: sympy.Basic, sizes: Sizes) -> bool:
+    """Evaluate a condition on `B` and lengths."""
+    return all_hold((condition,), sizes)
+
+
+def all_hold(conditions: Iterable[sympy.Basic], sizes: Sizes) -> bool:
+    """Whether all of some conditions on `B` and lengths hold."""
+    values = {symbol: sympy.Integer(n) for symbol, n in sizes.items()}
+    return all(c.xreplace(values) == sympy.true for c in conditions)

@@ -13,19 +13,24 @@ Read the files in this order:
 
     `request`             the arguments as one value; the cache of traced stages
     `cut`                 Split -> Phased: trace every stage, cut its joint graph
+    `metadata`            shapes and strides of what is traced: numbers, or expressions in sizes
+    `trace_sizes`         the sizes of one trace, and the conditions under which it holds
     `joint_trace`         one stage graph -> its joint forward and backward graph
     `stage_runner`        run a stage graph op by op, also while it is traced
+    `lower_sizes`         write sizes as expressions
     `lower_random`        clean a joint graph; turn random ops into keyed draws of `ctx`
     `function_constants`  write constants that a custom autograd.Function creates
     `assign_phases`       cut one joint graph into F, R, B and W, by reachability
     `select_saved`        select the values that F saves for the backward, by policy
+    `concrete`            phases with symbolic sizes -> the same with numbers
     `rematerialize`       rewrite a joint graph so that it recomputes what F did not save
 """
 
 from __future__ import annotations
 
+from .concrete import concrete
 from .cut import cut_phases, received_strides
-from .joint_trace import TensorMeta
+from .metadata import TensorMeta
 from .request import PhaseRequest, TraceCache
 from .stage_runner import run_stage
 
@@ -33,6 +38,7 @@ __all__ = [
     "PhaseRequest",
     "TensorMeta",
     "TraceCache",
+    "concrete",
     "cut_phases",
     "received_strides",
     "run_stage",

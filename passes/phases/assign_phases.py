@@ -87,6 +87,7 @@ def cut_joint(
         sent_grads=tuple(names[i] for i in joint.grads if i >= len(stage.held)),
         draws=joint.draws,
         device=device,
+        conditions=joint.conditions,
     )
 
 

@@ -10,24 +10,22 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import sympy
 import torch
 
 from autopipe.errors import InputError
-from autopipe.passes.graph import source_line, tensor_spec
-from autopipe.passes.ir import (
-    Captured,
-    Phased,
-    Split,
-    StageGraph,
-    StagePhases,
-    at_batch,
-)
+from autopipe.passes.graph import full_size, source_line
+from autopipe.passes.ir import B, Captured, Phased, Split, StageGraph, StagePhases
 
 from .assign_phases import cut_joint
-from .joint_trace import TensorMeta, forward_metadata, trace_joint
+from .joint_trace import forward_metadata, trace_joint
+from .metadata import TensorMeta, number_at
+from .request import first_that_holds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
+
+    from autopipe.passes.ir import Sizes
 
     from .request import PhaseRequest, TraceCache
 
@@ -43,10 +41,11 @@ def cut_phases(
     cache: TraceCache,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Phased:
-    """Trace every stage at one micro-batch size and cut it into phases.
+    """Trace every stage for one micro-batch size and cut it into phases.
 
     Args:
-        request: the stages and their metadata, devices and policies.
+        request: the stages and their metadata, devices and policies. If sizes in the metadata are
+            symbolic, so they are in the phases.
         size: samples in the micro-batch, one of those that `request` has metadata for.
         cache: stages that were traced so far; new ones are added.
         progress: called with a text for each stage that is traced.
@@ -55,29 +54,44 @@ def cut_phases(
         InputError: a batch norm would see a single value per channel.
     """
     split = request.split
-    _check_batch_norm(split, size)
-    inputs, known = _propagate_metadata(request, size, cache)
+    sizes = request.sizes(size)
+    _check_batch_norm(split, sizes)
+    inputs, known, conditions = _propagate_metadata(request, size, cache)
     differentiable = frozenset(
         o.name for o in split.captured.outputs if known[o.name][0].requires_grad
     )
     differentiated = request.differentiated & differentiable or differentiable
-    gradients = {n: (_contiguous(known[n][0]), known[n][1]) for n in differentiated}
+    gradients = {n: (known[n][0].contiguous(sizes), known[n][1]) for n in differentiated}
     stages: list[StagePhases] = []
     for stage, device in reversed(list(zip(split.stages, request.devices, strict=True))):
         arriving = _tangents(split, stage, gradients)
-        tangents = [(kind, i, _arrived(gradients[n], device)) for kind, i, n in arriving]
-        core = _cut_stage(request, stage, inputs[stage.index], tangents, cache, progress)
+        tangents = [(kind, i, _arrived(gradients[n], device, sizes)) for kind, i, n in arriving]
+        core = _cut_stage(request, stage, inputs[stage.index], tangents, sizes, cache, progress)
+        conditions |= dict.fromkeys(core.conditions)
         cut = _with_names_of(stage, core, split.captured, [n for *_, n in arriving])
         stages.insert(0, cut)
         for name, node in zip(cut.sent_grads, cut.results()["sent_grads"], strict=True):
             gradients[name] = (TensorMeta.of(node.meta["val"]), device)
-    result = Phased(split, size, request.remat, differentiable, differentiated, tuple(stages))
+    result = Phased(
+        split,
+        size,
+        request.remat,
+        differentiable,
+        differentiated,
+        tuple(stages),
+        request.symbols(size),
+        tuple(conditions),
+    )
     result.verify()
     return result
 
 
-def received_strides(phased: Phased) -> dict[tuple[str, int], tuple[int, ...]]:
+def received_strides(phased: Phased, sizes: Sizes) -> dict[tuple[str, int], tuple[int, ...]]:
     """Return the strides of received values and gradients with which each stage was traced.
+
+    Args:
+        phased: the stages.
+        sizes: the values of its symbols.
 
     Returns:
         (message, stage) → strides. A message is a value's name, or ``grad name``.
@@ -88,29 +102,34 @@ def received_strides(phased: Phased) -> dict[tuple[str, int], tuple[int, ...]]:
         arriving = placeholders[len(stage.state) :]
         messages = [*stage.receives, *(f"grad {n}" for n in stage.tangents)]
         for message, node in zip(messages, arriving, strict=True):
-            strides[message, stage.index] = node.meta["val"].stride()
+            strides[message, stage.index] = TensorMeta.of(node.meta["val"]).at(sizes).stride
     return strides
 
 
 def _propagate_metadata(
     request: PhaseRequest, size: int, cache: TraceCache
-) -> tuple[list[list[TensorMeta]], dict[str, Located]]:
+) -> tuple[list[list[TensorMeta]], dict[str, Located], dict[sympy.Basic, None]]:
     """Compute the metadata of all values between stages, from the first stage to the last.
 
     Returns:
-        For each stage the metadata of its inputs; for each value its metadata and device.
+        For each stage the metadata of its inputs; for each value its metadata and device; the
+        conditions on symbols under which they hold.
     """
+    sizes, conditions = request.sizes(size), dict[sympy.Basic, None]()
     devices, grad = request.devices, request.grad
     known: dict[str, Located] = {n: (m, devices[0]) for n, m in request.metadata[size].items()}
     inputs: list[list[TensorMeta]] = []
     for stage, device in zip(request.split.stages, devices, strict=True):
-        inputs.append([_arrived(known[n], device) for n in stage.signature])
+        inputs.append([_arrived(known[n], device, sizes) for n in stage.signature])
         key: Hashable = (stage.fingerprint, tuple(inputs[-1]), device.type, grad, _autocast(device))
-        if key not in cache.results:
-            cache.results[key] = forward_metadata(stage, inputs[-1], device, grad=grad)
-        found = cache.results[key]
-        known |= {n: (meta, device) for n, meta in zip(stage.returns, found, strict=True)}
-    return inputs, known
+        traced = cache.results.setdefault(key, [])
+        found = first_that_holds(traced, sizes)
+        if found is None:
+            found = forward_metadata(stage, inputs[-1], device, grad=grad, example=sizes)
+            traced.append(found)
+        known |= {n: (meta, device) for n, meta in zip(stage.returns, found.results, strict=True)}
+        conditions |= dict.fromkeys(found.conditions)
+    return inputs, known, conditions
 
 
 def _cut_stage(
@@ -118,6 +137,7 @@ def _cut_stage(
     stage: StageGraph,
     inputs: Sequence[TensorMeta],
     tangents: Sequence[tuple[str, int, TensorMeta]],
+    sizes: Sizes,
     cache: TraceCache,
     progress: Callable[[str], None],
 ) -> StagePhases:
@@ -128,36 +148,36 @@ def _cut_stage(
         *(tuple(inputs), tuple(tangents)),
         *(device.type, request.grad, _autocast(device)),
     )
-    if (key, policy) not in cache.stages:
-        if key not in cache.joints:
+    cuts = cache.stages.setdefault((key, policy), [])
+    cut = first_that_holds(cuts, sizes)
+    if cut is None:
+        joints = cache.joints.setdefault(key, [])
+        joint = first_that_holds(joints, sizes)
+        if joint is None:
             progress(f"tracing stage {stage.index}")
-            cache.joints[key] = trace_joint(stage, inputs, tangents, device, grad=request.grad)
-        cache.stages[key, policy] = cut_joint(stage, cache.joints[key], policy, device)
-    return cache.stages[key, policy]
+            joint = trace_joint(stage, inputs, tangents, device, grad=request.grad, example=sizes)
+            joints.append(joint)
+        cut = cut_joint(stage, joint, policy, device)
+        cuts.append(cut)
+    return cut
 
 
-def _arrived(value: Located, device: torch.device) -> TensorMeta:
+def _arrived(value: Located, device: torch.device, sizes: Sizes) -> TensorMeta:
     """A value's metadata on the device that uses it: a copy between devices is dense."""
     meta, source = value
-    return meta if source == device else meta.after_copy()
+    return meta if source == device else meta.after_copy(sizes)
 
 
-def _contiguous(meta: TensorMeta) -> TensorMeta:
-    """The metadata of an output's gradient, which arrives contiguous."""
-    stride = torch.empty(meta.shape, device="meta").stride()
-    return meta._replace(stride=stride, requires_grad=False)
-
-
-def _check_batch_norm(split: Split, size: int) -> None:
+def _check_batch_norm(split: Split, sizes: Sizes) -> None:
     """Refuse batch norm over a single value per channel, as eager PyTorch does."""
     for node in split.captured.graph_module.graph.nodes:
         if node.target is not aten.batch_norm.default or not node.args[5]:
             continue
-        shape = [at_batch(s, size) for s in tensor_spec(node).shape]
+        shape = [number_at(full_size(n), sizes) for n in node.meta["val"].shape]
         if math.prod(shape) == shape[1]:
             raise InputError(
                 f"batch norm in training needs more than one value per channel, and a micro-batch"
-                f" of {size} has one",
+                f" of {sizes[B]} has one",
                 node=node.name,
                 source=source_line(node),
                 remedy="use fewer chunks or a larger batch",

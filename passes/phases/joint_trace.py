@@ -1,7 +1,8 @@
-"""Trace one stage graph at one micro-batch size into one pure joint graph, forward and backward.
+"""Trace one stage graph into one pure joint graph, forward and backward.
 
-The stage runs on fake tensors with integer sizes, with autograd on top, and make_fx records every
-op that the two dispatch. AOTAutograd's functional tensors turn in-place ops and views into pure
+The stage runs on fake tensors, with autograd on top, and make_fx records every op that the two
+dispatch. Sizes are integers, or symbolic: then one trace serves all sizes that satisfy its
+conditions. AOTAutograd's functional tensors turn in-place ops and views into pure
 ones. So the joint graph contains the kernels that eager autograd would execute, in its order.
 
 `torch.autograd.grad` computes the gradients that a stage sends to other stages. Its arguments
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -34,48 +36,27 @@ from autopipe.passes._torch import (
     to_functional,
 )
 from autopipe.passes._torch_patches import record_checks_unordered
-from autopipe.passes.graph import static_fake_mode
 
 from .function_constants import inline_constants, watch_constants
 from .lower_random import lower_joint_graph
+from .lower_sizes import lower_sizes
+from .metadata import TensorMeta
 from .stage_runner import run_on_device, uncached_autocast
+from .trace_sizes import TraceSizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autopipe.passes.ir import RandomDraw, StageGraph
+    import sympy
+
+    from autopipe.passes.ir import RandomDraw, Sizes, StageGraph
 
 aten = torch.ops.aten
 
+Conditions: TypeAlias = "tuple[sympy.Basic, ...]"
 
-class TensorMeta(NamedTuple):
-    """Metadata of a tensor at one micro-batch size, as tracing needs it.
-
-    Attributes:
-        shape: sizes in elements.
-        stride: in elements.
-        dtype: of the elements.
-        requires_grad: whether a gradient flows to it.
-    """
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool = False
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorMeta:
-        """Read the metadata of a tensor."""
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
-
-    def fake(self, device: torch.device) -> Tensor:
-        """Create a tensor with this metadata; call it under a fake tensor mode."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
-
-    def after_copy(self) -> TensorMeta:
-        """Return the metadata of a copy: dense strides in the same order of dimensions."""
-        meta = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-        return self._replace(stride=meta.clone().stride())
+NO_SIZES: Sizes = MappingProxyType({})
+"""The values of no symbols, for metadata that has none."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +71,37 @@ class JointGraph:
         updates: positions among the state of the buffers whose new values are results.
         grads: positions among state and received values of those whose gradients are results.
         draws: the key of each random draw, with the position of its op in the stage graph.
+        conditions: on the symbols of symbolic sizes, under which the graph holds.
     """
 
     graph: fx.Graph
     updates: tuple[int, ...]
     grads: tuple[int, ...]
     draws: tuple[RandomDraw, ...]
+    conditions: Conditions = ()
+
+
+@dataclass(frozen=True)
+class ForwardMetadata:
+    """Metadata of a stage's results.
+
+    Attributes:
+        results: one per result.
+        conditions: on the symbols of symbolic sizes, under which it holds.
+    """
+
+    results: tuple[TensorMeta, ...]
+    conditions: Conditions = ()
 
 
 def forward_metadata(
-    stage: StageGraph, inputs: Sequence[TensorMeta], device: torch.device, *, grad: bool
-) -> tuple[TensorMeta, ...]:
+    stage: StageGraph,
+    inputs: Sequence[TensorMeta],
+    device: torch.device,
+    *,
+    grad: bool,
+    example: Sizes = NO_SIZES,
+) -> ForwardMetadata:
     """Compute the metadata of a stage's results without tracing it.
 
     Args:
@@ -108,24 +109,27 @@ def forward_metadata(
         inputs: metadata of its state, then of received tensors.
         device: where the stage will run.
         grad: whether gradients are recorded.
+        example: values of the symbols in `inputs`.
     """
+    sizes = TraceSizes(inputs, example)
     with (
-        static_fake_mode(),
+        sizes.fake_mode(),
         record_checks_unordered(),
         uncached_autocast(),
         torch.set_grad_enabled(grad),
     ):
-        plain = [meta.fake(device) for meta in inputs]
+        plain = [sizes.fake(meta, device) for meta in inputs]
         with FunctionalTensorMode():
             leaves = [
                 to_functional(x).requires_grad_(meta.requires_grad)
                 for x, meta in zip(plain, inputs, strict=True)
             ]
             results = run_on_device(stage, leaves, device)
-            return tuple(
+            found = tuple(
                 TensorMeta.of(from_functional(r))._replace(requires_grad=grad and r.requires_grad)
                 for r in results
             )
+    return ForwardMetadata(found, sizes.conditions())
 
 
 def trace_joint(
@@ -135,6 +139,7 @@ def trace_joint(
     device: torch.device,
     *,
     grad: bool,
+    example: Sizes = NO_SIZES,
 ) -> JointGraph:
     """Trace a stage.
 
@@ -145,6 +150,7 @@ def trace_joint(
             its value among these, and its metadata.
         device: where the stage will run; kernels are chosen for it.
         grad: False traces the forward alone, under no_grad.
+        example: values of the symbols in the metadata.
 
     Returns:
         The joint graph, with its random ops replaced by keyed draws.
@@ -153,6 +159,7 @@ def trace_joint(
         CaptureError: a shape depends on the values of tensors, or a custom autograd.Function uses a
             tensor that is not one of its arguments.
     """
+    sizes = TraceSizes([*inputs, *(meta for _, _, meta in arriving)], example)
     updates: list[int] = []
     grads: list[int] = []
     differentiable = [i for i, meta in enumerate(inputs) if meta.requires_grad]
@@ -190,21 +197,22 @@ def trace_joint(
         return plain + [now[i] for i in updates] + [g for _, g in pairs]
 
     with (
-        static_fake_mode(),
+        sizes.fake_mode(),
         record_checks_unordered(),
         preserve_node_meta(),
         uncached_autocast(),
         watch_constants(stage),
     ):
-        primals = [meta.fake(device) for meta in inputs]
-        tangents_ = [meta.fake(device) for _, _, meta in arriving]
+        primals = [sizes.fake(meta, device) for meta in inputs]
+        tangents_ = [sizes.fake(meta, device) for _, _, meta in arriving]
         module = _recorded(joint)(primals, tangents_)
     inline_constants(stage, module)
     calls = enumerate(stage.graph_module.graph.nodes)
     static = {position for position, node in calls if node.meta.get("static")}
-    return JointGraph(
-        module.graph, tuple(updates), tuple(grads), lower_joint_graph(module.graph, static)
-    )
+    draws = lower_joint_graph(module.graph, static)
+    conditions = sizes.conditions()
+    lower_sizes(module.graph)
+    return JointGraph(module.graph, tuple(updates), tuple(grads), draws, conditions)
 
 
 _recorded = functools.partial(

@@ -18,6 +18,7 @@ Files, in reading order:
 - `relocate_ops`: move ops near the inputs to where they cost least
 - `duplicate_ops`: compute cheap values in each stage that needs them
 - `replay_plan`: find the cut that a plan stores
+- `follow_cut`: follow the cut of another capture of the same model
 - `reorder`: reorder the program so that its stages are runs of ops
 - `extract_stages`: build the stage graphs and routes
 """
@@ -25,11 +26,13 @@ Files, in reading order:
 from __future__ import annotations
 
 from .cut import split
+from .follow_cut import EarlierCut
 from .objective import Objective, objective_of
 from .replay_plan import PlannedCut, planned_cut_of
 from .stage_estimate import estimate_stages
 
 __all__ = [
+    "EarlierCut",
     "Objective",
     "PlannedCut",
     "estimate_stages",

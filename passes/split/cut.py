@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from autopipe.errors import PartitionError
@@ -12,6 +13,7 @@ from autopipe.passes.ir import Annotated, StageEstimates
 from .assign_stages import assign_stages
 from .duplicate_ops import duplicate_ops
 from .extract_stages import extract_stages
+from .follow_cut import EarlierCut, follow_cut
 from .op_costs import OpCosts
 from .op_groups import OpGroups
 from .relocate_ops import relocate_ops
@@ -36,6 +38,7 @@ def split(
     *,
     planned: PlannedCut | None = None,
     must_fit: bool = False,
+    earlier: EarlierCut | None = None,
 ) -> Split:
     """Cut a captured graph into stage graphs so that the slowest stage is as fast as possible.
 
@@ -46,6 +49,7 @@ def split(
             is fastest or within `SLACK` of that, with the fewest bytes crossing.
         must_fit: raise if the planned cut is not one of this graph; else such a cut is ignored (in
             evaluation mode a model may run other ops than in training).
+        earlier: a cut of another capture of the same model, to follow.
 
     Returns:
         The stages. Where they are not runs of the captured order, `captured` is the same program
@@ -61,6 +65,8 @@ def split(
         empty = StageEstimates((0.0,), (0,), (objective.policies(0)[0],))
         return extract_stages(annotated, {}, empty)
     groups = OpGroups.of(costs)
+    if earlier is not None:
+        return _extracted(costs, follow_cut(earlier, groups), 0.0, earlier.owners)
     assignment = None
     if planned is not None:
         assignment = replay_plan(planned, groups, must_fit=must_fit)
@@ -99,8 +105,20 @@ def _improved(groups: OpGroups, stage_of: Mapping[fx.Node, int]) -> Assignment:
     return {node: (k,) for node, k in stage_of.items()}
 
 
-def _extracted(costs: OpCosts, assignment: Assignment, bound: float) -> Split:
-    """The stage graphs of an assignment, with their estimates."""
+def _extracted(
+    costs: OpCosts,
+    assignment: Assignment,
+    bound: float,
+    owners: Mapping[str, int] = MappingProxyType({}),
+) -> Split:
+    """The stage graphs of an assignment, with their estimates.
+
+    Args:
+        costs: of the ops.
+        assignment: the stages of each op.
+        bound: seconds of the slowest stage that no cut can be below; 0: unknown.
+        owners: parameter → the stage that owns it; the others belong to the first that uses them.
+    """
     annotated = costs.annotated
     first_stages = [assignment[node][0] for node in costs.ops]
     if first_stages != sorted(first_stages):
@@ -111,4 +129,4 @@ def _extracted(costs: OpCosts, assignment: Assignment, bound: float) -> Split:
         assignment = {node: by_name[node.name] for node in costs.ops}
     estimates = estimate_assignment(costs, assignment)
     bound = min(bound, estimates.bottleneck)  # (they are rounded differently)
-    return extract_stages(annotated, assignment, replace(estimates, lower_bound=bound))
+    return extract_stages(annotated, assignment, replace(estimates, lower_bound=bound), owners)

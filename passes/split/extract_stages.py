@@ -1,21 +1,24 @@
 """Extract stage graphs with explicit signatures, and the routes of values between them.
 
-Sizes are not sent: each stage reads the batch size from the shape of one of its tensors.
+Sizes are not sent: each stage reads the batch size, and lengths, off the shapes of its tensors.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
 from autopipe.passes.graph import (
-    emit_batch_size,
     emit_size,
+    emit_symbol,
     fingerprint,
     graph_module,
     is_size,
+    readable_symbols,
+    size_symbols,
     tensor_spec,
 )
 from autopipe.passes.ir import (
@@ -38,7 +41,10 @@ if TYPE_CHECKING:
 
 
 def extract_stages(
-    annotated: Annotated, assignment: Assignment, estimates: StageEstimates
+    annotated: Annotated,
+    assignment: Assignment,
+    estimates: StageEstimates,
+    owners: Mapping[str, int] = MappingProxyType({}),
 ) -> Split:
     """Extract the stages of an assignment.
 
@@ -47,6 +53,8 @@ def extract_stages(
             aside.
         assignment: the stages of each op.
         estimates: of the K stages.
+        owners: parameter → the stage that owns it, which is not after the first that uses it. The
+            others belong to the first that uses them.
     """
     captured, K = annotated.captured, len(estimates.seconds)
     inputs = {i.name: i for i in captured.inputs}
@@ -71,7 +79,8 @@ def extract_stages(
                 continue
             returns[source].append(node.name)
         elif item.kind is InputKind.PARAMETER:
-            source, kind, consumers = stages[0], "parameter", stages[1:]
+            source = min(stages[0], owners.get(item.target, stages[0]))
+            kind, consumers = "parameter", [k for k in stages if k != source]
             held[source].append(item)
             if not consumers:
                 continue
@@ -105,23 +114,22 @@ def extract_stages(
 def _users(graph: fx.Graph, assignment: Assignment) -> dict[fx.Node, set[int]]:
     """For each tensor, in graph order, the stages that use it (its own if it is an output)."""
     users: dict[fx.Node, set[int]] = {n: set() for n in graph.nodes if n.op != "output"}
-    sized: set[int] = set()
+    sized: dict[tuple[str, int], Any] = {}  # (symbol, stage that needs its value) → symbol
     for node, stages in assignment.items():
         for source in node.all_input_nodes:
             users[source].update(stages)
             if is_size(source):
-                sized.update(stages)
+                symbols = size_symbols(source.meta["val"])
+                sized |= {(str(s), k): s for s in symbols for k in stages}
     for node in results_of(graph):
         users[node].add(assignment[node][0])
     users = {n: s for n, s in users.items() if not is_size(n)}
-    batched = [
-        n
-        for n in users
-        if isinstance(n.meta["val"], Tensor) and tensor_spec(n).batch_dim is not None
-    ]
-    has_size = {k for n in batched for k in users[n] if k not in assignment.get(n, ())}
-    for k in sized - has_size:  # a stage that needs the batch size needs a tensor with it
-        users[batched[0]].add(k)
+    tensors = [n for n in users if isinstance(n.meta["val"], Tensor)] if sized else []
+    told = {n: readable_symbols(n.meta["val"]) for n in tensors}
+    for (_, k), symbol in sorted(sized.items()):  # it needs a tensor whose shape tells the size
+        telling = [n for n in tensors if symbol in told[n]]
+        if not any(k in users[n] and k not in assignment.get(n, ()) for n in telling):
+            users[telling[0]].add(k)
     return {n: s for n, s in users.items() if s}
 
 
@@ -140,17 +148,17 @@ def _stage(
     for name in [*(i.name for i in held), *shared, *receives]:
         env[by_name[name]] = stage.placeholder(name)
         env[by_name[name]].meta = dict(by_name[name].meta)
-    batch: list[fx.Node] = []
+    symbols: dict[Any, fx.Node] = {}
 
-    def batch_node() -> fx.Node:
-        if not batch:
-            tensors = [n for n in env if isinstance(n.meta["val"], Tensor)]
-            batch.append(emit_batch_size(stage, [(env[n], tensor_spec(n)) for n in tensors]))
-        return batch[0]
+    def symbol_node(symbol: Any) -> fx.Node:
+        if symbol not in symbols:
+            values = [(env[n], n.meta["val"]) for n in env if isinstance(n.meta["val"], Tensor)]
+            symbols[symbol] = emit_symbol(stage, symbol, values)
+        return symbols[symbol]
 
     def argument(node: fx.Node) -> Any:
         if is_size(node) and node not in env:
-            env[node] = emit_size(node.meta["val"], batch_node)
+            env[node] = emit_size(node.meta["val"], symbol_node)
         return env[node]
 
     for _, node in ops:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autopipe.passes.capture import take_apart
 from autopipe.passes.ir.captured import Captured
 from autopipe.passes.ir.combine import Combine, Concatenate
-from autopipe.passes.ir.values import InputKind
+from autopipe.passes.ir.values import B, InputKind
 from autopipe.results import run_epilogue
 from autopipe.runtime.random import MicroBatchContext
 
@@ -138,7 +138,7 @@ def over_chunks(
             value = _combine(output.combine, parts, sizes)
             floating = any(o[n].requires_grad for o in outputs)
             combined.append(value.detach().requires_grad_(floating))
-        values = run_epilogue(captured, combined, batch, model.get_buffer)
+        values = run_epilogue(captured, combined, {B: batch}, model.get_buffer)
         for target, index in captured.updates:
             name = next(i.name for i in captured.inputs if i.target == target)
             state[name] = values[index].detach()
