@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.fx.traceback import (
     get_current_meta,
     has_preserved_node_meta,
@@ -64,7 +64,6 @@ __all__ = [
     "OpOverload",
     "ShapeEnv",
     "TorchDispatchMode",
-    "create_size_symbol",
     "emit_expression",
     "enable_python_dispatcher",
     "flop_registry",
@@ -79,7 +78,6 @@ __all__ = [
     "parametrization_cache",
     "preserve_node_meta",
     "set_traced_call",
-    "size_of_expression",
     "size_text",
     "storage_id",
     "storage_id_of",
@@ -197,37 +195,6 @@ def min_cut_saved(
     output = next(node for node in forward.graph.nodes if node.op == "output")
     saved = output.args[0][forward_outputs:]
     return {node.name for node in saved if isinstance(node, fx.Node)}
-
-
-def create_size_symbol(environment: ShapeEnv, name: str, example: int) -> tuple[Any, Any]:
-    """Create a symbol for a size of at least 2.
-
-    Args:
-        environment: where.
-        name: for torch's messages.
-        example: its value while tracing.
-
-    Returns:
-        The symbol, and the size that stands for it in shapes.
-    """
-    from torch._dynamo.source import ConstantSource  # slow to import; torch.export needs it, too
-
-    source = ConstantSource(name)
-    symbol = environment.create_symbol(
-        example, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
-    )
-    return symbol, environment.create_symintnode(symbol, hint=example, source=source)
-
-
-def size_of_expression(environment: ShapeEnv, expr: sympy.Expr, example: int) -> Any:
-    """Create a size from an expression in an environment's symbols.
-
-    Args:
-        environment: of the symbols.
-        expr: the expression.
-        example: its value while tracing.
-    """
-    return environment.create_symintnode(expr, hint=example)
 
 
 def size_text(expr: sympy.Expr) -> str:

@@ -114,6 +114,7 @@ def forward_metadata(
     sizes = TraceSizes(inputs, example)
     with (
         sizes.fake_mode(),
+        sizes.remembered(),
         record_checks_unordered(),
         uncached_autocast(),
         torch.set_grad_enabled(grad),
@@ -198,6 +199,7 @@ def trace_joint(
 
     with (
         sizes.fake_mode(),
+        sizes.remembered(),
         record_checks_unordered(),
         preserve_node_meta(),
         uncached_autocast(),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from autopipe.passes._torch import ShapeEnv, create_size_symbol, size_of_expression
+from autopipe.passes._torch import ShapeEnv
+from autopipe.passes._torch_sizes import create_size_symbol, remembered_sizes, size_of_expression
 from autopipe.passes.graph import (
     SizeNames,
     fake_mode,
@@ -18,6 +19,7 @@ from autopipe.passes.graph import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -55,6 +57,10 @@ class TraceSizes:
         """Create the mode to trace in."""
         return static_fake_mode() if self._environment is None else fake_mode(self._environment)
 
+    def remembered(self) -> AbstractContextManager[None]:
+        """While tracing: compute each operation on sizes once."""
+        return remembered_sizes(self._environment)
+
     def fake(self, meta: TensorMeta, device: torch.device) -> Tensor:
         """Create a tensor with some metadata; call it under the fake mode."""
         shape, stride = (list(map(self._size, n)) for n in (meta.shape, meta.stride))
@@ -76,6 +82,8 @@ class TraceSizes:
             assert self._environment is not None
             values = {s: sympy.Integer(n) for s, n in self._example.items()}
             self._known[number] = size_of_expression(
-                self._environment, number.xreplace(self._own), int(number.xreplace(values))
+                self._environment,
+                number.xreplace(self._own),
+                int(number.xreplace(values)),
             )
         return self._known[number]
