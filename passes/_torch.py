@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     import sympy
 
 __all__ = [
+    "ASSERT",
+    "PACK_PADDED",
     "READ_VERSION",
     "BackwardHookFunction",
     "BatchNormBase",
@@ -84,6 +86,10 @@ __all__ = [
     "wrap_with_set_grad_enabled",
 ]
 
+
+ASSERT: Any = torch._assert
+PACK_PADDED: Any = torch._VF._pack_padded_sequence
+"""What `pack_padded_sequence` ends in."""
 
 READ_VERSION: Any = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 """What a `TorchFunctionMode` sees where code reads how often a tensor was changed in place."""

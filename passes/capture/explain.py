@@ -30,13 +30,21 @@ def explain(error: Exception) -> CaptureError:
             remedy="leave out validate_args=True (what is not said is not checked), or pass"
             " validate_args=False",
         )
+    if "_CachedForward" in text:  # of torch.jit, from a ScriptModule whose class is replaced
+        return CaptureError(
+            "the forward calls a module of TorchScript: it has no Python code to capture",
+            source=source,
+            found=first,
+            remedy="use the module that torch.jit.script or torch.jit.trace was called with",
+        )
     if "DataDependent" in kind or "data-dependent" in text.lower():
         return CaptureError(
             "control flow that depends on the values of tensors cannot be captured",
             source=source,
             found=first,
             remedy="compute both branches and select with torch.where, or decide outside of the"
-            f" model and pass the decision in as a Python value; {AVOIDING_OPTIONS}",
+            " model and pass the decision in as a Python value; a check that only raises or asserts"
+            f" may stay (not in a try, or before Python 3.11); {AVOIDING_OPTIONS}",
         )
     return CaptureError(
         "torch.export cannot capture the model",

@@ -24,6 +24,7 @@ from autopipe.passes._torch_patches import (
     fix_lstm_state_shapes,
     keep_no_grad_regions,
     quiet_export,
+    take_masks_as_given,
 )
 from autopipe.passes.graph import is_user_file, user_source_line
 from autopipe.passes.one_at_a_time import replaced
@@ -63,6 +64,7 @@ def export(
                 _refuse_lossy_constructs(),
                 keep_no_grad_regions(),
                 fix_lstm_state_shapes(),
+                take_masks_as_given(),
                 _silence_export(),
                 preserve_attributes(flat),
             ):

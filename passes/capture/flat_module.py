@@ -151,6 +151,7 @@ class FlatModel(nn.Module):
                 for change in reversed(changed):
                     change.set("before")
                 state.clear_caches()
+        mode.branches.refuse_caught()
         check_modes(modes)
         state.check_generators()
         refuse_replaced_modules(changed)

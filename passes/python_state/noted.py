@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
 
+def check_remark(line: str) -> str:
+    """What the user is told of a check of values that was passed over."""
+    return f"checks values of tensors ({line}); the pipeline does not make this check"
+
+
 class _Compared(Holder):
     """Is compared only: a forward does not change it."""
 
@@ -147,6 +152,10 @@ class Noted:
         ] = None
         if clock:
             self.clocks.setdefault(function, line)
+
+    def note_check(self, line: str) -> None:
+        """Note that a check of values was passed over."""
+        self.remarks[check_remark(line)] = None
 
     def note_type_comparison(self, line: str) -> None:
         """Note that a function compares the type of an object with a tensor's."""
