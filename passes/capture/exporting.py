@@ -31,7 +31,7 @@ from autopipe.passes.one_at_a_time import replaced
 from autopipe.passes.ops import APPLY_OWNER, apply_function, record_function
 
 from .buffer_state import preserve_attributes
-from .explain import explain
+from .explain import explain, own_class_error, weights_of_own_class
 from .size_uses import SizeUses, record_size_uses
 
 if TYPE_CHECKING:
@@ -74,11 +74,31 @@ def export(
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
             )
+            _refuse_parts_of_weights(flat, program)
             return program, sizes
     except AutopipeError:
         raise
     except Exception as error:
-        raise explain(error) from error
+        raise explain(error, flat) from error
+
+
+def _refuse_parts_of_weights(flat: nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Refuse a graph that reads inner tensors of a weight: its stages have the weight as a whole.
+
+    Raises:
+        CaptureError: it does.
+    """
+    own = weights_of_own_class(flat)
+    names = {
+        **program.graph_signature.inputs_to_parameters,
+        **program.graph_signature.inputs_to_buffers,
+    }
+    for node in program.graph.nodes:
+        if own and node.target is torch.ops.export.access_subclass_inner_tensor.default:
+            name = names.get(node.args[0].name, next(iter(own)))
+            raise own_class_error(
+                name, own[name], None, f"the forward reads {node.args[1]!r} of it"
+            )
 
 
 @contextmanager

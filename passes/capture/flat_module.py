@@ -166,6 +166,7 @@ class FlatModel(nn.Module):
         remarks = *state.noted.remarks, *describe_changes(given, entries(args, kwargs))
         result.remarks, result.clocks = remarks, state.noted.clocks
         found = self._flatten_result(out, kwargs)
+        result.notes += state.noted.notes
         _refuse_sizes_in_text(result.leaves, tensors)
         return write_in_place(self.model, assigned, found)
 

@@ -110,6 +110,7 @@ class Noted:
         flags: name of a parameter → whether it needed gradients.
         environment: variable → its value, or `Missing`.
         remarks: for the user: what the forward does that a pipeline does not.
+        notes: for `explain()`: what a pipeline does in another way.
         clocks: function that tells the time → the line that calls it.
         answers: (function of torch, arguments) → what it returned.
         arguments: what it asked of its arguments: fields of `ArgumentReads`.
@@ -120,6 +121,7 @@ class Noted:
         self.flags: dict[Hashable, Any] = {}
         self.environment: dict[Hashable, Any] = {}
         self.remarks: dict[str, None] = {}
+        self.notes: dict[str, None] = {}
         self.clocks: dict[str, str] = {}
         self.answers: dict[Hashable, Any] = {}
         self.arguments: set[str] = set()
@@ -156,6 +158,12 @@ class Noted:
     def note_check(self, line: str) -> None:
         """Note that a check of values was passed over."""
         self.remarks[check_remark(line)] = None
+
+    def note_checkpoint(self, line: str) -> None:
+        """Note that the forward marks a region that eager autograd would run again."""
+        self.notes[
+            f"torch.utils.checkpoint ({line}) has no effect here: remat decides what is recomputed"
+        ] = None
 
     def note_type_comparison(self, line: str) -> None:
         """Note that a function compares the type of an object with a tensor's."""
