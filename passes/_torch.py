@@ -68,6 +68,7 @@ __all__ = [
     "free_unbacked_symbols",
     "from_functional",
     "is_functorch_call",
+    "is_mutable",
     "is_traced",
     "lazy_graph_code",
     "make_fx",
@@ -119,6 +120,11 @@ def parametrization_cache() -> dict[Any, Any]:
 def is_functorch_call(target: Any) -> bool:
     """Whether an exported op belongs to a function transform, such as vmap's levels."""
     return str(getattr(target, "__module__", "")).startswith("torch._functorch.")
+
+
+def is_mutable(op: OpOverload) -> bool:
+    """Whether an operator writes to an argument."""
+    return bool(op._schema.is_mutable)
 
 
 def set_traced_call(call: int, stack_trace: str | None) -> None:

@@ -33,6 +33,7 @@ from autopipe.passes.ops import APPLY_OWNER, apply_function, record_function
 from .buffer_state import preserve_attributes
 from .explain import explain, own_class_error, weights_of_own_class
 from .size_uses import SizeUses, record_size_uses
+from .vmaps import flatten_vmaps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +76,7 @@ def export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
             )
             _refuse_parts_of_weights(flat, program)
+            flatten_vmaps(program.graph_module)
             return program, sizes
     except AutopipeError:
         raise

@@ -142,10 +142,10 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             x = torch.randn(6, 4, requires_grad=True)
             autopipe.compile(Model(), devices=1, chunks=2)(x)
             """,
-        "vmap in the forward": """\
+        "Random numbers in a vmap": """\
             class Model(nn.Module):
                 def forward(self, x):
-                    return torch.vmap(torch.sin)(x)
+                    return torch.vmap(lambda a: a * torch.rand(()), randomness="different")(x)
 
             autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
             """,
