@@ -386,7 +386,7 @@ class FailingTextError(RuntimeError):
 
 
 def test_an_error_without_text_is_not_masked() -> None:
-    assert explain(FailingTextError()).found == (
+    assert explain(FailingTextError(), nn.Identity()).found == (
         "FailingTextError: (no text: its __str__ raised ValueError)"
     )
 
