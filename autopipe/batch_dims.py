@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import InputError, OptionError, shown
 from autopipe.passes.capture import Parts, argument_names, take_apart
+from autopipe.passes.python_state import packed_error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+MOST_SHOWN = 8
+"""Tensors that the message lists for inputs with different numbers of samples."""
 
 
 def batch_of(
@@ -33,8 +39,11 @@ def batch_of(
 
     Raises:
         OptionError: `in_dims` does not fit the inputs.
-        InputError: there is no sample, or batched inputs have different numbers of samples.
+        InputError: there is no sample, or batched inputs have different numbers of samples; an
+            input is a packed sequence.
     """
+    if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
+        raise packed_error(InputError)
     args = tuple(map(take_apart, args))  # as `call_signature.flatten` does
     kwargs = {n: take_apart(v) for n, v in sorted(kwargs.items())}
     leaves = pytree.tree_leaves((args, kwargs))
@@ -49,19 +58,64 @@ def batch_of(
     if len(set(sizes)) > 1:
         named = [*zip(_positional_names(model, len(args)), args, strict=True), *kwargs.items()]
         names = [name for name, value in named for _ in pytree.tree_leaves(value)]
-        found = [
-            f"{name}: {x.shape[d]} in dimension {d} of {tuple(x.shape)}"
-            for name, x, d in zip(names, leaves, dims, strict=True)
-            if d is not None
-        ]
-        raise InputError(
-            "the inputs differ in their number of samples",
-            found="; ".join(found),
-            remedy="say which inputs are not batched, for example in_dims={'mask': None}",
-        )
+        raise _sizes_differ(dict(named), names, leaves, dims)
     if sizes[0] == 0:
         raise InputError("a batch without samples", found="0 samples")
     return dims, int(sizes[0])
+
+
+def _sizes_differ(
+    named: Mapping[str, Any],
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    dims: Sequence[int | None],
+) -> InputError:
+    """The error for inputs with different numbers of samples; its remedy names the inputs.
+
+    Args:
+        named: the arguments.
+        names: for each leaf the name of its argument.
+        leaves: of the arguments.
+        dims: for each leaf its batch dimension, or None.
+    """
+    sizes: dict[str, set[int]] = {}
+    found = []
+    for name, x, d in zip(names, leaves, dims, strict=True):
+        if d is not None:
+            sizes.setdefault(name, set()).add(x.shape[d])
+            found.append(f"{name}: {x.shape[d]} in dimension {d} of {tuple(x.shape)}")
+    found = [*found[:MOST_SHOWN], *(["…"] if len(found) > MOST_SHOWN else [])]
+    usual = Counter(n for ns in sizes.values() if len(ns) == 1 for n in ns).most_common(1)
+    others = [n for n, ns in sizes.items() if not usual or ns != {usual[0][0]}]
+    own = dict(zip(names, dims, strict=True))
+    suggested = {n: None if n in others else own[n] for n in sizes if n in others or own[n] != 0}
+    remedy = f"say which inputs are not batched, for example in_dims={suggested}"
+    each = [n for n in others if _has_entry_per_sample(named[n], usual[0][0] if usual else None)]
+    if each:
+        remedy = (
+            f"{each[0]!r} has an entry for each sample, which cannot be split into micro-batches:"
+            " if only a loss reads it, leave it out of the call, let the model return its"
+            " predictions, and compute the loss outside (or with"
+            f" compile(..., loss_fn=...) and pipe.step(..., target={each[0]})); else pad its"
+            " tensors to one shape and stack them"
+        )
+    return InputError(
+        "the inputs differ in their number of samples", found="; ".join(found), remedy=remedy
+    )
+
+
+def _has_entry_per_sample(value: Any, samples: int | None) -> bool:
+    """Whether a list describes each sample by an entry of its own: a detector's targets.
+
+    Args:
+        value: an argument.
+        samples: how many samples the other inputs have; None: they differ, too.
+    """
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    if all(isinstance(entry, (dict, Parts)) for entry in value):
+        return True
+    return len(value) == samples and all(isinstance(x, (Tensor, list, tuple)) for x in value)
 
 
 def _requested_dims(

@@ -50,7 +50,7 @@ def model_state_key(model: nn.Module, names: Set[str] | None = None) -> Hashable
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise _script_error(module)
+            raise _script_error(model, module)
         attributes = vars(module)
         kind: Any = type(module)
         key += kind, module.training
@@ -84,11 +84,16 @@ def model_state_key(model: nn.Module, names: Set[str] | None = None) -> Hashable
     return tuple(key)
 
 
-def _script_error(module: nn.Module) -> CaptureError:
+def _script_error(model: nn.Module, module: torch.jit.ScriptModule) -> CaptureError:
+    path = next(name for name, m in model.named_modules() if m is module)
     return CaptureError(
-        "a part of the model is compiled by TorchScript: it has no Python code to capture",
-        node=str(getattr(module, "original_name", type(module).__name__)),
-        remedy="use the module that torch.jit.script or torch.jit.trace was called with",
+        f"{'a part of the model' if path else 'the model'} is compiled by TorchScript: it has no"
+        " Python code to capture",
+        node=path or None,
+        found=f"a {module.original_name}, as a {type(module).__name__}",
+        remedy="use the module that torch.jit.script or torch.jit.trace was called with; its"
+        " parameters can be loaded from the compiled one: module.load_state_dict("
+        "compiled.state_dict())",
     )
 
 

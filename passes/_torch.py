@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     import sympy
 
 __all__ = [
+    "ASSERT",
+    "PACK_PADDED",
     "READ_VERSION",
     "BackwardHookFunction",
     "BatchNormBase",
@@ -70,6 +72,7 @@ __all__ = [
     "free_unbacked_symbols",
     "from_functional",
     "is_functorch_call",
+    "is_mutable",
     "is_traced",
     "lazy_graph_code",
     "make_fx",
@@ -89,6 +92,10 @@ __all__ = [
     "wrap_with_set_grad_enabled",
 ]
 
+
+ASSERT: Any = torch._assert
+PACK_PADDED: Any = torch._VF._pack_padded_sequence
+"""What `pack_padded_sequence` ends in."""
 
 READ_VERSION: Any = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 """What a `TorchFunctionMode` sees where code reads how often a tensor was changed in place."""
@@ -118,6 +125,11 @@ def parametrization_cache() -> dict[Any, Any]:
 def is_functorch_call(target: Any) -> bool:
     """Whether an exported op belongs to a function transform, such as vmap's levels."""
     return str(getattr(target, "__module__", "")).startswith("torch._functorch.")
+
+
+def is_mutable(op: OpOverload) -> bool:
+    """Whether an operator writes to an argument."""
+    return bool(op._schema.is_mutable)
 
 
 def set_traced_call(call: int, stack_trace: str | None) -> None:

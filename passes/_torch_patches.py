@@ -7,12 +7,13 @@ an underscore.
 from __future__ import annotations
 
 import linecache
+import sys
 import weakref
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._decomp import decompositions
 from torch._export.passes import replace_set_grad_with_hop_pass as regions
 from torch._higher_order_ops import effects
@@ -21,7 +22,9 @@ from torch.export import _trace as export_trace
 from torch.fx import graph_module
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.modules import transformer
 
+from autopipe.errors import CaptureError
 from autopipe.interrupts import raise_interrupt
 
 from .one_at_a_time import replaced
@@ -129,6 +132,53 @@ def fix_lstm_state_shapes() -> Iterator[None]:
                 layer = corrected(getattr(decompositions, name))
                 stack.enter_context(replaced(decompositions, name, layer))
         yield
+
+
+@contextmanager
+def take_masks_as_given() -> Iterator[None]:
+    """Let `nn.TransformerEncoder` and `nn.TransformerDecoder` use every mask as it is.
+
+    With ``is_causal=None`` they compare a mask's values with those of the causal mask, and if these
+    are equal, tell their layers that a causal kernel may take its place. torch's layers compute the
+    same with the mask itself, so no value is needed. A layer of the user's own may do anything with
+    ``is_causal``: its model is refused.
+    """
+
+    def is_causal(
+        mask: Tensor | None, is_causal: bool | None = None, size: int | None = None
+    ) -> bool:
+        if is_causal is not None or mask is None:
+            return is_causal is True
+        caller = sys._getframe(2)  # of `replaced`'s wrapper
+        layers = getattr(caller.f_locals.get("self"), "layers", ())
+        own = [type(m) for m in layers if not _is_torch_layer(m)]
+        if own:
+            raise CaptureError(
+                f"{type(caller.f_locals['self']).__name__} tells its layers whether a mask is"
+                " causal, which depends on the values of the mask",
+                source=_written_at(own[0].forward),
+                found=f"layers of a class of your own: {own[0].__name__}",
+                remedy="say it in the call: is_causal=True or is_causal=False (tgt_is_causal for a"
+                " decoder)",
+            )
+        return False
+
+    with replaced(transformer, "_detect_is_causal_mask", is_causal):
+        yield
+
+
+def _written_at(function: Any) -> str:
+    code = function.__code__
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _is_torch_layer(layer: object) -> bool:
+    """Whether a layer computes the same with a causal mask as with the hint that it is one."""
+    kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    attention = [getattr(layer, n, None) for n in ("self_attn", "multihead_attn")]
+    return type(layer) in kinds and all(
+        type(a) is nn.MultiheadAttention for a in attention if a is not None
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import autopipe
 from autopipe.errors import CaptureError
 from autopipe.model_state_key import model_state_key
 
@@ -95,11 +96,40 @@ def test_a_lazy_layer_must_be_called_first() -> None:
     assert "LazyLinear.weight" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 3))]
-)
+def _traced(model: nn.Module) -> nn.Module:
+    traced: nn.Module = torch.jit.trace(model, torch.ones(1, 3))
+    return traced
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    frozen: nn.Module = torch.jit.freeze(torch.jit.script(model.eval()))
+    return frozen
+
+
+@pytest.mark.parametrize("compiled", [torch.jit.script, _traced, _frozen])
 def test_layers_of_torchscript(compiled: Callable[[Any], Any]) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), compiled(nn.Linear(3, 3)))
-    with pytest.raises(CaptureError, match="TorchScript") as caught:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ModuleDict({"a": compiled(nn.Linear(3, 3))}))
+    with pytest.raises(CaptureError, match="a part of the model is compiled by Torch") as caught:
         model_state_key(model)
-    assert caught.value.node == "Linear"
+    assert caught.value.node == "1.a"
+    assert str(caught.value.found).startswith("a Linear, as a ")
+    with pytest.raises(CaptureError, match="the model is compiled by TorchScript"):
+        model_state_key(compiled(nn.Linear(3, 3)))
+
+
+def test_torchscript_that_is_no_layer() -> None:
+    """A layer in a list is found where it is called; functions without parameters just run."""
+
+    class Hidden(nn.Module):
+        def __init__(self, part: Any) -> None:
+            super().__init__()
+            self.first, self.parts = nn.Linear(3, 3), [part]
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.parts[0](self.first(x))
+
+    x = torch.randn(4, 3)
+    with pytest.raises(CaptureError, match="TorchScript"):
+        autopipe.compile(Hidden(torch.jit.script(nn.Linear(3, 3))), 1, 2)(x)
+    model = Hidden(torch.jit.trace(lambda x: x.tanh() * 2, (x,)))
+    torch.testing.assert_close(autopipe.compile(model, 1, 2)(x), model(x))

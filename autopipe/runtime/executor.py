@@ -13,6 +13,7 @@ from . import transfer, workers
 from .backends import backend_of
 from .failure import stage_error
 from .mailbox import AbortError, Mailbox, queue_capacity
+from .memory import plain_parts
 from .random import MicroBatchContext
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ class Run:
             tensor: on any device.
         """
         self.inputs[value, stage, m] = tensor
-        self._caller_storages.add(tensor.untyped_storage().data_ptr())
+        for part in plain_parts(tensor):
+            self._caller_storages.add(part.untyped_storage().data_ptr())
 
     def execute(self, direction: str) -> None:
         """Run all micro-batches forward, or all of them backward.

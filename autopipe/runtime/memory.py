@@ -17,6 +17,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors whose memory a tensor uses.
+
+    Args:
+        tensor: a wrapper of others (a quantised weight) has no memory of its own.
+
+    Returns:
+        The tensor itself; of a wrapper the tensors that it lists (``__tensor_flatten__``), none if
+        it lists none.
+    """
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [x for name in names for x in plain_parts(getattr(tensor, name))]
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # a wrapper that does not tell its parts
+        return []
+    return [tensor]
+
+
 class SavedBytes:
     """Bytes that count for as long as this object lives.
 
@@ -101,9 +121,9 @@ class SavedBytesCounter:
         """
         key = (program, stage, size)
         if key not in self._nbytes:
-            not_counted = {t.untyped_storage().data_ptr() for t in state}
+            not_counted = {x.untyped_storage().data_ptr() for t in state for x in plain_parts(t)}
             sizes: dict[int, int] = {}
-            for tensor in saved:
+            for tensor in (x for t in saved for x in plain_parts(t)):
                 storage = tensor.untyped_storage()
                 address = storage.data_ptr()
                 if address in caller_storages:

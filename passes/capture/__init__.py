@@ -14,6 +14,7 @@ Files, in reading order:
 - `argument_changes`: what a forward changes of its arguments
 - `flat_module`: the model as a function from flat tensors to flat tensors
 - `exporting`: runs torch.export: silences it, refuses what it would lose
+- `vmaps`: `torch.vmap` as plain ops
 - `size_uses`: what the model's code did with symbolic sizes
 - `explain`: short errors for those of torch.export
 - `normalize`: the exported graph → plain ops, one placeholder for each tensor

@@ -24,14 +24,16 @@ from autopipe.passes._torch_patches import (
     fix_lstm_state_shapes,
     keep_no_grad_regions,
     quiet_export,
+    take_masks_as_given,
 )
 from autopipe.passes.graph import is_user_file, user_source_line
 from autopipe.passes.one_at_a_time import replaced
 from autopipe.passes.ops import APPLY_OWNER, apply_function, record_function
 
 from .buffer_state import preserve_attributes
-from .explain import explain
+from .explain import explain, own_class_error, weights_of_own_class
 from .size_uses import SizeUses, record_size_uses
+from .vmaps import flatten_vmaps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,6 +67,7 @@ def export(
                 _refuse_lossy_constructs(),
                 keep_no_grad_regions(),
                 fix_lstm_state_shapes(),
+                take_masks_as_given(),
                 _silence_export(),
                 preserve_attributes(flat),
             ):
@@ -74,11 +77,32 @@ def export(
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
             )
+            _refuse_parts_of_weights(flat, program)
+            flatten_vmaps(program.graph_module)
             return program, sizes
     except AutopipeError:
         raise
     except Exception as error:
-        raise explain(error) from error
+        raise explain(error, flat) from error
+
+
+def _refuse_parts_of_weights(flat: nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Refuse a graph that reads inner tensors of a weight: its stages have the weight as a whole.
+
+    Raises:
+        CaptureError: it does.
+    """
+    own = weights_of_own_class(flat)
+    names = {
+        **program.graph_signature.inputs_to_parameters,
+        **program.graph_signature.inputs_to_buffers,
+    }
+    for node in program.graph.nodes:
+        if own and node.target is torch.ops.export.access_subclass_inner_tensor.default:
+            name = names.get(node.args[0].name, next(iter(own)))
+            raise own_class_error(
+                name, own[name], None, f"the forward reads {node.args[1]!r} of it"
+            )
 
 
 @contextmanager

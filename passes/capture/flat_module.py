@@ -151,6 +151,7 @@ class FlatModel(nn.Module):
                 for change in reversed(changed):
                     change.set("before")
                 state.clear_caches()
+        mode.branches.refuse_caught()
         check_modes(modes)
         state.check_generators()
         refuse_replaced_modules(changed)
@@ -165,6 +166,7 @@ class FlatModel(nn.Module):
         remarks = *state.noted.remarks, *describe_changes(given, entries(args, kwargs))
         result.remarks, result.clocks = remarks, state.noted.clocks
         found = self._flatten_result(out, kwargs)
+        result.notes += state.noted.notes
         _refuse_sizes_in_text(result.leaves, tensors)
         return write_in_place(self.model, assigned, found)
 

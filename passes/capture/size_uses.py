@@ -11,8 +11,10 @@ import sympy
 import torch
 from torch import Tensor
 
+from autopipe.passes._torch import free_unbacked_symbols
 from autopipe.passes.graph import is_user_file
 from autopipe.passes.one_at_a_time import replaced
+from autopipe.passes.python_state import answer_of_check, check_remark, line_of_check
 
 from .symbolic_dims import NamedLengths
 
@@ -29,11 +31,13 @@ class SizeUses:
             fixes it.
         conditions: (condition on sizes, its value) for each condition that was evaluated.
         named: the lengths of the trace.
+        checks: remarks on checks of tensors' values that were passed over.
     """
 
     concretized: list[str] = field(default_factory=list)
     conditions: list[tuple[Any, bool]] = field(default_factory=list)
     named: NamedLengths = field(default_factory=lambda: NamedLengths((), ()))
+    checks: dict[str, None] = field(default_factory=dict)
 
 
 @contextmanager
@@ -62,6 +66,11 @@ def record_size_uses() -> Iterator[SizeUses]:
 
     def recorded_bool(condition: torch.SymBool) -> bool:
         expr, caller = condition.node.expr, sys._getframe(2)
+        if free_unbacked_symbols(condition):  # a value of a tensor
+            answer = answer_of_check(caller)
+            if answer is not None:
+                sizes.checks[check_remark(line_of_check(caller))] = None
+                return answer
         value: bool = to_bool(condition)
         if is_user_file(caller.f_code.co_filename):
             sizes.conditions.append((condition, value))

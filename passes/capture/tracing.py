@@ -98,7 +98,8 @@ def trace_model(request: CaptureRequest) -> Trace:
         if flat.tells_objects_apart and (same := _same_objects(request)):
             flat.share(same)
             normalized, sizes = trace(flat, examples, dims, names)
-        result = replace(flat.result)  # later calls of `flat` replace it
+        remarks = tuple(dict.fromkeys((*flat.result.remarks, *sizes.checks)))
+        result = replace(flat.result, remarks=remarks)  # later calls of `flat` replace it
         if result.clocks:
             check_clock(normalized, trace(flat, examples, dims, names)[0], result.clocks)
         attributes = check_hidden_state(

@@ -21,6 +21,8 @@ Files, in reading order:
 - `questions`: what functions of torch told it about the process
 - `outside_world`: what it asked for outside of the process: clocks, files
 - `watch_calls`: which Python functions it calls
+- `value_checks`: checks of values, which a trace passes over
+- `packed_sequences`: why they are refused
 - `tensor_mode`, `leftovers`: tensors that are reached around the model's names, or left behind
 """
 
@@ -32,10 +34,13 @@ from .changes import Change, Forgotten, forget_tensors, refuse_replaced_modules,
 from .holders import MODULE_INTERNALS
 from .kinds import is_user_module
 from .leftovers import refuse_leftovers
+from .noted import check_remark
+from .packed_sequences import packed_error
 from .random_numbers import AVOIDING_OPTIONS
 from .reads import Reads
 from .state import PythonState
 from .tensor_mode import TensorMode, TensorNames
+from .value_checks import answer_of_check, line_of_check
 from .value_keys import (
     Identity,
     WeakIdentity,
@@ -63,14 +68,18 @@ __all__ = [
     "WeakIdentity",
     "ambient_modes",
     "ambient_settings",
+    "answer_of_check",
     "attribute_names",
     "check_modes",
+    "check_remark",
     "extra_key",
     "forget_tensors",
     "is_made_of_attributes",
     "is_same",
     "is_user_module",
     "is_users_hook",
+    "line_of_check",
+    "packed_error",
     "raw_dict",
     "refuse_leftovers",
     "refuse_replaced_modules",

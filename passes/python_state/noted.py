@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
 
+def check_remark(line: str) -> str:
+    """What the user is told of a check of values that was passed over."""
+    return f"checks values of tensors ({line}); the pipeline does not make this check"
+
+
 class _Compared(Holder):
     """Is compared only: a forward does not change it."""
 
@@ -105,6 +110,7 @@ class Noted:
         flags: name of a parameter → whether it needed gradients.
         environment: variable → its value, or `Missing`.
         remarks: for the user: what the forward does that a pipeline does not.
+        notes: for `explain()`: what a pipeline does in another way.
         clocks: function that tells the time → the line that calls it.
         answers: (function of torch, arguments) → what it returned.
         arguments: what it asked of its arguments: fields of `ArgumentReads`.
@@ -115,6 +121,7 @@ class Noted:
         self.flags: dict[Hashable, Any] = {}
         self.environment: dict[Hashable, Any] = {}
         self.remarks: dict[str, None] = {}
+        self.notes: dict[str, None] = {}
         self.clocks: dict[str, str] = {}
         self.answers: dict[Hashable, Any] = {}
         self.arguments: set[str] = set()
@@ -147,6 +154,16 @@ class Noted:
         ] = None
         if clock:
             self.clocks.setdefault(function, line)
+
+    def note_check(self, line: str) -> None:
+        """Note that a check of values was passed over."""
+        self.remarks[check_remark(line)] = None
+
+    def note_checkpoint(self, line: str) -> None:
+        """Note that the forward marks a region that eager autograd would run again."""
+        self.notes[
+            f"torch.utils.checkpoint ({line}) has no effect here: remat decides what is recomputed"
+        ] = None
 
     def note_type_comparison(self, line: str) -> None:
         """Note that a function compares the type of an object with a tensor's."""

@@ -20,9 +20,12 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
 from autopipe.interrupts import raise_interrupt
-from autopipe.passes._torch import READ_VERSION, is_traced, storage_id
+from autopipe.passes._torch import PACK_PADDED, READ_VERSION, is_traced, storage_id
 from autopipe.passes._torch_modes import without_dispatch_modes
 from autopipe.passes.graph import is_user_file, symbolic_size, user_source_line
+
+from .packed_sequences import packed_error
+from .value_checks import READS_VALUES, Branches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +95,7 @@ class TensorMode(TorchFunctionMode):
 
     Attributes:
         created: the tensors of the trace that it created, as far as they still live.
+        branches: those that depend on values.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class TensorMode(TorchFunctionMode):
         self.is_tracing = bool(inputs)
         self._inputs = {id(x) for x in inputs}
         self.created: list[weakref.ref[Tensor]] = []
+        self.branches = Branches()
         self._foreign: dict[int, Any] = {}  # the storages of constants that share an array's memory
 
     def __torch_function__(
@@ -126,6 +131,12 @@ class TensorMode(TorchFunctionMode):
             return self._call(self._assign_data, *args)
         if func in (*READ_FLAGS, READ_GRADIENT):
             return self._read(func, args[0])
+        if self.is_tracing and func in READS_VALUES:
+            return self.branches.decide(
+                func, args, kwargs, frame=sys._getframe(1), noted=self._noted, call=self._call
+            )
+        if self.is_tracing and func is PACK_PADDED:
+            raise packed_error(CaptureError, user_source_line(traceback.extract_stack()))
         if func == READ_VERSION and self.is_tracing and _is_users(2):
             raise CaptureError(
                 "the forward reads how often a tensor was changed in place; a trace cannot tell",

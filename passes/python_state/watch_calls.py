@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import random
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils.checkpoint
 
 from autopipe.passes.graph import is_standard_library, is_user_file
 
@@ -34,6 +36,7 @@ DRAWING = ("random", "getrandbits")
 
 
 READ_ENVIRONMENT = type(os.environ).__getitem__.__code__
+CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
 TENSOR_HASH = torch.Tensor.__hash__.__code__
 MODES = {f for f in vars(torch).values() if isinstance(f, types.BuiltinFunctionType)}
 CALLS = (types.FunctionType, types.MethodType, functools.partial)
@@ -97,6 +100,8 @@ class CallWatch:
             self._state.enter(frame)
         elif code is READ_ENVIRONMENT:
             self._state.noted.note_variable(str(frame.f_locals["key"]))
+        elif code is CHECKPOINT:
+            self._state.noted.note_checkpoint(_users_line(frame.f_back))
         elif code is TENSOR_HASH:
             self._state.noted.arguments.add("identity")
         else:
@@ -130,6 +135,13 @@ def _draws(function: Any) -> bool:
     if name == "urandom":
         return getattr(function, "__module__", "") in ("posix", "nt")
     return name in DRAWING and isinstance(getattr(function, "__self__", None), random.Random)
+
+
+def _users_line(frame: FrameType | None) -> str:
+    """The line of the nearest caller that is the user's."""
+    while frame is not None and not is_user_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _user_frame(frame: FrameType | None) -> FrameType | None:

@@ -103,6 +103,29 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
 
             autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
             """,
+        "A packed sequence": """\
+            from torch.nn.utils.rnn import pack_padded_sequence
+
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.layer = nn.LSTM(4, 4, batch_first=True)
+                def forward(self, x, lengths):
+                    packed = pack_padded_sequence(x, lengths, batch_first=True)
+                    return self.layer(packed)[1][0][-1]
+
+            x, lengths = torch.randn(3, 5, 4), torch.tensor([5, 4, 2])
+            autopipe.compile(Model(), devices=1, chunks=2)(x, lengths)
+            """,
+        "A layer of one's own that is told whether a mask is causal": """\
+            class Layer(nn.TransformerEncoderLayer):
+                def forward(self, x, src_mask=None, is_causal=False, **others):
+                    return x if is_causal else x * 2
+
+            model = nn.TransformerEncoder(Layer(4, 2, batch_first=True), 1)
+            pipe = autopipe.compile(model, devices=1, chunks=2, in_dims={"mask": None})
+            pipe(torch.randn(6, 3, 4), mask=nn.Transformer.generate_square_subsequent_mask(3))
+            """,
         "A batch size that becomes a number": """\
             class Model(nn.Module):
                 def forward(self, x):
@@ -119,10 +142,10 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             x = torch.randn(6, 4, requires_grad=True)
             autopipe.compile(Model(), devices=1, chunks=2)(x)
             """,
-        "vmap in the forward": """\
+        "Random numbers in a vmap": """\
             class Model(nn.Module):
                 def forward(self, x):
-                    return torch.vmap(torch.sin)(x)
+                    return torch.vmap(lambda a: a * torch.rand(()), randomness="different")(x)
 
             autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
             """,
@@ -185,6 +208,14 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             pipe = autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2)
             pipe(torch.randn(6, 4))
             pipe(torch.randn(6, 4), torch.randn(6))
+            """,
+        "Targets with an entry for each sample": """\
+            class Model(nn.Module):
+                def forward(self, x, targets):
+                    return torch.stack([(a - t["box"]).sum() for a, t in zip(x, targets)])
+
+            targets = [{"box": torch.rand(n, 4)} for n in (1, 2, 1)]
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(3, 4), targets)
             """,
         "Inputs that differ in their number of samples": """\
             autopipe.compile(nn.Bilinear(4, 4, 2), 1, 2)(torch.randn(6, 4), torch.randn(5, 4))
