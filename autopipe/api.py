@@ -56,7 +56,8 @@ def compile(
         devices: number of stages, or one device for each. A number means ``cuda:0 … cuda:n-1``, or
             that many CPU workers where there is no GPU.
         chunks: M, the number of micro-batches that a batch is split into (fewer for a batch with
-            fewer samples; it need not divide). None: the planner chooses on the first batch.
+            fewer samples, or where batch norm in training would see one value per channel; it need
+            not divide). None: the planner chooses on the first batch.
         plan: a `Plan` or the file of one. Its cut is used, and its devices, chunks, schedule and
             remat if these are not given. It must be a plan of the same model with similar inputs.
         schedule: "gpipe" (default): all micro-batches forward, then all backward; "auto": the

@@ -13,7 +13,7 @@ from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.parameters import move, parameter
 from autopipe.passes.driver import lower_to_code, phases_by_size
 from autopipe.passes.ir import InputKind
-from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
+from autopipe.passes.phases import PhaseRequest, TraceCache, least_samples, received_strides
 from autopipe.planning.fitting import missing_bytes
 from autopipe.planning.make_plan import make_plan, modeled_timers
 from autopipe.progress import silent
@@ -61,6 +61,7 @@ class CompiledModel:
         self.call_inputs = tuple(i for i in captured.inputs if i.kind is InputKind.INPUT)
         self.expected = usual_outputs(captured)
         self._fits: dict[int, bool] = {}
+        self._least: dict[int, int] = {}
         self._programs: dict[ProgramKey, CompiledProgram] = {}
         self._traces = traces
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
@@ -83,6 +84,11 @@ class CompiledModel:
         if batch not in self._fits:
             self._fits[batch] = self.split.captured.size_guards.hold_for(batch)
         return self._fits[batch]
+
+    def _least_samples(self, batch: int) -> int:
+        if batch not in self._least:
+            self._least[batch] = least_samples(self.split.captured, batch)
+        return self._least[batch]
 
     def tensor(self, kind: InputKind, target: str) -> Tensor:
         """Return a parameter, buffer or constant of the model.
@@ -157,10 +163,11 @@ class CompiledModel:
 
         Raises:
             MemoryLimitError: the batch needs more memory than the devices have.
-            InputError: a batch norm would see a single value per channel.
+            InputError: a batch norm would see a single value per channel even in one micro-batch.
         """
         captured, leaves = self.split.captured, inputs.leaves
-        sizes = microbatch.sizes(inputs.batch, self.options.resolved.chunks)
+        least = self._least_samples(inputs.batch)
+        sizes = microbatch.sizes(inputs.batch, self.options.resolved.chunks, least)
         parameters = tuple(self._tensor(i) for i in self.parameters)
         tensors = [*(leaves[i.index] for i in self.call_inputs), *parameters]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

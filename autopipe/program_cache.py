@@ -26,7 +26,7 @@ from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
 from autopipe.passes.driver import capture_with_costs, cut_into_stages
 from autopipe.passes.one_at_a_time import one_at_a_time
-from autopipe.passes.phases import TraceCache
+from autopipe.passes.phases import TraceCache, least_samples
 from autopipe.passes.python_state import ambient_settings
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
@@ -213,7 +213,7 @@ class ProgramCache:
     ) -> Split:
         """Cut as in the plan, or balanced if there is none; nothing is left to choose."""
         plan, (chunks, remat) = options.plan, options.resolved
-        sizes = microbatch.sizes(batch, chunks)
+        sizes = microbatch.sizes(batch, chunks, least_samples(annotated.captured, batch))
         models = options.device_models
         in_flight = schedule(options.schedule_kind, len(models), len(sizes)).in_flight()
         objective = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)

@@ -13,6 +13,7 @@ Read the files in this order:
 
     `request`             the arguments as one value; the cache of traced stages
     `cut`                 Split -> Phased: trace every stage, cut its joint graph
+    `batch_norm`          how many samples batch norm in training needs
     `joint_trace`         one stage graph -> its joint forward and backward graph
     `stage_runner`        run a stage graph op by op, also while it is traced
     `lower_random`        clean a joint graph; turn random ops into keyed draws of `ctx`
@@ -24,6 +25,7 @@ Read the files in this order:
 
 from __future__ import annotations
 
+from .batch_norm import batch_norms, least_samples
 from .cut import cut_phases, received_strides
 from .joint_trace import TensorMeta
 from .request import PhaseRequest, TraceCache
@@ -33,7 +35,9 @@ __all__ = [
     "PhaseRequest",
     "TensorMeta",
     "TraceCache",
+    "batch_norms",
     "cut_phases",
+    "least_samples",
     "received_strides",
     "run_stage",
 ]

@@ -7,31 +7,26 @@ back traces each stage with the gradients that it receives. Identical stages are
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from autopipe.errors import InputError
-from autopipe.passes.graph import source_line, tensor_spec
 from autopipe.passes.ir import (
     Captured,
     Phased,
     Split,
     StageGraph,
     StagePhases,
-    at_batch,
 )
 
 from .assign_phases import cut_joint
+from .batch_norm import check_batch_norms
 from .joint_trace import TensorMeta, forward_metadata, trace_joint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from .request import PhaseRequest, TraceCache
-
-aten = torch.ops.aten
 
 Located: TypeAlias = "tuple[TensorMeta, torch.device]"
 """A value's metadata, and the device it is on."""
@@ -55,7 +50,7 @@ def cut_phases(
         InputError: a batch norm would see a single value per channel.
     """
     split = request.split
-    _check_batch_norm(split, size)
+    check_batch_norms(split.captured, size)
     inputs, known = _propagate_metadata(request, size, cache)
     differentiable = frozenset(
         o.name for o in split.captured.outputs if known[o.name][0].requires_grad
@@ -146,22 +141,6 @@ def _contiguous(meta: TensorMeta) -> TensorMeta:
     """The metadata of an output's gradient, which arrives contiguous."""
     stride = torch.empty(meta.shape, device="meta").stride()
     return meta._replace(stride=stride, requires_grad=False)
-
-
-def _check_batch_norm(split: Split, size: int) -> None:
-    """Refuse batch norm over a single value per channel, as eager PyTorch does."""
-    for node in split.captured.graph_module.graph.nodes:
-        if node.target is not aten.batch_norm.default or not node.args[5]:
-            continue
-        shape = [at_batch(s, size) for s in tensor_spec(node).shape]
-        if math.prod(shape) == shape[1]:
-            raise InputError(
-                f"batch norm in training needs more than one value per channel, and a micro-batch"
-                f" of {size} has one",
-                node=node.name,
-                source=source_line(node),
-                remedy="use fewer chunks or a larger batch",
-            )
 
 
 def _autocast(device: torch.device) -> Hashable:
