@@ -39,21 +39,26 @@ class Pipeline(ModuleProxy):
 
     Its parameters, buffers and submodules are the model's own objects, under the model's own names,
     so that optimizers, checkpoints and hooks of one work with the other. Other attributes, such as
-    ``pipe.config``, are looked up in the model.
+    ``pipe.config``, are looked up in the model. The names below (``plan``, ``stages``, ``step`` …)
+    are the pipeline's: where the model has the same name, its own is ``pipe.model.plan``.
 
     The model is captured on the first call in each mode (train, eval), or by `capture`; and again
     if its modules, their plain attributes, hooks or ties have changed (`model_state_key`).
     """
 
+    options: Options
+    memory: SavedBytesCounter
+    _programs: ProgramCache
+
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options.devices)
-        self.options = options
+        self._keep("options", options)
         self._reset()
 
     def _reset(self) -> None:
         """Discard everything that was compiled."""
-        self._programs = ProgramCache(self.model, self.options)
-        self.memory = SavedBytesCounter(len(self._programs.workers))
+        self._keep("_programs", ProgramCache(self.model, self.options))
+        self._keep("memory", SavedBytesCounter(len(self._programs.workers)))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
