@@ -44,11 +44,18 @@ def batch_of(
     if not sizes:
         raise InputError(
             "no input has a batch dimension",
-            remedy="pass at least one batched tensor; in_dims says which dimension it is",
+            expected="a tensor with at least one dimension",
+            found=", ".join(dict.fromkeys(map(_class_of, leaves))) or "no inputs",
+            remedy="pass at least one batched tensor: torch.as_tensor(array) makes one of an array"
+            " or a list; in_dims says which dimension holds the samples",
         )
     if len(set(sizes)) > 1:
         named = [*zip(_positional_names(model, len(args)), args, strict=True), *kwargs.items()]
-        names = [name for name, value in named for _ in pytree.tree_leaves(value)]
+        names = [
+            name + pytree.keystr(path)
+            for name, value in named
+            for path, _ in pytree.tree_leaves_with_path(value)
+        ]
         found = [
             f"{name}: {x.shape[d]} in dimension {d} of {tuple(x.shape)}"
             for name, x, d in zip(names, leaves, dims, strict=True)
@@ -57,11 +64,21 @@ def batch_of(
         raise InputError(
             "the inputs differ in their number of samples",
             found="; ".join(found),
-            remedy="say which inputs are not batched, for example in_dims={'mask': None}",
+            remedy="give all the same number of samples, or say which inputs are not batched, for"
+            " example in_dims={'mask': None}",
         )
     if sizes[0] == 0:
         raise InputError("a batch without samples", found="0 samples")
     return dims, int(sizes[0])
+
+
+def _class_of(leaf: Any) -> str:
+    """What an input is, for a message: ``Tensor of shape ()``, ``numpy.ndarray``, ``float``."""
+    if isinstance(leaf, Tensor):
+        return f"{type(leaf).__name__} of shape {tuple(leaf.shape)}"
+    kind = type(leaf)
+    inner = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{inner}{kind.__qualname__}"
 
 
 def _requested_dims(

@@ -21,7 +21,7 @@ from autopipe.module_proxy import ModuleProxy
 from autopipe.pipeline_call import PipelineCall
 from autopipe.program_cache import ProgramCache
 from autopipe.report.stages import StageView, views
-from autopipe.results import finish
+from autopipe.results import finish, loss_of
 from autopipe.runtime.autograd import PipelineFunction
 from autopipe.runtime.memory import SavedBytesCounter
 from autopipe.verification.compare import ComparedPipeline, Verification, compare
@@ -117,18 +117,7 @@ class Pipeline(ModuleProxy):
         Raises:
             OptionError: there is no loss.
         """
-        output = self(*args, **kwargs)
-        if self.options.loss_fn is not None:
-            loss = self.options.loss_fn(output, target)
-        else:
-            loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", output)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise OptionError(
-                "step needs a loss",
-                expected="one number",
-                found=type(loss).__name__,
-                remedy="pass loss_fn to autopipe.compile, or use a model that returns its loss",
-            )
+        loss = loss_of(self(*args, **kwargs), target, self.options.loss_fn)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

@@ -13,7 +13,6 @@ take other branches); its stages are traced once per `ProgramKey`.
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -25,6 +24,7 @@ from autopipe.errors import OptionError
 from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
 from autopipe.passes.driver import capture_with_costs, cut_into_stages
+from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.phases import TraceCache, least_samples
 from autopipe.passes.python_state import ambient_settings
@@ -236,10 +236,9 @@ class ProgramCache:
         self._models.setdefault(ModelKey(state, call), []).append(compiled)
         self._signatures.setdefault(state, set()).add(call.signature)
         if len(self._signatures) > MANY_STATES:
-            warnings.warn(
+            warn_at_user_line(
                 f"the model has been captured in {len(self._signatures)} configurations: attributes"
-                " of its modules change from call to call, and each change costs a capture",
-                stacklevel=5,
+                " of its modules change from call to call, and each change costs a capture"
             )
 
 
