@@ -20,10 +20,10 @@ from autopipe.interrupts import deferred, raise_deferred
 from autopipe.module_proxy import ModuleProxy
 from autopipe.pipeline_call import PipelineCall
 from autopipe.program_cache import ProgramCache
+from autopipe.report.memory_view import PipelineMemory
 from autopipe.report.stages import StageView, views
 from autopipe.results import finish, loss_of
 from autopipe.runtime.autograd import PipelineFunction
-from autopipe.runtime.memory import SavedBytesCounter
 from autopipe.verification.compare import ComparedPipeline, Verification, compare
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Pipeline(ModuleProxy):
     """
 
     options: Options
-    memory: SavedBytesCounter
+    memory: PipelineMemory
     _programs: ProgramCache
 
     def __init__(self, model: nn.Module, options: Options) -> None:
@@ -58,7 +58,7 @@ class Pipeline(ModuleProxy):
     def _reset(self) -> None:
         """Discard everything that was compiled."""
         self._keep("_programs", ProgramCache(self.model, self.options))
-        self._keep("memory", SavedBytesCounter(len(self._programs.workers)))
+        self._keep("memory", PipelineMemory(len(self._programs.workers)))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
