@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 def compile(
     model: UserModel,
-    devices: int | Sequence[str | torch.device] | None = None,
+    devices: int | Sequence[int | str | torch.device] | None = None,
     chunks: int | None = None,
     *,
     plan: Plan | str | PathLike[str] | None = None,
     schedule: str | None = None,
     remat: str | float | Sequence[str | float] | None = None,
-    memory: int | str | Sequence[int | str] | None = None,
+    memory: float | str | Sequence[float | str] | None = None,
     profile: bool = False,
     in_dims: Any = 0,
     out_reduce: str | None = None,
@@ -55,9 +55,11 @@ def compile(
             dimension. It is not changed, except that its parameters move to the devices of their
             stages.
         devices: number of stages, or one device for each. A number means ``cuda:0 … cuda:n-1``, or
-            that many CPU workers where there is no GPU.
+            that many CPU workers where there is no GPU. In a list a number is a GPU's index:
+            ``[0, 1]`` means ``["cuda:0", "cuda:1"]``.
         chunks: M, the number of micro-batches that a batch is split into (fewer for a batch with
-            fewer samples; it need not divide). None: the planner chooses on the first batch.
+            fewer samples, or where batch norm in training would see one value per channel; it need
+            not divide). None: the planner chooses on the first batch.
         plan: a `Plan` or the file of one. Its cut is used, and its devices, chunks, schedule and
             remat if these are not given. It must be a plan of the same model with similar inputs.
         schedule: "gpipe" (default): all micro-batches forward, then all backward; "auto": the
@@ -67,8 +69,8 @@ def compile(
             that autograd saves; "min-cut": what functorch's partitioner chooses; a number from 0
             to 1: that fraction of min-cut's bytes; "auto": for each stage the policy that
             recomputes least and fits. Or a list of one for each stage.
-        memory: limit per device, in bytes or as "16GiB" or "80GB", or a list of one for each
-            device. It covers parameters, gradients, Adam's state, saved activations of all
+        memory: limit per device, in bytes (``16e9``) or as "16GiB" or "80GB", or a list of one for
+            each device. It covers parameters, gradients, Adam's state, saved activations of all
             micro-batches in flight, and temporary tensors.
         profile: if choices need times, measure the model's ops and stages on the devices instead of
             computing times from the device table.
@@ -125,14 +127,14 @@ def compile(
 
 def plan(
     model: UserModel,
-    devices: int | Sequence[str | torch.device],
+    devices: int | Sequence[int | str | torch.device],
     chunks: int | None = None,
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     schedule: str = DEFAULT_KIND,
     remat: str | float | Sequence[str | float] = "full",
-    memory: int | str | Sequence[int | str] | None = None,
+    memory: float | str | Sequence[float | str] | None = None,
     device: str | Device | Sequence[str | Device] | None = None,
     profile: bool = False,
     in_dims: Any = 0,

@@ -53,12 +53,19 @@ def batch_of(
     if not sizes:
         raise InputError(
             "no input has a batch dimension",
-            remedy="pass at least one batched tensor; in_dims says which dimension it is",
+            expected="a tensor with at least one dimension",
+            found=", ".join(dict.fromkeys(map(_class_of, leaves))) or "no inputs",
+            remedy="pass at least one batched tensor: torch.as_tensor(array) makes one of an array"
+            " or a list; in_dims says which dimension holds the samples",
         )
     if len(set(sizes)) > 1:
         named = [*zip(_positional_names(model, len(args)), args, strict=True), *kwargs.items()]
-        names = [name for name, value in named for _ in pytree.tree_leaves(value)]
-        raise _sizes_differ(dict(named), names, leaves, dims)
+        paths = [
+            (name, pytree.keystr(path))
+            for name, value in named
+            for path, _ in pytree.tree_leaves_with_path(value)
+        ]
+        raise _sizes_differ(dict(named), paths, leaves, dims)
     if sizes[0] == 0:
         raise InputError("a batch without samples", found="0 samples")
     return dims, int(sizes[0])
@@ -66,7 +73,7 @@ def batch_of(
 
 def _sizes_differ(
     named: Mapping[str, Any],
-    names: Sequence[str],
+    paths: Sequence[tuple[str, str]],
     leaves: Sequence[Any],
     dims: Sequence[int | None],
 ) -> InputError:
@@ -74,22 +81,25 @@ def _sizes_differ(
 
     Args:
         named: the arguments.
-        names: for each leaf the name of its argument.
+        paths: for each leaf the name of its argument, and where the leaf is in it.
         leaves: of the arguments.
         dims: for each leaf its batch dimension, or None.
     """
     sizes: dict[str, set[int]] = {}
     found = []
-    for name, x, d in zip(names, leaves, dims, strict=True):
+    for (name, path), x, d in zip(paths, leaves, dims, strict=True):
         if d is not None:
             sizes.setdefault(name, set()).add(x.shape[d])
-            found.append(f"{name}: {x.shape[d]} in dimension {d} of {tuple(x.shape)}")
+            found.append(f"{name}{path}: {x.shape[d]} in dimension {d} of {tuple(x.shape)}")
     found = [*found[:MOST_SHOWN], *(["…"] if len(found) > MOST_SHOWN else [])]
     usual = Counter(n for ns in sizes.values() if len(ns) == 1 for n in ns).most_common(1)
     others = [n for n, ns in sizes.items() if not usual or ns != {usual[0][0]}]
-    own = dict(zip(names, dims, strict=True))
+    own = dict(zip((name for name, _ in paths), dims, strict=True))
     suggested = {n: None if n in others else own[n] for n in sizes if n in others or own[n] != 0}
-    remedy = f"say which inputs are not batched, for example in_dims={suggested}"
+    remedy = (
+        "give all the same number of samples, or say which inputs are not batched, for example"
+        f" in_dims={suggested}"
+    )
     each = [n for n in others if _has_entry_per_sample(named[n], usual[0][0] if usual else None)]
     if each:
         remedy = (
@@ -116,6 +126,15 @@ def _has_entry_per_sample(value: Any, samples: int | None) -> bool:
     if all(isinstance(entry, (dict, Parts)) for entry in value):
         return True
     return len(value) == samples and all(isinstance(x, (Tensor, list, tuple)) for x in value)
+
+
+def _class_of(leaf: Any) -> str:
+    """What an input is, for a message: ``Tensor of shape ()``, ``numpy.ndarray``, ``float``."""
+    if isinstance(leaf, Tensor):
+        return f"{type(leaf).__name__} of shape {tuple(leaf.shape)}"
+    kind = type(leaf)
+    inner = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{inner}{kind.__qualname__}"
 
 
 def _requested_dims(

@@ -13,7 +13,7 @@ from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.lengths import lengths_of
 from autopipe.parameters import move, parameter
 from autopipe.passes.ir import B, InputKind
-from autopipe.passes.phases import concrete
+from autopipe.passes.phases import concrete, least_samples
 from autopipe.planning.fitting import missing_bytes
 from autopipe.planning.make_plan import make_plan, modeled_timers
 from autopipe.progress import silent
@@ -78,6 +78,7 @@ class CompiledModel:
         self.programs = TracedPrograms(split, options, workers, traces, self._tensor)
         self.used: Hashable = None
         self._within_limits: dict[ProgramKey, None] = {}
+        self._least: dict[int, int] = {}
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
 
     def fits(self, inputs: CallInputs) -> bool:
@@ -127,6 +128,11 @@ class CompiledModel:
             captured = self.split.captured
             self._sizes[key] = captured.sizes(inputs.leaves, inputs.batch) if same else None
         return self._sizes[key]
+
+    def _least_samples(self, batch: int) -> int:
+        if batch not in self._least:
+            self._least[batch] = least_samples(self.split.captured, batch)
+        return self._least[batch]
 
     def tensor(self, kind: InputKind, target: str) -> Tensor:
         """Return a parameter, buffer or constant of the model.
@@ -201,10 +207,11 @@ class CompiledModel:
 
         Raises:
             MemoryLimitError: the batch needs more memory than the devices have.
-            InputError: a batch norm would see a single value per channel.
+            InputError: a batch norm would see a single value per channel even in one micro-batch.
         """
         captured, leaves = self.split.captured, inputs.leaves
-        sizes = microbatch.sizes(inputs.batch, self.options.resolved.chunks)
+        least = self._least_samples(inputs.batch)
+        sizes = microbatch.sizes(inputs.batch, self.options.resolved.chunks, least)
         parameters = tuple(self._tensor(i) for i in self.parameters)
         tensors = [*(leaves[i.index] for i in self.call_inputs), *parameters]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,15 @@ def format_bytes_short(nbytes: float) -> str:
     return f"{float(number):.0f} {unit}" if len(number) > 4 else f"{number} {unit}"
 
 
-def format_seconds(seconds: float) -> str:
-    """Format a time with three significant digits: ``680 ms``, ``212 µs``."""
+def format_seconds(seconds: float, digits: int = 3) -> str:
+    """Format a time with three significant digits: ``680 ms``, ``212 µs``.
+
+    Args:
+        seconds: the time.
+        digits: fewer for what is known less exactly; the others are 0 or left out.
+    """
+    if 0 < abs(seconds) < math.inf and digits < 3:
+        seconds = float(f"{seconds:.{digits - 1}e}")
     if seconds == 0:
         return "0 s"
     if not 0 < seconds < math.inf:
@@ -49,6 +57,32 @@ def format_count(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.3g}"
+
+
+def notebook_table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a notebook, as HTML; cells may break, so that it fits a narrow one.
+
+    Args:
+        caption: its title.
+        headings: one for each column.
+        rows: cells as text, which is escaped.
+    """
+    style = "text-align:left;white-space:normal;overflow-wrap:anywhere;padding:3px 8px 3px 0"
+
+    def line(kind: str, cells: Sequence[str]) -> str:
+        written = (f'<{kind} style="{style}">{_escaped(cell)}</{kind}>' for cell in cells)
+        return f"<tr>{''.join(written)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return (
+        '<table style="max-width:100%;font-size:12px;font-variant-numeric:tabular-nums">'
+        f'<caption style="text-align:left">{_escaped(caption)}</caption>'
+        f"<thead>{line('th', headings)}</thead><tbody>{body}</tbody></table>"
+    )
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:

@@ -20,10 +20,10 @@ from autopipe.interrupts import deferred, raise_deferred
 from autopipe.module_proxy import ModuleProxy
 from autopipe.pipeline_call import PipelineCall
 from autopipe.program_cache import ProgramCache
+from autopipe.report.memory_view import PipelineMemory
 from autopipe.report.stages import StageView, views
-from autopipe.results import finish
+from autopipe.results import finish, loss_of
 from autopipe.runtime.autograd import PipelineFunction
-from autopipe.runtime.memory import SavedBytesCounter
 from autopipe.verification.compare import ComparedPipeline, Verification, compare
 
 if TYPE_CHECKING:
@@ -39,21 +39,26 @@ class Pipeline(ModuleProxy):
 
     Its parameters, buffers and submodules are the model's own objects, under the model's own names,
     so that optimizers, checkpoints and hooks of one work with the other. Other attributes, such as
-    ``pipe.config``, are looked up in the model.
+    ``pipe.config``, are looked up in the model. The names below (``plan``, ``stages``, ``step`` …)
+    are the pipeline's: where the model has the same name, its own is ``pipe.model.plan``.
 
     The model is captured on the first call in each mode (train, eval), or by `capture`; and again
     if its modules, their plain attributes, hooks or ties have changed (`model_state_key`).
     """
 
+    options: Options
+    memory: PipelineMemory
+    _programs: ProgramCache
+
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options.devices)
-        self.options = options
+        self._keep("options", options)
         self._reset()
 
     def _reset(self) -> None:
         """Discard everything that was compiled."""
-        self._programs = ProgramCache(self.model, self.options)
-        self.memory = SavedBytesCounter(len(self._programs.workers))
+        self._keep("_programs", ProgramCache(self.model, self.options))
+        self._keep("memory", PipelineMemory(len(self._programs.workers)))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -114,18 +119,7 @@ class Pipeline(ModuleProxy):
         Raises:
             OptionError: there is no loss.
         """
-        output = self(*args, **kwargs)
-        if self.options.loss_fn is not None:
-            loss = self.options.loss_fn(output, target)
-        else:
-            loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", output)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise OptionError(
-                "step needs a loss",
-                expected="one number",
-                found=type(loss).__name__,
-                remedy="pass loss_fn to autopipe.compile, or use a model that returns its loss",
-            )
+        loss = loss_of(self(*args, **kwargs), target, self.options.loss_fn)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-OWN = {"options", "memory", "training"}
-"""Public attributes of a pipeline."""
-
-
 class ModuleProxy(nn.Module):
     """A module that shares another one's parameters, buffers, submodules and attributes.
+
+    A name that both have is the proxy's: its class's methods and properties, and what it stores
+    with `_keep`. The model's own is then ``proxy.model.name``. State dicts, names of parameters and
+    `get_submodule` know the model's names only.
 
     Args:
         model: the other module.
@@ -32,8 +32,8 @@ class ModuleProxy(nn.Module):
     def __init__(self, model: nn.Module, devices: Sequence[torch.device]) -> None:
         super().__init__()
         # A child module would add a prefix to every name; instead the registries are shared.
-        object.__setattr__(self, "model", model)
-        self._devices = tuple(devices)
+        self._keep("model", model)
+        self._keep("_devices", tuple(devices))
         self._share()
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self.training = model.training
@@ -42,6 +42,13 @@ class ModuleProxy(nn.Module):
         self._parameters = self.model._parameters
         self._buffers = self.model._buffers
         self._modules = self.model._modules
+
+    def _keep(self, name: str, value: Any) -> None:
+        """Store an attribute of the proxy, whatever the model calls its parts.
+
+        (`nn.Module.__setattr__` refuses a name that one of the shared registries has.)
+        """
+        object.__setattr__(self, name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's own state dict, with the same keys."""
@@ -65,18 +72,49 @@ class ModuleProxy(nn.Module):
         except AttributeError:
             return getattr(self.model, name)
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return a submodule of the model by its name there; the proxy itself for ``""``."""
+        return self.model.get_submodule(target) if target else self
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return a parameter of the model by its name there."""
+        return self.model.get_parameter(target)
+
+    def get_buffer(self, target: str) -> Tensor:
+        """Return a buffer of the model by its name there."""
+        return self.model.get_buffer(target)
+
+    def register_buffer(self, *args: Any, **kwargs: Any) -> None:
+        """Register a buffer of the model."""
+        self.model.register_buffer(*args, **kwargs)
+
+    def register_parameter(self, *args: Any, **kwargs: Any) -> None:
+        """Register a parameter of the model."""
+        self.model.register_parameter(*args, **kwargs)
+
+    def add_module(self, *args: Any, **kwargs: Any) -> None:
+        """Add a submodule to the model; `register_module` is the same."""
+        self.model.add_module(*args, **kwargs)
+
+    register_module = add_module
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute of the model, unless it is the pipeline's own.
 
-        The pipeline's own are those that its class has (``forward``, hooks), and private ones that
-        the model does not have.
+        The pipeline's own are those that `nn.Module` has (``forward``, hooks), and private ones
+        that the model does not have.
+
+        Raises:
+            UnsupportedError: the name is of the pipeline's public interface.
         """
+        self._refuse_public(name)
         if self._is_own(name):
             super().__setattr__(name, value)
         else:
             setattr(self.model, name, value)
 
     def __delattr__(self, name: str) -> None:
+        self._refuse_public(name)
         if name in vars(self) or self._is_own(name):
             super().__delattr__(name)
         else:
@@ -85,7 +123,17 @@ class ModuleProxy(nn.Module):
     def _is_own(self, name: str) -> bool:
         if name in vars(self) or hasattr(type(self), name) or "model" not in vars(self):
             return True
-        return name in OWN or (name.startswith("_") and not hasattr(self.model, name))
+        return name.startswith("_") and not hasattr(self.model, name)
+
+    def _refuse_public(self, name: str) -> None:
+        """Refuse to change what a proxy has beyond an ordinary module."""
+        if name.startswith("_") or name == "training" or hasattr(nn.Module, name):
+            return
+        if name in vars(self) or hasattr(type(self), name):
+            raise UnsupportedError(
+                f"`{name}` is the pipeline's own and cannot be changed",
+                remedy=f"the model's attribute of this name is pipe.model.{name}",
+            )
 
     def install(self) -> nn.Module:
         """Make calls of the model itself run this pipeline.

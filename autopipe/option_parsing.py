@@ -88,20 +88,21 @@ def each(what: str, value: Any, count: int, read: Callable[[Any], T]) -> tuple[T
 
 
 def size(value: Any) -> int:
-    """Parse a number of bytes: a number, or a text such as 16GiB or 80 GB.
+    """Parse a number of bytes: a whole number (16e9 too), or a text such as 16GiB or 80 GB.
 
     Raises:
         OptionError: it is neither, or not above 0.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if whole and not isinstance(value, bool) and value > 0:
+        return int(value)
     text = value if isinstance(value, str) else ""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt]?)(i?)B\s*", text)
     bytes_ = 0 if match is None or (match[3] and not match[2]) else _bytes(*match.groups())
     if bytes_ < 1:
         raise OptionError(
             "`memory` is what a device has for the pipeline",
-            expected='bytes above 0, as a number or as "16GiB" (2^30) or "80GB" (10^9)',
+            expected='bytes above 0, as a whole number or as "16GiB" (2^30) or "80GB" (10^9)',
             found=shown(value),
         )
     return bytes_
@@ -116,12 +117,13 @@ def _bytes(number: str, unit: str, binary: str) -> int:
 
 
 def parse_devices(
-    devices: int | Sequence[str | torch.device], *, elsewhere: bool
+    devices: int | Sequence[int | str | torch.device], *, elsewhere: bool
 ) -> tuple[torch.device, ...]:
     """The device of each stage.
 
     Args:
-        devices: a number of accelerators (of CPU workers where there are none), or a list.
+        devices: a number of accelerators (of CPU workers where there are none), or a list; an
+            index in it is that of an accelerator, as in ``torch.device(0)``.
         elsewhere: the pipeline will run on another machine, so more devices than are here are
             allowed.
 
@@ -157,18 +159,35 @@ def parse_devices(
     if isinstance(devices, (str, int)) or not isinstance(devices, Sequence):
         raise OptionError(
             "devices is a count or a list",
-            expected='2 or ["cuda:0", "cuda:1"]',
+            expected='2, ["cuda:0", "cuda:1"] or [0, 1]',
             found=shown(devices),
         )
     if not devices:
         raise OptionError("a pipeline needs a device", expected="at least 1", found="an empty list")
-    return tuple(map(_parse_device, devices))
+    return tuple(
+        _accelerator(d, len(devices))
+        if isinstance(d, int) and not isinstance(d, bool)
+        else _parse_device(d)
+        for d in devices
+    )
 
 
-def _parse_device(value: str | torch.device) -> torch.device:
+def _accelerator(index: int, count: int) -> torch.device:
+    """The accelerator with an index, one of `count` devices that the user listed."""
+    present = accelerators()
+    if 0 <= index < len(present):
+        return present[index]
+    if not present:
+        instead = f'devices={count}, or ["cpu"] * {count}: CPU workers (there is no GPU)'
+    else:
+        instead = f'"cpu", or an index from 0 to {len(present) - 1}'
+    raise DeviceError("no GPU with this index here", expected=instead, found=shown(index))
+
+
+def _parse_device(value: bool | str | torch.device) -> torch.device:
     """Parse one device, which must exist here, and add its index."""
     try:
-        device = torch.device(value)
+        device = torch.device(str(value) if isinstance(value, bool) else value)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(
             "no such device", expected='"cpu" or "cuda:0"', found=shown(value)

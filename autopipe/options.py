@@ -141,11 +141,11 @@ def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:
 
 def parse_options(
     *,
-    devices: int | Sequence[str | torch.device] | None,
+    devices: int | Sequence[int | str | torch.device] | None,
     chunks: int | None,
     schedule: str | None,
     remat: str | float | Sequence[str | float] | None,
-    memory: int | str | Sequence[int | str] | None,
+    memory: float | str | Sequence[float | str] | None,
     in_dims: Any,
     out_reduce: str | None,
     batch_norm: str,
@@ -252,7 +252,7 @@ def _check_reductions(out_reduce: str | None, batch_norm: str) -> None:
 
 def _devices_beside_plan(
     plan: Plan,
-    devices: int | Sequence[str | torch.device] | None,
+    devices: int | Sequence[int | str | torch.device] | None,
     chunks: int | None,
     schedule: str | None,
     remat: Any,

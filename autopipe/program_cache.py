@@ -15,7 +15,6 @@ that parameters stay where they are.
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -29,8 +28,9 @@ from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
 from autopipe.passes.capture import input_names
 from autopipe.passes.driver import capture_with_costs, cut_into_stages
+from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.one_at_a_time import one_at_a_time
-from autopipe.passes.phases import TraceCache
+from autopipe.passes.phases import TraceCache, least_samples
 from autopipe.passes.python_state import ambient_settings
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import EarlierCut, objective_of
@@ -257,7 +257,7 @@ class ProgramCache:
     ) -> Split:
         """Cut as before; else as in the plan, or balanced if there is none."""
         plan, (chunks, remat) = options.plan, options.resolved
-        sizes = microbatch.sizes(batch, chunks)
+        sizes = microbatch.sizes(batch, chunks, least_samples(annotated.captured, batch))
         models = options.device_models
         in_flight = schedule(options.schedule_kind, len(models), len(sizes)).in_flight()
         objective = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
@@ -281,10 +281,9 @@ class ProgramCache:
         self._models.setdefault(ModelKey(state, call), []).append(compiled)
         self._signatures.setdefault(state, set()).add(call.signature)
         if len(self._signatures) > MANY_STATES:
-            warnings.warn(
+            warn_at_user_line(
                 f"the model has been captured in {len(self._signatures)} configurations: attributes"
-                " of its modules change from call to call, and each change costs a capture",
-                stacklevel=5,
+                " of its modules change from call to call, and each change costs a capture"
             )
 
 

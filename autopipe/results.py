@@ -8,10 +8,12 @@ After the forward, in this order:
     fill_result      final values → the structure that the model returns
 
 For the backward: `share_gradients`, the reverse of `gather_outputs`, and `input_gradient`.
+`loss_of` finds the loss in a result, for `Pipeline.step`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from autopipe.errors import OptionError, describe, shown
 from autopipe.passes.ir import SUM, B, Concatenate, InputKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, MutableMapping, Sequence
+    from collections.abc import Callable, MutableMapping, Sequence
 
     from torch import nn
 
@@ -217,3 +220,44 @@ def finish(
     values = run_epilogue(captured, gathered, sizes, model.get_buffer)
     write_buffers(captured, model, values)
     return fill_result(captured, model, values, leaves, sizes)
+
+
+def loss_of(output: Any, target: Any, loss_fn: Callable[..., Tensor] | None) -> Tensor:
+    """The loss of a step: one number.
+
+    Args:
+        output: the model's.
+        target: the second argument of `loss_fn`.
+        loss_fn: the user's; None: the loss is ``output.loss``, ``output["loss"]`` or the output.
+
+    Raises:
+        OptionError: there is none.
+    """
+    loss: Any
+    if loss_fn is not None:
+        try:
+            loss = loss_fn(output, target)
+        except Exception as error:
+            if target is not None:
+                raise
+            raise OptionError(
+                "loss_fn failed, and step was called without a target",
+                found=describe(error),
+                remedy="pass the target by name: pipe.step(x, target=y)",
+            ) from error
+    elif isinstance(output, Mapping):
+        loss = output.get("loss")
+    else:
+        loss = getattr(output, "loss", output)
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    found = f"a Tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
+    if isinstance(output, Mapping) and loss is None:
+        found = f"a result of {', '.join(map(shown, output))}"
+    raise OptionError(
+        "step needs a loss",
+        expected="one number",
+        found=found,
+        remedy="pass loss_fn to autopipe.compile and the target to step(..., target=y), or give the"
+        " model what it computes its loss from (labels=...)",
+    )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,6 +25,7 @@ from autopipe.errors import printable
 from autopipe.interrupts import raise_deferred
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
+from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.phases import TraceCache, cut_phases
 from autopipe.passes.schedule import Scheduled, schedule
 from autopipe.passes.split import PlannedCut, split
@@ -210,4 +210,4 @@ def _write_new(folder: Path, name: str, content: bytes) -> None:
 
 @cache
 def _warn_once(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
+    warn_at_user_line(text)

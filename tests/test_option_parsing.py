@@ -41,6 +41,26 @@ def test_a_list_names_devices_with_or_without_index(gpus: Any) -> None:
     assert found == (GPUS[0], CPU, GPUS[1], CPU)
 
 
+def test_a_list_of_indices_names_gpus(gpus: Any) -> None:
+    gpus(2)
+    assert parse_devices([1, 0, "cpu", 1], elsewhere=False) == (GPUS[1], GPUS[0], CPU, GPUS[1])
+
+
+@pytest.mark.parametrize(
+    ("count", "value", "expected"),
+    [
+        (2, 2, '"cpu", or an index from 0 to 1'),
+        (2, -1, '"cpu", or an index from 0 to 1'),
+        (0, 0, 'devices=2, or ["cpu"] * 2: CPU workers (there is no GPU)'),
+    ],
+)
+def test_an_index_without_gpu(gpus: Any, count: int, value: int, expected: str) -> None:
+    gpus(count)
+    with pytest.raises(DeviceError, match="no GPU with this index here") as caught:
+        parse_devices([value, value], elsewhere=False)
+    assert (caught.value.expected, caught.value.found) == (expected, str(value))
+
+
 @pytest.mark.parametrize(
     ("count", "value", "expected"),
     [
@@ -56,7 +76,7 @@ def test_a_device_that_is_not_here(gpus: Any, count: int, value: str, expected: 
     assert (caught.value.expected, caught.value.found) == (expected, repr(value))
 
 
-@pytest.mark.parametrize("value", ["tpu0", 3.5, None])
+@pytest.mark.parametrize("value", ["tpu0", 3.5, None, True])
 def test_a_name_that_torch_does_not_know(value: Any) -> None:
     with pytest.raises(DeviceError, match="no such device"):
         parse_devices([value], elsewhere=False)
@@ -91,7 +111,21 @@ def test_a_failing_text_does_not_mask_the_error(devices: Any) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["9" * 400 + "TiB", "0GiB", "0.0000001KiB", "1" * 31 + "B", "16Gib", 0, True, 1e9, None],
+    [
+        "9" * 400 + "TiB",
+        "0GiB",
+        "0.0000001KiB",
+        "1" * 31 + "B",
+        "16Gib",
+        0,
+        True,
+        1.5,
+        -1e9,
+        0.0,
+        float("inf"),
+        float("nan"),
+        None,
+    ],
 )
 def test_no_sizes(value: Any) -> None:
     with pytest.raises(OptionError, match="bytes above 0"):
@@ -101,6 +135,8 @@ def test_no_sizes(value: Any) -> None:
 
 
 def test_sizes_are_exact() -> None:
+    assert size(16e9) == 16 * 10**9
+    assert type(size(16e9)) is int
     assert size("9999999999999999TiB") == 9999999999999999 * 1024**4
     assert size(" 1.5 kB ") == 1500
     assert size("0.1TB") == 10**11

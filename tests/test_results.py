@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autopipe import results
+from autopipe.errors import OptionError
 from autopipe.passes.ir import MEAN, SAME, SUM, B, Concatenate, Input, InputKind, Output, TensorSpec
 from tests.support.programs import captured_of
 
@@ -140,3 +141,44 @@ def test_without_an_epilogue_the_outputs_are_the_values() -> None:
     captured = captured_of(nn.Linear(4, 4), torch.randn(7, 4))
     gathered = (torch.randn(7, 4),)
     assert results.run_epilogue(captured, gathered, {B: 7}, {}.__getitem__) is gathered
+
+
+# ------------------------------------------------------------------------------- the loss of a step
+
+ONE = torch.tensor(3.0)
+
+
+class Holding:
+    """A result with a loss among its attributes."""
+
+    loss = ONE
+
+
+@pytest.mark.parametrize("output", [ONE, {"loss": ONE}, Holding()], ids=["itself", "item", "named"])
+def test_the_loss_is_found_in_the_result(output: Any) -> None:
+    assert results.loss_of(output, None, None) is ONE
+    assert results.loss_of(output, 2, lambda found, target: ONE * target) == 6
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [
+        (torch.ones(2), r"a Tensor of shape \(2,\)"),
+        ({"logits": ONE}, "a result of 'logits'"),
+        ({"loss": None, "logits": ONE}, "a result of 'loss', 'logits'"),
+        (3.0, r"3\.0"),
+    ],
+)
+def test_a_result_without_a_loss(output: Any, found: str) -> None:
+    with pytest.raises(OptionError, match=found) as caught:
+        results.loss_of(output, None, None)
+    assert "labels" in str(caught.value.remedy)
+
+
+def test_a_loss_function_without_its_target() -> None:
+    loss_fn = nn.functional.mse_loss
+    with pytest.raises(OptionError, match="without a target") as caught:
+        results.loss_of(torch.ones(2), None, loss_fn)
+    assert type(caught.value.__cause__) is AttributeError
+    with pytest.raises(RuntimeError, match="size of tensor"):  # what the function says of a target
+        results.loss_of(torch.ones(2), torch.ones(3), loss_fn)

@@ -33,7 +33,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     policies = ", ".join(policy_options())
     add("model", metavar="MODULE:CALLABLE", help="what returns the model and its example inputs")
-    add("--devices", required=True, metavar="N", help="how many stages; or a list: cpu,cpu,cuda:0")
+    add(
+        "--devices",
+        required=True,
+        metavar="N",
+        help="how many stages; or a list: cpu,cpu,cuda:0 or 0,1",
+    )
     add(
         "--chunks",
         type=_chunks,
@@ -88,11 +93,11 @@ def _run(options: Namespace) -> None:
         say(str(made))
 
 
-def _devices(text: str) -> int | list[str]:
+def _devices(text: str) -> int | list[int | str]:
     try:
         count = int(text)
     except ValueError:
-        return text.split(",")
+        return [int(d) if d.isdecimal() and len(d) < 5 else d for d in text.split(",")]
     if count > MOST_DEVICES:
         found, expected = shortened(text, 80), f"at most {MOST_DEVICES}"
         raise OptionError("so many devices cannot be planned", expected=expected, found=found)

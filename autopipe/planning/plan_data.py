@@ -11,6 +11,9 @@ from autopipe.passes.schedule import Timeline, schedule, simulate_actions
 from autopipe.planning.plan_parts import Crossing, DuplicatedCall, Segment, StagePlan, Times
 from autopipe.typed_json import json_name
 
+IDLE = 0.1
+"""A stage with less than this fraction of the largest stage's time wastes its device."""
+
 
 @dataclass(frozen=True)
 class PlanData:
@@ -102,6 +105,25 @@ class PlanData:
         if self.bound_seconds is None or self.cut_seconds is None:
             return None
         return self.cut_seconds / self.bound_seconds - 1 if self.bound_seconds else 0.0
+
+    @property
+    def digits(self) -> int:
+        """Significant digits that the times deserve: 3 if all were measured, else 2."""
+        return 3 if all(s.speeds.startswith("measured") for s in self.stages) else 2
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to change where devices are idle: stages with little work beside the largest."""
+        most = max(s.seconds for s in self.stages)
+        idle = [k for k, s in enumerate(self.stages) if s.seconds < IDLE * most]
+        if not idle:
+            return ()
+        named = f"stage{'s' * (len(idle) > 1)} {', '.join(map(str, idle))}"
+        works = "work" if len(idle) > 1 else "works"
+        return (
+            f"{named} {works} less than {IDLE:.0%} as long as the largest stage: use fewer devices"
+            f" ({len(self.stages) - len(idle)})",
+        )
 
     def received_bytes(self, k: int) -> int:
         """Bytes of the tensors that stage k receives with each micro-batch."""

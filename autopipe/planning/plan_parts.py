@@ -148,6 +148,25 @@ class StagePlan:
     limit_bytes: int | None
 
     @property
+    def planned_device(self) -> str:
+        """The device that times and memory are meant for, as text.
+
+        It is the device model's name where the stage is planned for a device that is not here; a
+        GPU's torch name and model; else the torch device.
+        """
+        if self.speeds.startswith("measured") or self.speeds == "cpu-core":
+            return self.device
+        return self.speeds if self.device == "cpu" else f"{self.device} ({self.speeds})"
+
+    @property
+    def modules(self) -> str:
+        """The modules that own its parameters: the first and the last, or its first op."""
+        owners = list(dict.fromkeys(n.rpartition(".")[0] for n in self.parameters))
+        if not any(owners):
+            return self.first or "none"
+        return owners[0] if len(owners) == 1 else f"{owners[0]} … {owners[-1]}"
+
+    @property
     def forward_seconds(self) -> float:
         """Forward of the largest micro-batch."""
         return self.times[0].forward

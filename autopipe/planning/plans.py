@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autopipe.errors import PlanError, VerifyError, require
+from autopipe.errors import PlanError, VerifyError, printable, require
 from autopipe.passes.remat_policies import parse_policy, policy_options
 from autopipe.passes.schedule import KINDS
 from autopipe.planning.plan_data import PlanData
 from autopipe.planning.plan_parts import BOUNDARY_KINDS
-from autopipe.report.plan_text import plan_text
+from autopipe.report.plan_text import plan_html, plan_summary, plan_text
 from autopipe.typed_json import LARGEST_FILE, MisfitError, convert, parse, short, to_json
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ LONGEST = 1e15
 """Seconds of a time in a file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(PlanData):
     """Which stage runs what: `PlanData` that can be printed, checked, saved and loaded."""
 
@@ -52,6 +52,13 @@ class Plan(PlanData):
 
     def __str__(self) -> str:
         return plan_text(self)
+
+    def __repr__(self) -> str:
+        """One line; `print` the plan for its table."""
+        return f"Plan({printable(plan_summary(self))})"
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)
 
     def verify(self) -> None:
         """Check the rules that types do not express.

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import secrets
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autopipe.errors import describe, printable
+from autopipe.passes.graph import warn_at_user_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,7 +119,7 @@ def load(path: Path, device: str) -> dict[str, Timing] | None:
 
 
 def _warn(text: str, error: Exception) -> None:
-    warnings.warn(f"{printable(text)} ({describe(error)})", stacklevel=4)
+    warn_at_user_line(f"{printable(text)} ({describe(error)})")
 
 
 def _read(content: Any, device: str) -> dict[str, Timing]:

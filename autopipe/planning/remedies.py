@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autopipe.errors import PartitionError
+from autopipe.passes.phases import least_samples
 from autopipe.passes.remat_policies import LADDER
 from autopipe.planning.make_plan import modeled_timers
 from autopipe.planning.search import chunk_counts
@@ -34,7 +35,8 @@ def remedies(search: Search, batch: int) -> Iterator[str]:
         if _fits(search, lean, batch):
             yield f'remat="{leanest.name}", or remat="auto"'
     if options.chunks is not None:
-        for chunks in chunk_counts(batch, len(options.devices)):
+        least = least_samples(search.annotated.captured, batch)
+        for chunks in chunk_counts(batch, len(options.devices), least):
             if chunks > options.chunks and _fits(search, replace(options, chunks=chunks), batch):
                 yield f"chunks={chunks}"
                 break

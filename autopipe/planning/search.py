@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import InputError, MemoryLimitError
 from autopipe.passes.driver import cut_into_stages, phases_by_size
-from autopipe.passes.phases import TraceCache
+from autopipe.passes.phases import TraceCache, batch_norms, least_samples
 from autopipe.passes.remat_policies import LADDER
 from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
@@ -46,6 +46,11 @@ BOUND_TOLERANCE = 0.9
 
 MOST_CHUNKS = 1024
 """The largest number of micro-batches that is tried."""
+
+NORMALISED_TOGETHER = 8
+"""Samples that batch norm in training normalises together, at least, where the planner chooses the
+number of micro-batches, and memory allows it: its error grows fast below (Wu and He 2018,
+"Group Normalization", figure 1)."""
 
 
 @dataclass
@@ -91,7 +96,7 @@ class Search:
         for chunks, bound in self._bounded_chunks(batch):
             if best is not None and bound * BOUND_TOLERANCE >= best[0].step_seconds:
                 continue
-            sizes = microbatch.sizes(batch, chunks)
+            sizes = self.sizes(batch, chunks)
             fastest = math.inf if best is None else best[0].step_seconds
             try:
                 found = CutTrials(self, sizes, fastest=fastest).best()
@@ -151,12 +156,22 @@ class Search:
             times=None if self.measured is None else self.measured(max(sizes)),
         )
 
+    def sizes(self, batch: int, chunks: int) -> tuple[int, ...]:
+        """Samples in each micro-batch: enough for batch norm.
+
+        Args:
+            batch: number of samples.
+            chunks: number of micro-batches, at most.
+        """
+        return microbatch.sizes(batch, chunks, least_samples(self.annotated.captured, batch))
+
     def _leanest(self, batch: int) -> tuple[FittedCut, Sequence[int]] | None:
         """The first plan that fits and its micro-batches, those with least memory first."""
         chunks = self.options.chunks
-        counts = chunk_counts(batch, len(self.models)) if chunks is None else [chunks]
+        least = least_samples(self.annotated.captured, batch)
+        counts = chunk_counts(batch, len(self.models), least) if chunks is None else [chunks]
         for count in reversed(counts):
-            sizes = microbatch.sizes(batch, count)
+            sizes = self.sizes(batch, count)
             try:
                 found = CutTrials(self, sizes, any_plan=True).best()
             except (MemoryLimitError, InputError):
@@ -171,8 +186,11 @@ class Search:
             yield self.options.chunks, 0.0
             return
         bounds = []
-        for chunks in chunk_counts(batch, len(self.models)):
-            sizes = microbatch.sizes(batch, chunks)
+        least = least_samples(self.annotated.captured, batch)
+        if batch_norms(self.annotated.captured):
+            least = max(least, min(batch, NORMALISED_TOGETHER))
+        for chunks in chunk_counts(batch, len(self.models), least):
+            sizes = self.sizes(batch, chunks)
             remat = self.options.remat or LADDER[:1] * len(self.models)
             split = cut_into_stages(self.annotated, self.objective(sizes, remat))
             bounds.append((step_bound(split, sizes), chunks))
@@ -180,7 +198,7 @@ class Search:
             yield chunks, bound
 
 
-def chunk_counts(batch: int, stages: int) -> list[int]:
+def chunk_counts(batch: int, stages: int, least: int = 1) -> list[int]:
     """Return numbers of micro-batches worth trying: powers of two, these times K, and one sample.
 
     Of several that split the batch alike, only the smallest is returned.
@@ -188,8 +206,9 @@ def chunk_counts(batch: int, stages: int) -> list[int]:
     Args:
         batch: number of samples.
         stages: K.
+        least: samples that a micro-batch needs.
     """
     powers = [2**i for i in range(MOST_CHUNKS.bit_length())]
     counts = sorted({n * f for n in powers for f in (1, stages)} | {batch})
-    different = {microbatch.sizes(batch, n): n for n in reversed(counts)}
+    different = {microbatch.sizes(batch, n, least): n for n in reversed(counts)}
     return sorted(n for n in different.values() if n <= min(batch, MOST_CHUNKS))

@@ -1,6 +1,7 @@
 """Show plans and stages: text tables, the HTML page, `pipe.stages`.
 
-`columns` (a table's columns), `plan_text` (text of a plan), `stages` (`pipe.stages`); of the page:
+`columns` (a table's columns), `plan_text` (text of a plan), `stages` (`pipe.stages`),
+`memory_view` (`pipe.memory`); of the page:
 `page_data` (numbers that are drawn), `svg` (primitives), `bars_figure`, `graph_figure`,
 `timeline_figure`, `chunks_figure`, `page_tables`, `style`, `page`.
 """

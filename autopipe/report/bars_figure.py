@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from autopipe.formatting import format_bytes, format_seconds
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
 WIDTH, LEFT, RIGHT, TOP = 572.0, 62.0, 70.0, 24.0
 
 
-def time_bars(rows: Sequence[Sequence[Part]]) -> str:
+def time_bars(rows: Sequence[Sequence[Part]], digits: int = 3) -> str:
     """Draw the times of each stage.
 
     Args:
         rows: for each stage, its parts in seconds.
+        digits: significant digits of the times.
     """
     largest = max(sum(p.size for p in row) for row in rows)
     words = "Predicted time of one micro-batch in each stage: forward, recompute, backward."
-    return _bars("times", "Time per stage", words, rows, ticks(largest), format_seconds)
+    write = partial(format_seconds, digits=digits)
+    return _bars("times", "Time per stage", words, rows, ticks(largest), write)
 
 
 def memory_bars(rows: Sequence[Sequence[Part]], limit: int | None) -> str:

@@ -70,6 +70,10 @@ class StageRow:
         """The plan's entry for the stage."""
         return self.plan.stages[self.index]
 
+    def seconds(self, time: float) -> str:
+        """A time, with the digits that the plan's times deserve."""
+        return format_seconds(time, self.plan.digits)
+
     def share_of_work(self, none: str) -> str:
         """The stage's share of the work; `none` if there is no work."""
         share = self.plan.share_of_work(self.index)
@@ -97,8 +101,8 @@ def _memory_and_limit(row: StageRow) -> str:
 
 STAGE_COLUMNS: tuple[Column[StageRow], ...] = (
     Column("stage", lambda r: str(r.index)),
-    Column("device", lambda r: r.stage.device, words=True),
-    Column("first call", lambda r: r.stage.first or "none", words=True, code=True, shown="page"),
+    Column("device", lambda r: r.stage.planned_device, words=True),
+    Column("modules", lambda r: r.stage.modules, words=True, code=True, shown="page"),
     Column("calls", lambda r: str(r.stage.calls), shown="text"),
     Column("calls", lambda r: f"{r.stage.calls:,}", shown="page"),
     Column("parameters", lambda r: format_bytes(r.stage.parameter_bytes), shown="text"),
@@ -109,9 +113,9 @@ STAGE_COLUMNS: tuple[Column[StageRow], ...] = (
     ),
     Column("flops", lambda r: f"{r.stage.flops:.2e}", shown="text"),
     Column("FLOP", lambda r: format_count(r.stage.flops), shown="page"),
-    Column("forward", lambda r: format_seconds(r.stage.forward_seconds), shown="page"),
-    Column("recompute", lambda r: format_seconds(r.stage.recompute_seconds), shown="page"),
-    Column("backward", lambda r: format_seconds(r.stage.backward_seconds), shown="page"),
+    Column("forward", lambda r: r.seconds(r.stage.forward_seconds), shown="page"),
+    Column("recompute", lambda r: r.seconds(r.stage.recompute_seconds), shown="page"),
+    Column("backward", lambda r: r.seconds(r.stage.backward_seconds), shown="page"),
     Column("load", lambda r: r.share_of_work("-"), shown="text"),
     Column("load", lambda r: r.share_of_work("none"), shown="page"),
     Column("receives", lambda r: format_bytes(r.plan.received_bytes(r.index)), shown="page"),

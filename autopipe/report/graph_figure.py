@@ -188,14 +188,15 @@ def _box(plan: Plan, k: int, layout: _Layout) -> str:
     text = [label(x + 9, y + 56 + 15 * i, fit(t, w - 14, 11), "small") for i, t in enumerate(lines)]
     full = stage.seconds / largest * (w - 18) if largest else 0.0
     words = (
-        f"stage {k} on {stage.device}, from {stage.first}: {', '.join(lines)}, {names} parameters"
+        f"stage {k} on {stage.planned_device}, {stage.modules}:"
+        f" {', '.join(lines)}, {names} parameters"
     )
     return tag(
         "g",
         title(words + ("" if share is None else f", {share:.1%} of the work")),
         rect(x, y, w, HEIGHT, "box"),
         label(x + 9, y + 21, f"stage {k}", "strong"),
-        label(x + 9, y + 37, fit(stage.device, w - 14, 11), "small faint"),
+        label(x + 9, y + 37, fit(stage.planned_device, w - 14, 11), "small faint"),
         *text,
         rect(x + 9, y + HEIGHT - 17, w - 18, 7, "track"),
         rect(x + 9, y + HEIGHT - 17, full, 7, "load"),

@@ -69,7 +69,9 @@ def _header(plan: Plan) -> str:
     mode = "training" if plan.training else "evaluation"
     lead = (
         f"{_many(len(plan.stages), 'stage')}, schedule {plan.schedule}, "
-        f"rematerialization {plan.remat}, captured in {mode} mode"
+        f"rematerialization {plan.remat}, captured in {mode} mode, on "
+        f"{', '.join(dict.fromkeys(s.planned_device for s in plan.stages))} "
+        f"(times: {', '.join(dict.fromkeys(s.speeds for s in plan.stages))})"
     )
     return tag(
         "header",
@@ -90,8 +92,12 @@ def _figures(facts: PageData) -> str:
             str(len(plan.sizes)),
             f"of {_many_samples(sizes)}, {facts.batch} a batch",
         ),
-        ("step time", format_seconds(plan.step_seconds), f"predicted{_gathering(plan)}"),
-        ("per sample", format_seconds(plan.step_seconds / facts.batch), "predicted"),
+        (
+            "step time",
+            format_seconds(plan.step_seconds, plan.digits),
+            f"predicted{_gathering(plan)}",
+        ),
+        ("per sample", format_seconds(plan.step_seconds / facts.batch, plan.digits), "predicted"),
         ("bubble", f"{line.bubble:.1%}", "of the pipeline's time idle"),
         ("balance", f"{plan.balance:.3f}", f"mean stage over largest{_gap(plan)}"),
         ("parameters", format_bytes(parameters), f"largest stage {format_bytes(largest)}"),
@@ -108,7 +114,9 @@ def _figures(facts: PageData) -> str:
 def _gathering(plan: Plan) -> str:
     """The part of a step that is not on the timeline."""
     return (
-        f", {format_seconds(plan.gather_seconds)} to gather results" if plan.gather_seconds else ""
+        f", {format_seconds(plan.gather_seconds, plan.digits)} to gather results"
+        if plan.gather_seconds
+        else ""
     )
 
 
@@ -134,7 +142,7 @@ def _graph(facts: PageData) -> str:
 def _times(facts: PageData) -> str:
     rows = [times(stage) for stage in facts.plan.stages]
     note = f"One micro-batch of {max(facts.plan.sizes)}. {CAVEAT}"
-    return _section("Time per stage", note, _legend(rows), time_bars(rows))
+    return _section("Time per stage", note, _legend(rows), time_bars(rows, facts.plan.digits))
 
 
 def _memory(facts: PageData) -> str:
@@ -193,9 +201,10 @@ def _tables(facts: PageData) -> str:
 
 
 def _notes(plan: Plan) -> str:
-    if not plan.notes:
+    lines = [*plan.advice, *plan.notes]
+    if not lines:
         return ""
-    notes = tag("ul", *(tag("li", escape(note)) for note in plan.notes), class_="notes")
+    notes = tag("ul", *(tag("li", escape(line)) for line in lines), class_="notes")
     return tag("section", tag("h2", "Notes"), notes)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from autopipe.passes.schedule import Span, Timeline
     from autopipe.planning.plan_parts import Crossing
+    from autopipe.planning.plans import Plan
 
     from .page_data import PageData
 
@@ -71,6 +72,13 @@ class DeviceRow:
     device: int
     spans: tuple[Span, ...]
     timeline: Timeline
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        """What the device is, as planned."""
+        stages = (self.plan.stages[k].planned_device for k in self.stages)
+        return ", ".join(dict.fromkeys(stages))
 
     @property
     def stages(self) -> list[int]:
@@ -85,6 +93,7 @@ class DeviceRow:
 
 DEVICE_COLUMNS: tuple[Column[DeviceRow], ...] = (
     Column("device", lambda r: str(r.device)),
+    Column("kind", lambda r: r.name, words=True),
     Column("stages", lambda r: ", ".join(map(str, r.stages))),
     Column("actions", lambda r: str(len(r.spans))),
     Column("first start", lambda r: format_seconds(r.spans[0].start if r.spans else 0.0)),
@@ -98,7 +107,7 @@ DEVICE_COLUMNS: tuple[Column[DeviceRow], ...] = (
 def device_table(facts: PageData) -> str:
     """The devices of the timeline."""
     line = facts.timeline
-    rows = [DeviceRow(device, spans, line) for device, spans in enumerate(line.spans)]
+    rows = [DeviceRow(device, spans, line, facts.plan) for device, spans in enumerate(line.spans)]
     return html_table("Devices in the simulated step.", DEVICE_COLUMNS, rows)
 
 
@@ -107,8 +116,10 @@ def chunks_table(facts: PageData) -> str:
     own = len(facts.plan.sizes)
     columns: tuple[Column[tuple[int, float]], ...] = (
         Column("micro-batches", lambda point: str(point[0])),
-        Column("step", lambda point: format_seconds(point[1])),
-        Column("per sample", lambda point: format_seconds(point[1] / facts.batch)),
+        Column("step", lambda point: format_seconds(point[1], facts.plan.digits)),
+        Column(
+            "per sample", lambda point: format_seconds(point[1] / facts.batch, facts.plan.digits)
+        ),
         Column("", lambda point: " this plan" if point[0] == own else "", words=True),
     )
     return html_table("Predicted times.", columns, facts.step_seconds)
@@ -141,8 +152,11 @@ def html_table(caption: str, columns: Sequence[Column[Row]], rows: Sequence[Row]
     body = []
     for row in rows:
         first, *rest = (_code(c.cell(row)) if c.code else escape(c.cell(row)) for c in columns)
-        cells = (tag("td", cell, class_=a) for cell, a in zip(rest, align[1:], strict=True))
-        body.append(tag("tr", tag("th", first, scope="row", class_=align[0]), *cells))
+        others = zip(rest, align[1:], columns[1:], strict=True)
+        cells = (tag("td", cell, class_=a, data_label=c.heading) for cell, a, c in others)
+        label = columns[0].heading
+        header = tag("th", first, scope="row", class_=align[0], data_label=label)
+        body.append(tag("tr", header, *cells))
     parts = (
         tag("caption", escape(caption)),
         tag("thead", tag("tr", top)),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 from typing import TYPE_CHECKING
 
 from autopipe.errors import printable
-from autopipe.formatting import align_columns, format_bytes, format_seconds
+from autopipe.formatting import align_columns, format_bytes, format_seconds, notebook_table
 
 from .columns import STAGE_COLUMNS, columns_of, stage_rows
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from autopipe.planning.plan_data import PlanData
+
+NOTEBOOK = ("stage", "device", "parameters", "load", "saves", "memory")
+"""Columns of the table in a notebook, which is narrow."""
 
 
 def plan_text(plan: PlanData) -> str:
@@ -29,9 +33,27 @@ def plan_text(plan: PlanData) -> str:
         *_stage_lines(plan),
         *_prediction_lines(plan),
         *_crossing_lines(plan),
+        *(f"advice: {advice}" for advice in plan.advice),
         *(f"note: {note}" for note in plan.notes),
     ]
     return "\n".join(map(printable, lines))
+
+
+def plan_summary(plan: PlanData) -> str:
+    """A plan in one line: ``GPT2LMHeadModel, 2 stages, 4 micro-batches, …``."""
+    counts = f"{len(plan.stages)} stages, {len(plan.sizes)} micro-batches"
+    step = format_seconds(plan.step_seconds, plan.digits)
+    most = format_bytes(max(s.memory_bytes for s in plan.stages))
+    return f"{plan.model}, {counts}, predicted step {step}, at most {most} on a device"
+
+
+def plan_html(plan: PlanData) -> str:
+    """A plan for a notebook: its summary, and the most important columns of the stages' table."""
+    rows = stage_rows(plan)
+    shown = [c for c in columns_of(STAGE_COLUMNS, rows, "text") if c.heading in NOTEBOOK]
+    cells = [[c.cell(row) for c in shown] for row in rows]
+    notes = "".join(f"<div>{html.escape(printable(line))}</div>" for line in plan.advice)
+    return notebook_table(plan_summary(plan), [c.heading for c in shown], cells) + notes
 
 
 def _stage_lines(plan: PlanData) -> list[str]:
@@ -44,14 +66,16 @@ def _stage_lines(plan: PlanData) -> list[str]:
 def _prediction_lines(plan: PlanData) -> Iterator[str]:
     bound = "" if plan.gap is None else f"; no cut is more than {plan.gap:.1%} better"
     gathering = (
-        f" ({format_seconds(plan.gather_seconds)} to gather results)" if plan.gather_seconds else ""
+        f" ({format_seconds(plan.gather_seconds, plan.digits)} to gather results)"
+        if plan.gather_seconds
+        else ""
     )
     yield (
         f"flops and bytes are those of a micro-batch of {max(plan.sizes)}, memory is all that a"
         f" device needs; balance {plan.balance:.3f} (mean load / largest{bound})"
     )
     yield (
-        f"predicted step {format_seconds(plan.step_seconds)}{gathering},"
+        f"predicted step {format_seconds(plan.step_seconds, plan.digits)}{gathering},"
         f" bubble {plan.timeline.bubble:.1%}"
         f" (times: {', '.join(dict.fromkeys(s.speeds for s in plan.stages))})"
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from autopipe.errors import printable
+from autopipe.formatting import format_bytes, notebook_table
 from autopipe.passes.cost import StageCost, cost_of_stage
 from autopipe.passes.ir import CALLER, InputKind, at_batch
 from autopipe.planning.plan_parts import Boundary, Crossing
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from torch import fx
 
     from autopipe.passes.ir import Route, Split, StageGraph
+
+MOST_SHOWN = 16
+"""Stages in the text of `pipe.stages`, at most."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class BoundaryTensor(Boundary):
         return Crossing(**parts, nbytes=at_batch(self.nbytes, batch))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StageView:
     """One stage.
 
@@ -81,6 +85,15 @@ class StageView:
     outputs: tuple[BoundaryTensor, ...]
     cost: StageCost
 
+    def __repr__(self) -> str:
+        """One line: ``Stage 0 on cpu: 9.4 MiB of parameters, 1 input, 2 outputs``."""
+        return f"Stage {self.index} on {self.device}: " + ", ".join(self._facts())
+
+    def _facts(self) -> tuple[str, ...]:
+        parameters = f"{format_bytes(self.cost.parameter_bytes)} of parameters"
+        counts = ((len(self.inputs), "input"), (len(self.outputs), "output"))
+        return (parameters, *(f"{n} {what}{'s' * (n != 1)}" for n, what in counts))
+
     @property
     def code(self) -> str:
         """The graph as Python, with shapes and the model's own lines; to read, not to run.
@@ -90,9 +103,34 @@ class StageView:
         return printable(self.graph_module.print_readable(print_output=False), lines=True)
 
 
-def views(
-    split: Split, sizes: Sequence[int], devices: Sequence[torch.device]
-) -> tuple[StageView, ...]:
+class StageViews(tuple[StageView, ...]):
+    """``pipe.stages``: a tuple with a short text."""
+
+    def __repr__(self) -> str:
+        lines = [repr(stage) for stage in self[:MOST_SHOWN]]
+        more = [f"… {len(self) - MOST_SHOWN} more"] * (len(self) > MOST_SHOWN)
+        return "\n".join(lines + more)
+
+    def _repr_html_(self) -> str:
+        headings = ("stage", "device", "parameters", "receives", "returns")
+
+        def names(tensors: Sequence[BoundaryTensor]) -> str:
+            return ", ".join(f"{t.name} {t.tensor_type}" for t in tensors) or "nothing"
+
+        rows = [
+            (
+                str(stage.index),
+                str(stage.device),
+                format_bytes(stage.cost.parameter_bytes),
+                names(stage.inputs),
+                names(stage.outputs),
+            )
+            for stage in self
+        ]
+        return notebook_table(f"{len(self)} stages", headings, rows)
+
+
+def views(split: Split, sizes: Sequence[int], devices: Sequence[torch.device]) -> StageViews:
     """Describe all stages of a split program.
 
     Args:
@@ -101,7 +139,7 @@ def views(
         devices: one for each stage.
     """
     placed = zip(split.stages, devices, strict=True)
-    return tuple(_view(split, stage, device, max(sizes)) for stage, device in placed)
+    return StageViews(_view(split, stage, device, max(sizes)) for stage, device in placed)
 
 
 def _view(split: Split, stage: StageGraph, device: torch.device, batch: int) -> StageView:

@@ -86,6 +86,11 @@ ul.notes{margin:0;padding-left:20px}
 footer{color:var(--faint);font-size:13px;overflow-wrap:anywhere}
 @media (max-width:900px){.pair{grid-template-columns:1fr}main{padding:22px 14px}
 section{padding:16px 15px}}
+@media screen and (max-width:700px){thead{display:none}
+table,caption,tbody,tr,tbody th,td{display:block}tbody tr{border-top:1px solid var(--rule);
+padding:5px 0}tbody th,td,td:not(.w){border:0;display:flex;gap:10px;padding:1px 2px;text-align:left;
+white-space:normal}tbody th::before,td::before{content:attr(data-label);color:var(--faint);
+font-weight:400;flex:0 0 11em}td.w code,th.w code{min-width:0}}
 @media print{:root{color-scheme:light;--paper:#fff;--card:#fff;--ink:#000;--faint:#444;--rule:#ccc;
 --grid:#ddd;--track:#ddd;--F:#2b6cb0;--R:#e6b450;--B:#bf5426;--W:#7a4f9e;
 --P:#2f7f7b;--O:#c2a35a;

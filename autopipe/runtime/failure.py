@@ -7,7 +7,7 @@ import re
 import traceback
 from typing import TYPE_CHECKING
 
-from autopipe.errors import AutopipeError, StageError, describe
+from autopipe.errors import AutopipeError, StageError, describe, text_of
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,6 +20,14 @@ STAGE_FUNCTION = re.compile(r"^(forward|backward)_(\d+)$")
 
 SOURCE = re.compile(r"\s+# File: (.+?:\d+) in ")
 """The comment above generated lines that names the line of the model that they come from."""
+
+DTYPE = re.compile(r"\bdtype|scalar type")
+"""In the text of an exception that is about dtypes."""
+
+DTYPES = (
+    "give classes as torch.long, and data in the dtype of the parameters, or call the pipeline"
+    " under torch.autocast; "
+)
 
 
 def stage_error(error: Exception, filename: str, direction: str) -> Exception:
@@ -58,7 +66,8 @@ def stage_error(error: Exception, filename: str, direction: str) -> Exception:
         phase=phase,
         node=node,
         source=source,
-        remedy="the original exception is the cause of this one; the pipeline can be called again",
+        remedy=(DTYPES if DTYPE.search(text_of(error)) else "")
+        + "the original exception is the cause of this one; the pipeline can be called again",
     )
 
 

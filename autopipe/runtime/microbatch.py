@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def sizes(batch: int, chunks: int) -> tuple[int, ...]:
+def sizes(batch: int, chunks: int, least: int = 1) -> tuple[int, ...]:
     """Samples per micro-batch: as even as possible, larger ones first, none empty.
 
     As `torch.tensor_split`, without its empty pieces: at most two different sizes.
@@ -20,13 +20,16 @@ def sizes(batch: int, chunks: int) -> tuple[int, ...]:
     Args:
         batch: samples in the batch, at least 1.
         chunks: number of micro-batches, at least 1.
+        least: samples that a micro-batch needs: then there are fewer micro-batches, at least one.
 
     >>> sizes(10, 4)
     (3, 3, 2, 2)
     >>> sizes(2, 4)
     (1, 1)
+    >>> sizes(5, 4, least=2)
+    (3, 2)
     """
-    count = min(batch, chunks)
+    count = max(1, min(batch // least, chunks))
     small, extra = divmod(batch, count)
     return tuple(small + (i < extra) for i in range(count))
 

@@ -17,6 +17,7 @@ Files, in reading order:
 - `vmaps`: `torch.vmap` as plain ops
 - `size_uses`: what the model's code did with symbolic sizes
 - `explain`: short errors for those of torch.export
+- `failures`: common reasons for these, and what to do
 - `normalize`: the exported graph → plain ops, one placeholder for each tensor
 - `inlining`: copies the ops of the exported graph, and those of its no_grad and autocast regions
 - `canonicalize`: rewrites single ops: dropouts that drop nothing, squeezes

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from autopipe.errors import OptionError
+from autopipe.errors import OptionError, shown
 
 from .exporting import export
 from .normalize import Normalized, normalize
@@ -109,7 +109,8 @@ def frontend_of(model: Any) -> Frontend:
     raise OptionError(
         "model is not a module",
         expected=f"{', '.join(names)} or {last}",
-        found=type(model).__name__,
+        found=shown(model) if isinstance(model, type) else type(model).__name__,
+        remedy="create the module: Model(...)" if isinstance(model, type) else None,
     )
 
 

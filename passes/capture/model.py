@@ -33,6 +33,7 @@ from autopipe.passes.ops import recorded_functions
 
 from .buffer_assignment import read_buffer_copies
 from .buffer_mutation import defer_buffer_writes, refuse_batched_writes
+from .explain import fixed_size_error
 from .flat_module import FlatModel, TensorSlot
 from .hidden_state import refuse_written_constants
 from .size_guards import collect_guards
@@ -131,17 +132,7 @@ def _check_batch_is_symbolic(inputs: Sequence[Input], concretized_at: str | None
             continue
         size = item.spec.shape[item.batch_dim]
         if not size.free_symbols:
-            raise CaptureError(
-                "the model fixes the size of its batch dimension",
-                node=item.name,
-                source=concretized_at,
-                expected=f"any size in dimension {item.batch_dim}",
-                found=f"always {size}",
-                remedy="take sizes from x.shape, not from len(x), and do not loop over the batch"
-                " sample by sample (for, list, unbind); if this input is not batched, say so with"
-                " in_dims (None for it); an ExportedProgram must be exported with a dynamic batch"
-                " dimension",
-            )
+            raise fixed_size_error(item, concretized_at)
         if not size.is_Symbol:
             raise UnsupportedError(
                 "the model allows only some batch sizes",

@@ -15,6 +15,7 @@ Read the files in this order:
     `cut`                 Split -> Phased: trace every stage, cut its joint graph
     `metadata`            shapes and strides of what is traced: numbers, or expressions in sizes
     `trace_sizes`         the sizes of one trace, and the conditions under which it holds
+    `batch_norm`          how many samples batch norm in training needs
     `joint_trace`         one stage graph -> its joint forward and backward graph
     `stage_runner`        run a stage graph op by op, also while it is traced
     `lower_sizes`         write sizes as expressions
@@ -28,6 +29,7 @@ Read the files in this order:
 
 from __future__ import annotations
 
+from .batch_norm import batch_norms, least_samples
 from .concrete import concrete
 from .cut import cut_phases, received_strides
 from .metadata import TensorMeta
@@ -38,8 +40,10 @@ __all__ = [
     "PhaseRequest",
     "TensorMeta",
     "TraceCache",
+    "batch_norms",
     "concrete",
     "cut_phases",
+    "least_samples",
     "received_strides",
     "run_stage",
 ]

@@ -7,19 +7,17 @@ back traces each stage with the gradients that it receives. Identical stages are
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sympy
 import torch
 
-from autopipe.errors import InputError
-from autopipe.passes.graph import full_size, source_line
-from autopipe.passes.ir import B, Captured, Phased, Split, StageGraph, StagePhases
+from autopipe.passes.ir import Captured, Phased, Split, StageGraph, StagePhases
 
 from .assign_phases import cut_joint
+from .batch_norm import check_batch_norms
 from .joint_trace import forward_metadata, trace_joint
-from .metadata import TensorMeta, number_at
+from .metadata import TensorMeta
 from .request import first_that_holds
 
 if TYPE_CHECKING:
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import Sizes
 
     from .request import PhaseRequest, TraceCache
-
-aten = torch.ops.aten
 
 Located: TypeAlias = "tuple[TensorMeta, torch.device]"
 """A value's metadata, and the device it is on."""
@@ -55,7 +51,7 @@ def cut_phases(
     """
     split = request.split
     sizes = request.sizes(size)
-    _check_batch_norm(split, sizes)
+    check_batch_norms(split.captured, sizes)
     inputs, known, conditions = _propagate_metadata(request, size, cache)
     differentiable = frozenset(
         o.name for o in split.captured.outputs if known[o.name][0].requires_grad
@@ -166,22 +162,6 @@ def _arrived(value: Located, device: torch.device, sizes: Sizes) -> TensorMeta:
     """A value's metadata on the device that uses it: a copy between devices is dense."""
     meta, source = value
     return meta if source == device else meta.after_copy(sizes)
-
-
-def _check_batch_norm(split: Split, sizes: Sizes) -> None:
-    """Refuse batch norm over a single value per channel, as eager PyTorch does."""
-    for node in split.captured.graph_module.graph.nodes:
-        if node.target is not aten.batch_norm.default or not node.args[5]:
-            continue
-        shape = [number_at(full_size(n), sizes) for n in node.meta["val"].shape]
-        if math.prod(shape) == shape[1]:
-            raise InputError(
-                f"batch norm in training needs more than one value per channel, and a micro-batch"
-                f" of {sizes[B]} has one",
-                node=node.name,
-                source=source_line(node),
-                remedy="use fewer chunks or a larger batch",
-            )
 
 
 def _autocast(device: torch.device) -> Hashable:

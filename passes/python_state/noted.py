@@ -146,6 +146,13 @@ class Noted:
         """Note what a function of torch returned; None also stands for an exception."""
         self.answers[asked] = Answers().get(asked) if answer is None else answer
 
+    def note_print(self, line: str) -> None:
+        """Note that the forward printed something."""
+        self.remarks[
+            f"prints ({line}) only while it is captured, when tensors have no values; return what"
+            " is to be seen, and print it outside of the pipeline"
+        ] = None
+
     def note_outside(self, function: str, line: str, *, clock: bool) -> None:
         """Note that a function was called that asks for something outside of the process."""
         self.remarks[

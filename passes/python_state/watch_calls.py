@@ -114,6 +114,8 @@ class CallWatch:
             self._modes.note(function, f"{frame.f_code.co_filename}:{frame.f_lineno}")
             if (asked := builtin_question(function)) is not None:
                 self._state.noted.note_answer(asked, function())
+        elif function is print and is_user_file(frame.f_code.co_filename):
+            self._state.noted.note_print(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         elif _draws(function):
             user = _user_frame(frame)
             if user is not None:

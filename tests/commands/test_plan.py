@@ -93,6 +93,7 @@ WRONG = {
     "a bare tensor": (planning("models.py:bare"), "found: Net, Tensor"),
     "devices": (planning("models.py:with_args", "--devices", "0"), "at least 1"),
     "a device": (planning("models.py:with_args", "--devices", "tpu0"), "no such device"),
+    "an index": (planning("models.py:with_args", "--devices", "998,999"), "no GPU with this index"),
     "remat": (planning("models.py:with_args", "--remat", "some"), "unknown remat"),
     "schedule": (planning("models.py:with_args", "--schedule", "zb-v"), "does not execute"),
     "memory": (planning("models.py:with_args", "--memory", "much"), "16GiB"),

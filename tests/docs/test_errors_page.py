@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from autopipe import errors
-from tests.support.errors_page import CASES, page, raised
+from tests.support.errors_page import CASES, HEAD, WARNINGS, page, raised, warned
 
 ALL = [
     kind
@@ -32,6 +33,15 @@ def test_each_case_raises_its_class_and_says_what_to_do(kind: type) -> None:
             assert error.remedy or error.expected, title
         if kind in (errors.CaptureError, errors.CouplingError):
             assert error.source, title
+
+
+@pytest.mark.parametrize("title", WARNINGS)
+def test_warnings_stand_at_the_users_line(title: str) -> None:
+    """It is that of the call; the text names the line of the model."""
+    script = WARNINGS[title]
+    last = len((HEAD + textwrap.dedent(script)).rstrip().splitlines())
+    for line in warned(script).splitlines():
+        assert line.startswith(f"train.py:{last}: UserWarning: the model's forward"), title
 
 
 def test_the_page_is_up_to_date() -> None:

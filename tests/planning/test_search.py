@@ -5,6 +5,7 @@ Covers planning/cut_trials.py.
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import hashlib
@@ -20,6 +21,7 @@ import autopipe
 from autopipe import Plan
 from autopipe.errors import MemoryLimitError
 from autopipe.passes.remat_policies import parse_policy
+from autopipe.planning.search import NORMALISED_TOGETHER
 from autopipe.runtime.executor import Run
 from benchmarks.ledger import watching
 from tests.support.models import gpt2
@@ -262,3 +264,45 @@ def test_a_plan_that_chose_one_micro_batch_can_be_run() -> None:
     assert len(plan.sizes) == 1
     model, call = shared_model("shared", BATCH)
     autopipe.compile(model, plan=plan, kwargs=call)
+
+
+# ------------------------------------------------------------------------------- batch norm
+
+
+def normalised(image: bool, mode: str = "train") -> nn.Module:
+    """Layers so large that many micro-batches are worth it."""
+    if image:
+        parts: list[nn.Module] = [nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32)]
+    else:
+        parts = [nn.Linear(1024, 1024), nn.BatchNorm1d(1024)]
+    model = nn.Sequential(*[copy.deepcopy(m) for _ in range(4) for m in parts])
+    return model.train(mode == "train")
+
+
+@pytest.mark.parametrize("image", [True, False], ids=["image", "vector"])
+def test_the_planner_gives_batch_norm_samples(image: bool) -> None:
+    x = torch.ones(*((32, 32, 32, 32) if image else (256, 1024)), device="meta")
+    plans = {
+        mode: autopipe.plan(
+            normalised(image, mode).to("meta"), 4, None, args=(x,), device="cpu-core"
+        )
+        for mode in ("train", "eval")
+    }
+    assert min(plans["train"].sizes) == NORMALISED_TOGETHER
+    assert min(plans["eval"].sizes) < NORMALISED_TOGETHER, "the same model without statistics"
+
+
+def test_memory_counts_more_than_samples_for_batch_norm() -> None:
+    """Where only small micro-batches fit, they are planned."""
+    model, x = normalised(image=True).to("meta"), torch.ones(32, 32, 32, 32, device="meta")
+    most, least = (autopipe.plan(model, 2, chunks, args=(x,)) for chunks in (4, 16))
+    limit = max(s.memory_bytes for s in least.stages)
+    assert limit < max(s.memory_bytes for s in most.stages)
+    plan = autopipe.plan(model, 2, None, args=(x,), memory=limit)
+    assert max(s.memory_bytes for s in plan.stages) <= limit
+    assert min(plan.sizes) < NORMALISED_TOGETHER
+
+
+def test_a_small_batch_is_planned_whole() -> None:
+    model, x = normalised(image=False), torch.randn(3, 1024)
+    assert autopipe.plan(model, 2, None, args=(x,)).sizes == (3,)

@@ -9,8 +9,11 @@ from dataclasses import replace
 
 import pytest
 
+from autopipe.planning.plan_parts import Times
+from autopipe.planning.plans import Plan
 from autopipe.report import columns, page_tables, plan_text
 from autopipe.report.columns import STAGE_COLUMNS, Column, columns_of, stage_rows
+from autopipe.report.page import page
 from autopipe.report.page_data import PageData
 from tests.support.pages import Page
 from tests.support.plans import made_plan
@@ -63,3 +66,68 @@ def test_a_column_is_one_entry(shown: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert ("gradients <g>" in text and "<8192>" in text) == (shown != "page")
     cells = [e.text for e in page.elements if e.name in ("th", "td")]
     assert ("gradients <g>" in cells and "<8192>" in cells) == (shown != "text")
+
+
+# ------------------------------------------------------------------------------- short texts
+
+
+def on(speeds: str, device: str = "cpu") -> Plan:
+    stages = tuple(replace(s, speeds=speeds, device=device) for s in PLAN.stages)
+    return replace(PLAN, stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "device", "shown"),
+    [
+        ("cpu-core", "cpu", "cpu"),
+        ("h100", "cpu", "h100"),
+        ("h100", "cuda:0", "cuda:0 (h100)"),
+        ("measured on a CPU", "cpu", "cpu"),
+    ],
+)
+def test_the_column_names_the_planned_device(speeds: str, device: str, shown: str) -> None:
+    plan = on(speeds, device)
+    assert {row.stage.planned_device for row in stage_rows(plan)} == {shown}
+    assert all(shown in line for line in plan_text.plan_text(plan).splitlines()[2:5])
+
+
+def test_times_have_the_digits_that_they_deserve() -> None:
+    """Three where they were measured, two where a data sheet gives them."""
+    assert " 59 ms" in plan_text.plan_text(replace(PLAN, sizes=(4, 4)))
+    measured = replace(on("measured on a CPU"), sizes=(4, 4))
+    assert " 58.5 ms" in plan_text.plan_text(measured)
+
+
+def test_idle_devices_are_advised_against() -> None:
+    assert PLAN.advice == ()
+    little = replace(
+        PLAN.stages[1], times=tuple(Times(1e-6, 0, 0, 0, 0, 0) for _ in PLAN.stages[1].times)
+    )
+    plan = replace(PLAN, stages=(PLAN.stages[0], little, PLAN.stages[2]))
+    (advice,) = plan.advice
+    assert advice.startswith("stage 1 works less than 10%")
+    assert advice.endswith("use fewer devices (2)")
+    assert f"advice: {advice}" in plan_text.plan_text(plan).splitlines()
+    assert advice in [e.text for e in Page(page(plan)).named("li")]
+    assert advice.replace("<", "&lt;") in plan._repr_html_()
+    nothing = tuple(replace(s, times=(Times(*[0.0] * 6),) * 2) for s in PLAN.stages)
+    assert replace(PLAN, stages=nothing).advice == ()
+
+
+def test_modules_are_those_of_the_parameters() -> None:
+    stage = PLAN.stages[0]
+    assert stage.modules == "layers.0"
+    assert replace(stage, parameters=("a.b.weight", "a.b.bias", "c.weight")).modules == "a.b … c"
+    assert replace(stage, parameters=()).modules == stage.first
+    assert replace(stage, parameters=("scale",)).modules == stage.first
+
+
+def test_a_plan_in_a_notebook_is_short_and_escaped() -> None:
+    hostile = replace(PLAN, model="<b>\x1b")
+    assert "\n" not in repr(hostile)
+    assert len(repr(hostile)) < 150
+    assert "\x1b" not in repr(hostile) + hostile._repr_html_()
+    found = Page(PLAN._repr_html_())
+    assert [e.text for e in found.named("th")] == [*plan_text.NOTEBOOK]
+    assert len(found.named("tr")) == 1 + len(PLAN.stages)
+    assert "<b>" not in hostile._repr_html_()

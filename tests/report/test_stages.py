@@ -1,4 +1,7 @@
-"""`pipe.stages`: boundary tensors in the batch size B, and the same tensors in the plan."""
+"""`pipe.stages`: boundary tensors in the batch size B, and the same tensors in the plan.
+
+Covers report/memory_view.py.
+"""
 
 from __future__ import annotations
 
@@ -67,3 +70,20 @@ def test_a_stage_runs_by_hand(pipe: autopipe.Pipeline) -> None:
     assert all(isinstance(b, BoundaryTensor) for b in outputs)
     torch.testing.assert_close(h, pipe.model(x)[0])
     assert first.code.count("torch.ops.aten") >= 2
+
+
+def test_the_texts_of_a_pipeline_are_short() -> None:
+    """Of what a notebook shows: each is a few lines, and HTML."""
+    layers = nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)])
+    pipe = autopipe.compile(layers, 18, 2)
+    pipe(torch.randn(4, 4)).sum().backward()
+    lines = repr(pipe.stages).splitlines()
+    assert lines[0].startswith("Stage 0 on cpu: ")
+    assert lines[-1] == "… 2 more"
+    assert len(lines) == 17
+    assert repr(pipe.stages[1:]).count("Stage") == 17, "a slice is a tuple"
+    assert pipe.stages._repr_html_().count("<tr>") == 19
+    assert repr(pipe.memory).endswith("; … 14 more)")
+    assert pipe.memory._repr_html_().count("<tr>") == 19
+    assert f"{pipe.memory.stages[0].peak} B" in repr(pipe.memory)
+    assert repr(pipe.plan).startswith("Plan(Sequential, 18 stages, 2 micro-batches, ")

@@ -19,6 +19,17 @@ def test_sizes_are_those_of_tensor_split_without_empties(batch: int, chunks: int
     assert len(set(expected)) <= 2
 
 
+@pytest.mark.parametrize("least", [2, 3, 5])
+@pytest.mark.parametrize(("batch", "chunks"), [(b, c) for b in range(1, 13) for c in range(1, 9)])
+def test_no_micro_batch_is_smaller_than_asked(batch: int, chunks: int, least: int) -> None:
+    """There are as many as can be; one if the batch itself is smaller."""
+    sizes = microbatch.sizes(batch, chunks, least)
+    assert sum(sizes) == batch
+    assert min(sizes) >= min(least, batch)
+    many = range(1, chunks + 1)
+    assert len(sizes) == max(n for n in many if min(microbatch.sizes(batch, n)) >= least or n == 1)
+
+
 def test_examples_of_the_docstring() -> None:
     assert doctest.testmod(microbatch).failed == 0
 

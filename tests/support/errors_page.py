@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import runpy
 import tempfile
 import textwrap
+import warnings
 from pathlib import Path
 
 from autopipe import errors
@@ -22,6 +25,28 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
     errors.OptionError: {
         "A value that cannot be right": """\
             autopipe.compile(nn.Linear(4, 4), devices=2, chunks=0)
+            """,
+        "A class instead of a model": """\
+            autopipe.compile(nn.Linear, devices=1, chunks=2)
+            """,
+        "A step without labels": """\
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.head = nn.Linear(4, 3)
+                def forward(self, x, labels=None):
+                    logits = self.head(x)
+                    if labels is None:
+                        return {"logits": logits}
+                    loss = nn.functional.cross_entropy(logits, labels)
+                    return {"loss": loss, "logits": logits}
+
+            autopipe.compile(Model(), devices=1, chunks=2).step(torch.randn(6, 4))
+            """,
+        "A step without a target": """\
+            loss_fn = nn.functional.mse_loss
+            pipe = autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2, loss_fn=loss_fn)
+            pipe.step(torch.randn(6, 4))
             """,
         "A question before the first call": """\
             autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2).explain()
@@ -158,6 +183,52 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
 
             autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
             """,
+        "An input without a batch dimension": """\
+            autopipe.compile(nn.Linear(4, 2), devices=1, chunks=2)(torch.randn(4))
+            """,
+        "A target that the model does not take": """\
+            pipe = autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2)
+            pipe(torch.randn(6, 4), torch.randn(6, 4))
+            """,
+        "A value that is written into a text": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    y = x * 2
+                    print(f"mean {y.mean().item():.3f}")
+                    return y
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
+        "A check of values": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    y = x.log()
+                    assert not torch.isnan(y).any()
+                    return y
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.rand(6, 4))
+            """,
+        "A number of a tensor": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    return x / float(x.abs().max())
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
+        "A tensor on a device of its own": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    return x + torch.ones(4, device="meta")
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
+        "A tensor that goes to NumPy": """\
+            class Model(nn.Module):
+                def forward(self, x):
+                    return x + torch.from_numpy(x.numpy()).round()
+
+            autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+            """,
         "A hook on a tensor": """\
             class Model(nn.Module):
                 def forward(self, x):
@@ -216,6 +287,20 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
 
             targets = [{"box": torch.rand(n, 4)} for n in (1, 2, 1)]
             autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(3, 4), targets)
+        "A list of tensors that differ in their number of samples": """\
+            class Model(nn.Module):
+                def forward(self, parts):
+                    return parts[0].mean(1) + parts[1].mean(1)
+
+            pipe = autopipe.compile(Model(), devices=1, chunks=2)
+            pipe([torch.randn(6, 4), torch.randn(5, 4)])
+            """,
+        "A list instead of a tensor": """\
+            autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2)([[1.0, 2.0, 3.0, 4.0]])
+            """,
+        "A batch norm with one sample": """\
+            pipe = autopipe.compile(nn.BatchNorm1d(4), devices=1, chunks=2)
+            pipe(torch.randn(1, 4))
             """,
         "Inputs that differ in their number of samples": """\
             autopipe.compile(nn.Bilinear(4, 4, 2), 1, 2)(torch.randn(6, 4), torch.randn(5, 4))
@@ -254,6 +339,14 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             x.copy_(torch.randn(4, 4))
             loss.backward()
             """,
+        "A target of another dtype": """\
+            class Model(nn.Module):
+                def forward(self, logits, labels):
+                    return nn.functional.cross_entropy(logits, labels)
+
+            pipe = autopipe.compile(Model(), devices=1, chunks=2)
+            pipe(torch.randn(6, 4), torch.zeros(6, dtype=torch.int32))
+            """,
         "A stage that fails while it runs": """\
             class Model(nn.Module):
                 def __init__(self):
@@ -284,6 +377,38 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
     },
 }
 
+WARNINGS = {
+    "A forward that prints": """\
+        class Model(nn.Module):
+            def forward(self, x):
+                y = x * 2
+                print(y)
+                return y
+
+        autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+        """,
+    "A forward that asks for the time": """\
+        import time
+
+        class Model(nn.Module):
+            def forward(self, x):
+                start = time.perf_counter()
+                y = x * 2
+                self.seconds = time.perf_counter() - start
+                return y
+
+        autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
+        """,
+}
+"""Scripts that run, with a warning."""
+
+WARNED = """\
+## Warnings
+
+What the pipeline does otherwise than the model, without harm to its results, is a warning at the
+user's line.
+"""
+
 INTRODUCTION = """\
 # Errors
 
@@ -301,11 +426,29 @@ def raised(script: str) -> Exception:
         path = Path(folder) / "train.py"
         path.write_text(HEAD + textwrap.dedent(script))
         try:
-            runpy.run_path(str(path))
+            with contextlib.redirect_stdout(io.StringIO()):
+                runpy.run_path(str(path))
         except Exception as error:
             error.args = (str(error).replace(f"{folder}/", ""),)
             return error
     raise AssertionError(f"nothing was raised by\n{script}")
+
+
+def warned(script: str) -> str:
+    """What a script warns of, as Python shows it."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = Path(folder) / "train.py"
+        path.write_text(HEAD + textwrap.dedent(script))
+        with contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_path(str(path))
+        shown = [
+            f"{w.filename}:{w.lineno}: {w.category.__name__}: {w.message}".replace(f"{folder}/", "")
+            for w in caught
+        ]
+    if not shown:
+        raise AssertionError(f"nothing was warned of by\n{script}")
+    return "\n".join(shown)
 
 
 def page() -> str:
@@ -320,6 +463,11 @@ def page() -> str:
                 f"### {title}\n\n```python\n{code}\n```\n\n```text\n{type(error).__name__}:"
                 f" {error}\n```\n"
             )
+    parts.append(WARNED)
+    for title, script in WARNINGS.items():
+        code = textwrap.dedent(script).strip()
+        shown = f"```python\n{code}\n```\n\n```text\n{warned(script)}\n```\n"
+        parts.append(f"### {title}\n\n{shown}")
     return "\n".join(parts)
 
 

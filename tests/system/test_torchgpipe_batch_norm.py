@@ -63,7 +63,7 @@ def batch(kind: str = "of vectors", seed: int = 0) -> Tensor:
     return x * drift + drift
 
 
-def over_chunks(model: nn.Module, x: Tensor) -> Tensor:
+def over_chunks(model: nn.Module, x: Tensor, chunks: int = CHUNKS) -> Tensor:
     """The result, chunk by chunk; each BatchNorm's buffers afterwards are as if it had seen, in
     each of its calls, all chunks at once."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
@@ -74,7 +74,7 @@ def over_chunks(model: nn.Module, x: Tensor) -> Tensor:
         for m in norms
     ]
     parts = []
-    for chunk in x.tensor_split(CHUNKS):
+    for chunk in x.tensor_split(chunks):
         for m in norms:
             given[m].append([])
         parts.append(model(chunk))
@@ -209,6 +209,28 @@ def test_frozen_statistics_are_used_and_stay() -> None:
     before = {name: b.clone() for name, b in model.named_buffers()}
     assert_agrees(pipelined(model, chunks=CHUNKS), batch().requires_grad_())
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+def test_the_last_batch_of_an_epoch_is_cut_into_fewer_micro_batches() -> None:
+    """Of one sample each, they would have no statistics."""
+    model = net()
+    twin, pipe = copy.deepcopy(model), pipelined(model, devices=2, chunks=CHUNKS)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, twin)]
+    data = torch.cat([batch(seed=seed) for seed in range(4)])
+    for count in (len(batch()), CHUNKS, CHUNKS + 1, 3, 2):
+        x, data = data[:count], data[count:]
+        chunks = min(CHUNKS, count // 2)
+        found, expected = pipe(x), over_chunks(twin, x, chunks)
+        assert len(pipe.plan.sizes) == chunks
+        assert_close(found, expected, f"result of {count} samples")
+        for result, optimizer in zip((found, expected), optimizers, strict=True):
+            optimizer.zero_grad()
+            objective(result).backward()
+            optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        assert_close(p, q[1], name)
+    for (name, b), c in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert_close(b, c, name)
 
 
 # ------------------------------------------------------------------------------- micro

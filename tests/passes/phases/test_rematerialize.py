@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from autopipe.errors import InputError
 from autopipe.passes.ir.values import InputKind
 from tests.support.agreement import assert_agrees, pipelined
 from tests.support.once import pure_passes_once
 from tests.support.phased import each_policy, parts, phase_nodes, saved_in
-from tests.support.programs import phased_of, split_of, user_line
+from tests.support.programs import phased_of, split_of
 
 pytestmark = pytest.mark.few(2)
 
@@ -91,44 +89,3 @@ def test_a_buffer_that_changes_every_micro_batch(remat: str) -> None:
     for p, g in zip(model.parameters(), want, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-12, atol=1e-12)
     assert torch.equal(model.scale, scale)
-
-
-class Normalised(nn.Module):
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.norm(x))  # the line of the norm
-
-
-@pytest.mark.parametrize(
-    ("norm", "shape", "refused"),
-    [
-        (nn.BatchNorm1d(6), (6,), True),
-        (nn.BatchNorm2d(6), (6, 1, 1), True),
-        (nn.BatchNorm1d(6), (6, 3), False),
-        (nn.BatchNorm2d(6), (6, 1, 2), False),
-        (nn.BatchNorm1d(6).eval(), (6,), False),
-        (nn.BatchNorm1d(6, track_running_stats=False).eval(), (6,), True),
-    ],
-)
-def test_batch_norm_over_a_single_value(
-    norm: nn.Module, shape: tuple[int, ...], refused: bool
-) -> None:
-    """Where eager refuses a batch of one sample, so do micro-batches of one."""
-    model, x = Normalised(norm), torch.randn(3, *shape)
-    eagerly: Callable[..., Any] = model
-    if not refused:
-        assert eagerly(x[:1]).shape == x[:1].shape
-        assert pipelined(model, devices=1, chunks=3)(x).shape == x.shape
-        return
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        eagerly(x[:1])
-    pipe = pipelined(model, devices=1, chunks=3)
-    with pytest.raises(InputError, match="needs more than one value per channel") as caught:
-        pipe(x)
-    assert caught.value.source == user_line(Normalised.forward, "# the line " + "of the norm")
-    assert "fewer chunks" in str(caught.value)
-    larger = torch.randn(6, *shape)
-    assert pipe(larger).shape == larger.shape  # micro-batches of two
