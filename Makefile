@@ -9,10 +9,10 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check format docs wheel bench clean
+.PHONY: help demo test test-all check format docs docs-site wheel bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## run examples/quickstart.py
 	@$(BIN)/python examples/quickstart.py
@@ -36,6 +36,9 @@ format: $(VENV)/.installed ## format the code and repair what ruff can repair
 docs: $(VENV)/.installed ## write the generated pages of docs/ anew
 	@$(BIN)/python -m tests.support.generated_docs
 
+docs-site: $(VENV)/.installed ## build the documentation into site/, an error for every broken link
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 wheel: $(VENV)/.installed ## build dist/*.tar.gz, and from it dist/*.whl
 	@rm -rf dist
 	@$(BIN)/python -m build --no-isolation --outdir dist
@@ -45,7 +48,7 @@ bench: $(VENV)/.installed-bench ## run one benchmark: NAME=module of benchmarks/
 	@$(BIN)/python -m benchmarks.$(NAME) $(BENCH_ARGS)
 
 clean: ## delete what the other targets made, .venv included
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
