@@ -3,7 +3,9 @@
 # built for another accelerator, gigabytes of it.
 
 PYTHON ?= python3
-VENV   ?= .venv
+# `make test PYTHON=python3.12 TORCH=2.12.1` has an environment of its own beside .venv.
+VENV   ?= .venv$(if $(filter command,$(origin PYTHON)),-$(notdir $(PYTHON)))$(if $(TORCH),-torch$(TORCH))
+PINS   := $(VENV)/constraints.txt
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
@@ -48,7 +50,7 @@ bench: $(VENV)/.installed-bench ## run one benchmark: NAME=module of benchmarks/
 	@$(BIN)/python -m benchmarks.$(NAME) $(BENCH_ARGS)
 
 clean: ## delete what the other targets made, .venv included
-	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -56,9 +58,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV)"
-	@$(PIP) install --editable '.[dev]' -c constraints.txt
+	@sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(PINS)
+	@$(PIP) install --editable '.[dev]' -c $(PINS)
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	@$(PIP) install --editable '.[bench]' -c constraints.txt
+	@$(PIP) install --editable '.[bench]' -c $(PINS)
 	@touch $@
