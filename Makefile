@@ -3,16 +3,18 @@
 # built for another accelerator, gigabytes of it.
 
 PYTHON ?= python3
-VENV   ?= .venv
+# `make test PYTHON=python3.12 TORCH=2.12.1` has an environment of its own beside .venv.
+VENV   ?= .venv$(if $(filter command,$(origin PYTHON)),-$(notdir $(PYTHON)))$(if $(TORCH),-torch$(TORCH))
+PINS   := $(VENV)/constraints.txt
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check format docs wheel bench clean
+.PHONY: help demo test test-all check format docs docs-site wheel bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## run examples/quickstart.py
 	@$(BIN)/python examples/quickstart.py
@@ -36,6 +38,9 @@ format: $(VENV)/.installed ## format the code and repair what ruff can repair
 docs: $(VENV)/.installed ## write the generated pages of docs/ anew
 	@$(BIN)/python -m tests.support.generated_docs
 
+docs-site: $(VENV)/.installed ## build the documentation into site/, an error for every broken link
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 wheel: $(VENV)/.installed ## build dist/*.tar.gz, and from it dist/*.whl
 	@rm -rf dist
 	@$(BIN)/python -m build --no-isolation --outdir dist
@@ -45,7 +50,7 @@ bench: $(VENV)/.installed-bench ## run one benchmark: NAME=module of benchmarks/
 	@$(BIN)/python -m benchmarks.$(NAME) $(BENCH_ARGS)
 
 clean: ## delete what the other targets made, .venv included
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -53,9 +58,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV)"
-	@$(PIP) install --editable '.[dev]' -c constraints.txt
+	@sed '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(PINS)
+	@$(PIP) install --editable '.[dev]' -c $(PINS)
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	@$(PIP) install --editable '.[bench]' -c constraints.txt
+	@$(PIP) install --editable '.[bench]' -c $(PINS)
 	@touch $@

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from autopipe import errors
+from autopipe.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from autopipe.api import compile, plan
@@ -14,7 +16,15 @@ if TYPE_CHECKING:
     from autopipe.passes.schedule import Timeline, simulate
     from autopipe.planning.plans import Plan
 
-__version__ = "0.1.0"
+# In a checkout, `passes` is a symbolic link. Git for Windows, and archives unpacked there, leave a
+# text file with the link's target in its place.
+if os.path.isfile(os.path.join(os.path.dirname(__file__), "passes")):
+    raise ImportError(
+        "this checkout of autopipe lacks a symbolic link: autopipe/passes is a text file\n"
+        "  what to do: turn on Windows' developer mode (it allows links), then run in the checkout"
+        " `git config core.symlinks true` and `git checkout -- autopipe/passes`; or install a"
+        " wheel with pip, which has no link"
+    )
 
 __all__ = [
     "CostGraph",
@@ -41,9 +51,14 @@ _HOMES = {
 }
 
 
+_NEED_TORCH = ("api", "module")
+
+
 def __getattr__(name: str) -> object:
     for home, names in _HOMES.items():
         if name in names:
+            if home in _NEED_TORCH:
+                import_module("autopipe.torch_version").check_torch()
             value: object = getattr(import_module(f"autopipe.{home}"), name)
             globals()[name] = value
             return value
@@ -51,4 +66,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])

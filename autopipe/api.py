@@ -14,7 +14,6 @@ from autopipe.module import Pipeline
 from autopipe.options import parse_options
 from autopipe.passes.capture import as_module
 from autopipe.passes.driver import capture_with_costs
-from autopipe.passes.schedule import DEFAULT_KIND
 from autopipe.planning.choice import choose
 from autopipe.planning.plans import Plan
 
@@ -25,6 +24,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from autopipe.option_names import (
+        Backend,
+        BatchNorm,
+        OutReduce,
+        Remat,
+        Schedule,
+        StageRemat,
+    )
     from autopipe.passes.capture import UserModel
     from autopipe.passes.devices import Device
 
@@ -35,15 +42,15 @@ def compile(
     chunks: int | None = None,
     *,
     plan: Plan | str | PathLike[str] | None = None,
-    schedule: str | None = None,
-    remat: str | float | Sequence[str | float] | None = None,
+    schedule: Schedule | None = None,
+    remat: Remat | float | Sequence[StageRemat | float] | None = None,
     memory: float | str | Sequence[float | str] | None = None,
     profile: bool = False,
     in_dims: Any = 0,
-    out_reduce: str | None = None,
-    batch_norm: str = "deferred",
+    out_reduce: OutReduce | None = None,
+    batch_norm: BatchNorm = "deferred",
     loss_fn: Callable[..., Tensor] | None = None,
-    backend: str = "eager",
+    backend: Backend = "eager",
     dynamic: Mapping[str, Mapping[int, str | None]] | None = None,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -132,14 +139,14 @@ def plan(
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    schedule: str = DEFAULT_KIND,
-    remat: str | float | Sequence[str | float] = "full",
+    schedule: Schedule = "gpipe",
+    remat: Remat | float | Sequence[StageRemat | float] = "full",
     memory: float | str | Sequence[float | str] | None = None,
     device: str | Device | Sequence[str | Device] | None = None,
     profile: bool = False,
     in_dims: Any = 0,
-    out_reduce: str | None = None,
-    batch_norm: str = "deferred",
+    out_reduce: OutReduce | None = None,
+    batch_norm: BatchNorm = "deferred",
 ) -> Plan:
     """Predict how `compile` cuts a model, the memory and time of each stage, and of a step.
 
@@ -158,7 +165,7 @@ def plan(
         The `Plan`: stages, boundary tensors, times, memory, predicted timeline.
 
     Raises:
-        As `compile` does.
+        AutopipeError: as `compile` does.
     """
     options = parse_options(
         devices=devices,

@@ -23,6 +23,7 @@ from autopipe.errors import (
     printable,
     shortened,
 )
+from autopipe.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -106,6 +107,7 @@ def _parser() -> _Parser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in all_commands():
         own = parsers.add_parser(

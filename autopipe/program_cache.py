@@ -299,8 +299,7 @@ def _warn_of_fixed(
     tensors = [n for n, x in enumerate(inputs.leaves) if isinstance(x, Tensor)]
     name_of = dict(zip(tensors, names, strict=True))
     found = ", ".join(f"dimension {d} of {name_of[n]}" for n, d in dims)
-    warnings.warn(
+    warn_at_user_line(
         f"{found}: this model cannot be captured for any size there, so each new size costs a"
-        f" capture ({reason}); pad to few sizes",
-        stacklevel=2,
+        f" capture ({reason}); pad to few sizes"
     )

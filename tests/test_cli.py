@@ -1,10 +1,11 @@
 """The command line: its help, its entry points, how it finds commands, what it does not import.
 
-Covers cli.py and commands/__init__.py.
+Covers cli.py, version.py and commands/__init__.py.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -40,6 +41,14 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert text.startswith(f"usage: autopipe {' '.join(arguments)}".rstrip())
     for word in COMMANDS if not arguments else ["--help"]:
         assert re.search(rf"^\s+(-h, )?{word}\b", text, re.MULTILINE)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"autopipe {autopipe.__version__}\n"
+    assert importlib.metadata.version("torch-autopipe") == autopipe.__version__
 
 
 HELLO = """
@@ -121,7 +130,7 @@ sys.exit(f"{{code}} {{heavy}}" if code or heavy else 0)
 
 
 def test_names_of_the_package_come_when_they_are_used() -> None:
-    assert set(autopipe.__all__) <= set(dir(autopipe))
+    assert dir(autopipe) == sorted([*autopipe.__all__, "__version__"])
     for name in autopipe.__all__:
         assert getattr(autopipe, name).__name__.rpartition(".")[2] == name
     with pytest.raises(AttributeError, match="no attribute 'other'"):

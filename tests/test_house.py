@@ -29,8 +29,9 @@ FLOORS = (
 """The packages and root files of `passes/`, lowest floor first. Imports only go down."""
 
 LAYERS = (
-    {"errors", "interrupts"},
-    {"passes", "runtime", "progress", "typed_json", "target", "formatting"},
+    {"errors", "interrupts", "version"},
+    {"passes", "runtime", "progress", "typed_json", "target", "formatting"}
+    | {"option_names", "torch_version"},
     {"report", "planning", "profile", "options", "option_parsing", "batch_dims"}
     | {"parameters", "results", "tensor_meta", "version_watch"},
     {"call_guards", "call_signature", "caller_modes", "model_state_key", "module_proxy"}
@@ -51,6 +52,7 @@ OUTSIDE = (["autopipe", "errors"], ["autopipe", "interrupts"])
 
 TORCH_FREE = (
     *("autopipe.errors", "autopipe.typed_json", "autopipe.formatting", "autopipe.cli"),
+    *("autopipe.option_names", "autopipe.torch_version"),
     *("autopipe.passes.devices", "autopipe.passes.partition", "autopipe.passes.remat_policies"),
     *("autopipe.passes.schedule", "autopipe.planning.plans", "autopipe.planning.plan_parts"),
 )

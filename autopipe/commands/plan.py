@@ -67,7 +67,9 @@ def _run(options: Namespace) -> None:
         check_writable(options.output, keep=file, what="the model's file")
     devices = _devices(options.devices)
     from autopipe import target
+    from autopipe.torch_version import check_torch
 
+    check_torch()
     model, args, kwargs = target.load(options.model, real=options.real)
     from autopipe.api import plan
 

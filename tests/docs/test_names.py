@@ -19,6 +19,9 @@ from tests.support.documents import (
 )
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+OTHERS = ("docs/zoo.md", "docs/errors.md", "docs/guide.md", "docs/howto/trainers.md")
+"""Pages that also name commands."""
+
 ELSEWHERE = {".venv"}
 """Names that are not those of this code."""
 
@@ -54,7 +57,7 @@ def test_names_are_those_of_the_code(document: str) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/zoo.md", "docs/errors.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS])
 def test_make_targets_exist(document: str) -> None:
     text = text_of(document)
     lines = [*command_lines(text), *names(text)]
@@ -62,7 +65,7 @@ def test_make_targets_exist(document: str) -> None:
     assert [t for t in targets if t not in make_targets()] == []
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/zoo.md", "docs/errors.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS])
 def test_python_commands_name_modules_and_files(document: str) -> None:
     """What is run with ``python`` or ``pytest`` exists. (README's commands are also run.)"""
     text = text_of(document)

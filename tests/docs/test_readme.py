@@ -64,7 +64,7 @@ def test_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
     first, *_, last = scope["losses"]
     assert last < first
     pipe = scope["pipe"]
-    (shown,) = [b for b in blocks(README) if "schedule gpipe" in b]
+    (shown,) = [b for b in blocks(README, "text") if "schedule gpipe" in b]
     found = str(pipe.explain())
     heads, shown_heads = map(list, map(stage_columns, (found, shown)))
     assert [head for head in heads if head in shown_heads] == shown_heads  # (test_examples: values)
@@ -81,7 +81,7 @@ def test_verify_prints_what_the_readme_shows() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
     pipe = autopipe.compile(model, devices=2, chunks=2)
     found = str(pipe.verify(torch.randn(4, 4))).splitlines()
-    (shown,) = re.findall(r"^  ```\n(.*?)^  ```$", README, re.DOTALL | re.MULTILINE)
+    (shown,) = re.findall(r"^  ```text\n(.*?)^  ```$", README, re.DOTALL | re.MULTILINE)
     head, output, gradient, note = (line.strip() for line in shown.splitlines())
     assert found[0].split() == head.split()
     assert [line.split()[0] for line in found[1:3]] == [output.split()[0], gradient.split()[0]]

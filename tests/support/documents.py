@@ -16,9 +16,14 @@ _INDENTED = re.compile(r"^    (\S.*)$", re.MULTILINE)
 _NAME = re.compile(r"(?<![`\w])`([^`\n]+)`(?!`)")
 
 
-def blocks(text: str, language: str = "") -> list[str]:
+def blocks(text: str, language: str) -> list[str]:
     """The fenced code blocks of a document in a language ("" for those that name none)."""
     return [body for _, name, body in _BLOCK.findall(text) if name == language]
+
+
+def languages(text: str) -> list[str]:
+    """The language of each fenced code block of a document."""
+    return [name for _, name, _ in _BLOCK.findall(text)]
 
 
 def stage_columns(text: str) -> dict[str, tuple[str, ...]]:

@@ -287,6 +287,7 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
 
             targets = [{"box": torch.rand(n, 4)} for n in (1, 2, 1)]
             autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(3, 4), targets)
+            """,
         "A list of tensors that differ in their number of samples": """\
             class Model(nn.Module):
                 def forward(self, parts):

@@ -21,7 +21,7 @@ def with_map(text: str) -> str:
     """The architecture page with the map as it is now."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}```\n{package_map.picture()}```\n{END}{after}"
+    return f"{before}{BEGIN}```text\n{package_map.picture()}```\n{END}{after}"
 
 
 def generated() -> dict[Path, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,12 +74,44 @@ def test_example(name: str) -> None:
     assert done.stderr == ""
     if name == "quickstart" and torch.__version__.startswith("2.13"):  # the README's, by this demo
         (shown,) = [
-            b for b in blocks((ROOT / "README.md").read_text("utf-8")) if "schedule gpipe" in b
+            b
+            for b in blocks((ROOT / "README.md").read_text("utf-8"), "text")
+            if "schedule gpipe" in b
         ]
         assert stage_columns(shown).items() <= stage_columns(done.stdout).items()
 
 
+LIBRARIES: dict[str, tuple[str, list[str]]] = {
+    "trainer": ("transformers", ["the saved model has the trained weights: True"]),
+    "accelerate_loop": ("accelerate", ["unwrapped, it is the model: True"]),
+    "lightning_fit": ("lightning", ["names of weights: body.transformer.wte.weight, ..."]),
+    "peft_lora": ("peft", ["the saved adapter gives the same loss: True"]),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer", *(pytest.param(n, marks=pytest.mark.full) for n in [*LIBRARIES][1:])]
+)
+def test_example_with_a_library(name: str) -> None:
+    """It trains: the loss falls. (Against the plain model: test_trainers*.py.)"""
+    package, lines = LIBRARIES[name]
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{name}.py", "--steps", "6"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    ((first, last),) = re.findall(r"^loss (\d+\.\d+) -> (\d+\.\d+)$", done.stdout, re.MULTILINE)
+    assert float(last) < float(first) - 0.1
+    assert "stages: 2" in done.stdout
+    assert all(line in done.stdout.splitlines() for line in lines)
+
+
 def test_every_example_is_tested() -> None:
-    tested = {name.partition(",")[0] for name in EXAMPLES}
+    tested = {name.partition(",")[0] for name in EXAMPLES} | {*LIBRARIES}
     planned = {"gpt2_xl"}  # by commands, in test_readme.py and test_plan.py
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested | planned

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -185,3 +187,57 @@ def test_a_call_while_another_thread_exports(monkeypatch: pytest.MonkeyPatch) ->
     pipe(batch())
     first.join()
     assert captures == [first]
+
+
+def test_another_thread_is_heard_during_an_export(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An export is silent in its own thread only: no switch of the process is thrown for it."""
+    exports, spoken = threading.Event(), threading.Event()
+    export, streams = torch.export.export, (sys.stdout, sys.stderr)
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+
+    def speak(whose: str) -> None:
+        for name in ("torch._dynamo", "my.training"):
+            logging.getLogger(name).warning("%s log of %s", whose, name)
+        warnings.warn(f"{whose} warning", stacklevel=1)
+        print(f"{whose} line", file=sys.stderr)
+
+    def slow_export(*args: Any, **kwargs: Any) -> Any:
+        exports.set()
+        assert spoken.wait(60)
+        speak("the exporter's")
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", slow_export)
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "my.training")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    pipe = autopipe.compile(net(), devices=["cpu"] * 2, chunks=2)
+    thread = threading.Thread(target=pipe, args=(batch(),))
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            thread.start()
+            assert exports.wait(60)
+            try:
+                assert (sys.stdout, sys.stderr) == streams
+                assert logging.root.manager.disable == 0
+                assert all(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+                speak("another's")
+            finally:
+                spoken.set()
+                thread.join()
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert "another's warning" in [str(w.message) for w in caught]
+    assert "the exporter's warning" not in [str(w.message) for w in caught]
+    assert [r for r in records if "another's" in r] == [
+        "another's log of torch._dynamo",
+        "another's log of my.training",
+    ]
+    assert [r for r in records if "exporter's" in r] == ["the exporter's log of my.training"]
+    assert "another's line\n" in capfd.readouterr().err

@@ -1,0 +1,27 @@
+"""Types of the options that are one of a few names, for type checkers and editors.
+
+What runs is decided by the tables that the options are checked against; tests/test_option_names.py
+compares them with these types.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Schedule = Literal["gpipe", "auto"]
+"""`schedule`: the kinds that run here, or "auto"."""
+
+Remat = Literal["full", "none", "min-cut", "auto"]
+"""`remat`: the policies with a name, or "auto". (A number is a policy too.)"""
+
+StageRemat = Literal["full", "none", "min-cut"]
+"""`remat` of one stage in a list."""
+
+BatchNorm = Literal["deferred", "micro"]
+"""`batch_norm`."""
+
+OutReduce = Literal["mean", "sum"]
+"""`out_reduce`."""
+
+Backend = Literal["eager"]
+"""`backend`."""
