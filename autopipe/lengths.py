@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import OptionError, shown
-from autopipe.passes.capture import RESERVED, argument_names, input_names, take_apart
-from autopipe.passes.graph import is_identifier
+from autopipe.errors import OptionError
+from autopipe.passes.capture import argument_names, input_names, take_apart
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
@@ -24,35 +23,6 @@ if TYPE_CHECKING:
 
 LengthDims = tuple[dict[int, "str | None"], ...]
 """For each leaf of a call the dimensions that are lengths, with their names or None."""
-
-
-def check_dynamic(dynamic: Any) -> None:
-    """Check the option `dynamic`.
-
-    Raises:
-        OptionError: it is no dict of dicts from dimensions to names, or a name cannot be used.
-    """
-    if dynamic is None:
-        return
-    expected = 'dynamic={"input_ids": {1: "length"}}: argument → dimension → name, or None'
-    if not isinstance(dynamic, dict):
-        raise OptionError("dynamic is no dict", expected=expected, found=shown(dynamic))
-    for argument, dims in dynamic.items():
-        if not isinstance(argument, str) or not isinstance(dims, dict):
-            raise OptionError(
-                "dynamic does not name dimensions of arguments",
-                expected=expected,
-                found=f"{shown(argument)}: {shown(dims)}",
-            )
-        for dim, name in dims.items():
-            valid = name is None or (isinstance(name, str) and is_identifier(name))
-            if not isinstance(dim, int) or isinstance(dim, bool) or not valid or name in RESERVED:
-                raise OptionError(
-                    f"dynamic does not name a dimension of {argument}",
-                    expected=f"{expected}; the name an identifier that is not used for something"
-                    " else",
-                    found=f"{shown(dim)}: {shown(name)}",
-                )
 
 
 def marked_lengths(

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from autopipe.errors import DeviceError, OptionError, shown
+from autopipe.passes.capture import RESERVED
 from autopipe.passes.devices import Device, device_of
+from autopipe.passes.graph import is_identifier
 from autopipe.passes.remat_policies import DEFAULT, RematPolicy, parse_policy, policy_options
 from autopipe.runtime.backends import accelerators, backend_of
 
@@ -198,3 +200,32 @@ def _parse_device(value: bool | str | torch.device) -> torch.device:
     present = accelerators()
     here = f' or "{present[0]}" … "{present[-1]}"' if present else " (there is no GPU)"
     raise DeviceError("no such device here", expected=f'"cpu"{here}', found=shown(str(value)))
+
+
+def check_dynamic(dynamic: Any) -> None:
+    """Check the option `dynamic`.
+
+    Raises:
+        OptionError: it is no dict of dicts from dimensions to names, or a name cannot be used.
+    """
+    if dynamic is None:
+        return
+    expected = 'dynamic={"input_ids": {1: "length"}}: argument → dimension → name, or None'
+    if not isinstance(dynamic, dict):
+        raise OptionError("dynamic is no dict", expected=expected, found=shown(dynamic))
+    for argument, dims in dynamic.items():
+        if not isinstance(argument, str) or not isinstance(dims, dict):
+            raise OptionError(
+                "dynamic does not name dimensions of arguments",
+                expected=expected,
+                found=f"{shown(argument)}: {shown(dims)}",
+            )
+        for dim, name in dims.items():
+            valid = name is None or (isinstance(name, str) and is_identifier(name))
+            if not isinstance(dim, int) or isinstance(dim, bool) or not valid or name in RESERVED:
+                raise OptionError(
+                    f"dynamic does not name a dimension of {argument}",
+                    expected=f"{expected}; the name an identifier that is not used for something"
+                    " else",
+                    found=f"{shown(dim)}: {shown(name)}",
+                )

@@ -10,7 +10,6 @@ import torch
 
 from autopipe import option_parsing
 from autopipe.errors import OptionError, UnsupportedError, shown
-from autopipe.lengths import check_dynamic
 from autopipe.passes.capture import CaptureRequest
 from autopipe.passes.devices import CPU_CORE, device_named_in_torch
 from autopipe.passes.ir import REDUCTIONS
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils._pytree import TreeSpec
 
-    from autopipe.lengths import LengthDims
     from autopipe.passes.devices import Device
     from autopipe.passes.remat_policies import RematPolicy
     from autopipe.planning.plans import Plan
@@ -104,7 +102,7 @@ class Options:
         leaves: Sequence[Any],
         spec: TreeSpec,
         batch_dims: Sequence[int | None],
-        lengths: LengthDims = (),
+        lengths: Sequence[Mapping[int, str | None]] = (),
         *,
         single: bool = False,
     ) -> CaptureRequest:
@@ -183,7 +181,7 @@ def parse_options(
     _check_schedule(schedule)
     _check_backend(backend)
     _check_reductions(out_reduce, batch_norm)
-    check_dynamic(dynamic)
+    option_parsing.check_dynamic(dynamic)
     if loss_fn is not None and not callable(loss_fn):
         expected = "a function: loss_fn(output, target)"
         raise OptionError("loss_fn is no function", expected=expected, found=shown(loss_fn))

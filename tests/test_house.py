@@ -35,7 +35,7 @@ LAYERS = (
     {"report", "planning", "profile", "options", "option_parsing", "batch_dims"}
     | {"parameters", "results", "tensor_meta", "version_watch"},
     {"call_guards", "call_signature", "caller_modes", "model_state_key", "module_proxy"}
-    | {"compiled", "compiled_program"},
+    | {"compiled", "compiled_program", "lengths", "traced_programs"},
     {"pipeline_call", "higher_derivatives", "program_cache", "verification"},
     {"module"},
     {"api"},

@@ -22,6 +22,7 @@ Read the files in this order:
     `generated`       the result
     `program`         the whole program: what each device and each stage does
     `stage_ops`       one stage's ops as a function
+    `source_forms`    forms of expressions
     `source_rules`    the statements that a program may hold
 """
 

@@ -15,6 +15,8 @@ import torch
 from autopipe.errors import VerifyError
 from autopipe.passes._torch import HigherOrderOperator, OpOverload
 
+from .source_forms import is_constant, is_getattr, is_number, is_string, is_text, path_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -49,9 +51,6 @@ HEADS = re.compile(
 """The first line of a function; its kind is the name of the group that has its name."""
 
 ARGUMENTS = {"ops": ("ctx", "args"), "stage": ("run", "m", "compute"), "device": ("run",)}
-
-CONSTANTS = (torch.dtype, torch.layout, torch.memory_format, torch.qscheme)
-"""Types of the attributes of `torch` that are arguments of ops."""
 
 
 BEGINS = re.compile(r"    [A-Za-z_]")
@@ -97,7 +96,7 @@ def check_source(source: str) -> set[str]:
         else:
             (*statements,) = _parsed(lines[start:end], start).body
             for statement in statements:
-                if not (ast.unparse(statement) in IMPORTS or (start == 0 and _is_text(statement))):
+                if not (ast.unparse(statement) in IMPORTS or (start == 0 and is_text(statement))):
                     raise _unknown(statement, start)
     return functions
 
@@ -119,14 +118,6 @@ def _parsed(lines: list[str], offset: int) -> ast.Module:
         raise VerifyError(
             "a program that is no Python", found=f"line {offset + 1} and following: {error}"
         ) from error
-
-
-def _is_text(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and _is_string(statement.value)
-
-
-def _is_string(node: ast.AST | None) -> bool:
-    return isinstance(node, ast.Constant) and type(node.value) is str
 
 
 def _unknown(node: ast.AST, offset: int = 0) -> VerifyError:
@@ -176,7 +167,7 @@ class _Function:
             self._expression(s.value)
             for target in s.targets:
                 self._store(target)
-        elif isinstance(s, ast.AnnAssign) and _is_string(s.annotation) and s.value is not None:
+        elif isinstance(s, ast.AnnAssign) and is_string(s.annotation) and s.value is not None:
             self._expression(s.value)
             self._store(s.target)
         elif isinstance(s, ast.Expr) and isinstance(s.value, ast.Call):
@@ -203,7 +194,7 @@ class _Function:
             for each in e.elts:
                 self._expression(each)
             valid = True
-        elif isinstance(e, ast.Call) and not _is_getattr(e):
+        elif isinstance(e, ast.Call) and not is_getattr(e):
             self._call(e)
             valid = True
         else:
@@ -214,7 +205,7 @@ class _Function:
     def _is_seldom(self, e: ast.expr) -> bool:
         """Check an expression of another form; its parts raise errors of their own."""
         if isinstance(e, ast.UnaryOp):
-            return isinstance(e.op, ast.USub) and _is_number(e.operand)
+            return isinstance(e.op, ast.USub) and is_number(e.operand)
         if isinstance(e, ast.BinOp):
             self._expression(e.left)
             self._expression(e.right)
@@ -227,19 +218,19 @@ class _Function:
             first = index.lower if isinstance(index, ast.Slice) else index
             rest = (index.upper, index.step) if isinstance(index, ast.Slice) else ()
             known = isinstance(e.value, ast.Name) and e.value.id in self._known
-            return known and first is not None and _is_number(first) and not any(rest)
+            return known and first is not None and is_number(first) and not any(rest)
         if isinstance(e, ast.Dict):
             for each in (*e.keys, *e.values):
                 if each is None:
                     return False
                 self._expression(each)
             return True
-        path = _path(e)
+        path = path_of(e)
         if path == ["ctx", "sizes"]:
             return "ctx" in self._known
         if path[:2] == ["torch", "ops"]:
             return self._is_operator(tuple(path[2:]))
-        return len(path) == 2 and path[0] == "torch" and _is_constant(path[1])
+        return len(path) == 2 and path[0] == "torch" and is_constant(path[1])
 
     def _call(self, call: ast.Call) -> None:
         if not self._is_callable(call):
@@ -257,7 +248,7 @@ class _Function:
             name = function.id
             known = ("compute", "complex", "device", "max", "min", "slice")
             return name in known or name in self._functions
-        path = _path(function)
+        path = path_of(function)
         if path[:2] == ["torch", "ops"]:
             return self._is_operator(tuple(path[2:]))
         return len(path) == 2 and path[1] in METHODS.get(path[0], ())
@@ -272,38 +263,3 @@ class _Function:
                 return False
             self._operators.add(path)
         return True
-
-
-def _path(e: ast.expr) -> list[str]:
-    """The names in ``torch.ops.aten.add.Tensor``; empty for an expression of another form.
-
-    ``getattr(owner, "name")`` counts as ``owner.name``.
-    """
-    names: list[str] = []
-    while not isinstance(e, ast.Name):
-        if isinstance(e, ast.Attribute):
-            names.append(e.attr)
-            e = e.value
-        elif isinstance(e, ast.Call) and _is_getattr(e):
-            e, name = e.args
-            names.append(ast.literal_eval(name))
-        else:
-            return []
-    return [e.id, *reversed(names)]
-
-
-def _is_getattr(e: ast.Call) -> bool:
-    named = isinstance(e.func, ast.Name) and e.func.id == "getattr"
-    return named and len(e.args) == 2 and not e.keywords and _is_string(e.args[1])
-
-
-def _is_number(e: ast.expr) -> bool:
-    if isinstance(e, ast.UnaryOp) and isinstance(e.op, ast.USub):
-        e = e.operand
-    if isinstance(e, ast.Name):
-        return e.id in ("inf", "nan")
-    return isinstance(e, ast.Constant) and type(e.value) in (int, float)
-
-
-def _is_constant(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), CONSTANTS)

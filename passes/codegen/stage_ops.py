@@ -121,7 +121,7 @@ def stage_function(
     returned = [env[v] if isinstance(v, fx.Node) else literal(v) for v in values]
     head = [f"def {name}(ctx, args):"]
     if writer.uses_sizes:
-        head.append(f"    ({', '.join(map(str, symbols))},) = ctx.sizes")
+        head.append(f"    {_wrapped([*map(str, symbols)])} = ctx.sizes")
     if parameters:
         head += [f"    {_wrapped(parameters)} = args", "    args.clear()"]
     body = [*head, *_written(lines, returned), f"    return [{', '.join(returned)}]"]

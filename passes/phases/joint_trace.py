@@ -18,6 +18,7 @@ alias an input. Both are known here, so its components are used directly.)
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias
@@ -45,7 +46,7 @@ from .stage_runner import run_on_device, uncached_autocast
 from .trace_sizes import TraceSizes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import sympy
 
@@ -197,14 +198,7 @@ def trace_joint(
         grads[:] = [i for i, _ in pairs]
         return plain + [now[i] for i in updates] + [g for _, g in pairs]
 
-    with (
-        sizes.fake_mode(),
-        sizes.remembered(),
-        record_checks_unordered(),
-        preserve_node_meta(),
-        uncached_autocast(),
-        watch_constants(stage),
-    ):
+    with sizes.fake_mode(), sizes.remembered(), _recording(stage):
         primals = [sizes.fake(meta, device) for meta in inputs]
         tangents_ = [sizes.fake(meta, device) for _, _, meta in arriving]
         module = _recorded(joint)(primals, tangents_)
@@ -215,6 +209,17 @@ def trace_joint(
     conditions = sizes.conditions()
     lower_sizes(module.graph)
     return JointGraph(module.graph, tuple(updates), tuple(grads), draws, conditions)
+
+
+@contextmanager
+def _recording(stage: StageGraph) -> Iterator[None]:
+    with (
+        record_checks_unordered(),
+        preserve_node_meta(),
+        uncached_autocast(),
+        watch_constants(stage),
+    ):
+        yield
 
 
 _recorded = functools.partial(
