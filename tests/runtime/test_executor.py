@@ -31,6 +31,7 @@ def run_of(
         draws=more.get("draws", {n: [[]] * count for n in SIZES}),
         strides=more.get("strides", {}),
         filename="<none>",
+        symbols=more.get("symbols", dict.fromkeys(SIZES, ())),
     )
     state = more.get("state", [[torch.tensor(2.0)]] * count)
     return Run(program, state, more.get("buffers", {}), 7, SavedBytesCounter(count))

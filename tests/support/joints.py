@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from autopipe.passes.ir.split import StageGraph
 from autopipe.passes.ir.values import InputKind
-from autopipe.passes.phases.joint_trace import JointGraph, TensorMeta, trace_joint
+from autopipe.passes.phases.joint_trace import JointGraph, trace_joint
+from autopipe.passes.phases.metadata import TensorMeta
 from autopipe.runtime.random import MicroBatchContext
 from tests.support.programs import CPU, sole_stage
 

@@ -54,13 +54,13 @@ def traces_once() -> Iterator[None]:
             TRACES[key] = function(*args, **kwargs), args
         return TRACES[key][0]
 
-    def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:
-        key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, grad)
-        return once(key, trace_joint, stage, inputs, tangents, device, grad=grad)
+    def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, **more: Any) -> Any:
+        key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, _values_of(more))
+        return once(key, trace_joint, stage, inputs, tangents, device, **more)
 
-    def metadata_once(stage: Any, inputs: Any, device: Any, *, grad: bool) -> Any:
-        key = (stage.fingerprint, tuple(inputs), device, grad)
-        return once(key, forward_metadata, stage, inputs, device, grad=grad)
+    def metadata_once(stage: Any, inputs: Any, device: Any, **more: Any) -> Any:
+        key = (stage.fingerprint, tuple(inputs), device, _values_of(more))
+        return once(key, forward_metadata, stage, inputs, device, **more)
 
     def cut_once(stage: Any, joint: Any, remat: Any, device: Any) -> Any:
         # Under the names of the first stage with this trace: `phases` gives each its own.
@@ -103,6 +103,7 @@ def pure_passes_once(*, alike: bool = False) -> Iterator[None]:
         assert isinstance(model, nn.Module)
         alive.append(model)
         options = (request.whole, request.single, request.batch_norm, request.out_reduce)
+        options += (str(request.lengths),)
         call = (str(request.spec), tuple(request.batch_dims), *_metadata_of(request.leaves))
         which = _made_alike(model) if alike else id(model)
         key = (which, model.training, options, _modes(), *call)
@@ -120,6 +121,11 @@ def pure_passes_once(*, alike: bool = False) -> Iterator[None]:
         patch.setattr(driver, "capture", capture_once)
         patch.setattr(driver, "annotate", annotate_once)
         yield
+
+
+def _values_of(more: dict[str, Any]) -> Hashable:
+    """Whether gradients are recorded, and an example of symbolic sizes."""
+    return more["grad"], tuple(more["example"].items())
 
 
 def _modes() -> Hashable:

@@ -21,7 +21,7 @@ from autopipe.passes.ir.phased import Phased
 from autopipe.passes.ir.split import Split, StageGraph
 from autopipe.passes.ir.values import Input, InputKind
 from autopipe.passes.phases.cut import cut_phases
-from autopipe.passes.phases.joint_trace import TensorMeta
+from autopipe.passes.phases.metadata import TensorMeta
 from autopipe.passes.phases.request import PhaseRequest, TraceCache
 from autopipe.passes.remat_policies import RematPolicy, parse_policy
 from autopipe.passes.split.cut import split

@@ -13,15 +13,12 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from autopipe.passes.graph import add_size, emit_size, symbolic_size, tensor_spec
 from autopipe.passes.graph.fx_utils import (
     add_call,
-    add_size,
     cache_per_graph,
-    emit_batch_size,
-    emit_size,
     functional_variant,
     has_side_effect,
-    in_batch_symbol,
     is_integer,
     is_random,
     is_size,
@@ -29,8 +26,6 @@ from autopipe.passes.graph.fx_utils import (
     memory_owners,
     remove_dead_calls,
     source_line,
-    symbolic_size,
-    tensor_spec,
     tensors_of,
     view_base,
     written_arguments,
@@ -69,8 +64,6 @@ def test_sizes_are_expressions_in_the_batch_size() -> None:
     (view, _) = calls(graph, aten.view.default)
     assert tensor_spec(view).shape == (3 * B, sympy.Integer(2))
     assert symbolic_size(5) == sympy.Integer(5)
-    s, t = sympy.symbols("s77 s78", integer=True)
-    assert in_batch_symbol(s + 2 * t) == 3 * B
 
 
 def test_numbers_are_told_from_tensors() -> None:
@@ -204,25 +197,10 @@ def test_appended_calls_have_metadata_and_the_source_of_their_arguments() -> Non
     assert symbolic_size(double.meta["val"]) == 2 * symbolic_size(size.meta["val"])
 
 
-def test_the_batch_size_is_computed_from_a_shape() -> None:
-    """From a dimension that is `B`, else from a multiple of it."""
-    for shape, source, expected in (
-        ((3 * B, B), torch.zeros(12, 4), 4),
-        ((sympy.Integer(2), 3 * B), torch.zeros(2, 12), 4),
-    ):
-        graph, (x,) = written("x")
-        spec = TensorSpec("x", shape, torch.float32)  # type: ignore[arg-type]
-        graph.output(emit_batch_size(graph, [(x, spec)]))
-        assert fx.GraphModule({}, graph)(source) == expected
-    graph, (x,) = written("x")
-    with pytest.raises(LookupError, match="no shape depends on the batch size"):
-        emit_batch_size(graph, [(x, TensorSpec("x", (sympy.Integer(2),), torch.float32))])
-
-
 def test_sizes_are_written_as_calls_on_the_batch_size() -> None:
     view, _ = calls(graph_of_model(), aten.view.default)
     graph, (batch,) = written("batch")
-    rows, columns = (emit_size(s, lambda: batch) for s in view.meta["val"].shape)
+    rows, columns = (emit_size(s, lambda symbol: batch) for s in view.meta["val"].shape)
     graph.output((rows, columns))
     assert columns == 2
     assert fx.GraphModule({}, graph)(5) == (15, 2)

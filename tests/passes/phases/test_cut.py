@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from autopipe.passes._torch import storage_id
 from autopipe.passes.ir.phased import StagePhases
-from autopipe.passes.ir.values import InputKind, at_batch
+from autopipe.passes.ir.values import B, InputKind, at_batch
 from autopipe.passes.phases.cut import received_strides
 from autopipe.runtime.random import MicroBatchContext
 from tests.support.once import pure_passes_once
@@ -278,7 +278,7 @@ class Dropped(nn.Module):
 @each_model
 def test_strides_of_received_values_are_known(name: str) -> None:
     phased = phased_model(name, "full")
-    strides = received_strides(phased)
+    strides = received_strides(phased, {B: SIZE})
     expected = set()
     for stage in phased.stages:
         expected |= {(n, stage.index) for n in stage.receives}

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopipe.passes.ir.split import StageGraph
-from autopipe.passes.phases.joint_trace import TensorMeta, forward_metadata, trace_joint
+from autopipe.passes.phases.joint_trace import forward_metadata, trace_joint
+from autopipe.passes.phases.metadata import TensorMeta
 from autopipe.passes.split.cut import split
 from tests.support.joints import (
     ALIASES,
@@ -248,7 +249,7 @@ def test_looks_of_results_are_known_without_tracing() -> None:
     model = Call(lambda s, x: (s.layer(x).t(), x.argmax(-1), x.detach().half(), x[:, ::2]))
     stage = sole_stage(model, x())
     values = values_of(model, stage, x())
-    found = forward_metadata(stage, looks_of(values), CPU, grad=True)
+    found = forward_metadata(stage, looks_of(values), CPU, grad=True).results
     assert list(found) == looks_of(stage.graph_module(*values))
-    without = forward_metadata(stage, looks_of(values), CPU, grad=False)
+    without = forward_metadata(stage, looks_of(values), CPU, grad=False).results
     assert [look.requires_grad for look in without] == [False] * 4

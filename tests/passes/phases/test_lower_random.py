@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autopipe.passes.phases.joint_trace import TensorMeta, trace_joint
+from autopipe.passes.phases.joint_trace import trace_joint
+from autopipe.passes.phases.metadata import TensorMeta
 from tests.support.joints import (
     ALIASES,
     Call,
