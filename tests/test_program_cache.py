@@ -83,7 +83,7 @@ def test_joint_graphs_of_other_candidates_are_freed(counts: Counts) -> None:
     gc.collect()
     assert counts.graphs
     assert [ref for ref in counts.graphs if ref() is not None] == []
-    assert len(pipe._programs.last[0]._traces.stages) == 2
+    assert len(pipe._programs.last[0].programs._traces.stages) == 2
 
 
 def test_batch_sizes_are_captured_once_and_traced_once_per_micro_batch_size(
@@ -210,7 +210,7 @@ def test_backward_outside_of_autocast_traces_under_the_forwards() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.zero_grad()
         inside = model.layers[0](X)
-        program = pipe._programs.last[0]._programs
+        program = pipe._programs.last[0].programs._programs
     assert inside.dtype is result.dtype is torch.bfloat16
     assert {key.autocast[0] for key in program} == {(True, torch.bfloat16)}
 

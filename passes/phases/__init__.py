@@ -23,15 +23,15 @@ Read the files in this order:
     `function_constants`  write constants that a custom autograd.Function creates
     `assign_phases`       cut one joint graph into F, R, B and W, by reachability
     `select_saved`        select the values that F saves for the backward, by policy
-    `concrete`            phases with symbolic sizes -> the same with numbers
+    `evaluate_sizes`      phases with symbolic sizes -> the same with numbers
     `rematerialize`       rewrite a joint graph so that it recomputes what F did not save
 """
 
 from __future__ import annotations
 
 from .batch_norm import batch_norms, least_samples
-from .concrete import concrete
 from .cut import cut_phases, received_strides
+from .evaluate_sizes import concrete
 from .metadata import TensorMeta
 from .request import PhaseRequest, TraceCache
 from .stage_runner import run_stage

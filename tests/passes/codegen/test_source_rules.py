@@ -1,6 +1,6 @@
 """The statements that a program may hold: programs pass, and whatever does something else does not.
 
-Truth: `compile`, for what Python would run.
+Truth: `compile`, for what Python would run. Covers codegen/source_forms.py.
 """
 
 from __future__ import annotations
