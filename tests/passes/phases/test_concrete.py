@@ -22,6 +22,7 @@ from autopipe.passes.driver import phases_by_size
 from autopipe.passes.graph import fingerprint, full_size
 from autopipe.passes.ir import B, Phased, StagePhases
 from autopipe.passes.phases import PhaseRequest, concrete
+from tests.support.models import gpt2
 
 WIDTH = 8
 
@@ -62,14 +63,8 @@ def convolution() -> nn.Module:
 
 def images() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Upsample(scale_factor=2)
+        nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 2, 1)
     )
-
-
-def gpt2() -> nn.Module:
-    from tests.support.models import MODELS
-
-    return MODELS["gpt2"].build()[0]
 
 
 def sequences(batch: int, length: int) -> Tensor:
@@ -106,7 +101,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     ),
     "convolution": (convolution, transposed),
     "images": (images, pictures),
-    "gpt2": (gpt2, tokens),
+    "gpt2": (lambda: gpt2()[0], tokens),
 }
 
 
