@@ -389,7 +389,7 @@ def test_copies_serve_all_lengths_too() -> None:
 def test_what_a_pipeline_says_after_a_call_of_another_length() -> None:
     pipe, truth = ready()
     compare(pipe, truth, sequences(17))
-    assert pipe.verify(sequences(15)).passed
+    assert pipe.verify(sequences(15)).ok
     assert "x_dim1" in pipe.code
     assert pipe.explain()
     assert sum(len(stage.parameters) for stage in pipe.stages) == 4
