@@ -6,6 +6,7 @@ it there: no other file uses a name of torch that starts with an underscore.
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
+
+from autopipe.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,9 +212,33 @@ def min_cut_saved(
     return {node.name for node in saved if isinstance(node, fx.Node)}
 
 
+class _BuiltinsPrinter(PythonPrinter):
+    """Writes with builtins of Python what torch's printer writes with `math` and `torch.sym_*`."""
+
+    def _print_ToFloat(self, expr: sympy.Expr) -> str:  # noqa: N802 (sympy looks for it)
+        return f"float({self._print(expr.args[0])})"
+
+    def _print_TruncToInt(self, expr: sympy.Expr) -> str:  # noqa: N802 (sympy looks for it)
+        return f"int({self._print(expr.args[0])})"
+
+    def _print_FloorToInt(self, expr: sympy.Expr) -> str:  # noqa: N802 (sympy looks for it)
+        return f"int(({self._print(expr.args[0])}) // 1)"
+
+    def _print_CeilToInt(self, expr: sympy.Expr) -> str:  # noqa: N802 (sympy looks for it)
+        return f"(0 - int((0 - ({self._print(expr.args[0])})) // 1))"
+
+    _print_floor, _print_ceiling = _print_FloorToInt, _print_CeilToInt
+
+
 def size_text(expr: sympy.Expr) -> str:
-    """Write a size expression as Python."""
-    text: str = PythonPrinter().doprint(expr)
+    """Write a number or condition that is computed from sizes as Python, with builtins only.
+
+    Raises:
+        NotImplementedError: it uses another function: a square root, a sine.
+    """
+    text: str = _BuiltinsPrinter().doprint(expr)
+    if any(part in text for part in ("math.", "torch.", " if ")):
+        raise NotImplementedError(f"a number computed from sizes by a function: {text}")
     return text
 
 
@@ -221,6 +248,27 @@ class _OnProxies(PythonReferenceAnalysis):
     @staticmethod
     def int_truediv(a: Any, b: Any) -> Any:
         return a / b
+
+    @staticmethod
+    def floor_to_int(x: Any, dtype: Any) -> Any:
+        return _call(math.floor, x)
+
+    @staticmethod
+    def ceil_to_int(x: Any, dtype: Any) -> Any:
+        return _call(math.ceil, x)
+
+    @staticmethod
+    def trunc_to_int(x: Any, dtype: Any) -> Any:
+        return _call(math.trunc, x)
+
+    @staticmethod
+    def round_to_int(x: Any, dtype: Any) -> Any:
+        return _call(round, x)
+
+
+def _call(function: Callable[..., Any], proxy: fx.Proxy) -> fx.Proxy:
+    found: fx.Proxy = proxy.tracer.create_proxy("call_function", function, (proxy,), {})
+    return found
 
 
 def emit_expression(expr: sympy.Expr, values: Mapping[Any, fx.Node]) -> fx.Node:
@@ -232,9 +280,17 @@ def emit_expression(expr: sympy.Expr, values: Mapping[Any, fx.Node]) -> fx.Node:
 
     Returns:
         The node whose value is `expr`.
+
+    Raises:
+        UnsupportedError: it calls a function besides arithmetic and rounding.
     """
     if expr.is_Symbol:
         return values[expr]
     proxies = {symbol: fx.Proxy(node) for symbol, node in values.items()}
-    result: fx.Proxy = sympy_interp(_OnProxies, proxies, expr)
+    try:
+        result: fx.Proxy = sympy_interp(_OnProxies, proxies, expr)
+    except (TypeError, AttributeError, AssertionError, NotImplementedError) as error:
+        raise UnsupportedError(
+            "a size is computed by a function that a stage cannot call", found=str(expr)
+        ) from error
     return result.node

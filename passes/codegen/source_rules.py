@@ -34,8 +34,11 @@ IMPORTS = ("from math import inf, nan", "import torch", "from torch import devic
 GLOBALS = frozenset({"device", "inf", "nan", "torch"})
 """What the imports define; no value may have these names."""
 
-BUILTINS = frozenset({"complex", "getattr", "max", "min", "slice"})
+CALLED = frozenset({"abs", "complex", "float", "int", "max", "min", "round", "slice"})
 """Functions of Python that literals and sizes call."""
+
+BUILTINS = CALLED | {"getattr"}
+"""No value may have these names."""
 
 ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Div, ast.Pow)
 """Operators in expressions of sizes."""
@@ -210,6 +213,10 @@ class _Function:
             self._expression(e.left)
             self._expression(e.right)
             return isinstance(e.op, ARITHMETIC)
+        if isinstance(e, (ast.Compare, ast.BoolOp)):
+            for side in e.values if isinstance(e, ast.BoolOp) else (e.left, *e.comparators):
+                self._expression(side)
+            return True
         if isinstance(e, ast.Starred):
             self._expression(e.value)
             return isinstance(e.value, ast.Call)
@@ -246,8 +253,7 @@ class _Function:
         function = call.func
         if isinstance(function, ast.Name):
             name = function.id
-            known = ("compute", "complex", "device", "max", "min", "slice")
-            return name in known or name in self._functions
+            return name in CALLED | {"compute", "device"} or name in self._functions
         path = path_of(function)
         if path[:2] == ["torch", "ops"]:
             return self._is_operator(tuple(path[2:]))

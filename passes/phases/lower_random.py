@@ -6,7 +6,7 @@ from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from autopipe.passes.graph import is_random, remove_dead_calls
 from autopipe.passes.ir import RandomDraw
@@ -78,7 +78,7 @@ def lower_joint_graph(graph: fx.Graph, static: Container[int]) -> tuple[RandomDr
         elif node.target in LAYOUT_SENSITIVE:
             for source in node.all_input_nodes:
                 value = source.meta["val"]
-                if value.ndim == 4 and 1 in value.shape:
+                if isinstance(value, Tensor) and value.ndim == 4 and 1 in value.shape:
                     with graph.inserting_before(node):
                         settled = graph.call_method("in_suggested_format", (ctx, source))
                     settled.meta = dict(source.meta)

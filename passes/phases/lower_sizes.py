@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
+from autopipe.passes._torch import size_text
 from autopipe.passes.graph import SizeExpression, full_size, is_size
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ def lower_sizes(graph: fx.Graph) -> None:
 
     Args:
         graph: a joint graph; changed in place.
+
+    Raises:
+        NotImplementedError: a number is computed by a function that programs do not call.
     """
     numbers: dict[fx.Node, Any] = {}
     for node in graph.nodes:
@@ -38,7 +43,11 @@ def _number(value: Any) -> Any:
     if isinstance(value, (bool, int, float)):
         return value
     expr = full_size(value)
-    return SizeExpression(expr) if expr.free_symbols else SizeExpression(expr).at({})
+    if not expr.free_symbols:
+        return SizeExpression(expr).at({})
+    if not isinstance(value, torch.SymInt):
+        size_text(expr)  # raises if it cannot be written
+    return SizeExpression(expr)
 
 
 def _replaced(arguments: Any, numbers: Mapping[fx.Node, Any]) -> Any:
