@@ -202,6 +202,7 @@ def _parse_device(value: bool | str | torch.device) -> torch.device:
     raise DeviceError("no such device here", expected=f'"cpu"{here}', found=shown(str(value)))
 
 
+<<<<<<< HEAD
 def check_dynamic(dynamic: Any) -> None:
     """Check the option `dynamic`.
 
@@ -229,3 +230,23 @@ def check_dynamic(dynamic: Any) -> None:
                     " else",
                     found=f"{shown(dim)}: {shown(name)}",
                 )
+=======
+def check_count(name: str, value: Any, of_what: str) -> None:
+    """Check that an option is an integer of at least 1.
+
+    Args:
+        name: of the option.
+        value: what the user wrote.
+        of_what: what it counts.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        chosen = ", or None: the planner chooses" if name == "chunks" else ""
+        raise OptionError(
+            f"{name} is the number of {of_what}",
+            expected=f"an integer of at least 1{chosen}",
+            found=shown(value),
+        )
+>>>>>>> 1c20ec4 (Keep a bounded number of programs; say why a model is captured; capture changed arguments instead of refusing them)

@@ -54,13 +54,13 @@ def traces_once() -> Iterator[None]:
             TRACES[key] = function(*args, **kwargs), args
         return TRACES[key][0]
 
-    def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, *, grad: bool) -> Any:
-        key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, grad)
-        return once(key, trace_joint, stage, inputs, tangents, device, grad=grad)
+    def trace_once(stage: Any, inputs: Any, tangents: Any, device: Any, **more: Any) -> Any:
+        key = (stage.fingerprint, tuple(inputs), tuple(tangents), device, *_hashable(more))
+        return once(key, trace_joint, stage, inputs, tangents, device, **more)
 
-    def metadata_once(stage: Any, inputs: Any, device: Any, *, grad: bool) -> Any:
-        key = (stage.fingerprint, tuple(inputs), device, grad)
-        return once(key, forward_metadata, stage, inputs, device, grad=grad)
+    def metadata_once(stage: Any, inputs: Any, device: Any, **more: Any) -> Any:
+        key = (stage.fingerprint, tuple(inputs), device, *_hashable(more))
+        return once(key, forward_metadata, stage, inputs, device, **more)
 
     def cut_once(stage: Any, joint: Any, remat: Any, device: Any) -> Any:
         # Under the names of the first stage with this trace: `phases` gives each its own.
@@ -103,7 +103,8 @@ def pure_passes_once(*, alike: bool = False) -> Iterator[None]:
         assert isinstance(model, nn.Module)
         alive.append(model)
         options = (request.whole, request.single, request.batch_norm, request.out_reduce)
-        call = (str(request.spec), tuple(request.batch_dims), *_metadata_of(request.leaves))
+        lengths = tuple(tuple(dims.items()) for dims in request.lengths)
+        call = (str(request.spec), tuple(request.batch_dims), lengths, *_metadata_of(request.leaves))
         which = _made_alike(model) if alike else id(model)
         key = (which, model.training, options, _modes(), *call)
         if key not in captures:
@@ -127,6 +128,11 @@ def _modes() -> Hashable:
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
     exact = torch.are_deterministic_algorithms_enabled()
     return autocast, torch.get_default_dtype(), exact, torch.is_inference_mode_enabled()
+
+
+def _hashable(more: dict[str, Any]) -> list[Hashable]:
+    """Keyword arguments as a part of a key; sizes are a dict."""
+    return [tuple(v.items()) if isinstance(v, dict) else v for _, v in sorted(more.items())]
 
 
 def _made_alike(model: nn.Module) -> Hashable:
