@@ -202,7 +202,8 @@ def explain_captures(pipe: Pipeline) -> CaptureReport:
     Returns:
         A `CaptureReport`: `print` it for a table; ``entries`` has for each capture its ``number``,
         ``why`` (what changed, from what to what), the seconds of ``capture``, ``cut`` and
-        ``trace``, ``lengths`` (sizes that may have any value) and ``programs`` (how many were generated).
+        ``trace``, ``lengths`` (sizes that may have any value) and ``programs`` (how many were
+        generated).
 
     Raises:
         OptionError: it is no pipeline.

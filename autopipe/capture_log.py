@@ -13,7 +13,7 @@ from autopipe.formatting import align_columns, format_seconds
 from autopipe.passes.graph import warn_at_user_line
 
 if TYPE_CHECKING:
-    from autopipe.capture_reasons import Reason
+    from autopipe.capture_reasons import CaptureReason
     from autopipe.compiled import CompiledModel
 
 logger = logging.getLogger("autopipe")
@@ -96,7 +96,9 @@ class CaptureLog:
     _unasked: int = 0
     _said: set[str] = field(default_factory=set)
 
-    def add(self, compiled: CompiledModel, reason: Reason, capture: float, cut: float) -> None:
+    def add(
+        self, compiled: CompiledModel, reason: CaptureReason, capture: float, cut: float
+    ) -> None:
         """Record a capture.
 
         Args:
@@ -111,7 +113,7 @@ class CaptureLog:
         self._of[compiled] = entry
         logger.info("capture %d, because: %s", self.count, printable(reason.text))
 
-    def warn(self, reason: Reason) -> None:
+    def warn(self, reason: CaptureReason) -> None:
         """Warn of a capture that a call caused, if it is one to look at.
 
         Args:

@@ -39,7 +39,7 @@ REMEDIES = {
 """What to do, by the kind of a reason."""
 
 
-class Reason(NamedTuple):
+class CaptureReason(NamedTuple):
     """Why a call was captured.
 
     Attributes:
@@ -61,7 +61,7 @@ def reason_for(
     call: CallKey,
     inputs: CallInputs,
     known: Sequence[tuple[CompiledModel, ModelKey]],
-) -> Reason:
+) -> CaptureReason:
     """Say what makes a call differ from the captured call that is most like it.
 
     Args:
@@ -71,14 +71,16 @@ def reason_for(
         known: captured models that are still kept, least recently used first.
     """
     if not known:
-        return Reason("first", "the first call")
+        return CaptureReason("first", "the first call")
     # A key has the attributes that the captured forward read: the call's has the same ones.
     states = ((c, key, c.split.captured.reads.names) for c, key in reversed(known))
     pairs = [(c, old, ModelKey(model_state_key(model, n), call)) for c, old, n in states]
     compiled, old, new = max(pairs, key=lambda one: _likeness(one[1], one[2]))
-    reasons = [*_key_reasons(old, new, argument_names(model))] or [_size_reason(model, inputs, compiled)]
+    reasons = [*_key_reasons(old, new, argument_names(model))] or [
+        _size_reason(model, inputs, compiled)
+    ]
     text = shortened("; ".join(r.text for r in reasons), LONGEST)
-    return Reason(reasons[0].kind, text)
+    return CaptureReason(reasons[0].kind, text)
 
 
 def _likeness(one: ModelKey, other: ModelKey) -> tuple[int, bool]:
@@ -86,28 +88,30 @@ def _likeness(one: ModelKey, other: ModelKey) -> tuple[int, bool]:
     return sum(a == b for a, b in pairs), one.call.signature.spec == other.call.signature.spec
 
 
-def _key_reasons(old: ModelKey, new: ModelKey, names: Sequence[str]) -> Iterator[Reason]:
+def _key_reasons(old: ModelKey, new: ModelKey, names: Sequence[str]) -> Iterator[CaptureReason]:
     modes = {True: "training", False: "evaluation"}
     if old.call.training != new.call.training:
-        yield Reason("mode", f"mode: {modes[old.call.training]} → {modes[new.call.training]}")
+        yield CaptureReason(
+            "mode", f"mode: {modes[old.call.training]} → {modes[new.call.training]}"
+        )
     if old.call.signature != new.call.signature:
         yield _signature_reason(old.call.signature, new.call.signature, names)
     for name, a, b in zip(ambient_modes(), old.call.settings, new.call.settings, strict=False):
         if a != b:
-            yield Reason("settings", f"{name}: {a} → {b}")
+            yield CaptureReason("settings", f"{name}: {a} → {b}")
     if old.call.training == new.call.training and old.state != new.state:
-        yield Reason("attribute", _state_difference(old.state, new.state))
+        yield CaptureReason("attribute", _state_difference(old.state, new.state))
 
 
 def _signature_reason(
     old: CallSignature, new: CallSignature, names: Sequence[str]
-) -> Reason:
+) -> CaptureReason:
     changed = changed_leaves(old, new, names)
     if changed is None:
-        return Reason("structure", f"arguments: {described(old)} → {described(new)}")
+        return CaptureReason("structure", f"arguments: {described(old)} → {described(new)}")
     values = all(not c.of_tensor for c in changed)
     texts = (f"{c.argument}: {c.old} → {c.new}" for c in changed)
-    return Reason("value" if values else "structure", "argument " + ", ".join(texts))
+    return CaptureReason("value" if values else "structure", "argument " + ", ".join(texts))
 
 
 def _state_difference(old: Hashable, new: Hashable) -> str:
@@ -152,11 +156,11 @@ def _name(name: Any) -> str:
     return f"{_name(inner)}[{last}]" if isinstance(last, int) else f"{_name(inner)}.{last}"
 
 
-def _size_reason(model: nn.Module, inputs: CallInputs, compiled: CompiledModel) -> Reason:
+def _size_reason(model: nn.Module, inputs: CallInputs, compiled: CompiledModel) -> CaptureReason:
     """For calls whose keys are the same: sizes, values that the forward read, or branches."""
     changed = compiled.split.captured.reads.changed(inputs.leaves)
     if changed is not None:
-        return Reason("attribute", f"{changed} has another value")
+        return CaptureReason("attribute", f"{changed} has another value")
     tensors = [n for n, x in enumerate(inputs.leaves) if isinstance(x, Tensor)]
     names = input_names(model, inputs.leaves, inputs.spec)
     found = [
@@ -166,8 +170,8 @@ def _size_reason(model: nn.Module, inputs: CallInputs, compiled: CompiledModel) 
         if old != new and d != inputs.batch_dims[n] and d not in compiled.lengths[n]
     ]
     if found:
-        return Reason("size", ", ".join(found))
+        return CaptureReason("size", ", ".join(found))
     shapes = ", ".join(
         f"{name}: {tuple(inputs.leaves[n].shape)}" for n, name in zip(tensors, names, strict=True)
     )
-    return Reason("branch", f"the captured branches are not those for sizes {shapes}")
+    return CaptureReason("branch", f"the captured branches are not those for sizes {shapes}")

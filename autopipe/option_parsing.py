@@ -202,7 +202,6 @@ def _parse_device(value: bool | str | torch.device) -> torch.device:
     raise DeviceError("no such device here", expected=f'"cpu"{here}', found=shown(str(value)))
 
 
-<<<<<<< HEAD
 def check_dynamic(dynamic: Any) -> None:
     """Check the option `dynamic`.
 
@@ -230,7 +229,8 @@ def check_dynamic(dynamic: Any) -> None:
                     " else",
                     found=f"{shown(dim)}: {shown(name)}",
                 )
-=======
+
+
 def check_count(name: str, value: Any, of_what: str) -> None:
     """Check that an option is an integer of at least 1.
 
@@ -249,4 +249,3 @@ def check_count(name: str, value: Any, of_what: str) -> None:
             expected=f"an integer of at least 1{chosen}",
             found=shown(value),
         )
->>>>>>> 1c20ec4 (Keep a bounded number of programs; say why a model is captured; capture changed arguments instead of refusing them)

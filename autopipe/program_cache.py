@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from autopipe.call_guards import plain_autograd
 from autopipe.call_signature import CallSignature
 from autopipe.capture_log import CaptureLog
-from autopipe.capture_reasons import Reason, reason_for
+from autopipe.capture_reasons import CaptureReason, reason_for
 from autopipe.compiled import CompiledModel
 from autopipe.compiled_models import CallKey, CompiledModels
 from autopipe.errors import AutopipeError, OptionError
@@ -60,7 +60,7 @@ logger = logging.getLogger("autopipe")
 MANY_SIGNATURES = 256
 """For how many kinds of calls the sizes are remembered that the model fixes."""
 
-ONE_SAMPLE = Reason("branch", "one sample, traced as two, takes another branch than as one")
+ONE_SAMPLE = CaptureReason("branch", "one sample, traced as two, takes another branch than as one")
 
 
 class ProgramCache:
@@ -154,7 +154,7 @@ class ProgramCache:
         self,
         candidates: Sequence[CompiledModel],
         inputs: CallInputs,
-        reason: Reason,
+        reason: CaptureReason,
         progress: Callable[[str], None],
     ) -> CompiledModel:
         """Capture the model for a call that no captured graph fits."""
@@ -260,7 +260,7 @@ class ProgramCache:
             progress=progress,
         )
 
-    def _remember(self, compiled: CompiledModel, inputs: CallInputs, reason: Reason) -> None:
+    def _remember(self, compiled: CompiledModel, inputs: CallInputs, reason: CaptureReason) -> None:
         """Record a captured model, under a key that is made after the capture."""
         self._models.add(compiled, self._call_key(inputs))
         self.log.add(compiled, reason, *self._seconds)

@@ -1,8 +1,8 @@
 """Show the progress of compiling once it takes longer than a second.
 
 On a terminal it is a bar, which goes away at the end. Elsewhere, such as in a log file, it is a
-line for each step that is under way when a second has passed. A thread writes both, because a step may
-take minutes; it ends when compiling ends.
+line for each step that is under way when a second has passed. A thread writes both, because a step
+may take minutes; it ends when compiling ends.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ X = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
+    """With a weight of the loss, a mask and labels that come and go."""
+
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)

@@ -103,8 +103,13 @@ def pure_passes_once(*, alike: bool = False) -> Iterator[None]:
         assert isinstance(model, nn.Module)
         alive.append(model)
         options = (request.whole, request.single, request.batch_norm, request.out_reduce)
-        lengths = tuple(tuple(dims.items()) for dims in request.lengths)
-        call = (str(request.spec), tuple(request.batch_dims), lengths, *_metadata_of(request.leaves))
+        lengths = tuple(tuple(of.items()) for of in request.lengths)
+        call = (
+            str(request.spec),
+            tuple(request.batch_dims),
+            lengths,
+            *_metadata_of(request.leaves),
+        )
         which = _made_alike(model) if alike else id(model)
         key = (which, model.training, options, _modes(), *call)
         if key not in captures:
