@@ -6,11 +6,11 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from autopipe import errors
+from autopipe import errors, logs
 from autopipe.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from autopipe.api import compile, plan
+    from autopipe.api import compile, explain_captures, plan
     from autopipe.module import Pipeline
     from autopipe.passes.partition import CostGraph, DeviceSpec, Partition, partition
     from autopipe.passes.schedule import Timeline, simulate
@@ -26,6 +26,8 @@ if os.path.isfile(os.path.join(os.path.dirname(__file__), "passes")):
         " wheel with pip, which has no link"
     )
 
+logs.configure(os.environ)
+
 __all__ = [
     "CostGraph",
     "DeviceSpec",
@@ -35,6 +37,7 @@ __all__ = [
     "Timeline",
     "compile",
     "errors",
+    "explain_captures",
     "partition",
     "plan",
     "simulate",
@@ -43,7 +46,7 @@ __all__ = [
 # Names are imported on first use (PEP 562), because torch takes seconds to import, and a
 # simulation, a report page or `autopipe --help` does not need it.
 _HOMES = {
-    "api": ("compile", "plan"),
+    "api": ("compile", "explain_captures", "plan"),
     "module": ("Pipeline",),
     "passes.partition": ("CostGraph", "DeviceSpec", "Partition", "partition"),
     "passes.schedule": ("Timeline", "simulate"),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from autopipe.capture_log import CaptureReport
     from autopipe.option_names import (
         Backend,
         BatchNorm,
@@ -52,6 +53,7 @@ def compile(
     loss_fn: Callable[..., Tensor] | None = None,
     backend: Backend = "eager",
     dynamic: Mapping[str, Mapping[int, str | None]] | None = None,
+    cache_size: int = 32,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Pipeline:
@@ -94,6 +96,8 @@ def compile(
             with a name or None: ``{"input_ids": {1: "length"}}``. They are symbolic from the first
             capture on. Without it, a size that changes costs one more capture, and is symbolic
             from then on. `torch._dynamo.mark_dynamic(tensor, dim)` marks one, too.
+        cache_size: number of generated programs that are kept. Beyond it, those that were not used
+            for longest are forgotten, and built anew when they are needed again.
         args, kwargs: example inputs, to compile immediately. Without them, the first call compiles.
 
     Returns:
@@ -124,6 +128,7 @@ def compile(
         backend=backend,
         plan=plan,
         dynamic=dynamic,
+        cache_size=cache_size,
     )
     args, kwargs = _examples(args, kwargs)
     pipeline = Pipeline(_module_of(model), options)
@@ -186,6 +191,27 @@ def plan(
     dims, batch = batch_of(in_dims, module, args, kwargs)
     annotated = capture_with_costs(options.capture_request(module, leaves, spec, dims))
     return choose(module, annotated, leaves, batch, options).plan
+
+
+def explain_captures(pipe: Pipeline) -> CaptureReport:
+    """Say how often, why, and for how long a pipeline's model was captured.
+
+    Args:
+        pipe: what `compile` returned.
+
+    Returns:
+        A `CaptureReport`: `print` it for a table; ``entries`` has for each capture its ``number``,
+        ``why`` (what changed, from what to what), the seconds of ``capture``, ``cut`` and
+        ``trace``, ``lengths`` (sizes that may have any value) and ``programs`` (how many were
+        generated).
+
+    Raises:
+        OptionError: it is no pipeline.
+    """
+    if not isinstance(pipe, Pipeline):
+        expected = "what autopipe.compile returned"
+        raise OptionError("this is no pipeline", expected=expected, found=type(pipe).__name__)
+    return pipe._programs.log.report()
 
 
 def _module_of(model: UserModel) -> nn.Module:

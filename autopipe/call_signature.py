@@ -15,7 +15,7 @@ from autopipe.passes.capture import take_apart
 from autopipe.passes.python_state import Identity, value_key
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
+    from collections.abc import Hashable, Mapping, Sequence
 
 
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
@@ -148,53 +148,56 @@ LONGEST_VALUE = 100
 """Characters of a value in an error message."""
 
 
-def structure_error(known: Iterable[CallSignature], found: CallSignature) -> InputError:
-    """Return the error for a call whose structure differs from the captured ones.
+class ChangedLeaf(NamedTuple):
+    """A leaf in which two calls of the same structure differ.
+
+    Attributes:
+        argument: its name, or ``args[0]``.
+        old, new: the leaf as text.
+        of_tensor: whether one of the two is a tensor.
+    """
+
+    argument: str
+    old: str
+    new: str
+    of_tensor: bool
+
+
+def changed_leaves(
+    old: CallSignature, new: CallSignature, names: Sequence[str] = ()
+) -> list[ChangedLeaf] | None:
+    """Return the leaves in which two calls differ; None if their structures differ.
 
     Args:
-        known: the signatures of captured calls.
-        found: the signature of the call.
+        old, new: the signatures.
+        names: of the model's arguments by position.
     """
-    expected = max(known, key=lambda one: one.spec == found.spec)
-    if names := _changed_values(expected, found):
-        return InputError(
-            "an argument has another value than when the pipeline was compiled",
-            expected=_described(expected),
-            found=f"{_described(found)}: {', '.join(names)} differs",
-            remedy="pass what changes from call to call as a tensor; pipe.capture(...) with these"
-            " inputs makes it accept this value too",
-        )
-    return InputError(
-        "the inputs differ in structure from those that the pipeline was compiled for",
-        expected=_described(expected),
-        found=_described(found),
-        remedy="call it as it was compiled; pipe.capture(...) with these inputs makes it accept"
-        " them too",
-    )
-
-
-def _changed_values(expected: CallSignature, found: CallSignature) -> list[str]:
-    """Names of the arguments that differ, if these are no tensors and all else is the same."""
-    if expected.spec != found.spec:
-        return []
-    marks = [torch.empty(0) for _ in found.leaves]  # tensors, so that objects are taken apart again
-    args, kwargs = pytree.tree_unflatten(marks, found.spec)
-    entries = [(f"args[{n}]", value) for n, value in enumerate(args)] + list(kwargs.items())
+    if old.spec != new.spec:
+        return None
+    marks = [torch.empty(0) for _ in new.leaves]  # tensors, so that objects are taken apart again
+    args, kwargs = pytree.tree_unflatten(marks, new.spec)
+    called = [*names, *(f"args[{n}]" for n in range(len(names), len(args)))]
+    entries = [*zip(called, args, strict=False), *kwargs.items()]
     owners = {id(x): name for name, v in entries for x in pytree.tree_leaves(take_apart(v))}
-    differing = [
-        i for i, (a, b) in enumerate(zip(expected.leaves, found.leaves, strict=True)) if a != b
+    return [
+        ChangedLeaf(
+            owners[id(marks[i])], old.shown[i], new.shown[i], _is_tensor(a) or _is_tensor(b)
+        )
+        for i, (a, b) in enumerate(zip(old.leaves, new.leaves, strict=True))
+        if a != b
     ]
-    if any(_is_tensor(c.leaves[i]) for c in (expected, found) for i in differing):
-        return []
-    return list(dict.fromkeys(owners[id(marks[i])] for i in differing))
 
 
 def _is_tensor(leaf: Hashable) -> bool:
     return isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], torch.dtype)
 
 
-def _described(structure: CallSignature) -> str:
-    """Write a call as code, with tensors as dtype and number of dimensions."""
+def described(structure: CallSignature) -> str:
+    """Write a call as code, with tensors as dtype and number of dimensions.
+
+    Args:
+        structure: of the call.
+    """
 
     class Shown(str):
         __repr__ = str.__str__

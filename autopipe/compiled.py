@@ -247,6 +247,8 @@ class CompiledModel:
         program, code = self.programs.program(key, progress)
         if self.options.limits is not None and key.grad and key not in self._within_limits:
             self._check_limits(program)
+            if len(self._within_limits) >= MANY_SHAPES:
+                self._within_limits.clear()
             self._within_limits[key] = None
         self.used = code
         return program

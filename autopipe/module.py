@@ -15,9 +15,10 @@ from autopipe.call_guards import (
     refuse_transforms,
 )
 from autopipe.call_signature import CallInputs, flatten
-from autopipe.errors import OptionError, shown
+from autopipe.errors import OptionError, UnsupportedError, shown
 from autopipe.interrupts import deferred, raise_deferred
 from autopipe.module_proxy import ModuleProxy
+from autopipe.passes.capture import is_cache
 from autopipe.pipeline_call import PipelineCall
 from autopipe.program_cache import ProgramCache
 from autopipe.report.memory_view import PipelineMemory
@@ -81,18 +82,20 @@ class Pipeline(ModuleProxy):
             The model's result for the whole batch: same structure, same shapes, one loss.
 
         Raises:
-            InputError: inputs whose structure is not the captured one.
+            InputError: an argument can be neither passed on nor compared.
             UnsupportedError: the call is within a function transform or a tracer.
             CaptureError, CouplingError, PartitionError: on a first call; see `autopipe.compile`.
             StageError: a stage failed while it ran.
         """
         with deferred():  # Ctrl-C interrupts between a step's parts
+            if any(map(is_cache, (*args, *kwargs.values()))):
+                return self._generate(args, kwargs)
             leaves, spec = flatten(args, kwargs)
             refuse_tracers(leaves)
             refuse_transforms(leaves)
             dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)
             inputs = CallInputs(leaves, spec, dims, batch)
-            compiled, program = self._programs.program_for(inputs, strict=True)
+            compiled, program = self._programs.program_for(inputs, asked=False)
             raise_deferred()
             compiled.place_parameters()
             refuse_meta(leaves)
@@ -104,6 +107,25 @@ class Pipeline(ModuleProxy):
             sizes = compiled.sizes(inputs)
             assert sizes is not None, "the captured model was chosen by the sizes of its inputs"
             return finish(compiled.split.captured, self.model, values, leaves, sizes)
+
+    def _generate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the plain model for a call with a key/value cache, which `generate` makes.
+
+        Raises:
+            UnsupportedError: the model's parameters are on several devices.
+        """
+        devices = sorted({str(p.device) for p in self.model.parameters()})
+        if len(devices) > 1:
+            raise UnsupportedError(
+                "a call with a key/value cache runs the plain model, which needs one device",
+                found=", ".join(devices),
+                remedy="generate with use_cache=False, or with a copy of the model on one device",
+            )
+        self._programs.log.say_once(
+            "cache",
+            "a call with a key/value cache (past_key_values) runs the plain model",
+        )
+        return self.model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
         """Forward, loss and backward of one batch; gradients are added to ``.grad``.
@@ -126,7 +148,7 @@ class Pipeline(ModuleProxy):
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Compile for inputs like these, in the current mode, without running.
 
-        This also allows another structure of inputs, which would be an error in a call.
+        Unlike a call, it does not warn if this is one more capture.
 
         Args:
             args, kwargs: example inputs.
@@ -134,7 +156,7 @@ class Pipeline(ModuleProxy):
         Raises:
             CaptureError, CouplingError, PartitionError, MemoryLimitError: see `autopipe.compile`.
         """
-        self._programs.program_for(self._inputs(args, kwargs), strict=False)
+        self._programs.program_for(self._inputs(args, kwargs), asked=True)
 
     def verify(self, *args: Any, tolerance: float | None = None, **kwargs: Any) -> Verification:
         """Compare a training step of this pipeline with one of the model itself, on one batch.
@@ -200,8 +222,10 @@ class Pipeline(ModuleProxy):
         return compiled.plan(program)
 
     def explain(self) -> str:
-        """The plan as a table: stages, and the tensors sent between them."""
-        return str(self.plan)
+        """The plan as a table: stages, and the tensors sent between them; number of captures."""
+        count = self._programs.log.count
+        captures = f"captures: {count}; autopipe.explain_captures(pipe) says why"
+        return f"{self.plan}\n{captures}"
 
     def __repr__(self) -> str:
         options = self._programs.options

@@ -229,3 +229,23 @@ def check_dynamic(dynamic: Any) -> None:
                     " else",
                     found=f"{shown(dim)}: {shown(name)}",
                 )
+
+
+def check_count(name: str, value: Any, of_what: str) -> None:
+    """Check that an option is an integer of at least 1.
+
+    Args:
+        name: of the option.
+        value: what the user wrote.
+        of_what: what it counts.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        chosen = ", or None: the planner chooses" if name == "chunks" else ""
+        raise OptionError(
+            f"{name} is the number of {of_what}",
+            expected=f"an integer of at least 1{chosen}",
+            found=shown(value),
+        )

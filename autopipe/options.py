@@ -51,6 +51,7 @@ class Options:
         in_dims, out_reduce, batch_norm, loss_fn, profile, plan: as the user wrote them.
         limits: bytes of memory per device; None: no limit.
         dynamic: argument → dimension whose size may change → its name, or None.
+        cache_size: number of generated programs that are kept.
         models: device models for the times of each stage; None: those of `devices`.
     """
 
@@ -67,6 +68,7 @@ class Options:
     profile: bool = False
     plan: Plan | None = None
     dynamic: Mapping[str, Mapping[int, str | None]] | None = None
+    cache_size: int = 32
 
     @property
     def needs_planning(self) -> bool:
@@ -153,13 +155,14 @@ def parse_options(
     profile: bool = False,
     plan: Plan | None = None,
     dynamic: Mapping[str, Mapping[int, str | None]] | None = None,
+    cache_size: int = 32,
     elsewhere: bool = False,
 ) -> Options:
     """Check what the user wrote; None means the plan's value or the default.
 
     Args:
         devices, chunks, schedule, remat, memory, in_dims, out_reduce, batch_norm: as for `compile`.
-        backend, loss_fn, profile, plan, dynamic: as for `compile`.
+        backend, loss_fn, profile, plan, dynamic, cache_size: as for `compile`.
         device: as for `autopipe.plan`.
         elsewhere: the pipeline will run on another machine, so more `devices` than are here are
             allowed.
@@ -177,7 +180,9 @@ def parse_options(
             expected="devices=8, or a plan that says how many",
             found=f"devices={shown(devices)}",
         )
-    _check_chunks(chunks)
+    if chunks is not None:
+        option_parsing.check_count("chunks", chunks, "micro-batches that a batch is cut into")
+    option_parsing.check_count("cache_size", cache_size, "generated programs that are kept")
     _check_schedule(schedule)
     _check_backend(backend)
     _check_reductions(out_reduce, batch_norm)
@@ -200,19 +205,9 @@ def parse_options(
         models=None if device is None else each("device", device, count, option_parsing.speeds),
         profile=profile,
         dynamic=dynamic,
+        cache_size=cache_size,
     )
     return options if plan is None else options.planned(plan)
-
-
-def _check_chunks(chunks: int | None) -> None:
-    if chunks is not None and (
-        not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1
-    ):
-        raise OptionError(
-            "chunks is the number of micro-batches that a batch is cut into",
-            expected="an integer of at least 1, or None: the planner chooses",
-            found=shown(chunks),
-        )
 
 
 def _check_schedule(schedule: str | None) -> None:

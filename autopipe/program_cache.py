@@ -10,18 +10,24 @@
 A model is captured once per `ModelKey`, and once more if sizes besides the batch change: these are
 symbolic from then on. (Rarely more often: for a batch of one sample the model may take other
 branches.) Its stages are traced once per `ProgramKey`. All captures follow the cut of the first, so
-that parameters stay where they are.
+that parameters stay where they are. At most `cache_size` generated programs are kept:
+`CompiledModels` forgets those that were not used for longest.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import logging
+from time import perf_counter
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from autopipe.call_guards import plain_autograd
-from autopipe.call_signature import CallSignature, structure_error
+from autopipe.call_signature import CallSignature
+from autopipe.capture_log import CaptureLog
+from autopipe.capture_reasons import CaptureReason, reason_for
 from autopipe.compiled import CompiledModel
+from autopipe.compiled_models import CallKey, CompiledModels
 from autopipe.errors import AutopipeError, OptionError
 from autopipe.lengths import LengthDims, changed_lengths, marked_lengths, named_lengths
 from autopipe.model_state_key import model_state_key
@@ -41,7 +47,7 @@ from autopipe.runtime import microbatch
 from autopipe.runtime.transfer import WorkerDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Sequence
 
     from autopipe.call_signature import CallInputs
     from autopipe.compiled_program import CompiledProgram
@@ -49,29 +55,12 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import Annotated, Split
     from autopipe.planning.plans import Plan
 
-MANY_STATES = 16
-"""Warn after capturing a model in this many states (training flags, attributes)."""
+logger = logging.getLogger("autopipe")
 
+MANY_SIGNATURES = 256
+"""For how many kinds of calls the sizes are remembered that the model fixes."""
 
-class CallKey(NamedTuple):
-    """What decides which captured graph a call can use, besides the model's state and the batch.
-
-    Attributes:
-        training: mode of the model itself; the state has that of all its modules.
-        signature: of the call's inputs.
-        settings: torch's, as `ambient_settings` returns them.
-    """
-
-    training: bool
-    signature: CallSignature
-    settings: tuple[Any, ...]
-
-
-class ModelKey(NamedTuple):
-    """Everything, except sizes, that decides which captured graph a call can use."""
-
-    state: Hashable
-    call: CallKey
+ONE_SAMPLE = CaptureReason("branch", "one sample, traced as two, takes another branch than as one")
 
 
 class ProgramCache:
@@ -83,51 +72,55 @@ class ProgramCache:
 
     Attributes:
         workers: one per stage.
+        log: why and when the model was captured.
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model = model
         self.workers = tuple(WorkerDevice(d) for d in options.devices)
+        self.log = CaptureLog()
         self._options = options
-        self._models: dict[ModelKey, list[CompiledModel]] = {}
-        self._signatures: dict[Hashable, set[CallSignature]] = {}
-        # The attributes that count for the captures of each kind of call.
-        self._names: dict[CallKey, dict[frozenset[str] | None, None]] = {}
+        self._models = CompiledModels(model, options.cache_size)
         self._plan: Plan | None = None  # the chosen one
         self._cut: EarlierCut | None = None  # of the first capture, which all others follow
         # The dimensions that the model fixes: (position of a leaf, dimension).
         self._fixed: dict[CallSignature, set[tuple[int, int]]] = {}
         self._last: tuple[CompiledModel, CompiledProgram] | None = None
+        self._seconds = 0.0, 0.0  # of the last capture and its cut
 
     def program_for(
-        self, inputs: CallInputs, *, strict: bool
+        self, inputs: CallInputs, *, asked: bool
     ) -> tuple[CompiledModel, CompiledProgram]:
         """Find the program for a call, or build it by capturing and tracing.
 
         Args:
             inputs: the call.
-            strict: if any input structure was captured before, refuse other structures.
+            asked: whether the user asked for a capture, so that there is no need to warn of one.
 
         Returns:
             The captured model and the program.
 
         Raises:
-            InputError: the structure is not one of the captured ones.
+            InputError: an argument can be neither passed on nor compared.
             CaptureError, CouplingError, PartitionError, MemoryLimitError: see `autopipe.compile`.
         """
         call = self._call_key(inputs)
         with Progress(len(self.workers)) as progress, plain_autograd():
-            compiled = _fitting(self._candidates(call), inputs)
+            compiled = _fitting(self._models.candidates(call), inputs)
             if compiled is None:
-                known = self._known_signatures()
-                if strict and known and call.signature not in known:
-                    raise structure_error(known, call.signature)
                 with one_at_a_time():  # another thread may have captured the same just now
                     # While it did, torch's settings were not the caller's: export switches some.
-                    candidates = self._candidates(self._call_key(inputs))
+                    call = self._call_key(inputs)
+                    candidates = self._models.candidates(call)
                     compiled = _fitting(candidates, inputs)
-                    compiled = compiled or self._capture(candidates, inputs, progress)
+                    if compiled is None:
+                        reason = reason_for(self.model, call, inputs, self._models.known())
+                        if not asked:
+                            self.log.warn(reason)
+                        compiled = self._capture(candidates, inputs, reason, progress)
             program = compiled.program(inputs, progress)
+        self._models.use(compiled, compiled.used)
+        self.log.used(compiled)
         self._last = compiled, program
         return self._last
 
@@ -157,24 +150,11 @@ class ProgramCache:
             ambient_settings(),
         )
 
-    def _candidates(self, call: CallKey) -> list[CompiledModel]:
-        """The captured models that a call can use as far as keys tell."""
-        found: list[CompiledModel] = []
-        for names in self._names.get(call, ()):
-            found += self._models.get(ModelKey(model_state_key(self.model, names), call), ())
-        return found
-
-    def _known_signatures(self) -> set[CallSignature]:
-        """The signatures of all calls that were captured in the model's present state."""
-        known: set[CallSignature] = set()
-        for names in set().union(*self._names.values()):
-            known |= self._signatures.get(model_state_key(self.model, names), set())
-        return known
-
     def _capture(
         self,
         candidates: Sequence[CompiledModel],
         inputs: CallInputs,
+        reason: CaptureReason,
         progress: Callable[[str], None],
     ) -> CompiledModel:
         """Capture the model for a call that no captured graph fits."""
@@ -182,11 +162,11 @@ class ProgramCache:
         sizes = ((c, c.sizes(inputs)) for c in candidates)
         single = inputs.batch == 1 and any(s and not c.holds(s) for c, s in sizes)
         compiled = self._compile_lengths(candidates, inputs, progress, single=single)
-        self._remember(compiled, inputs)
+        self._remember(compiled, inputs, reason)
         if inputs.batch == 1 and not compiled.holds(compiled.sizes(inputs)):
             # One sample was traced as two, which gave another branch: trace it as one.
             compiled = self._compile_lengths(candidates, inputs, progress, single=True)
-            self._remember(compiled, inputs)
+            self._remember(compiled, inputs, ONE_SAMPLE)
         if self._plan is None and self._options.needs_planning:
             self._plan = compiled.options.plan
         if self._cut is None:
@@ -203,6 +183,8 @@ class ProgramCache:
     ) -> CompiledModel:
         """Capture and cut the model, with the dimensions symbolic that may change."""
         leaves = inputs.leaves
+        if len(self._fixed) > MANY_SIGNATURES:
+            self._fixed.clear()
         fixed = self._fixed.setdefault(CallSignature.of(inputs), set())
         same = [c for c in candidates if c.split.captured.reads.changed(leaves) is None]
         marked = marked_lengths(self._options.dynamic, self.model, inputs)
@@ -240,13 +222,21 @@ class ProgramCache:
                 raise replaced_error(name)
         leaves, spec, dims, batch = inputs
         request = options.capture_request(model, leaves, spec, dims, lengths, single=single)
+        start = perf_counter()
         annotated = capture_with_costs(request, progress)
-        if not options.needs_planning:
+        captured = perf_counter()
+        split, traces = None, TraceCache()
+        planned = options.needs_planning
+        if planned:
+            chosen = choose(model, annotated, leaves, batch, options, progress)
+            options, split, traces = options.planned(chosen.plan), chosen.split, chosen.traces
+        else:
             split = self._split(annotated, options, batch, progress)
-            return CompiledModel(model, options, self.workers, split, TraceCache(), inputs)
-        chosen = choose(model, annotated, leaves, batch, options, progress)
-        options = options.planned(chosen.plan)
-        return CompiledModel(model, options, self.workers, chosen.split, chosen.traces, inputs)
+        compiled = CompiledModel(model, options, self.workers, split, traces, inputs)
+        self._seconds = captured - start, perf_counter() - captured
+        logger.info("captured in %.2f s", self._seconds[0])
+        logger.info("%s in %.2f s", "planned" if planned else "cut", self._seconds[1])
+        return compiled
 
     def _split(
         self,
@@ -270,21 +260,10 @@ class ProgramCache:
             progress=progress,
         )
 
-    def _remember(self, compiled: CompiledModel, inputs: CallInputs) -> None:
-        """Record a captured model by the attributes that its forward can have read.
-
-        The key is made after the capture: what capture itself changed is no reason for another.
-        """
-        names, call = compiled.split.captured.reads.names, self._call_key(inputs)
-        self._names.setdefault(call, {})[names] = None
-        state = model_state_key(self.model, names)
-        self._models.setdefault(ModelKey(state, call), []).append(compiled)
-        self._signatures.setdefault(state, set()).add(call.signature)
-        if len(self._signatures) > MANY_STATES:
-            warn_at_user_line(
-                f"the model has been captured in {len(self._signatures)} configurations: attributes"
-                " of its modules change from call to call, and each change costs a capture"
-            )
+    def _remember(self, compiled: CompiledModel, inputs: CallInputs, reason: CaptureReason) -> None:
+        """Record a captured model, under a key that is made after the capture."""
+        self._models.add(compiled, self._call_key(inputs))
+        self.log.add(compiled, reason, *self._seconds)
 
 
 def _fitting(candidates: Sequence[CompiledModel], inputs: CallInputs) -> CompiledModel | None:

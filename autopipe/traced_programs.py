@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from contextlib import suppress
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sympy
@@ -21,10 +23,12 @@ import sympy
 from autopipe.compiled_program import CompiledProgram
 from autopipe.errors import AutopipeError, describe
 from autopipe.passes.driver import lower_to_code, phases_by_size
+from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.ir import B
+from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
 from autopipe.runtime.executor import Program
-from autopipe.runtime.load import load_source, unload_source
+from autopipe.runtime.load import load_source
 from autopipe.tensor_meta import state_metadata, symbolic_metadata
 
 if TYPE_CHECKING:
@@ -47,7 +51,7 @@ STATIC_SIZES = 2
 FIXED_TRACES = 2
 """After as many traces in which torch fixed a symbolic size, traces are for one shape each."""
 
-MANY_SHAPES = 256
+MANY_SHAPES = 64
 """How many shapes of inputs have a `CompiledProgram` of their own."""
 
 
@@ -76,6 +80,10 @@ class TracedPrograms:
         workers: one per stage.
         traces: traces of these stages so far.
         tensor: returns the tensor of a placeholder.
+
+    Attributes:
+        seconds: spent on tracing and generating code.
+        generated: how many programs were generated.
     """
 
     def __init__(
@@ -94,6 +102,8 @@ class TracedPrograms:
         self._sizes_traced: dict[Hashable, set[int]] = {}  # with numbers, by modes
         self._fixed: dict[Hashable, int] = {}  # how often torch fixed a symbolic size, by modes
         self._code: dict[Hashable, _Code] = {}
+        self.seconds, self.generated = 0.0, 0
+        self._said = False
 
     def program(
         self, key: ProgramKey, progress: Callable[[str], None]
@@ -107,18 +117,30 @@ class TracedPrograms:
         Raises:
             InputError: a batch norm would see a single value per channel.
         """
-        if key not in self._programs:
-            phased = {size: self._phased(key, size, progress) for size in dict.fromkeys(key.sizes)}
-            code_key = tuple(id(phased[size]) for size in key.sizes)
-            if code_key not in self._code:
-                self._code[code_key] = self._load(phased, key.sizes, progress)
-            self._traces.joints.clear()  # every stage is cut
-            program = _program(self._code[code_key], phased, key, self._workers)
-            self._programs[key] = program, code_key
-            if len(self._programs) > MANY_SHAPES:
-                self._programs.popitem(last=False)
-        self._programs.move_to_end(key)
-        return self._programs[key]
+        found = self._programs.get(key)
+        if found is not None:
+            with suppress(KeyError):  # another thread may just forget it
+                self._programs.move_to_end(key)
+            return found
+        with one_at_a_time():
+            if key not in self._programs:
+                self._add(key, progress)
+            return self._programs[key]
+
+    def _add(self, key: ProgramKey, progress: Callable[[str], None]) -> None:
+        start = perf_counter()
+        phased = {size: self._phased(key, size, progress) for size in dict.fromkeys(key.sizes)}
+        code_key = tuple(id(phased[size]) for size in key.sizes)
+        if code_key not in self._code:
+            self._code[code_key] = self._load(phased, key.sizes, progress)
+            self.generated += 1
+            seconds = perf_counter() - start
+            self.seconds += seconds
+            logger.info("traced in %.2f s: micro-batches of %s", seconds, key.sizes)
+        self._traces.joints.clear()  # every stage is cut
+        self._programs[key] = _program(self._code[code_key], phased, key, self._workers), code_key
+        if len(self._programs) > MANY_SHAPES:
+            self._programs.popitem(last=False)
 
     def forget(self, code_key: Hashable) -> None:
         """Free a program's code, and the traces that no other program uses.
@@ -126,16 +148,21 @@ class TracedPrograms:
         Args:
             code_key: as `program` returned it.
         """
-        code = self._code.pop(code_key)
-        unload_source(code.filename)
+        if self._code.pop(code_key, None) is None:
+            return
         for key in [k for k, (_, used) in self._programs.items() if used == code_key]:
             del self._programs[key]
         used = {id(p) for other in self._code.values() for p in other.phased}
         self._static = {k: p for k, p in self._static.items() if id(p) in used}
-        for found in self._symbolic.values():
-            found[:] = [p for p in found if id(p) in used]
-        kept = [p for other in self._code.values() for p in other.phased]
-        self._traces = self._traces.restricted_to(kept)
+        symbolic = {k: [p for p in ps if id(p) in used] for k, ps in self._symbolic.items()}
+        self._symbolic = {k: ps for k, ps in symbolic.items() if ps}
+        kept = self._traces.restricted_to(p for c in self._code.values() for p in c.phased)
+        self._traces = TraceCache(stages=kept.stages)
+
+    @property
+    def codes(self) -> tuple[Hashable, ...]:
+        """The keys of all code that is kept."""
+        return tuple(self._code)
 
     @property
     def is_empty(self) -> bool:
@@ -188,12 +215,24 @@ class TracedPrograms:
             raise
         except Exception as error:  # an operator may raise anything for a size that is no integer
             self._fixed[key.modes] = FIXED_TRACES
-            logger.info("stages are traced for each shape: %s", describe(error))
+            self._say(describe(error))
             return None
         if any(isinstance(c, sympy.Eq) for c in found.conditions):
             self._fixed[key.modes] = self._fixed.get(key.modes, 0) + 1
             logger.info("a size is fixed in the trace: %s", found.conditions)
+            if self._fixed[key.modes] >= FIXED_TRACES:
+                self._say(f"torch fixes sizes: {', '.join(map(str, found.conditions))}")
         return found
+
+    def _say(self, reason: str) -> None:
+        """Say that stages are traced for each shape from now on: a warning, the first time."""
+        logger.info("stages are traced for each shape: %s", reason)
+        if not self._said:
+            self._said = True
+            warn_at_user_line(
+                f"each new size costs a trace of the stages: torch cannot trace them for any size"
+                f" ({reason}); pad to few sizes (said once)"
+            )
 
     def _request(self, key: ProgramKey, size: int, inputs: dict[str, TensorMeta]) -> PhaseRequest:
         state = state_metadata(self._split.captured, self._tensor)

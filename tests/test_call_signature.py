@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from autopipe.call_signature import CallInputs, CallSignature, flatten, structure_error
+from autopipe.call_signature import CallInputs, CallSignature, changed_leaves, described, flatten
 from autopipe.errors import InputError
 
 X = torch.zeros(4, 3)
@@ -47,10 +47,19 @@ def test_static_shapes_leave_out_the_batch_dimension() -> None:
     assert inputs.static_shapes() == ((3,), (5, 6), (2,))
 
 
-def test_the_error_shows_both_calls() -> None:
-    text = str(structure_error([signature(X, mask=None)], signature(X.long(), mask=X)))
-    assert "pipe(float32 2-d, mask=None)" in text
-    assert "pipe(int64 2-d, mask=float32 2-d)" in text
+def test_a_call_is_described_as_code() -> None:
+    assert described(signature(X, mask=None)) == "pipe(float32 2-d, mask=None)"
+    assert described(signature(X.long(), mask=X)) == "pipe(int64 2-d, mask=float32 2-d)"
+
+
+def test_which_leaves_changed() -> None:
+    old, new = signature(X, Batch(X, 2.0), on=True), signature(X[0], Batch(X, 3.0), on=True)
+    assert changed_leaves(old, old) == []
+    assert changed_leaves(old, new) == [
+        ("args[0]", "float32 2-d", "float32 1-d", True),
+        ("args[1]", "2.0", "3.0", False),
+    ]
+    assert changed_leaves(old, signature(X)) is None
 
 
 @pytest.mark.parametrize(

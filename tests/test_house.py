@@ -29,13 +29,14 @@ FLOORS = (
 """The packages and root files of `passes/`, lowest floor first. Imports only go down."""
 
 LAYERS = (
-    {"errors", "interrupts", "version"},
+    {"errors", "interrupts", "logs", "version"},
     {"passes", "runtime", "progress", "typed_json", "target", "formatting"}
     | {"option_names", "torch_version"},
     {"report", "planning", "profile", "options", "option_parsing", "batch_dims"}
     | {"parameters", "results", "tensor_meta", "version_watch"},
     {"call_guards", "call_signature", "caller_modes", "model_state_key", "module_proxy"}
-    | {"compiled", "compiled_program", "lengths", "traced_programs"},
+    | {"compiled", "compiled_models", "compiled_program", "lengths", "traced_programs"}
+    | {"capture_log", "capture_reasons"},
     {"pipeline_call", "higher_derivatives", "program_cache", "verification"},
     {"module"},
     {"api"},

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 import autopipe
 from autopipe import program_cache
-from autopipe.errors import InputError, OptionError
+from autopipe.errors import OptionError
 from autopipe.passes.phases import cut
-from autopipe.program_cache import MANY_STATES
 from tests.support.phased import Layers
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
@@ -142,30 +141,46 @@ def test_static_shapes_are_captured_apart(counts: Counts) -> None:
     assert counts.captures == 2
 
 
-def test_another_structure_needs_capture() -> None:
-    class Scaled(nn.Module):
-        def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
-            return torch.tanh(x) * scale
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        return torch.tanh(x) * scale
 
+
+def test_another_structure_is_captured_with_a_warning() -> None:
     pipe = autopipe.compile(Scaled(), ["cpu"], 2, args=(X,))
-    with pytest.raises(InputError, match=r"scale=3\.0"):
-        pipe(X, scale=3.0)
-    pipe.capture(X, scale=3.0)
-    assert torch.equal(pipe(X, scale=3.0), torch.tanh(X) * 3)
+    with pytest.warns(UserWarning, match=r"arguments: .* → .*scale=3\.0"):
+        assert torch.equal(pipe(X, scale=3.0), torch.tanh(X) * 3)
     assert torch.equal(pipe(X), torch.tanh(X) * 2)
 
 
-def test_many_captured_states_are_worth_a_warning() -> None:
+def test_a_capture_that_was_asked_for_does_not_warn() -> None:
+    pipe = autopipe.compile(Scaled(), ["cpu"], 2, args=(X,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scale in (3.0, 4.0, 5.0, 6.0):
+            pipe.capture(X, scale=scale)
+            assert torch.equal(pipe(X, scale=scale), torch.tanh(X) * scale)
+
+
+def test_the_fourth_capture_says_why() -> None:
+    """Three come with a mode and a length; a fourth that a call causes is worth a look."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
     pipe = autopipe.compile(model, ["cpu"], 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for step in range(MANY_STATES):
+        for step in range(3):
             model.temperature = float(step)  # type: ignore[assignment]
             pipe(X)
     model.temperature = -1.0  # type: ignore[assignment]
-    with pytest.warns(UserWarning, match=f"captured in {MANY_STATES + 1} configurations"):
+    with pytest.warns(UserWarning, match="captured 4 times") as caught:
         pipe(X)
+    text = str(caught[0].message)
+    assert "attribute temperature of Sequential: 2.0 → -1.0" in text
+    assert "autopipe.explain_captures(pipe)" in text
+    model.temperature = -2.0  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(X)  # said once
 
 
 def test_a_chosen_plan_is_shared_between_modes() -> None:

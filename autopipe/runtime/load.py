@@ -5,7 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import linecache
+import weakref
+from collections import Counter
+from types import FunctionType
 from typing import Any
+
+_USERS: Counter[str] = Counter()
+"""How many loaded programs have a text."""
 
 
 def load_source(source: str) -> tuple[dict[str, Any], str]:
@@ -16,7 +22,7 @@ def load_source(source: str) -> tuple[dict[str, Any], str]:
 
     Returns:
         The module's names, and the file name under which `linecache` (and so every traceback and
-        debugger) finds the text.
+        debugger) finds the text, for as long as one of the module's functions lives.
     """
     filename = f"<autopipe {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     # Lines end where Python ends them. `str.splitlines` would also end them at a form feed.
@@ -24,13 +30,20 @@ def load_source(source: str) -> tuple[dict[str, Any], str]:
     linecache.cache[filename] = (len(source), None, lines, filename)
     names: dict[str, Any] = {}
     exec(compile(source, filename, "exec"), names)
+    function = next((f for f in names.values() if isinstance(f, FunctionType)), None)
+    if function is not None:  # which refers to all others
+        _forget_with(function, filename)
     return names, filename
 
 
-def unload_source(filename: str) -> None:
-    """Forget the text of a generated module that is no longer used.
+def _forget_with(function: FunctionType, filename: str) -> None:
+    """Forget the text when the last program that has it is freed."""
+    _USERS[filename] += 1
+    weakref.finalize(function, _forget, filename).atexit = False
 
-    Args:
-        filename: as `load_source` returned it.
-    """
-    linecache.cache.pop(filename, None)
+
+def _forget(filename: str) -> None:
+    _USERS[filename] -= 1
+    if not _USERS[filename]:
+        del _USERS[filename]
+        linecache.cache.pop(filename, None)

@@ -10,6 +10,7 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -87,7 +88,8 @@ class SavedBytesCounter:
     def __init__(self, stages: int) -> None:
         self.stages = [StageMemory() for _ in range(stages)]
         self._lock = threading.Lock()
-        self._nbytes: dict[Any, int] = {}  # of one micro-batch, by program, stage and size
+        # Of one micro-batch, by program, and by stage and size.
+        self._nbytes: WeakKeyDictionary[Any, dict[tuple[int, int], int]] = WeakKeyDictionary()
 
     def reset(self) -> None:
         """Reset the peaks to the bytes saved now."""
@@ -109,7 +111,7 @@ class SavedBytesCounter:
         program, stage and size count the same.
 
         Args:
-            program: any hashable object that identifies the program.
+            program: an object that identifies the program and its shapes; it is not kept alive.
             stage: the stage that saves.
             size: samples in the micro-batch.
             saved: the tensors.
@@ -119,8 +121,8 @@ class SavedBytesCounter:
         Returns:
             The bytes, which count until the caller drops them.
         """
-        key = (program, stage, size)
-        if key not in self._nbytes:
+        known, key = self._nbytes.setdefault(program, {}), (stage, size)
+        if key not in known:
             not_counted = {x.untyped_storage().data_ptr() for t in state for x in plain_parts(t)}
             sizes: dict[int, int] = {}
             for tensor in (x for t in saved for x in plain_parts(t)):
@@ -130,8 +132,8 @@ class SavedBytesCounter:
                     sizes[tensor.data_ptr()] = tensor.nbytes
                 elif address not in not_counted:
                     sizes[address] = storage.nbytes()
-            self._nbytes[key] = sum(sizes.values())
-        saved_bytes = SavedBytes(self._nbytes[key])
+            known[key] = sum(sizes.values())
+        saved_bytes = SavedBytes(known[key])
         with self._lock:
             self.stages[stage].per_microbatch[size] = saved_bytes.nbytes
             self.stages[stage].add(saved_bytes)

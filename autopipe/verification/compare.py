@@ -118,14 +118,14 @@ def compare(pipe: ComparedPipeline, inputs: CallInputs, tolerance: float | None)
         UnsupportedError: the model draws random numbers that cannot be disabled.
     """
     leaves, spec = inputs.leaves, inputs.spec
-    captured = pipe.programs.program_for(inputs, strict=False)[0].split.captured
+    captured = pipe.programs.program_for(inputs, asked=True)[0].split.captured
     notes = []
     with ExitStack() as stack:
         if any(map(is_random, captured.graph_module.graph.nodes)):
             notes.append("randomness was disabled in both runs: dropout drops nothing")
             stack.enter_context(NoRandomness())
             pipe = pipe.fresh()
-        compiled, program = pipe.programs.program_for(inputs, strict=False)
+        compiled, program = pipe.programs.program_for(inputs, asked=True)
         captured, sizes = compiled.split.captured, program.key.sizes
         for node in filter(is_random, captured.graph_module.graph.nodes):
             raise UnsupportedError(

@@ -36,7 +36,7 @@ Files, in reading order:
 from __future__ import annotations
 
 from .buffer_state import preserve_buffers, restore_values
-from .containers import Parts, take_apart
+from .containers import Parts, is_cache, take_apart
 from .frontends import FRONTENDS, Frontend, UserModel, argument_names, as_module, is_model
 from .model import capture
 from .normalize import RESERVED
@@ -54,6 +54,7 @@ __all__ = [
     "as_module",
     "capture",
     "input_names",
+    "is_cache",
     "is_model",
     "preserve_buffers",
     "restore_values",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import linecache
 
 import pytest
@@ -33,3 +34,20 @@ def test_loading_the_same_text_twice_keeps_one_file() -> None:
     _, again = load_source("x = 1\n")
     _, other = load_source("x = 2\n")
     assert first == again != other
+
+
+def test_the_text_lives_as_long_as_the_last_program_that_has_it() -> None:
+    text = "def answer():\n    return 43\n"
+    names, filename = load_source(text)
+    others, _ = load_source(text)
+    function = others["answer"]
+    del names
+    gc.collect()
+    assert linecache.getlines(filename)
+    del others
+    gc.collect()
+    assert function() == 43
+    assert linecache.getlines(filename)
+    del function
+    gc.collect()
+    assert not linecache.getlines(filename)

@@ -35,9 +35,16 @@ class Layers(nn.Module):
         return x
 
 
+class Program:
+    """Stands for a program: shapes are static in each."""
+
+
+P, Q = Program(), Program()
+
+
 def kept(memory: SavedBytesCounter, saved: list[Tensor], state: list[Tensor], **more: Any) -> int:
     storages = more.get("storages", set())
-    found = memory.add(more.get("program", "p"), 0, more.get("size", 2), saved, state, storages)
+    found = memory.add(more.get("program", P), 0, more.get("size", 2), saved, state, storages)
     return found.nbytes
 
 
@@ -46,9 +53,9 @@ def kept(memory: SavedBytesCounter, saved: list[Tensor], state: list[Tensor], **
 
 def test_bytes_are_added_and_taken_away() -> None:
     memory = SavedBytesCounter(2)
-    first = memory.add("p", 0, 2, [torch.zeros(10)], [], set())
-    other = memory.add("p", 1, 2, [torch.zeros(5, dtype=torch.float64)], [], set())
-    again = memory.add("p", 0, 2, [torch.zeros(10)], [], set())
+    first = memory.add(P, 0, 2, [torch.zeros(10)], [], set())
+    other = memory.add(P, 1, 2, [torch.zeros(5, dtype=torch.float64)], [], set())
+    again = memory.add(P, 0, 2, [torch.zeros(10)], [], set())
     assert [x.nbytes for x in (first, other, again)] == [40, 40, 40]
     assert [s.now for s in memory.stages] == [80, 40]
     del first
@@ -59,10 +66,19 @@ def test_bytes_are_added_and_taken_away() -> None:
     assert [(s.now, s.peak) for s in memory.stages] == [(0, 0), (0, 0)]
 
 
+def test_a_counter_keeps_no_program_alive() -> None:
+    memory, program = SavedBytesCounter(1), Program()
+    kept(memory, [torch.zeros(10)], [], program=program)
+    ref = weakref.ref(program)
+    del program
+    assert ref() is None
+    assert len(memory._nbytes) == 0
+
+
 def test_a_new_peak_starts_from_what_is_held() -> None:
     memory = SavedBytesCounter(1)
     kept(memory, [torch.zeros(10)], [])
-    held = memory.add("p", 0, 2, [torch.zeros(10)], [], set())
+    held = memory.add(P, 0, 2, [torch.zeros(10)], [], set())
     assert memory.stages[0].peak == held.nbytes
     memory.reset()
     assert memory.stages[0].peak == 40
@@ -96,7 +112,7 @@ def test_memory_counts_once_and_whole() -> None:
     value = torch.zeros(100)
     memory = SavedBytesCounter(1)
     assert kept(memory, [value, value.view(10, 10), value[:3]], []) == 400
-    assert kept(memory, [value[:3]], [], program="q") == 400
+    assert kept(memory, [value[:3]], [], program=Q) == 400
 
 
 def test_parameters_and_their_views_do_not_count() -> None:
@@ -117,7 +133,7 @@ def test_each_size_and_program_is_counted_for_itself() -> None:
     memory = SavedBytesCounter(1)
     assert kept(memory, [torch.zeros(3)], [], size=3) == 12
     assert kept(memory, [torch.zeros(2)], [], size=2) == 8
-    assert kept(memory, [torch.zeros(30)], [], size=3, program="q") == 120
+    assert kept(memory, [torch.zeros(30)], [], size=3, program=Q) == 120
     assert memory.stages[0].per_microbatch == {3: 120, 2: 8}
 
 

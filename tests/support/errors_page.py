@@ -266,19 +266,13 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             """,
     },
     errors.InputError: {
-        "A value that differs from the captured one": """\
+        "An argument that cannot be compared from call to call": """\
             class Model(nn.Module):
-                def forward(self, x, scale):
-                    return x * scale
+                def forward(self, x, scales):
+                    return x * next(scales)
 
             pipe = autopipe.compile(Model(), devices=1, chunks=2)
-            pipe(torch.randn(4, 4), scale=1.0)
-            pipe(torch.randn(4, 4), scale=2.0)
-            """,
-        "Another structure than the captured one": """\
-            pipe = autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2)
-            pipe(torch.randn(6, 4))
-            pipe(torch.randn(6, 4), torch.randn(6))
+            pipe(torch.randn(4, 4), iter([1.0, 2.0]))
             """,
         "Targets with an entry for each sample": """\
             class Model(nn.Module):

@@ -10,6 +10,7 @@ as a pipeline: the hook that `nn.Module.compile` uses. Trainers look at a model'
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 import transformers
 
+import autopipe
 from tests.support.agreement import assert_close, pipelined
 from tests.support.models import gpt2
 from tests.support.training import (
@@ -118,14 +120,56 @@ def test_trainer_in_mixed_precision(tmp_path: Path) -> None:
     assert numbers(runs[1]) == numbers(runs[0])
 
 
-def test_generation_after_training(tmp_path: Path) -> None:
-    """`generate` calls the model with a cache, which a pipeline refuses: it needs the model."""
+@pytest.mark.parametrize("sampled", [False, True])
+def test_generation_after_training(sampled: bool) -> None:
+    """`generate` of an installed model calls it with a cache: those calls run the plain model."""
+    pipe = pipelined(model())
+    installed = pipe.install()
+    prompt = torch.arange(4)[None].repeat(3, 1)
+    options = {"max_new_tokens": 5, "do_sample": sampled}
+    pipe(input_ids=prompt, labels=prompt).loss.backward()
+    plain = model()
+    torch.manual_seed(1)
+    expected = plain.generate(prompt, **options)
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="key/value cache .* runs the plain model .*said once"):
+        found = installed.generate(prompt, **options)
+    assert torch.equal(found, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.manual_seed(1)
+        assert torch.equal(pipe.generate(prompt, **options), expected)
+    assert autopipe.explain_captures(pipe).count == 1
+
+
+def test_generation_without_a_cache_runs_the_pipeline() -> None:
     pipe = pipelined(model())
     prompt = torch.arange(4)[None].repeat(3, 1)
-    options = {"max_new_tokens": 5, "do_sample": False}
-    pipe(input_ids=prompt, labels=prompt).loss.backward()
+    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": False}
     expected = model().generate(prompt, **options)
-    assert torch.equal(pipe.model.generate(prompt, **options), expected)
+    assert torch.equal(pipe.install().generate(prompt, **options), expected)
+    assert autopipe.explain_captures(pipe).count <= 3  # of any length from the second on
+
+
+def test_an_encoder_decoder_generates() -> None:
+    config = transformers.T5Config(
+        vocab_size=32,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(0)
+    t5 = transformers.T5ForConditionalGeneration(config).eval()
+    prompt = torch.arange(1, 5)[None].repeat(3, 1)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = t5.generate(prompt, **options)
+    pipe = autopipe.compile(t5, 2, 3)
+    with pytest.warns(UserWarning, match="runs the plain model"):
+        assert torch.equal(pipe.install().generate(prompt, **options), expected)
 
 
 @pytest.mark.full
