@@ -198,11 +198,12 @@ def test_memory_does_not_grow_with_programs_of_fixed_sizes() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", [Sequence, Fixed])
-def test_memory_does_not_grow_over_200_lengths(kind: type[Sequence]) -> None:
+@pytest.mark.parametrize(("kind", "lengths"), [(Sequence, 200), (Fixed, 20)])
+def test_memory_does_not_grow_over_many_lengths(kind: type[Sequence], lengths: int) -> None:
+    """`Fixed` is captured for each of them."""
     model = kind()
     pipe = autopipe.compile(model, ["cpu"] * 2, 2, cache_size=4)
-    found = counts_over(pipe, model, range(2, 202), every=10)
+    found = counts_over(pipe, model, range(2, 2 + lengths), every=lengths // 20)
     assert len(found) == 20
     programs, graphs = (max(n) for n in zip(*found[10:], strict=True))
     assert programs <= max(p for p, _ in found[:10])

@@ -199,15 +199,6 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
 
             autopipe.compile(Model(), devices=1, chunks=2)(torch.randn(6, 4))
             """,
-        "A check of values": """\
-            class Model(nn.Module):
-                def forward(self, x):
-                    y = x.log()
-                    assert not torch.isnan(y).any()
-                    return y
-
-            autopipe.compile(Model(), devices=1, chunks=2)(torch.rand(6, 4))
-            """,
         "A number of a tensor": """\
             class Model(nn.Module):
                 def forward(self, x):
@@ -373,6 +364,15 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
 }
 
 WARNINGS = {
+    "A check of values": """\
+        class Model(nn.Module):
+            def forward(self, x):
+                y = x.log()
+                assert not torch.isnan(y).any()
+                return y
+
+        autopipe.compile(Model(), devices=1, chunks=2)(torch.rand(6, 4))
+        """,
     "A forward that prints": """\
         class Model(nn.Module):
             def forward(self, x):

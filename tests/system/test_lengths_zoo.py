@@ -6,6 +6,7 @@ are compared with eager torch as in `test_zoo`, for three lengths and for a smal
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -41,7 +42,13 @@ ONE_SIZE: dict[str, str] = {
 FALLBACKS: dict[str, str] = {}
 """Models that are captured for each length, and the reason that a warning gives."""
 
-QUICK = ("BERT",)
+USUAL = ("BERT", "Llama", "T5", "Wav2Vec2")
+"""Those that are compared unless ``ZOO_LENGTHS`` names others, separated by commas: the whole zoo
+takes more than an hour."""
+
+NAMES = os.environ["ZOO_LENGTHS"].split(",") if "ZOO_LENGTHS" in os.environ else USUAL
+
+QUICK = ()
 
 
 def dims(name: str, x: Tensor) -> tuple[int, ...]:
@@ -129,7 +136,7 @@ def each(names: Any) -> Any:
     return pytest.mark.parametrize("name", params)
 
 
-@each([n for n in ZOO if n not in ONE_SIZE])
+@each([n for n in NAMES if n not in ONE_SIZE])
 def test_two_captures_serve_all_lengths(name: str, captures: list[int]) -> None:
     entry = ZOO[name]
     model, inputs = entry.build(False)
