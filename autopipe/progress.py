@@ -23,10 +23,34 @@ def silent(text: str) -> None:
     """Report no progress."""
 
 
+class _Unlocked:
+    """A lock that never locks."""
+
+    def acquire(self, *args: object, **kwargs: object) -> bool:
+        return True
+
+    def release(self) -> None:
+        """Nothing is locked."""
+
+    def __enter__(self) -> None:
+        """Nothing is locked."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is locked."""
+
+
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """tqdm without its monitor thread, which would never end."""
+    """tqdm without its monitor thread, which would never end, and without its lock.
+
+    If the terminal is gone, tqdm fails while it holds the lock of all bars of the process, and does
+    not release it. The next one that makes a bar, such as torch's `Interpreter`, would wait for
+    ever. A bar of one thread needs no lock.
+    """
 
     monitor_interval = 0
+
+
+_Bar.set_lock(_Unlocked())
 
 
 class Progress:

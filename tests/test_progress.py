@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
+from tqdm import tqdm
 
 from autopipe import progress
 from autopipe.progress import Progress, silent
@@ -142,6 +143,10 @@ def test_compiling_goes_on_without_a_terminal(
             bar(step)
         assert terminal.failed.wait(30)
     assert threading.active_count() == before
+    another = threading.Thread(target=tqdm, kwargs={"disable": True}, daemon=True)
+    another.start()
+    another.join(30)
+    assert not another.is_alive()  # other bars of the process go on
 
 
 @pytest.mark.usefixtures("soon")
