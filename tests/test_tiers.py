@@ -11,6 +11,7 @@ from tests.support.tiers import few_of, files_by_tier, mark_full
 
 FULL_ONLY: dict[str, str] = {
     "tests/system/test_curves.py": "many steps; one is compared in test_transparency.py",
+    "tests/system/test_lengths_zoo.py": "whole models; test_lengths.py has small ones",
 }
 """Files all of whose tests are in the full tier, and why."""
 

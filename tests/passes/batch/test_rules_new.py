@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[New, str]] = {
     ),
     "below a number that is drawn": (
         lambda y: torch.randint(0, int(torch.randint(2, 9, ()).item()), y.shape),
-        "depends on the values of tensors",
+        "turns a tensor into a Python number",
     ),
     "below as many as there are samples": (
         lambda y: torch.randint_like(y, y.shape[0]),
