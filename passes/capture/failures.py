@@ -12,6 +12,8 @@ from autopipe.passes.python_state import AVOIDING_OPTIONS
 
 NOT_CAPTURED = "under `if not torch.compiler.is_compiling():` it runs in the model itself only"
 
+MAY_STAY = "a check that only raises or asserts may stay (not in a try, or before Python 3.11)"
+
 
 class Reason(NamedTuple):
     """Why a forward cannot be captured.
@@ -43,7 +45,7 @@ DATA_DEPENDENT = r"(?i)^\w*DataDependent|data-dependent"
 REASONS = (
     Reason(
         "the forward checks the values of tensors, which a captured graph does not have",
-        f"check the pipeline's result: loss.isfinite(); {NOT_CAPTURED}",
+        f"check the pipeline's result: loss.isfinite(); {MAY_STAY}; {NOT_CAPTURED}",
         DATA_DEPENDENT,
         r"^assert\b|\bis(nan|inf|finite)\b|\ballclose\b",
     ),
@@ -57,8 +59,7 @@ REASONS = (
     Reason(
         "control flow that depends on the values of tensors cannot be captured",
         "compute both branches and select with torch.where, or decide outside of the model and pass"
-        " the decision in as a Python value; a check that only raises or asserts may stay (not in a"
-        f" try, or before Python 3.11); {AVOIDING_OPTIONS}",
+        f" the decision in as a Python value; {MAY_STAY}; {AVOIDING_OPTIONS}",
         DATA_DEPENDENT,
     ),
     Reason(
