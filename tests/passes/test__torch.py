@@ -95,7 +95,7 @@ def test_size_expressions_become_calls() -> None:
     b = sympy.Symbol("B")
     for expr, expected in ((b, 6), (2 * b + 1, 13), (b * b - b, 30)):
         graph = fx.Graph()
-        graph.output(emit_expression(expr, graph.placeholder("batch")))
+        graph.output(emit_expression(expr, {b: graph.placeholder("batch")}))
         assert fx.GraphModule({}, graph)(6) == expected
 
 

@@ -61,7 +61,7 @@ def test_a_check_that_would_fail_is_not_made(check: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("branch", checking.BRANCHES)
 def test_a_branch_that_does_more_than_to_raise_is_refused(branch: Callable[..., Any]) -> None:
-    with pytest.raises(CaptureError, match="(depends on|checks) the values of tensors") as caught:
+    with pytest.raises(CaptureError, match=r"(depends on|checks) the values of tensors") as caught:
         pipelined(Model(branch))(X, LABELS)
     assert caught.value.remedy is not None
     assert "only raises or asserts" in caught.value.remedy
