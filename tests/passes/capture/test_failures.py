@@ -80,7 +80,6 @@ def other_shape(y: Tensor) -> Tensor:
 
 CASES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
     asserted: ("checks the values", "is_compiling"),
-    raising: ("checks the values", "is_compiling"),
     as_number: ("into a Python number", r"leave out float\(\)"),
     branching: ("control flow", r"torch\.where"),
     formatted: ("into a text", "is_compiling"),
