@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import sympy
 
 from autopipe.compiled_program import CompiledProgram
-from autopipe.errors import AutopipeError, describe
+from autopipe.errors import InputError, describe
 from autopipe.passes.driver import lower_to_code, phases_by_size
 from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.ir import B
@@ -211,7 +211,7 @@ class TracedPrograms:
         try:
             request = self._request(key, size, metadata)
             found = phases_by_size(request, self._traces, progress)[size]
-        except AutopipeError:
+        except InputError:  # the call is wrong for any trace
             raise
         except Exception as error:  # an operator may raise anything for a size that is no integer
             self._fixed[key.modes] = FIXED_TRACES
