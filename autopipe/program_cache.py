@@ -28,7 +28,7 @@ from autopipe.capture_log import CaptureLog
 from autopipe.capture_reasons import CaptureReason, reason_for
 from autopipe.compiled import CompiledModel
 from autopipe.compiled_models import CallKey, CompiledModels
-from autopipe.errors import AutopipeError, OptionError
+from autopipe.errors import OptionError, describe
 from autopipe.lengths import LengthDims, changed_lengths, marked_lengths, named_lengths
 from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
@@ -197,9 +197,9 @@ class ProgramCache:
         wanted = {(n, d) for n, dims in enumerate(lengths) for d in dims}
         try:
             compiled = self._compile(inputs, progress, lengths, single=single)
-        except AutopipeError as error:
+        except Exception as error:  # what is wrong with the model itself is raised again
             compiled = self._compile(inputs, progress, ({},) * len(leaves), single=single)
-            found, reason = set(), str(error)
+            found, reason = set(), describe(error)
         else:
             found = {(n, d) for n, dims in enumerate(compiled.lengths) for d in dims}
             reason = "the model turns it into a number"

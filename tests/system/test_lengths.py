@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
-from autopipe import program_cache
-from autopipe.errors import OptionError
+from autopipe import program_cache, traced_programs
+from autopipe.errors import CaptureError, OptionError
 from tests.support.agreement import assert_close as close_to
 
 VOCABULARY, WIDTH = 13, 8
@@ -176,6 +176,44 @@ def test_a_model_that_fixes_its_length_says_so_once(captures: list[Any]) -> None
     assert len(captures) <= 4
 
 
+@pytest.mark.parametrize("error", [CaptureError("no"), LookupError("no"), TypeError()])
+def test_a_capture_that_fails_with_symbols_only_is_one_with_numbers(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = program_cache.capture_with_costs
+
+    def failing(request: Any, *args: Any) -> Any:
+        if any(request.lengths):
+            raise error
+        return capture(request, *args)
+
+    monkeypatch.setattr(program_cache, "capture_with_costs", failing)
+    model = Language().double()
+    pipe = autopipe.compile(model, devices=2, chunks=2)
+    step_agrees(pipe, model, text(6, 9), text(6, 9))
+    with pytest.warns(UserWarning, match="each new size costs a capture"):
+        step_agrees(pipe, model, text(6, 12), text(6, 12))
+
+
+@pytest.mark.parametrize("error", [CaptureError("no"), LookupError("no"), TypeError()])
+def test_a_trace_that_fails_with_symbols_only_is_one_with_numbers(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = traced_programs.phases_by_size
+
+    def failing(request: Any, *args: Any) -> Any:
+        if any(m.is_symbolic for of in request.metadata.values() for m in of.values()):
+            raise error
+        return phases(request, *args)
+
+    monkeypatch.setattr(traced_programs, "phases_by_size", failing)
+    model = Language().double()
+    pipe = autopipe.compile(model, devices=2, chunks=2)
+    step_agrees(pipe, model, text(6, 9), text(6, 9))
+    with pytest.warns(UserWarning, match="each new size costs a trace"):
+        step_agrees(pipe, model, text(6, 12), text(6, 12))
+
+
 def test_images_of_several_sizes(captures: list[Any]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -201,8 +239,6 @@ def test_micro_batches_of_many_sizes_are_traced_three_times(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The third size is symbolic, and serves all others but one sample."""
-    from autopipe import traced_programs
-
     traced = []
     phases = traced_programs.phases_by_size
 
