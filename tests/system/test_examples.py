@@ -15,6 +15,9 @@ from tests.support.documents import blocks, stage_columns
 
 ROOT = Path(__file__).parents[2]
 
+PROGRESS = r"autopipe: (.+ \(step \d+, after \d+ s\)|compiled in [\d.]+ s)$"
+"""A line of progress, which a slow machine shows."""
+
 EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
     "quickstart": (
         ["--steps", "3"],
@@ -71,7 +74,8 @@ def test_example(name: str) -> None:
     assert done.returncode == 0, done.stderr
     for line in lines:
         assert line in done.stdout
-    assert done.stderr == ""
+    said = [line for line in done.stderr.splitlines() if not re.match(PROGRESS, line)]
+    assert said == []
     if name == "quickstart" and torch.__version__.startswith("2.13"):  # the README's, by this demo
         (shown,) = [
             b
