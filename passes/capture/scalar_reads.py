@@ -8,6 +8,7 @@ is refused.
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import fx
 
 from autopipe.errors import CaptureError
 from autopipe.passes._torch import OpOverload, free_unbacked_symbols
-from autopipe.passes.graph import add_call, is_size, source_line
+from autopipe.passes.graph import add_call, is_integer, is_size, source_line, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,8 +48,9 @@ def scalars_to_tensors(graph: fx.Graph) -> None:
                 tensors[node] = _tensor_arithmetic(graph, node, tensors)
             else:
                 node.target = _tensor_overload(node, tensors)
-                node.args = fx.map_arg(node.args, lambda n: tensors.get(n, n))
-                node.kwargs = fx.map_arg(node.kwargs, lambda n: tensors.get(n, n))
+                operands = {n: _of_operands_type(graph, node, tensors[n]) for n in numbers}
+                node.args = fx.map_arg(node.args, lambda n: operands.get(n, n))
+                node.kwargs = fx.map_arg(node.kwargs, lambda n: operands.get(n, n))
     for node in reversed(list(tensors)):
         if not node.users:
             graph.erase_node(node)
@@ -61,8 +63,30 @@ def _read_tensor(graph: fx.Graph, source: fx.Node) -> fx.Node:
     """The tensor for ``source.item()``, in double precision like a Python number."""
     value = source.meta["val"]
     dtype = torch.float64 if value.is_floating_point() else torch.int64
+    if source.op == "placeholder" and value.shape == () and value.dtype == dtype:
+        if not value.requires_grad:
+            return source
     flat = add_call(graph, aten.reshape.default, source, [])
     return add_call(graph, aten.to.dtype, add_call(graph, aten.detach.default, flat), dtype)
+
+
+def _of_operands_type(graph: fx.Graph, node: fx.Node, number: fx.Node) -> fx.Node:
+    """The tensor for a number, in a dtype with which an op's result has the dtype that it had.
+
+    A Python number never widens the dtype of a tensor: float32 stays float32. A tensor of one entry
+    in double precision does so if the other operands have no dimensions, or are integers. If it
+    does not, it is left as it is, so that the op rounds it like a number.
+    """
+    others = [t for n in node.all_input_nodes if not is_size(n) for t in tensors_of(n)]
+    if not others:
+        return number
+    own = number.meta["val"]
+    common = functools.reduce(torch.promote_types, (t.dtype for t in others))
+    wanted = torch.result_type(torch.empty((), dtype=common), 1.0 if own.is_floating_point() else 1)
+    ranked = torch.empty((1,) if any(t.ndim for t in others) else (), dtype=common)
+    if torch.result_type(ranked, torch.empty((), dtype=own.dtype)) == wanted:
+        return number
+    return add_call(graph, aten.to.dtype, number, wanted)
 
 
 def _tensor_arithmetic(
@@ -78,12 +102,20 @@ def _tensor_arithmetic(
     def call(target: Any, *operands: Any) -> fx.Node:
         return add_call(graph, target, *operands)
 
+    if isinstance(node.meta["val"], (float, torch.SymFloat)):
+        numbers = {tensors[a] for a in node.args if a in tensors}
+        args = [_double(call, a) if a in numbers and is_integer(a) else a for a in args]
     result: fx.Node = rule(call, *args)
     return result
 
 
 def _double(call: Callable[..., fx.Node], x: Any) -> Any:
     return call(aten.to.dtype, x, torch.float64)
+
+
+def _power(exponent: Any) -> Any:
+    numbers = isinstance(exponent, fx.Node) and not is_size(exponent)
+    return aten.pow.Tensor_Tensor if numbers else aten.pow.Tensor_Scalar
 
 
 def _larger(call: Callable[..., fx.Node], x: Any, y: Any, *, of: Any, bound: str) -> fx.Node:
@@ -98,6 +130,7 @@ ARITHMETIC: dict[Any, Any] = {
     operator.mul: lambda call, x, y: call(aten.mul.Tensor, x, y),
     operator.truediv: lambda call, x, y: call(aten.div.Tensor, _double(call, x), y),
     operator.neg: lambda call, x: call(aten.neg.default, x),
+    operator.pow: lambda call, x, y: call(_power(y), x, y),
     torch.sym_float: _double,
     torch.sym_max: lambda call, x, y: _larger(call, x, y, of=aten.maximum.default, bound="min"),
     torch.sym_min: lambda call, x, y: _larger(call, x, y, of=aten.minimum.default, bound="max"),
@@ -111,6 +144,7 @@ REVERSED: dict[Any, Any] = {
     operator.truediv: lambda call, y, x: call(
         aten.mul.Tensor, call(aten.reciprocal.default, _double(call, x)), y
     ),
+    operator.pow: lambda call, y, x: call(aten.pow.Scalar, y, x),
     torch.sym_max: lambda call, y, x: call(aten.clamp_min.default, x, y),
     torch.sym_min: lambda call, y, x: call(aten.clamp_max.default, x, y),
 }

@@ -61,6 +61,30 @@ def test_numbers_in_a_loss(f: Callable[..., Any], chunks: int) -> None:
         assert_agrees(pipe, *inputs(size))
 
 
+DTYPES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "a loss": lambda h, y: h.square().mean() * h.detach().mean().item(),
+    "a loss over a count": lambda h, y: h.square().sum() / (y > 0).sum().item(),
+    "samples": lambda h, y: h * (y > 0).sum().item(),
+    "integers": lambda h, y: y * h.detach().double().square().sum().item(),
+    "integers by integers": lambda h, y: y * y.sum().item(),
+    "whether": lambda h, y: h > h.detach().mean().item(),
+    "a power": lambda h, y: h.mean() * (y.sum().item() ** 2 + 2.0 ** y.double().mean().item()),
+    "a half": lambda h, y: h.square().mean() * (y.sum().item() * 0.3),
+    "chosen": lambda h, y: torch.where(h > 0, h, h.detach().mean().item()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("f", DTYPES.values(), ids=DTYPES)
+def test_a_number_widens_no_dtype(f: Callable[..., Any], dtype: torch.dtype) -> None:
+    x, y = inputs()
+    model = Model(f).to(dtype)
+    pipe = pipelined(model, chunks=1)
+    found, wanted = pipe(x.to(dtype), y), model(x.to(dtype), y)
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(
     "f",
     [
