@@ -13,14 +13,14 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from autopipe.errors import CaptureError
 from autopipe.passes._torch import OpOverload, free_unbacked_symbols
 from autopipe.passes.graph import add_call, is_integer, is_size, source_line, tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 aten = torch.ops.aten
 
@@ -48,9 +48,10 @@ def scalars_to_tensors(graph: fx.Graph) -> None:
                 tensors[node] = _tensor_arithmetic(graph, node, tensors)
             else:
                 node.target = _tensor_overload(node, tensors)
-                operands = {n: _of_operands_type(graph, node, tensors[n]) for n in numbers}
-                node.args = fx.map_arg(node.args, lambda n: operands.get(n, n))
-                node.kwargs = fx.map_arg(node.kwargs, lambda n: operands.get(n, n))
+                kept = [n for n in node.all_input_nodes if n not in tensors]
+                others = [t for n in kept for t in tensors_of(n)]
+                for n in numbers:
+                    node.replace_input_with(n, _of_operands_type(graph, others, tensors[n]))
     for node in reversed(list(tensors)):
         if not node.users:
             graph.erase_node(node)
@@ -63,21 +64,20 @@ def _read_tensor(graph: fx.Graph, source: fx.Node) -> fx.Node:
     """The tensor for ``source.item()``, in double precision like a Python number."""
     value = source.meta["val"]
     dtype = torch.float64 if value.is_floating_point() else torch.int64
-    if source.op == "placeholder" and value.shape == () and value.dtype == dtype:
-        if not value.requires_grad:
-            return source
+    plain = value.shape == () and value.dtype == dtype and not value.requires_grad
+    if plain and source.op == "placeholder":
+        return source
     flat = add_call(graph, aten.reshape.default, source, [])
     return add_call(graph, aten.to.dtype, add_call(graph, aten.detach.default, flat), dtype)
 
 
-def _of_operands_type(graph: fx.Graph, node: fx.Node, number: fx.Node) -> fx.Node:
+def _of_operands_type(graph: fx.Graph, others: Sequence[Tensor], number: fx.Node) -> fx.Node:
     """The tensor for a number, in a dtype with which an op's result has the dtype that it had.
 
     A Python number never widens the dtype of a tensor: float32 stays float32. A tensor of one entry
     in double precision does so if the other operands have no dimensions, or are integers. If it
     does not, it is left as it is, so that the op rounds it like a number.
     """
-    others = [t for n in node.all_input_nodes if not is_size(n) for t in tensors_of(n)]
     if not others:
         return number
     own = number.meta["val"]
@@ -103,8 +103,7 @@ def _tensor_arithmetic(
         return add_call(graph, target, *operands)
 
     if isinstance(node.meta["val"], (float, torch.SymFloat)):
-        numbers = {tensors[a] for a in node.args if a in tensors}
-        args = [_double(call, a) if a in numbers and is_integer(a) else a for a in args]
+        args = [_double(call, a) if isinstance(a, fx.Node) and is_integer(a) else a for a in args]
     result: fx.Node = rule(call, *args)
     return result
 
