@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from autopipe.call_numbers import as_tensors, is_number
 from autopipe.errors import InputError, shortened, shown
 from autopipe.passes._torch import FakeTensor
 from autopipe.passes.capture import take_apart
 from autopipe.passes.python_state import Identity, value_key
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Collection, Hashable, Mapping, Sequence
 
 
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
@@ -63,6 +64,14 @@ class CallInputs(NamedTuple):
     batch_dims: tuple[int | None, ...]
     batch: int
 
+    def with_tensors(self, numbers: Collection[int]) -> CallInputs:
+        """Return the same call with some numbers as tensors.
+
+        Args:
+            numbers: their positions among the leaves.
+        """
+        return self._replace(leaves=as_tensors(self.leaves, numbers)) if numbers else self
+
     def static_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The tensors' shapes without their batch dimensions."""
         return tuple(
@@ -73,12 +82,12 @@ class CallInputs(NamedTuple):
 
 
 class CallSignature(NamedTuple):
-    """What a call must have in common with a captured one; sizes may differ.
+    """What a call must have in common with a captured one; sizes and numbers may differ.
 
     Attributes:
         spec: structure of ``(args, kwargs)``.
-        leaves: for tensors dtype and number of dimensions; the keys of other values, by which they
-            are compared.
+        leaves: for tensors dtype and number of dimensions, for numbers the type; the keys of other
+            values, by which they are compared.
         shown: the leaves as text.
     """
 
@@ -98,7 +107,7 @@ class CallSignature(NamedTuple):
                 keys.append((x.dtype, x.ndim))
                 texts.append(f"{str(x.dtype).removeprefix('torch.')} {x.ndim}-d")
             else:
-                keys.append(_comparable(x))
+                keys.append(("number", type(x)) if is_number(x) else _comparable(x))
                 texts.append(shortened(shown(x), LONGEST_VALUE))
         return cls(inputs.spec, tuple(keys), tuple(texts))
 
@@ -108,6 +117,9 @@ class CallSignature(NamedTuple):
             and self.leaves == other.leaves
             and self.spec == other.spec
         )
+
+    def __ne__(self, other: object) -> bool:  # a tuple's own compares `shown`
+        return not self == other
 
     def __hash__(self) -> int:
         return hash(self.leaves)
@@ -164,13 +176,17 @@ class ChangedLeaf(NamedTuple):
 
 
 def changed_leaves(
-    old: CallSignature, new: CallSignature, names: Sequence[str] = ()
+    old: CallSignature,
+    new: CallSignature,
+    names: Sequence[str] = (),
+    numbers: Collection[int] = (),
 ) -> list[ChangedLeaf] | None:
     """Return the leaves in which two calls differ; None if their structures differ.
 
     Args:
         old, new: the signatures.
         names: of the model's arguments by position.
+        numbers: positions of leaves that differ although signatures do not tell them apart.
     """
     if old.spec != new.spec:
         return None
@@ -184,7 +200,7 @@ def changed_leaves(
             owners[id(marks[i])], old.shown[i], new.shown[i], _is_tensor(a) or _is_tensor(b)
         )
         for i, (a, b) in enumerate(zip(old.leaves, new.leaves, strict=True))
-        if a != b
+        if a != b or i in numbers
     ]
 
 

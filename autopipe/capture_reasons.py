@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from autopipe.call_numbers import changed_numbers
 from autopipe.call_signature import changed_leaves, described
 from autopipe.compiled_models import CallKey, ModelKey
 from autopipe.errors import shortened, shown
 from autopipe.model_state_key import model_state_key
-from autopipe.passes.capture import argument_names, input_names
+from autopipe.passes.capture import argument_names, leaf_names
 from autopipe.passes.python_state import ambient_modes
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ LONGEST = 300
 REMEDIES = {
     "first": "",
     "mode": "each mode is captured for itself; this is no loss",
+    "number": "the model uses this number for more than computing; pass it as a tensor, or few"
+    " different numbers",
     "value": "pass an argument that changes from call to call as a tensor",
     "structure": "pass the same arguments in every call, with tensors of the same dtypes and"
     " numbers of dimensions; for a mask that is None at times, a mask that masks nothing",
@@ -34,7 +37,7 @@ REMEDIES = {
     "attribute": "keep attributes of the model between calls; what changes can be a buffer",
     "size": "name a size that changes beforehand: compile(..., dynamic={argument: {dimension:"
     " name}}); or pad to few sizes",
-    "branch": "the model takes another branch for these sizes; pass batches of similar sizes",
+    "branch": "the model takes another branch for these sizes or numbers; pass similar ones",
 }
 """What to do, by the kind of a reason."""
 
@@ -76,7 +79,9 @@ def reason_for(
     states = ((c, key, c.split.captured.reads.names) for c, key in reversed(known))
     pairs = [(c, old, ModelKey(model_state_key(model, n), call)) for c, old, n in states]
     compiled, old, new = max(pairs, key=lambda one: _likeness(one[1], one[2]))
-    reasons = [*_key_reasons(old, new, argument_names(model))] or [
+    same = old.call.signature.spec == call.signature.spec
+    numbers = changed_numbers(inputs.leaves, compiled.constants) if same else []
+    reasons = [*_key_reasons(old, new, argument_names(model), numbers)] or [
         _size_reason(model, inputs, compiled)
     ]
     text = shortened("; ".join(r.text for r in reasons), LONGEST)
@@ -88,14 +93,16 @@ def _likeness(one: ModelKey, other: ModelKey) -> tuple[int, bool]:
     return sum(a == b for a, b in pairs), one.call.signature.spec == other.call.signature.spec
 
 
-def _key_reasons(old: ModelKey, new: ModelKey, names: Sequence[str]) -> Iterator[CaptureReason]:
+def _key_reasons(
+    old: ModelKey, new: ModelKey, names: Sequence[str], numbers: Sequence[int]
+) -> Iterator[CaptureReason]:
     modes = {True: "training", False: "evaluation"}
     if old.call.training != new.call.training:
         yield CaptureReason(
             "mode", f"mode: {modes[old.call.training]} → {modes[new.call.training]}"
         )
-    if old.call.signature != new.call.signature:
-        yield _signature_reason(old.call.signature, new.call.signature, names)
+    if old.call.signature != new.call.signature or numbers:
+        yield _signature_reason(old.call.signature, new.call.signature, names, numbers)
     for name, a, b in zip(ambient_modes(), old.call.settings, new.call.settings, strict=False):
         if a != b:
             yield CaptureReason("settings", f"{name}: {a} → {b}")
@@ -104,14 +111,15 @@ def _key_reasons(old: ModelKey, new: ModelKey, names: Sequence[str]) -> Iterator
 
 
 def _signature_reason(
-    old: CallSignature, new: CallSignature, names: Sequence[str]
+    old: CallSignature, new: CallSignature, names: Sequence[str], numbers: Sequence[int]
 ) -> CaptureReason:
-    changed = changed_leaves(old, new, names)
+    changed = changed_leaves(old, new, names, numbers)
     if changed is None:
         return CaptureReason("structure", f"arguments: {described(old)} → {described(new)}")
-    values = all(not c.of_tensor for c in changed)
+    kind = "structure" if any(c.of_tensor for c in changed) else "value"
     texts = (f"{c.argument}: {c.old} → {c.new}" for c in changed)
-    return CaptureReason("value" if values else "structure", "argument " + ", ".join(texts))
+    only = "number" if len(changed) == len(numbers) else kind
+    return CaptureReason(only, "argument " + ", ".join(texts))
 
 
 def _state_difference(old: Hashable, new: Hashable) -> str:
@@ -158,20 +166,21 @@ def _name(name: Any) -> str:
 
 def _size_reason(model: nn.Module, inputs: CallInputs, compiled: CompiledModel) -> CaptureReason:
     """For calls whose keys are the same: sizes, values that the forward read, or branches."""
-    changed = compiled.split.captured.reads.changed(inputs.leaves)
+    changed = compiled.changed_read(inputs)
     if changed is not None:
         return CaptureReason("attribute", f"{changed} has another value")
     tensors = [n for n, x in enumerate(inputs.leaves) if isinstance(x, Tensor)]
-    names = input_names(model, inputs.leaves, inputs.spec)
+    names = leaf_names(model, inputs.leaves, inputs.spec)
     found = [
-        f"dimension {d} of {name}: {old} → {new}"
-        for n, name in zip(tensors, names, strict=True)
+        f"dimension {d} of {names[n]}: {old} → {new}"
+        for n in tensors
         for d, (old, new) in enumerate(zip(compiled.shapes[n], inputs.leaves[n].shape, strict=True))
         if old != new and d != inputs.batch_dims[n] and d not in compiled.lengths[n]
     ]
     if found:
         return CaptureReason("size", ", ".join(found))
-    shapes = ", ".join(
-        f"{name}: {tuple(inputs.leaves[n].shape)}" for n, name in zip(tensors, names, strict=True)
-    )
+    if not compiled.split.captured.number_guards.hold_for(inputs.leaves):
+        values = ", ".join(f"{names[n]} = {inputs.leaves[n]}" for n in sorted(compiled.numbers))
+        return CaptureReason("branch", f"the captured branches are not those for {values}")
+    shapes = ", ".join(f"{names[n]}: {tuple(inputs.leaves[n].shape)}" for n in tensors)
     return CaptureReason("branch", f"the captured branches are not those for sizes {shapes}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.call_guards import autocast_state, plain_autograd, restore_autocast
+from autopipe.call_numbers import changed_numbers, number_keys
 from autopipe.compiled_program import ProgramKey
 from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.lengths import lengths_of
@@ -22,7 +23,7 @@ from autopipe.tensor_meta import input_metadata, usual_outputs
 from autopipe.traced_programs import TracedPrograms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Collection, Hashable
 
     from autopipe.call_signature import CallInputs
     from autopipe.compiled_program import CompiledProgram
@@ -45,11 +46,13 @@ class CompiledModel:
         workers: one per stage.
         split: the stages.
         traces: traces of these stages so far.
-        inputs: the call that it was captured for.
+        inputs: the call that it was captured for, with tensors for the numbers that are inputs.
+        numbers: positions of these among the leaves.
 
     Attributes:
         shapes: of that call's tensors; None for leaves that are no tensors.
         lengths: for each leaf the dimensions, besides the batch, that may have any size.
+        constants: keys of the numbers that are constants of the graph, by position.
         programs: what was traced and generated.
         used: the key, in `programs`, of the code that the last call used.
         expected: names of the outputs that the next call expects gradients for.
@@ -63,8 +66,10 @@ class CompiledModel:
         split: Split,
         traces: TraceCache,
         inputs: CallInputs,
+        numbers: Collection[int] = (),
     ) -> None:
         self.model, self.options, self.workers, self.split = model, options, workers, split
+        self.numbers, self.constants = numbers, number_keys(inputs.leaves)
         captured = split.captured
         self.parameters = tuple(i for i in captured.inputs if i.kind is InputKind.PARAMETER)
         self.call_inputs = tuple(i for i in captured.inputs if i.kind is InputKind.INPUT)
@@ -90,9 +95,20 @@ class CompiledModel:
         sizes = self.sizes(inputs)
         return (
             sizes is not None
-            and self.split.captured.reads.changed(inputs.leaves) is None
+            and not changed_numbers(inputs.leaves, self.constants)
+            and self.split.captured.number_guards.hold_for(inputs.leaves)
+            and self.changed_read(inputs) is None
             and self.holds(sizes)
         )
+
+    def changed_read(self, inputs: CallInputs) -> str | None:
+        """Return the name of a Python value that the forward read and that is another one now.
+
+        Args:
+            inputs: of the call.
+        """
+        leaves = inputs.with_tensors(self.numbers).leaves
+        return self.split.captured.reads.changed(leaves)
 
     def holds(self, sizes: Sizes | None) -> bool:
         """Whether the model would take the captured branches for a call of these sizes.
@@ -202,7 +218,7 @@ class CompiledModel:
         """Return the program for a call, under the current grad and autocast modes.
 
         Args:
-            inputs: the call.
+            inputs: the call, with tensors for the numbers that are inputs.
             progress: called with a text for each step.
 
         Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import OptionError
-from autopipe.passes.capture import argument_names, input_names, take_apart
+from autopipe.passes.capture import argument_names, leaf_names, take_apart
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
@@ -114,16 +114,14 @@ def named_lengths(
         model: for the names of its arguments.
         fixed: (position of a leaf, dimension) for those that the model fixes.
     """
-    tensors = [n for n, x in enumerate(inputs.leaves) if isinstance(x, Tensor)]
-    arguments = input_names(model, inputs.leaves, inputs.spec)
-    name_of = dict(zip(tensors, arguments, strict=True))
+    names = leaf_names(model, inputs.leaves, inputs.spec)
     found: list[dict[int, str | None]] = [{} for _ in lengths]
     shared: dict[tuple[int, ...], str] = {}
     for n, dims in enumerate(lengths):
         for d, name in dims.items():
             if inputs.leaves[n].shape[d] > 1 and (n, d) not in fixed:
                 sizes = (inputs.leaves[n].shape[d], *(shapes[n][d] for shapes in earlier))
-                found[n][d] = name or shared.setdefault(sizes, f"{name_of[n]}_dim{d}")
+                found[n][d] = name or shared.setdefault(sizes, f"{names[n]}_dim{d}")
     return tuple(found)
 
 

@@ -98,6 +98,8 @@ class Pipeline(ModuleProxy):
             compiled, program = self._programs.program_for(inputs, asked=False)
             raise_deferred()
             compiled.place_parameters()
+            inputs = inputs.with_tensors(compiled.numbers)
+            leaves = inputs.leaves
             refuse_meta(leaves)
             call = PipelineCall(compiled, program, leaves, self.memory)
             if program.program.backward:

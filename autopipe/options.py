@@ -17,7 +17,7 @@ from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED, KINDS
 from autopipe.runtime.backends import backend_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torch import Tensor, nn
     from torch.utils._pytree import TreeSpec
@@ -106,12 +106,13 @@ class Options:
         batch_dims: Sequence[int | None],
         lengths: Sequence[Mapping[int, str | None]] = (),
         *,
+        numbers: Collection[int] = (),
         single: bool = False,
     ) -> CaptureRequest:
         """Build the request to capture a model under these options.
 
         Args:
-            model, leaves, spec, batch_dims, lengths, single: see `CaptureRequest`.
+            model, leaves, spec, batch_dims, lengths, numbers, single: see `CaptureRequest`.
         """
         return CaptureRequest(
             model,
@@ -119,6 +120,7 @@ class Options:
             spec,
             batch_dims,
             lengths,
+            numbers,
             whole=self.whole_batch,
             single=single,
             batch_norm=self.batch_norm,

@@ -7,10 +7,10 @@
          ──▶ ProgramKey: micro-batch sizes, grad, outputs with gradients, parameters, metadata
              of the inputs, autocast ──▶ `CompiledProgram`
 
-A model is captured once per `ModelKey`, and once more if sizes besides the batch change: these are
-symbolic from then on. (Rarely more often: for a batch of one sample the model may take other
-branches.) Its stages are traced once per `ProgramKey`. All captures follow the cut of the first, so
-that parameters stay where they are. At most `cache_size` generated programs are kept:
+A model is captured once per `ModelKey`, and once more if sizes besides the batch, or numbers,
+change: these stay open from then on. (Rarely more often: for a batch of one sample the model may
+take other branches.) Its stages are traced once per `ProgramKey`. All captures follow the cut of
+the first, so that parameters stay where they are. At most `cache_size` generated programs are kept:
 `CompiledModels` forgets those that were not used for longest.
 """
 
@@ -20,7 +20,7 @@ import logging
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from autopipe.call_guards import plain_autograd
 from autopipe.call_signature import CallSignature
@@ -29,12 +29,9 @@ from autopipe.capture_reasons import CaptureReason, reason_for
 from autopipe.compiled import CompiledModel
 from autopipe.compiled_models import CallKey, CompiledModels
 from autopipe.errors import OptionError, describe
-from autopipe.lengths import LengthDims, changed_lengths, marked_lengths, named_lengths
 from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
-from autopipe.passes.capture import input_names
 from autopipe.passes.driver import capture_with_costs, cut_into_stages
-from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.phases import TraceCache, least_samples
 from autopipe.passes.python_state import ambient_settings
@@ -45,6 +42,7 @@ from autopipe.planning.make_plan import planned_cut
 from autopipe.progress import Progress
 from autopipe.runtime import microbatch
 from autopipe.runtime.transfer import WorkerDevice
+from autopipe.varying import Fixed, Varying, varying, warn_of_fixed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,7 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("autopipe")
 
 MANY_SIGNATURES = 256
-"""For how many kinds of calls the sizes are remembered that the model fixes."""
+"""For how many kinds of calls it is remembered what the model fixes."""
 
 ONE_SAMPLE = CaptureReason("branch", "one sample, traced as two, takes another branch than as one")
 
@@ -83,8 +81,7 @@ class ProgramCache:
         self._models = CompiledModels(model, options.cache_size)
         self._plan: Plan | None = None  # the chosen one
         self._cut: EarlierCut | None = None  # of the first capture, which all others follow
-        # The dimensions that the model fixes: (position of a leaf, dimension).
-        self._fixed: dict[CallSignature, set[tuple[int, int]]] = {}
+        self._fixed: dict[CallSignature, Fixed] = {}
         self._last: tuple[CompiledModel, CompiledProgram] | None = None
         self._seconds = 0.0, 0.0  # of the last capture and its cut
 
@@ -118,7 +115,7 @@ class ProgramCache:
                         if not asked:
                             self.log.warn(reason)
                         compiled = self._capture(candidates, inputs, reason, progress)
-            program = compiled.program(inputs, progress)
+            program = compiled.program(inputs.with_tensors(compiled.numbers), progress)
         self._models.use(compiled, compiled.used)
         self.log.used(compiled)
         self._last = compiled, program
@@ -161,11 +158,11 @@ class ProgramCache:
         model_state_key(self.model)  # which checks that layers have shapes
         sizes = ((c, c.sizes(inputs)) for c in candidates)
         single = inputs.batch == 1 and any(s and not c.holds(s) for c, s in sizes)
-        compiled = self._compile_lengths(candidates, inputs, progress, single=single)
+        compiled = self._compile_varying(candidates, inputs, progress, single=single)
         self._remember(compiled, inputs, reason)
         if inputs.batch == 1 and not compiled.holds(compiled.sizes(inputs)):
             # One sample was traced as two, which gave another branch: trace it as one.
-            compiled = self._compile_lengths(candidates, inputs, progress, single=True)
+            compiled = self._compile_varying(candidates, inputs, progress, single=True)
             self._remember(compiled, inputs, ONE_SAMPLE)
         if self._plan is None and self._options.needs_planning:
             self._plan = compiled.options.plan
@@ -173,7 +170,7 @@ class ProgramCache:
             self._cut = EarlierCut.of(compiled.split)
         return compiled
 
-    def _compile_lengths(
+    def _compile_varying(
         self,
         candidates: Sequence[CompiledModel],
         inputs: CallInputs,
@@ -181,38 +178,34 @@ class ProgramCache:
         *,
         single: bool,
     ) -> CompiledModel:
-        """Capture and cut the model, with the dimensions symbolic that may change."""
-        leaves = inputs.leaves
+        """Capture and cut the model; what may change stays open as far as that is possible."""
         if len(self._fixed) > MANY_SIGNATURES:
             self._fixed.clear()
-        fixed = self._fixed.setdefault(CallSignature.of(inputs), set())
-        same = [c for c in candidates if c.split.captured.reads.changed(leaves) is None]
-        marked = marked_lengths(self._options.dynamic, self.model, inputs)
-        asked = [(c.shapes, c.lengths) for c in same]
-        changed = changed_lengths(inputs, asked, marked)
-        earlier = [c.shapes for c in same]
-        lengths = named_lengths(inputs, changed, earlier, self.model, fixed)
-        if not any(lengths):
-            return self._compile(inputs, progress, lengths, single=single)
-        wanted = {(n, d) for n, dims in enumerate(lengths) for d in dims}
-        try:
-            compiled = self._compile(inputs, progress, lengths, single=single)
-        except Exception as error:  # what is wrong with the model itself is raised again
-            compiled = self._compile(inputs, progress, ({},) * len(leaves), single=single)
-            found, reason = set(), describe(error)
+        fixed = self._fixed.setdefault(CallSignature.of(inputs), Fixed())
+        same = [c for c in candidates if c.changed_read(inputs) is None]
+        wanted = varying(self.model, inputs, same, self._options.dynamic, fixed)
+        *attempts, closed = wanted.attempts()
+        reason = "the model turns it into a number"
+        for attempt in attempts:
+            try:
+                compiled = self._compile(inputs, progress, attempt, single=single)
+                break
+            except Exception as error:  # what is wrong with the model itself is raised again below
+                reason = describe(error)
         else:
-            found = {(n, d) for n, dims in enumerate(compiled.lengths) for d in dims}
-            reason = "the model turns it into a number"
-        if wanted - found:
-            fixed |= wanted - found
-            _warn_of_fixed(sorted(wanted - found), inputs, self.model, reason)
+            compiled = self._compile(inputs, progress, closed, single=single)
+        dims = wanted.dims - {(n, d) for n, of in enumerate(compiled.lengths) for d in of}
+        numbers = wanted.numbers - set(compiled.numbers)
+        fixed.dims |= dims
+        fixed.numbers |= numbers
+        warn_of_fixed(self.model, inputs, dims, numbers, reason)
         return compiled
 
     def _compile(
         self,
         inputs: CallInputs,
         progress: Callable[[str], None],
-        lengths: LengthDims,
+        kept_open: Varying,
         *,
         single: bool,
     ) -> CompiledModel:
@@ -220,8 +213,12 @@ class ProgramCache:
         for name, tensor in model.named_parameters():
             if not isinstance(tensor, nn.Parameter):
                 raise replaced_error(name)
+        lengths, numbers = kept_open
+        inputs = inputs.with_tensors(numbers)
         leaves, spec, dims, batch = inputs
-        request = options.capture_request(model, leaves, spec, dims, lengths, single=single)
+        request = options.capture_request(
+            model, leaves, spec, dims, lengths, numbers=numbers, single=single
+        )
         start = perf_counter()
         annotated = capture_with_costs(request, progress)
         captured = perf_counter()
@@ -232,7 +229,7 @@ class ProgramCache:
             options, split, traces = options.planned(chosen.plan), chosen.split, chosen.traces
         else:
             split = self._split(annotated, options, batch, progress)
-        compiled = CompiledModel(model, options, self.workers, split, traces, inputs)
+        compiled = CompiledModel(model, options, self.workers, split, traces, inputs, numbers)
         self._seconds = captured - start, perf_counter() - captured
         logger.info("captured in %.2f s", self._seconds[0])
         logger.info("%s in %.2f s", "planned" if planned else "cut", self._seconds[1])
@@ -269,16 +266,3 @@ class ProgramCache:
 def _fitting(candidates: Sequence[CompiledModel], inputs: CallInputs) -> CompiledModel | None:
     """The first captured model that takes the same branches for a call, with the same numbers."""
     return next((c for c in candidates if c.fits(inputs)), None)
-
-
-def _warn_of_fixed(
-    dims: Sequence[tuple[int, int]], inputs: CallInputs, model: nn.Module, reason: str
-) -> None:
-    names = input_names(model, inputs.leaves, inputs.spec)
-    tensors = [n for n, x in enumerate(inputs.leaves) if isinstance(x, Tensor)]
-    name_of = dict(zip(tensors, names, strict=True))
-    found = ", ".join(f"dimension {d} of {name_of[n]}" for n, d in dims)
-    warn_at_user_line(
-        f"{found}: this model cannot be captured for any size there, so each new size costs a"
-        f" capture ({reason}); pad to few sizes"
-    )

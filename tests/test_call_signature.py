@@ -55,7 +55,9 @@ def test_a_call_is_described_as_code() -> None:
 def test_which_leaves_changed() -> None:
     old, new = signature(X, Batch(X, 2.0), on=True), signature(X[0], Batch(X, 3.0), on=True)
     assert changed_leaves(old, old) == []
-    assert changed_leaves(old, new) == [
+    assert old == signature(X, Batch(X, 3.0), on=True)
+    assert not old != signature(X, Batch(X, 3.0), on=True)  # noqa: SIM202
+    assert changed_leaves(old, new, numbers=[2]) == [
         ("args[0]", "float32 2-d", "float32 1-d", True),
         ("args[1]", "2.0", "3.0", False),
     ]

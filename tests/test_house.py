@@ -34,7 +34,15 @@ LAYERS = (
     | {"option_names", "torch_version"},
     {"report", "planning", "profile", "options", "option_parsing", "batch_dims"}
     | {"parameters", "results", "tensor_meta", "version_watch"},
-    {"call_guards", "call_signature", "caller_modes", "model_state_key", "module_proxy"}
+    {
+        "call_guards",
+        "call_numbers",
+        "call_signature",
+        "varying",
+        "caller_modes",
+        "model_state_key",
+        "module_proxy",
+    }
     | {"compiled", "compiled_models", "compiled_program", "lengths", "traced_programs"}
     | {"capture_log", "capture_reasons"},
     {"pipeline_call", "higher_derivatives", "program_cache", "verification"},

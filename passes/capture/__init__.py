@@ -12,6 +12,7 @@ Files, in reading order:
 - `tracing`: calls a front end, with the patches and checks that a faithful graph needs
 - `containers`: objects that hold tensors, taken apart
 - `argument_changes`: what a forward changes of its arguments
+- `passed_numbers`: arguments that are numbers without a value in a trace
 - `flat_module`: the model as a function from flat tensors to flat tensors
 - `exporting`: runs torch.export: silences it, refuses what it would lose
 - `vmaps`: `torch.vmap` as plain ops
@@ -41,7 +42,7 @@ from .frontends import FRONTENDS, Frontend, UserModel, argument_names, as_module
 from .model import capture
 from .normalize import RESERVED
 from .request import CaptureRequest
-from .tracing import input_names
+from .tracing import leaf_names
 
 __all__ = [
     "FRONTENDS",
@@ -53,9 +54,9 @@ __all__ = [
     "argument_names",
     "as_module",
     "capture",
-    "input_names",
     "is_cache",
     "is_model",
+    "leaf_names",
     "preserve_buffers",
     "restore_values",
     "take_apart",

@@ -38,6 +38,7 @@ from .vmaps import flatten_vmaps
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from .flat_module import FlatModel
     from .symbolic_dims import SymbolicDims
 
 ENTERS_FOR_OTHERS = {contextlib.__file__, torch.no_grad()(lambda: None).__code__.co_filename}
@@ -45,7 +46,7 @@ ENTERS_FOR_OTHERS = {contextlib.__file__, torch.no_grad()(lambda: None).__code__
 
 
 def export(
-    flat: nn.Module, examples: Sequence[Tensor], dims: Sequence[SymbolicDims]
+    flat: FlatModel, examples: Sequence[Tensor], dims: Sequence[SymbolicDims]
 ) -> tuple[torch.export.ExportedProgram, SizeUses]:
     """Export a module of flat tensors.
 
@@ -73,7 +74,7 @@ def export(
             ):
                 stack.enter_context(context)
             stack.enter_context(torch.enable_grad())
-            sizes = stack.enter_context(record_size_uses())
+            sizes = stack.enter_context(record_size_uses(flat.numbers))
             program = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
             )

@@ -32,9 +32,10 @@ from .argument_changes import describe_changes, entries
 from .buffer_assignment import is_assigned_buffer, write_in_place
 from .buffer_state import preserve_buffers
 from .containers import is_cache, kinds_in, take_apart
+from .passed_numbers import PassedNumbers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from autopipe.passes.python_state import Reads
 
@@ -85,13 +86,20 @@ class FlatModel(nn.Module):
     prefix = "model."
     """Prefix of the model's own names in an exported program."""
 
-    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        leaves: Sequence[Any],
+        spec: pytree.TreeSpec,
+        numbers: Collection[int] = (),
+    ) -> None:
         """Wrap a model.
 
         Args:
             model: is not changed.
             leaves: flattened ``(args, kwargs)``; leaves that are not tensors become constants.
             spec: structure of ``(args, kwargs)``.
+            numbers: positions of tensors of one entry that the model gets as numbers.
         """
         super().__init__()
         self.model = model
@@ -99,6 +107,7 @@ class FlatModel(nn.Module):
         self.tensor_positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         self._template = _Opaque([None if isinstance(x, Tensor) else x for x in leaves])
         self._spec = _Opaque(spec)
+        self._numbers = _Opaque(PassedNumbers({i: leaves[i].item() for i in numbers}))
         self._names = _Opaque(TensorNames(model))
         self._modes = _Opaque(CallModes())
         self._result = ForwardResult()  # an object: export forbids new attributes
@@ -114,6 +123,12 @@ class FlatModel(nn.Module):
         """Whether the last forward may tell whether two arguments are the same object."""
         return self._result.reads is not None and self._result.reads.asked.identity
 
+    @property
+    def numbers(self) -> PassedNumbers:
+        """The arguments that are numbers without a value in a trace."""
+        found: PassedNumbers = self._numbers.value
+        return found
+
     def share(self, same: Mapping[int, int]) -> None:
         """Pass some of the tensors in the place of others, too.
 
@@ -123,9 +138,11 @@ class FlatModel(nn.Module):
         self._same.value = same
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        leaves = list(self._template.value)
+        leaves, numbers = list(self._template.value), self.numbers
+        numbers.start()
         for n, position in enumerate(self.tensor_positions):
-            leaves[position] = tensors[self._same.value.get(n, n)]
+            tensor = tensors[self._same.value.get(n, n)]
+            leaves[position] = numbers.number(position, tensor) if position in numbers else tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
         given = entries(args, kwargs)
         state = PythonState(self.model)
@@ -167,7 +184,7 @@ class FlatModel(nn.Module):
         result.remarks, result.clocks = remarks, state.noted.clocks
         found = self._flatten_result(out, kwargs)
         result.notes += state.noted.notes
-        _refuse_sizes_in_text(result.leaves, tensors)
+        _refuse_sizes_in_text(result.leaves, tensors, numbers.names)
         return write_in_place(self.model, assigned, found)
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -201,10 +218,12 @@ class FlatModel(nn.Module):
         return tensors
 
 
-def _refuse_sizes_in_text(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> None:
-    """Refuse a text in a result that has the name of a symbolic size in the place of a number."""
+def _refuse_sizes_in_text(
+    leaves: Sequence[Any], tensors: Sequence[Tensor], numbers: set[str]
+) -> None:
+    """Refuse a text in a result that has a symbol's name in the place of a size or number."""
     sizes: list[Any] = [n for x in tensors for n in x.shape if isinstance(n, torch.SymInt)]
-    names = {re.escape(str(s)) for n in sizes for s in n.node.expr.free_symbols}
+    names = {re.escape(str(s)) for n in sizes for s in n.node.expr.free_symbols} | numbers
     for leaf in leaves:
         if isinstance(leaf, str) and any(re.search(rf"\b{name}\b", leaf) for name in names):
             raise CaptureError(

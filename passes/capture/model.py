@@ -87,6 +87,7 @@ def capture(request: CaptureRequest) -> Captured:
         out_spec=_result_spec(trace),
         updates=combined.updates,
         size_guards=sizes,
+        number_guards=trace.numbers,
         lengths=trace.lengths.lengths,
         derived_sizes=trace.lengths.derived,
         reads=trace.result.reads or NOTHING_READ,

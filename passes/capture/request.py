@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch.utils._pytree import TreeSpec
 
@@ -25,6 +25,8 @@ class CaptureRequest:
         batch_dims: for each leaf the dimension that micro-batches split, or None.
         lengths: for each leaf its other dimensions whose sizes may change, with the names that the
             user gave them, or None.
+        numbers: positions of tensors of one entry in the place of numbers: the model gets a number
+            whose value the graph does not know.
         whole: there is always a single micro-batch, so results need not be combined.
         single: the batch has one sample, and the graph need only hold for that size.
         batch_norm: "deferred": buffers change as if the whole batch had been seen once; "micro":
@@ -38,6 +40,7 @@ class CaptureRequest:
     spec: TreeSpec
     batch_dims: Sequence[int | None]
     lengths: Sequence[Mapping[int, str | None]] = ()
+    numbers: Collection[int] = ()
     whole: bool = False
     single: bool = False
     batch_norm: str = "deferred"

@@ -21,6 +21,8 @@ from .symbolic_dims import NamedLengths
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from .passed_numbers import PassedNumbers
+
 
 @dataclass
 class SizeUses:
@@ -41,8 +43,12 @@ class SizeUses:
 
 
 @contextmanager
-def record_size_uses() -> Iterator[SizeUses]:
-    """Record what the model's own code does with symbolic sizes: len(x), range(n), n == 3."""
+def record_size_uses(numbers: PassedNumbers) -> Iterator[SizeUses]:
+    """Record what the model's own code does with symbolic sizes: len(x), range(n), n == 3.
+
+    Args:
+        numbers: arguments without a value, which decide branches.
+    """
     sizes = SizeUses()
 
     def recording(original: Any, size_of: Callable[..., Any]) -> Any:
@@ -67,6 +73,9 @@ def record_size_uses() -> Iterator[SizeUses]:
     def recorded_bool(condition: torch.SymBool) -> bool:
         expr, caller = condition.node.expr, sys._getframe(2)
         if free_unbacked_symbols(condition):  # a value of a tensor
+            answer = numbers.answer(condition)
+            if answer is not None:
+                return answer
             answer = answer_of_check(caller)
             if answer is not None:
                 sizes.checks[check_remark(line_of_check(caller))] = None

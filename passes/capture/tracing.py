@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError, InputError
 from autopipe.passes.graph import line_of, warn_at_user_line
+from autopipe.passes.ir import NumberGuards
 from autopipe.passes.ops import exportable_ctc_loss
 from autopipe.passes.python_state import refuse_leftovers, shared
 
@@ -49,6 +50,7 @@ class Trace(NamedTuple):
         positions: for each input of the graph its position among the call's leaves.
         batch: number of samples that it was traced with; None: the batch dimension is not symbolic.
         lengths: the other symbolic sizes, with their places among the call's leaves.
+        numbers: for which numbers, among those that are inputs, the trace holds.
     """
 
     module: nn.Module
@@ -59,6 +61,7 @@ class Trace(NamedTuple):
     positions: Sequence[int]
     batch: int | None
     lengths: NamedLengths
+    numbers: NumberGuards
 
 
 def trace_model(request: CaptureRequest) -> Trace:
@@ -79,13 +82,14 @@ def trace_model(request: CaptureRequest) -> Trace:
     module = as_module(request.model)
     trace = frontend_of(module).trace
     examples = example_tensors(request.leaves, request.symbolic_batch_dims)
-    flat = FlatModel(module, request.leaves, request.spec)
+    flat = FlatModel(module, request.leaves, request.spec, request.numbers)
     positions = flat.tensor_positions
     batch_dims = [request.symbolic_batch_dims[i] for i in positions]
     dims = [
         SymbolicDims(d, request.lengths_of(i)) for i, d in zip(positions, batch_dims, strict=True)
     ]
-    names = input_names(module, request.leaves, request.spec)
+    all_names = leaf_names(module, request.leaves, request.spec)
+    names = [all_names[i] for i in positions]
     with ExitStack() as stack:
         stack.enter_context(gather_on_one_device(module, examples))
         stack.enter_context(exportable_ctc_loss())
@@ -94,6 +98,7 @@ def trace_model(request: CaptureRequest) -> Trace:
         stack.enter_context(unchecked_distributions())
         encoders = stack.enter_context(find_nested_encoders(module))
         normalized, sizes = trace(flat, examples, dims, names)
+        numbers = flat.numbers.guards
         refuse_leftovers(flat.result.created)
         if flat.tells_objects_apart and (same := _same_objects(request)):
             flat.share(same)
@@ -117,7 +122,7 @@ def trace_model(request: CaptureRequest) -> Trace:
     batches = (x.shape[d] for x, d in zip(examples, batch_dims, strict=True) if d is not None)
     batch = next(batches, None)
     lengths = _of_leaves(sizes.named, positions)
-    return Trace(module, normalized, sizes, result, cumulative, positions, batch, lengths)
+    return Trace(module, normalized, sizes, result, cumulative, positions, batch, lengths, numbers)
 
 
 def _of_leaves(named: NamedLengths, positions: Sequence[int]) -> NamedLengths:
@@ -201,8 +206,8 @@ def example_tensors(leaves: Sequence[Any], batch_dims: Sequence[int | None]) -> 
     return examples
 
 
-def input_names(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
-    """Names of a call's tensors after its arguments: ``input_ids``, ``batch_mask``.
+def leaf_names(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
+    """Names of a call's leaves after its arguments: ``input_ids``, ``batch_mask``.
 
     Args:
         model: for the names of its positional arguments.
@@ -210,14 +215,13 @@ def input_names(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) 
         spec: its structure.
 
     Returns:
-        One for each tensor among the leaves; ``batch_mask`` stands for ``batch["mask"]``.
+        One for each leaf; ``batch_mask`` stands for ``batch["mask"]``.
     """
-    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+    marks = [torch.empty(0) for _ in leaves]  # tensors, so that objects are taken apart again
+    args, kwargs = pytree.tree_unflatten(marks, spec)
     parameters = argument_names(model)
     names = []
-    for path, leaf in pytree.tree_leaves_with_path(take_apart((args, kwargs))):
-        if not isinstance(leaf, Tensor):
-            continue
+    for path, _ in pytree.tree_leaves_with_path(take_apart((args, kwargs))):
         parts: list[Any] = [_key(entry) for entry in path]
         if parts[0] == 0:  # args, not kwargs
             n = parts[1]

@@ -33,6 +33,7 @@ from .values import (
     Input,
     InputKind,
     Length,
+    NumberGuards,
     Output,
     ResultLeaf,
     SizeGuards,
@@ -41,6 +42,7 @@ from .values import (
     all_hold,
     at_batch,
     holds_at,
+    number_symbol,
     results_of,
 )
 
@@ -64,6 +66,7 @@ __all__ = [
     "InputKind",
     "Length",
     "NodeCost",
+    "NumberGuards",
     "Output",
     "Phased",
     "PythonReads",
@@ -80,5 +83,6 @@ __all__ = [
     "all_hold",
     "at_batch",
     "holds_at",
+    "number_symbol",
     "results_of",
 ]

@@ -13,10 +13,12 @@ from autopipe.passes.devices import KINDS, PRECISIONS
 
 from .values import (
     ANY_BATCH_SIZE,
+    ANY_NUMBER,
     B,
     Input,
     InputKind,
     Length,
+    NumberGuards,
     Output,
     ResultLeaf,
     SizeGuards,
@@ -73,6 +75,7 @@ class Captured:
         out_spec: the structure of the result.
         updates: (buffer, index of its value after the call among the final values).
         size_guards: the sizes that the graph is valid for.
+        number_guards: the numbers that the graph is valid for, where they are inputs.
         lengths: the sizes besides the batch that may change from call to call.
         derived_sizes: (position of a leaf, dimension, size) for sizes computed from others.
         reads: the Python values that the graph is valid for.
@@ -92,6 +95,7 @@ class Captured:
     out_spec: TreeSpec
     updates: tuple[tuple[str, int], ...] = ()
     size_guards: SizeGuards = ANY_BATCH_SIZE
+    number_guards: NumberGuards = ANY_NUMBER
     lengths: tuple[Length, ...] = ()
     derived_sizes: tuple[tuple[int, int, sympy.Expr], ...] = ()
     reads: PythonReads = NOTHING_READ

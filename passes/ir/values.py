@@ -196,6 +196,42 @@ class SizeGuards:
         return (sizes[B] > 1 or self.valid_for_one) and all_hold(self.conditions, sizes)
 
 
+def number_symbol(position: int) -> sympy.Symbol:
+    """The symbol for a number that is an argument.
+
+    Args:
+        position: of the argument among the leaves of a call.
+    """
+    return sympy.Symbol(f"number{position}")
+
+
+@dataclass(frozen=True)
+class NumberGuards:
+    """The numbers that a captured graph is valid for, among those that are its inputs.
+
+    Attributes:
+        conditions: on `number_symbol`s, from branches that the model took.
+    """
+
+    conditions: tuple[sympy.Basic, ...] = ()
+
+    def hold_for(self, leaves: Sequence[Any] | Mapping[int, float]) -> bool:
+        """Whether the graph computes what the model computes for these numbers.
+
+        Args:
+            leaves: the flattened call, or its numbers by position.
+        """
+        symbols = {s for c in self.conditions for s in c.free_symbols}
+        values = {s: sympy.sympify(leaves[int(s.name.removeprefix("number"))]) for s in symbols}
+        try:
+            return all(c.xreplace(values) == sympy.true for c in self.conditions)
+        except TypeError:  # nan is not comparable
+            return False
+
+
+ANY_NUMBER = NumberGuards()
+"""Guards of a graph that is valid for every number."""
+
 ANY_BATCH_SIZE = SizeGuards()
 """Guards of a graph that is valid for every batch size."""
 

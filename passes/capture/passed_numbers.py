@@ -1,0 +1,80 @@
+"""`PassedNumbers`: arguments that are numbers without a value while a model is traced.
+
+A branch on such a number (``if beta > 0``, ``min(1.0, step / 1000)``) is taken as in the example,
+and its condition is recorded: the graph is valid for the numbers that satisfy it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+
+from autopipe.passes.ir import NumberGuards, number_symbol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+class PassedNumbers:
+    """The numbers of a call that are inputs of its graph.
+
+    Args:
+        values: by their positions among the leaves of the call.
+    """
+
+    def __init__(self, values: Mapping[int, float]) -> None:
+        self._values = values
+        self._symbols: dict[Any, int] = {}  # of the last trace → position
+        self._conditions: dict[Any, None] = {}
+
+    def __contains__(self, position: int) -> bool:
+        return position in self._values
+
+    def start(self) -> None:
+        """Begin a trace, which has symbols of its own."""
+        self._symbols.clear()
+
+    def number(self, position: int, tensor: Tensor) -> Any:
+        """Return the number that a tensor of one entry holds, and remember its symbol.
+
+        Args:
+            position: of the leaf.
+            tensor: in its place.
+        """
+        found = tensor.item()
+        if isinstance(found, (torch.SymInt, torch.SymFloat)):
+            self._symbols[found.node.expr] = position
+        return found
+
+    @property
+    def names(self) -> set[str]:
+        """What torch calls these numbers in the last trace."""
+        return set(map(str, self._symbols))
+
+    def answer(self, condition: torch.SymBool) -> bool | None:
+        """Decide a condition on these numbers as the example does, and record it.
+
+        Args:
+            condition: of a branch.
+
+        Returns:
+            Its value; None if it depends on something else.
+        """
+        expr = condition.node.expr
+        if not self._symbols or not expr.free_symbols <= self._symbols.keys():
+            return None
+        named = expr.xreplace({s: number_symbol(n) for s, n in self._symbols.items()})
+        for guard, value in ((named, True), (sympy.Not(named), False)):
+            if NumberGuards((guard,)).hold_for(self._values):
+                self._conditions[guard] = None
+                return value
+        return None
+
+    @property
+    def guards(self) -> NumberGuards:
+        """The numbers for which the traces hold."""
+        return NumberGuards(tuple(self._conditions))
