@@ -13,6 +13,7 @@ from autopipe.compiled_program import ProgramKey
 from autopipe.errors import DeviceError, MemoryLimitError
 from autopipe.lengths import lengths_of
 from autopipe.parameters import move, parameter
+from autopipe.passes.cost import costed_at
 from autopipe.passes.ir import B, InputKind
 from autopipe.passes.phases import concrete, least_samples
 from autopipe.planning.fitting import missing_bytes
@@ -271,17 +272,20 @@ class CompiledModel:
 
     def plan(self, program: CompiledProgram) -> Plan:
         """The plan of a program: the one that it was compiled with, or one by the device table."""
+        return self._plan(program, costed_at(self.split, dict(program.key.lengths)))
+
+    def _plan(self, program: CompiledProgram, split: Split) -> Plan:
         options, sizes = self.options, program.key.sizes
         timers = modeled_timers(options.device_models)
         phased = {s: concrete(cut, program.sizes(s)) for s, cut in program.lowered.phased.items()}
-        plan = make_plan(self.model, self.split, phased, sizes, options, timers)
+        plan = make_plan(self.model, split, phased, sizes, options, timers)
         given = options.plan
         # The times of a given plan may have been measured on the devices.
         return given if given is not None and plan.is_of(given) else plan
 
     def _check_limits(self, program: CompiledProgram) -> None:
         """Refuse a batch that needs more memory than the planned one and does not fit."""
-        stages = enumerate(self.plan(program).stages)
+        stages = enumerate(self._plan(program, self.split).stages)  # memory needs no costs of ops
         k, stage = max(stages, key=lambda one: missing_bytes(one[1]))
         if missing_bytes(stage) > 0:
             raise MemoryLimitError(

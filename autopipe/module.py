@@ -19,6 +19,7 @@ from autopipe.errors import OptionError, UnsupportedError, shown
 from autopipe.interrupts import deferred, raise_deferred
 from autopipe.module_proxy import ModuleProxy
 from autopipe.passes.capture import is_cache
+from autopipe.passes.cost import costed_at
 from autopipe.pipeline_call import PipelineCall
 from autopipe.program_cache import ProgramCache
 from autopipe.report.memory_view import PipelineMemory
@@ -210,7 +211,8 @@ class Pipeline(ModuleProxy):
     def stages(self) -> tuple[StageView, ...]:
         """The stages: graph, code, boundary tensors, parameters, device, costs."""
         compiled, program = self._programs.last
-        return views(compiled.split, program.key.sizes, self.options.devices)
+        split = costed_at(compiled.split, dict(program.key.lengths))
+        return views(split, program.key.sizes, self.options.devices)
 
     @property
     def code(self) -> str:

@@ -85,6 +85,7 @@ def make_plan(
         options: devices, limits, number of chunks and schedule.
         timers: one per stage.
     """
+    lengths = {x.name: x.example for x in split.captured.lengths}
     K, planned = len(split.stages), planned_cut_of(split)
     distinct = sorted(set(sizes), reverse=True)
     in_flight = schedule(options.schedule_kind, K, len(sizes)).in_flight()
@@ -110,7 +111,9 @@ def make_plan(
             for stage in split.stages
         ),
         crossings=tuple(
-            BoundaryTensor.of(r).at(distinct[0]) for r in split.routes.values() if r.consumers
+            BoundaryTensor.of(r).at(distinct[0], lengths)
+            for r in split.routes.values()
+            if r.consumers
         ),
         segments=tuple(Segment(*run) for run in planned.runs),
         duplicated=tuple(DuplicatedCall(*one) for one in planned.duplicated),

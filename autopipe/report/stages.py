@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+import sympy
 
 from autopipe.errors import printable
 from autopipe.formatting import format_bytes, notebook_table
-from autopipe.passes.cost import StageCost, cost_of_stage
-from autopipe.passes.ir import CALLER, InputKind, at_batch
+from autopipe.passes.cost import StageCost, stage_costs
+from autopipe.passes.ir import CALLER, B, InputKind
 from autopipe.planning.plan_parts import Boundary, Crossing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import sympy
     import torch
     from torch import fx
 
-    from autopipe.passes.ir import Route, Split, StageGraph
+    from autopipe.passes.ir import Route, Sizes, Split, StageGraph
 
 MOST_SHOWN = 16
 """Stages in the text of `pipe.stages`, at most."""
@@ -29,9 +31,9 @@ class BoundaryTensor(Boundary):
     """A boundary tensor with its symbolic metadata.
 
     Attributes:
-        shape: sizes, as sympy expressions in the batch size B.
+        shape: sizes, as sympy expressions in the batch size B and the names of lengths.
         dtype: element type.
-        nbytes: bytes, as an expression in B.
+        nbytes: bytes, as an expression in the same.
     """
 
     shape: tuple[sympy.Expr, ...]
@@ -46,19 +48,24 @@ class BoundaryTensor(Boundary):
         return cls(
             name=route.name,
             kind=route.kind,
-            tensor_type=f"{dtype}[{', '.join(map(str, spec.shape))}]",
+            tensor_type=f"{dtype}[{', '.join(map(str, spec.full_shape))}]",
             source=None if route.source == CALLER else route.source,
             targets=route.consumers,
             returned=route.output is not None,
-            shape=spec.shape,
+            shape=spec.full_shape,
             dtype=spec.dtype,
-            nbytes=spec.nbytes,
+            nbytes=sympy.Mul(*spec.full_shape) * spec.dtype.itemsize,
         )
 
-    def at(self, batch: int) -> Crossing:
-        """The entry of a plan for it: its size at a batch size instead of its metadata."""
+    def at(self, batch: int, lengths: Sizes = MappingProxyType({})) -> Crossing:
+        """The entry of a plan for it: its size at a batch size instead of its metadata.
+
+        Args:
+            batch: samples.
+            lengths: the value of each length.
+        """
         parts = {f.name: getattr(self, f.name) for f in fields(Boundary)}
-        return Crossing(**parts, nbytes=at_batch(self.nbytes, batch))
+        return Crossing(**parts, nbytes=int(self.nbytes.subs({B: batch, **lengths})))
 
 
 @dataclass(frozen=True, repr=False)
@@ -138,11 +145,11 @@ def views(split: Split, sizes: Sequence[int], devices: Sequence[torch.device]) -
         sizes: samples in each micro-batch; costs are those of the largest.
         devices: one for each stage.
     """
-    placed = zip(split.stages, devices, strict=True)
-    return StageViews(_view(split, stage, device, max(sizes)) for stage, device in placed)
+    placed = zip(split.stages, devices, stage_costs(split, max(sizes)), strict=True)
+    return StageViews(_view(split, *one) for one in placed)
 
 
-def _view(split: Split, stage: StageGraph, device: torch.device, batch: int) -> StageView:
+def _view(split: Split, stage: StageGraph, device: torch.device, cost: StageCost) -> StageView:
     return StageView(
         index=stage.index,
         device=device,
@@ -151,5 +158,5 @@ def _view(split: Split, stage: StageGraph, device: torch.device, batch: int) -> 
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
         inputs=tuple(BoundaryTensor.of(split.routes[n]) for n in (*stage.shared, *stage.receives)),
         outputs=tuple(BoundaryTensor.of(split.routes[n]) for n in stage.returns),
-        cost=cost_of_stage(split, stage, batch),
+        cost=cost,
     )

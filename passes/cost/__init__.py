@@ -13,6 +13,7 @@ Read the files in this order:
     `meta_run`      runs one op and its backward on tensors without memory
     `op_counter`    counts FLOPs and bytes of dispatched kernels; fits polynomials in `B`
     `stage_cost`    the sum over a stage's ops, and the bytes of its parameters
+    `at_lengths`    the same at other lengths, and as expressions in lengths
     `phase_time`    seconds of F, R, B and W of a traced stage
     `phase_memory`  bytes that one micro-batch occupies at a traced stage
     `peak_memory`   peak bytes of each stage during one training step
@@ -20,6 +21,7 @@ Read the files in this order:
 
 from __future__ import annotations
 
+from .at_lengths import costed_at, stage_costs
 from .meta_run import BoundCall, operand_values, tensor_leaves, tensor_operands, work_key
 from .node_costs import CallSeconds, annotate, call_seconds, recomputed_calls
 from .peak_memory import stage_peak_bytes
@@ -36,10 +38,12 @@ __all__ = [
     "annotate",
     "call_seconds",
     "cost_of_stage",
+    "costed_at",
     "operand_values",
     "phase_seconds",
     "recomputed_calls",
     "stage_bytes",
+    "stage_costs",
     "stage_peak_bytes",
     "tensor_leaves",
     "tensor_operands",

@@ -1,7 +1,6 @@
 """Captured -> Annotated: compute the cost of every node, as expressions in the batch size `B`.
 
-`B` is the only symbol, because the batch is the only dimension of a captured graph that is not
-fixed (for another sequence length the model is captured again).
+`B` is the only symbol: lengths are those of the example. (`at_lengths` costs the ops at others.)
 
 Each op runs without memory, forward and backward (`meta_run`), with exactly the gradients that it
 has in the graph (`grad_flow`). Equal ops are costed once (`call_cache`). FLOPs follow torch's own

@@ -9,6 +9,7 @@ needs `full_size`, in `B` and lengths.
 from __future__ import annotations
 
 import operator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,9 +20,10 @@ from torch import Tensor, fx
 
 from autopipe.passes._torch import ShapeEnv, emit_expression
 from autopipe.passes.ir import B, TensorSpec
+from autopipe.passes.one_at_a_time import one_at_a_time
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from autopipe.passes.ir import Sizes
 
@@ -97,7 +99,29 @@ def in_named_sizes(expr: Any, environment: ShapeEnv | None) -> Any:
 def tensor_spec(node: fx.Node) -> TensorSpec:
     """Return the metadata of a node's tensor."""
     value = node.meta["val"]
-    return TensorSpec(node.name, tuple(map(symbolic_size, value.shape)), value.dtype)
+    shape, full_shape = (tuple(map(f, value.shape)) for f in (symbolic_size, full_size))
+    return TensorSpec(node.name, shape, value.dtype, None if shape == full_shape else full_shape)
+
+
+@contextmanager
+def example_lengths(graph: fx.Graph, lengths: Sizes) -> Iterator[None]:
+    """Meanwhile, `symbolic_size` gives sizes with other lengths than those of the example.
+
+    Args:
+        graph: all sizes of its trace are meant.
+        lengths: the value of each.
+    """
+    tensors = (n.meta["val"] for n in graph.nodes if n.op == "placeholder")
+    sizes = (s for t in tensors for s in t.shape if isinstance(s, torch.SymInt))
+    environment = next(s.node.shape_env for s in sizes)
+    found = _names[environment]
+    values = {symbol: sympy.Integer(n) for symbol, n in lengths.items()}
+    with one_at_a_time():
+        _names[environment] = found._replace(examples=values)
+        try:
+            yield
+        finally:
+            _names[environment] = found
 
 
 def size_symbols(value: Any) -> set[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -76,13 +76,20 @@ class TensorSpec:
 
     Attributes:
         name: of its node.
-        shape: each size an expression in `B`.
+        shape: each size an expression in `B`, with lengths as in the example.
         dtype: of its elements.
+        in_lengths: `shape` as expressions in `B` and lengths; None: it depends on no length.
     """
 
     name: str
     shape: tuple[sympy.Expr, ...]
     dtype: torch.dtype
+    in_lengths: tuple[sympy.Expr, ...] | None = None
+
+    @property
+    def full_shape(self) -> tuple[sympy.Expr, ...]:
+        """Each size as an expression in `B` and lengths."""
+        return self.shape if self.in_lengths is None else self.in_lengths
 
     @property
     def numel(self) -> sympy.Expr:
@@ -99,9 +106,18 @@ class TensorSpec:
         """The first dimension whose size depends on `B`, or None."""
         return next((d for d, s in enumerate(self.shape) if s.free_symbols), None)
 
+    def at_lengths(self, lengths: Sizes) -> TensorSpec:
+        """Return it with other lengths than those of the example.
+
+        Args:
+            lengths: the value of each.
+        """
+        values = {symbol: sympy.Integer(n) for symbol, n in lengths.items()}
+        return replace(self, shape=tuple(n.xreplace(values) for n in self.full_shape))
+
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.name}: {dtype}[{', '.join(map(str, self.shape))}]"
+        return f"{self.name}: {dtype}[{', '.join(map(str, self.full_shape))}]"
 
 
 @dataclass(frozen=True)
