@@ -68,6 +68,8 @@ class CompiledModel:
         captured = split.captured
         self.parameters = tuple(i for i in captured.inputs if i.kind is InputKind.PARAMETER)
         self.call_inputs = tuple(i for i in captured.inputs if i.kind is InputKind.INPUT)
+        updated = {target for target, _ in captured.updates}  # at the end of the forward
+        self._updated = frozenset(i.name for i in captured.inputs if i.target in updated)
         self.expected = usual_outputs(captured)
         self.shapes = [tuple(x.shape) if isinstance(x, Tensor) else () for x in inputs.leaves]
         self.lengths = lengths_of(captured, len(inputs.leaves))
@@ -147,18 +149,25 @@ class CompiledModel:
             return parameter(self.model, target)
         return self.model.get_buffer(target)
 
-    def place_parameters(self) -> None:
-        """Move each parameter, in place, to the device of the stage that owns it.
+    def place(self, program: CompiledProgram) -> None:
+        """Move what stages own, in place, to their devices.
+
+        These are the parameters, with their gradients, and the buffers that the forward writes to
+        (of several stages that read such a buffer, the first one's device).
+
+        Args:
+            program: one of this model's.
 
         Raises:
             DeviceError: a parameter or buffer is on the meta device.
         """
+        written = {*self._updated, *program.updates}
         for stage, worker in zip(self.split.stages, self.workers, strict=True):
             for item in stage.held:
                 if item.kind is InputKind.CONSTANT:
                     continue
-                parameter = self.tensor(item.kind, item.target)
-                if parameter.is_meta:
+                tensor = self._tensor(item)
+                if tensor.is_meta:
                     raise DeviceError(
                         f"a {item.kind} is on the meta device: it has no values to compute with",
                         node=item.target,
@@ -166,26 +175,23 @@ class CompiledModel:
                         " initialise, or model.load_state_dict(..., assign=True) (which leaves out"
                         " buffers that are not persistent)",
                     )
-                if item.kind is InputKind.BUFFER or parameter.device == worker.device:
-                    continue
-                move(parameter, worker.device)
+                owned = item.kind is InputKind.PARAMETER or item.name in written
+                if owned and tensor.device != worker.device:
+                    move(tensor, worker.device)
+                written.discard(item.name)
 
-    def on(self, worker: WorkerDevice, kind: InputKind, target: str, *, written: bool) -> Tensor:
+    def on(self, worker: WorkerDevice, kind: InputKind, target: str) -> Tensor:
         """Return a tensor as a stage uses it, on the stage's device.
 
-        Copies of constants are cached until the original changes; others are made for each step.
+        What the stage owns is there (`place`). Copies of constants are cached until the original
+        changes; others are made for each step.
 
         Args:
             worker: the stage's worker.
             kind, target: as for `tensor`.
-            written: whether it is a buffer that the stage writes to, which is moved instead of
-                copied.
         """
         tensor = self.tensor(kind, target)
         if tensor.device == worker.device:
-            return tensor.detach()
-        if written:
-            move(tensor, worker.device)
             return tensor.detach()
         if kind is not InputKind.CONSTANT:  # `.data` may change it without changing its version
             return tensor.detach().to(worker.device)

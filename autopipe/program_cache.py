@@ -125,6 +125,11 @@ class ProgramCache:
         return self._last
 
     @property
+    def captured(self) -> bool:
+        """Whether the model was captured and cut, so that each parameter has a stage."""
+        return self._cut is not None
+
+    @property
     def last(self) -> tuple[CompiledModel, CompiledProgram]:
         """The captured model and program that the last call used.
 
