@@ -20,7 +20,7 @@ from autopipe.interrupts import deferred, raise_deferred
 from autopipe.module_proxy import ModuleProxy
 from autopipe.passes.capture import is_cache
 from autopipe.pipeline_call import PipelineCall
-from autopipe.placement import needs_map
+from autopipe.placement import device_map, needs_map
 from autopipe.program_cache import ProgramCache
 from autopipe.report.memory_view import PipelineMemory
 from autopipe.report.stages import StageView, views
@@ -213,16 +213,33 @@ class Pipeline(ModuleProxy):
             The model.
 
         Raises:
-            OptionError: its stages are not where a trainer would move it, and nothing was captured
-                yet: where is each parameter to be?
+            OptionError: as for `hf_device_map`.
         """
+        self._refuse_unplaced()
+        return super().install()
+
+    @property
+    def hf_device_map(self) -> dict[str, torch.device]:
+        """Where the parameters are, for libraries: see `autopipe.placement`.
+
+        A pipeline on the device to which libraries move a model anyway has none.
+
+        Raises:
+            AttributeError: it has none.
+            OptionError: nothing was captured yet, so that no parameter has a stage.
+        """
+        if not needs_map(self.options.devices):
+            raise AttributeError("hf_device_map")
+        self._refuse_unplaced()
+        return device_map(self.model)
+
+    def _refuse_unplaced(self) -> None:
         if not self._programs.captured and needs_map(self.options.devices):
             raise OptionError(
                 "the model is not on the devices of its stages yet, as trainers must find it",
                 expected="a capture before `install`",
                 remedy="pass example inputs: compile(..., args=(x,)), or pipe.capture(x)",
             )
-        return super().install()
 
     # Looking inside
 

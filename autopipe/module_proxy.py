@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.errors import UnsupportedError
-from autopipe.placement import device_map, mark, needs_map, unmark
+from autopipe.placement import mark, unmark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -157,16 +157,6 @@ class ModuleProxy(nn.Module):
                 f"`{name}` is the pipeline's own and cannot be changed",
                 remedy=f"the model's attribute of this name is pipe.model.{name}",
             )
-
-    @property
-    def hf_device_map(self) -> dict[str, torch.device]:
-        """Where the parameters are, for libraries: see `autopipe.placement`.
-
-        A pipeline on the device to which libraries move a model anyway has none (AttributeError).
-        """
-        if not needs_map(self._devices):
-            raise AttributeError("hf_device_map")
-        return device_map(self.model)
 
     def install(self) -> nn.Module:
         """Make calls of the model itself run this pipeline.

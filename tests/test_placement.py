@@ -178,9 +178,10 @@ def test_uninstall_gives_back_what_the_model_had(monkeypatch: pytest.MonkeyPatch
 def test_before_a_capture_there_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = compiled()
     SeveralGpus(monkeypatch)
-    pipe._keep("_devices", GPUS[:2])
-    with pytest.raises(OptionError, match=r"pipe\.capture\(x\)"):
-        pipe.install()
+    assert pipe.options.devices == (CPU,) * 2, "but the Trainer would take a GPU"
+    for ask in (pipe.install, lambda: getattr(pipe, "hf_device_map", None)):
+        with pytest.raises(OptionError, match=r"pipe\.capture\(x\)"):
+            ask()
 
 
 @pytest.fixture
