@@ -80,7 +80,7 @@ def reason_for(
     pairs = [(c, old, ModelKey(model_state_key(model, n), call)) for c, old, n in states]
     compiled, old, new = max(pairs, key=lambda one: _likeness(one[1], one[2]))
     same = old.call.signature.spec == call.signature.spec
-    numbers = changed_numbers(inputs.leaves, compiled.constants) if same else []
+    numbers = changed_numbers(inputs.leaves, compiled.calls.constants) if same else []
     reasons = [*_key_reasons(old, new, argument_names(model), numbers)] or [
         _size_reason(model, inputs, compiled)
     ]
@@ -166,7 +166,8 @@ def _name(name: Any) -> str:
 
 def _size_reason(model: nn.Module, inputs: CallInputs, compiled: CompiledModel) -> CaptureReason:
     """For calls whose keys are the same: sizes, values that the forward read, or branches."""
-    changed = compiled.changed_read(inputs)
+    known = compiled.calls
+    changed = known.changed_read(inputs)
     if changed is not None:
         return CaptureReason("attribute", f"{changed} has another value")
     tensors = [n for n, x in enumerate(inputs.leaves) if isinstance(x, Tensor)]
@@ -174,13 +175,13 @@ def _size_reason(model: nn.Module, inputs: CallInputs, compiled: CompiledModel) 
     found = [
         f"dimension {d} of {names[n]}: {old} → {new}"
         for n in tensors
-        for d, (old, new) in enumerate(zip(compiled.shapes[n], inputs.leaves[n].shape, strict=True))
-        if old != new and d != inputs.batch_dims[n] and d not in compiled.lengths[n]
+        for d, (old, new) in enumerate(zip(known.shapes[n], inputs.leaves[n].shape, strict=True))
+        if old != new and d != inputs.batch_dims[n] and d not in known.lengths[n]
     ]
     if found:
         return CaptureReason("size", ", ".join(found))
     if not compiled.split.captured.number_guards.hold_for(inputs.leaves):
-        values = ", ".join(f"{names[n]} = {inputs.leaves[n]}" for n in sorted(compiled.numbers))
+        values = ", ".join(f"{names[n]} = {inputs.leaves[n]}" for n in sorted(known.numbers))
         return CaptureReason("branch", f"the captured branches are not those for {values}")
     shapes = ", ".join(f"{names[n]}: {tuple(inputs.leaves[n].shape)}" for n in tensors)
     return CaptureReason("branch", f"the captured branches are not those for sizes {shapes}")

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.call_guards import autocast_state, plain_autograd, restore_autocast
-from autopipe.call_numbers import changed_numbers, number_keys
 from autopipe.compiled_program import ProgramKey
 from autopipe.errors import DeviceError, MemoryLimitError
-from autopipe.lengths import lengths_of
 from autopipe.parameters import move, parameter
 from autopipe.passes.cost import costed_at
 from autopipe.passes.ir import B, InputKind
@@ -22,6 +20,7 @@ from autopipe.progress import silent
 from autopipe.runtime import microbatch
 from autopipe.tensor_meta import input_metadata, usual_outputs
 from autopipe.traced_programs import TracedPrograms
+from autopipe.valid_calls import ValidCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable
@@ -29,13 +28,13 @@ if TYPE_CHECKING:
     from autopipe.call_signature import CallInputs
     from autopipe.compiled_program import CompiledProgram
     from autopipe.options import Options
-    from autopipe.passes.ir import Input, Sizes, Split
+    from autopipe.passes.ir import Input, Split
     from autopipe.passes.phases import TraceCache
     from autopipe.planning.plans import Plan
     from autopipe.runtime.transfer import WorkerDevice
 
-MANY_SHAPES = 512
-"""How many shapes of inputs a model remembers to fit or not."""
+MANY_PROGRAMS = 512
+"""How many programs are remembered to fit the limits of memory."""
 
 
 class CompiledModel:
@@ -51,9 +50,7 @@ class CompiledModel:
         numbers: positions of these among the leaves.
 
     Attributes:
-        shapes: of that call's tensors; None for leaves that are no tensors.
-        lengths: for each leaf the dimensions, besides the batch, that may have any size.
-        constants: keys of the numbers that are constants of the graph, by position.
+        calls: those that the graph is valid for.
         programs: what was traced and generated.
         used: the key, in `programs`, of the code that the last call used.
         expected: names of the outputs that the next call expects gradients for.
@@ -70,81 +67,18 @@ class CompiledModel:
         numbers: Collection[int] = (),
     ) -> None:
         self.model, self.options, self.workers, self.split = model, options, workers, split
-        self.numbers, self.constants = numbers, number_keys(inputs.leaves)
         captured = split.captured
         self.parameters = tuple(i for i in captured.inputs if i.kind is InputKind.PARAMETER)
         self.call_inputs = tuple(i for i in captured.inputs if i.kind is InputKind.INPUT)
+        updated = {target for target, _ in captured.updates}  # at the end of the forward
+        self._updated = frozenset(i.name for i in captured.inputs if i.target in updated)
         self.expected = usual_outputs(captured)
-        self.shapes = [tuple(x.shape) if isinstance(x, Tensor) else () for x in inputs.leaves]
-        self.lengths = lengths_of(captured, len(inputs.leaves))
-        dims = enumerate(inputs.batch_dims)
-        self._free = {*dims, *((n, d) for n, of in enumerate(self.lengths) for d in of)}
-        self._sizes: dict[Hashable, Sizes | None] = {}
-        self._holds: dict[Hashable, bool] = {}
+        self.calls = ValidCalls(captured, inputs, numbers)
         self.programs = TracedPrograms(split, options, workers, traces, self._tensor)
         self.used: Hashable = None
         self._within_limits: dict[ProgramKey, None] = {}
         self._least: dict[int, int] = {}
         self._copies: dict[tuple[str, torch.device], tuple[int, Tensor, Tensor]] = {}
-
-    def fits(self, inputs: CallInputs) -> bool:
-        """Whether the model would take the captured branches, with the captured numbers.
-
-        Args:
-            inputs: of the call.
-        """
-        sizes = self.sizes(inputs)
-        return (
-            sizes is not None
-            and not changed_numbers(inputs.leaves, self.constants)
-            and self.split.captured.number_guards.hold_for(inputs.leaves)
-            and self.changed_read(inputs) is None
-            and self.holds(sizes)
-        )
-
-    def changed_read(self, inputs: CallInputs) -> str | None:
-        """Return the name of a Python value that the forward read and that is another one now.
-
-        Args:
-            inputs: of the call.
-        """
-        leaves = inputs.with_tensors(self.numbers).leaves
-        return self.split.captured.reads.changed(leaves)
-
-    def holds(self, sizes: Sizes | None) -> bool:
-        """Whether the model would take the captured branches for a call of these sizes.
-
-        Args:
-            sizes: what `sizes` returned.
-        """
-        if sizes is None:
-            return False
-        key = tuple(sizes.values())
-        if key not in self._holds:
-            if len(self._holds) >= MANY_SHAPES:
-                self._holds.clear()
-            self._holds[key] = self.split.captured.size_guards.hold_for(sizes)
-        return self._holds[key]
-
-    def sizes(self, inputs: CallInputs) -> Sizes | None:
-        """Return the sizes of a call; None: the graph is for inputs of other shapes.
-
-        Args:
-            inputs: of the call.
-        """
-        key = inputs.batch, inputs.static_shapes()
-        if key not in self._sizes:
-            if len(self._sizes) >= MANY_SHAPES:
-                self._sizes.clear()
-            same = all(
-                new == old or (n, d) in self._free
-                for n, (leaf, shape) in enumerate(zip(inputs.leaves, self.shapes, strict=True))
-                if isinstance(leaf, Tensor)
-                for d, (new, old) in enumerate(zip(leaf.shape, shape, strict=True))
-            )
-            captured = self.split.captured
-            self._sizes[key] = captured.sizes(inputs.leaves, inputs.batch) if same else None
-        return self._sizes[key]
 
     def _least_samples(self, batch: int) -> int:
         if batch not in self._least:
@@ -164,18 +98,25 @@ class CompiledModel:
             return parameter(self.model, target)
         return self.model.get_buffer(target)
 
-    def place_parameters(self) -> None:
-        """Move each parameter, in place, to the device of the stage that owns it.
+    def place(self, program: CompiledProgram) -> None:
+        """Move what stages own, in place, to their devices.
+
+        These are the parameters, with their gradients, and the buffers that the forward writes to
+        (of several stages that read such a buffer, the first one's device).
+
+        Args:
+            program: one of this model's.
 
         Raises:
             DeviceError: a parameter or buffer is on the meta device.
         """
+        written = {*self._updated, *program.updates}
         for stage, worker in zip(self.split.stages, self.workers, strict=True):
             for item in stage.held:
                 if item.kind is InputKind.CONSTANT:
                     continue
-                parameter = self.tensor(item.kind, item.target)
-                if parameter.is_meta:
+                tensor = self._tensor(item)
+                if tensor.is_meta:
                     raise DeviceError(
                         f"a {item.kind} is on the meta device: it has no values to compute with",
                         node=item.target,
@@ -183,26 +124,23 @@ class CompiledModel:
                         " initialise, or model.load_state_dict(..., assign=True) (which leaves out"
                         " buffers that are not persistent)",
                     )
-                if item.kind is InputKind.BUFFER or parameter.device == worker.device:
-                    continue
-                move(parameter, worker.device)
+                owned = item.kind is InputKind.PARAMETER or item.name in written
+                if owned and tensor.device != worker.device:
+                    move(tensor, worker.device)
+                written.discard(item.name)
 
-    def on(self, worker: WorkerDevice, kind: InputKind, target: str, *, written: bool) -> Tensor:
+    def on(self, worker: WorkerDevice, kind: InputKind, target: str) -> Tensor:
         """Return a tensor as a stage uses it, on the stage's device.
 
-        Copies of constants are cached until the original changes; others are made for each step.
+        What the stage owns is there (`place`). Copies of constants are cached until the original
+        changes; others are made for each step.
 
         Args:
             worker: the stage's worker.
             kind, target: as for `tensor`.
-            written: whether it is a buffer that the stage writes to, which is moved instead of
-                copied.
         """
         tensor = self.tensor(kind, target)
         if tensor.device == worker.device:
-            return tensor.detach()
-        if written:
-            move(tensor, worker.device)
             return tensor.detach()
         if kind is not InputKind.CONSTANT:  # `.data` may change it without changing its version
             return tensor.detach().to(worker.device)
@@ -242,7 +180,7 @@ class CompiledModel:
                 for size in dict.fromkeys(sizes)
             ),
             autocast_state(),
-            tuple((s, n) for s, n in (self.sizes(inputs) or {}).items() if s != B),
+            tuple((s, n) for s, n in (self.calls.sizes(inputs) or {}).items() if s != B),
         )
         return self._program(key, progress)
 
@@ -264,7 +202,7 @@ class CompiledModel:
         program, code = self.programs.program(key, progress)
         if self.options.limits is not None and key.grad and key not in self._within_limits:
             self._check_limits(program)
-            if len(self._within_limits) >= MANY_SHAPES:
+            if len(self._within_limits) >= MANY_PROGRAMS:
                 self._within_limits.clear()
             self._within_limits[key] = None
         self.used = code

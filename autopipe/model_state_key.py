@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from autopipe.errors import CaptureError
 from autopipe.passes.python_state import MODULE_INTERNALS, WeakIdentity, is_user_module
+from autopipe.placement import unmarked
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Set
@@ -51,7 +52,7 @@ def model_state_key(model: nn.Module, names: Set[str] | None = None) -> Hashable
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise _script_error(model, module)
-        attributes = vars(module)
+        attributes = unmarked(vars(module))
         kind: Any = type(module)
         key += kind, module.training
         counted = attributes.keys() - MODULE_INTERNALS

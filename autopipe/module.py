@@ -21,6 +21,7 @@ from autopipe.module_proxy import ModuleProxy
 from autopipe.passes.capture import is_cache
 from autopipe.passes.cost import costed_at
 from autopipe.pipeline_call import PipelineCall
+from autopipe.placement import device_map, needs_map
 from autopipe.program_cache import ProgramCache
 from autopipe.report.memory_view import PipelineMemory
 from autopipe.report.stages import StageView, views
@@ -42,7 +43,9 @@ class Pipeline(ModuleProxy):
     Its parameters, buffers and submodules are the model's own objects, under the model's own names,
     so that optimizers, checkpoints and hooks of one work with the other. Other attributes, such as
     ``pipe.config``, are looked up in the model. The names below (``plan``, ``stages``, ``step`` …)
-    are the pipeline's: where the model has the same name, its own is ``pipe.model.plan``.
+    are the pipeline's: where the model has the same name, its own is ``pipe.model.plan``. Of the
+    names that every module has, methods are the pipeline's (``pipe.to``); where the model has
+    another value by such a name (``model.type = "bert"``), it is ``pipe.type`` too.
 
     The model is captured on the first call in each mode (train, eval), or by `capture`; and again
     if its modules, their plain attributes, hooks or ties have changed (`model_state_key`).
@@ -98,8 +101,8 @@ class Pipeline(ModuleProxy):
             inputs = CallInputs(leaves, spec, dims, batch)
             compiled, program = self._programs.program_for(inputs, asked=False)
             raise_deferred()
-            compiled.place_parameters()
-            inputs = inputs.with_tensors(compiled.numbers)
+            compiled.place(program)
+            inputs = inputs.with_tensors(compiled.calls.numbers)
             leaves = inputs.leaves
             refuse_meta(leaves)
             call = PipelineCall(compiled, program, leaves, self.memory)
@@ -107,7 +110,7 @@ class Pipeline(ModuleProxy):
                 values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
             else:
                 values = call.forward()
-            sizes = compiled.sizes(inputs)
+            sizes = compiled.calls.sizes(inputs)
             assert sizes is not None, "the captured model was chosen by the sizes of its inputs"
             return finish(compiled.split.captured, self.model, values, leaves, sizes)
 
@@ -151,7 +154,10 @@ class Pipeline(ModuleProxy):
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Compile for inputs like these, in the current mode, without running.
 
-        Unlike a call, it does not warn if this is one more capture.
+        Afterwards each parameter, with its gradient, and each buffer that the forward writes to is
+        on the device of its stage, in place: load the state of an optimizer then. A model on the
+        meta device is compiled, too; its first call with values moves them. Unlike a call, it does
+        not warn if this is one more capture.
 
         Args:
             args, kwargs: example inputs.
@@ -159,7 +165,10 @@ class Pipeline(ModuleProxy):
         Raises:
             CaptureError, CouplingError, PartitionError, MemoryLimitError: see `autopipe.compile`.
         """
-        self._programs.program_for(self._inputs(args, kwargs), asked=True)
+        compiled, program = self._programs.program_for(self._inputs(args, kwargs), asked=True)
+        if not any(t.is_meta for t in (*self.model.parameters(), *self.model.buffers())):
+            with deferred():  # a gradient moves with its parameter, Ctrl-C or not
+                compiled.place(program)
 
     def verify(self, *args: Any, tolerance: float | None = None, **kwargs: Any) -> Verification:
         """Compare a training step of this pipeline with one of the model itself, on one batch.
@@ -199,6 +208,41 @@ class Pipeline(ModuleProxy):
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallInputs:
         dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)
         return CallInputs(*flatten(args, kwargs), dims, batch)
+
+    def install(self) -> nn.Module:
+        """Make calls of the model itself run this pipeline; see `ModuleProxy.install`.
+
+        Returns:
+            The model.
+
+        Raises:
+            OptionError: as for `hf_device_map`.
+        """
+        self._refuse_unplaced()
+        return super().install()
+
+    @property
+    def hf_device_map(self) -> dict[str, torch.device]:
+        """Where the parameters are, for libraries: see `autopipe.placement`.
+
+        A pipeline on the device to which libraries move a model anyway has none.
+
+        Raises:
+            AttributeError: it has none.
+            OptionError: nothing was captured yet, so that no parameter has a stage.
+        """
+        if not needs_map(self.options.devices):
+            raise AttributeError("hf_device_map")
+        self._refuse_unplaced()
+        return device_map(self.model)
+
+    def _refuse_unplaced(self) -> None:
+        if not self._programs.captured and needs_map(self.options.devices):
+            raise OptionError(
+                "the model is not on the devices of its stages yet, as trainers must find it",
+                expected="a capture before `install`",
+                remedy="pass example inputs: compile(..., args=(x,)), or pipe.capture(x)",
+            )
 
     # Looking inside
 

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from autopipe.errors import UnsupportedError
+from autopipe.placement import mark, unmark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from typing_extensions import Self
+
+
+MODULE_NAMES = frozenset(name for name in dir(nn.Module) if not name.startswith("_"))
+"""The public names that every module has."""
 
 
 class ModuleProxy(nn.Module):
@@ -22,12 +27,21 @@ class ModuleProxy(nn.Module):
     with `_keep`. The model's own is then ``proxy.model.name``. State dicts, names of parameters and
     `get_submodule` know the model's names only.
 
+    Names that every module has (``type``, ``half``, ``float`` ...) are the proxy's where they are
+    methods, so that a move or a cast is one of the proxy. Where the model has a value of such a
+    name (``model.type = "bert"``, or a property), it is the proxy's too.
+
     Args:
         model: the other module.
         devices: where its parameters may be.
+
+    Attributes:
+        is_parallelizable, model_parallel: always True: libraries must not replicate it.
     """
 
     model: nn.Module
+    is_parallelizable = True
+    model_parallel = True
 
     def __init__(self, model: nn.Module, devices: Sequence[torch.device]) -> None:
         super().__init__()
@@ -63,6 +77,13 @@ class ModuleProxy(nn.Module):
         super().train(mode)
         self.model.train(mode)
         return self
+
+    def __getattribute__(self, name: str) -> Any:
+        if _is_inherited(type(self), name):
+            model = vars(self).get("model")  # None: the proxy is being made or copied
+            if model is not None and not _acts(value := getattr(model, name)):
+                return value
+        return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # not set yet: the module is being copied
@@ -101,21 +122,23 @@ class ModuleProxy(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute of the model, unless it is the pipeline's own.
 
-        The pipeline's own are those that `nn.Module` has (``forward``, hooks), and private ones
-        that the model does not have.
+        The pipeline's own are the methods that `nn.Module` has (``forward``, ``to``), hooks, and
+        private ones that the model does not have.
 
         Raises:
             UnsupportedError: the name is of the pipeline's public interface.
         """
         self._refuse_public(name)
-        if self._is_own(name):
+        shown = _is_inherited(type(self), name) and not _acts(value)  # if the model has it
+        if self._is_own(name) and not shown:
             super().__setattr__(name, value)
         else:
             setattr(self.model, name, value)
 
     def __delattr__(self, name: str) -> None:
         self._refuse_public(name)
-        if name in vars(self) or self._is_own(name):
+        shown = _is_inherited(type(self), name) and name in vars(self.model)
+        if name in vars(self) or (self._is_own(name) and not shown):
             super().__delattr__(name)
         else:
             delattr(self.model, name)
@@ -140,7 +163,8 @@ class ModuleProxy(nn.Module):
 
         It is for trainers, which check a model's class and signature and call `save_pretrained`:
         ``Trainer(model=pipe.install(), ...)``. It uses the hook of `nn.Module.compile`, which
-        copies and pickles of the model do not have.
+        copies and pickles of the model do not have. The attributes of `autopipe.placement` tell
+        trainers that the model is on its devices.
 
         Returns:
             The model.
@@ -151,6 +175,7 @@ class ModuleProxy(nn.Module):
             # The pipeline captures the model's own forward.
             return (itself if torch.compiler.is_exporting() else self)(*args, **kwargs)
 
+        mark(self.model, self._devices)
         self.model._compiled_call_impl = run
         return self.model
 
@@ -160,6 +185,7 @@ class ModuleProxy(nn.Module):
         Returns:
             The model.
         """
+        unmark(self.model)
         self.model._compiled_call_impl = None
         return self.model
 
@@ -175,6 +201,16 @@ class ModuleProxy(nn.Module):
             "a pipeline's parameters are on the devices of its stages",
             remedy="move or cast the model before autopipe.compile, and choose devices there",
         )
+
+
+def _is_inherited(kind: type[ModuleProxy], name: str) -> bool:
+    """Whether every module has a name, and the proxy nothing of its own by it."""
+    return name in MODULE_NAMES and getattr(kind, name) is getattr(nn.Module, name)
+
+
+def _acts(value: Any) -> bool:
+    """Whether a value is called to act on a module, as methods are; classes are values."""
+    return callable(value) and not isinstance(value, type)
 
 
 def _changes_nothing(

@@ -253,8 +253,7 @@ class PipelineCall:
             for item in stage.held:
                 tensor = before.get(item.name)
                 if tensor is None:
-                    written = item.name in ready.updates
-                    tensor = compiled.on(worker, item.kind, item.target, written=written)
+                    tensor = compiled.on(worker, item.kind, item.target)
                     if item.target in changing and ready.program.backward:
                         # Written at the end of the forward, and read again by its recomputation.
                         tensor = self._buffers[item.name] = tensor.clone()
@@ -262,9 +261,7 @@ class PipelineCall:
                     buffers[item.name] = tensor
                 tensors.append(tensor)
             for name in stage.shared:
-                tensors.append(
-                    compiled.on(worker, InputKind.PARAMETER, targets[name], written=False)
-                )
+                tensors.append(compiled.on(worker, InputKind.PARAMETER, targets[name]))
             held.append(tensors)
         return held
 

@@ -115,11 +115,16 @@ class ProgramCache:
                         if not asked:
                             self.log.warn(reason)
                         compiled = self._capture(candidates, inputs, reason, progress)
-            program = compiled.program(inputs.with_tensors(compiled.numbers), progress)
+            program = compiled.program(inputs.with_tensors(compiled.calls.numbers), progress)
         self._models.use(compiled, compiled.used)
         self.log.used(compiled)
         self._last = compiled, program
         return self._last
+
+    @property
+    def captured(self) -> bool:
+        """Whether the model was captured and cut, so that each parameter has a stage."""
+        return self._cut is not None
 
     @property
     def last(self) -> tuple[CompiledModel, CompiledProgram]:
@@ -156,11 +161,11 @@ class ProgramCache:
     ) -> CompiledModel:
         """Capture the model for a call that no captured graph fits."""
         model_state_key(self.model)  # which checks that layers have shapes
-        sizes = ((c, c.sizes(inputs)) for c in candidates)
-        single = inputs.batch == 1 and any(s and not c.holds(s) for c, s in sizes)
+        sizes = ((c, c.calls.sizes(inputs)) for c in candidates)
+        single = inputs.batch == 1 and any(s and not c.calls.holds(s) for c, s in sizes)
         compiled = self._compile_varying(candidates, inputs, progress, single=single)
         self._remember(compiled, inputs, reason)
-        if inputs.batch == 1 and not compiled.holds(compiled.sizes(inputs)):
+        if inputs.batch == 1 and not compiled.calls.holds(compiled.calls.sizes(inputs)):
             # One sample was traced as two, which gave another branch: trace it as one.
             compiled = self._compile_varying(candidates, inputs, progress, single=True)
             self._remember(compiled, inputs, ONE_SAMPLE)
@@ -182,7 +187,7 @@ class ProgramCache:
         if len(self._fixed) > MANY_SIGNATURES:
             self._fixed.clear()
         fixed = self._fixed.setdefault(CallSignature.of(inputs), Fixed())
-        same = [c for c in candidates if c.changed_read(inputs) is None]
+        same = [c for c in candidates if c.calls.changed_read(inputs) is None]
         wanted = varying(self.model, inputs, same, self._options.dynamic, fixed)
         *attempts, closed = wanted.attempts()
         reason = "the model turns it into a number"
@@ -194,8 +199,8 @@ class ProgramCache:
                 reason = describe(error)
         else:
             compiled = self._compile(inputs, progress, closed, single=single)
-        dims = wanted.dims - {(n, d) for n, of in enumerate(compiled.lengths) for d in of}
-        numbers = wanted.numbers - set(compiled.numbers)
+        dims = wanted.dims - {(n, d) for n, of in enumerate(compiled.calls.lengths) for d in of}
+        numbers = wanted.numbers - set(compiled.calls.numbers)
         fixed.dims |= dims
         fixed.numbers |= numbers
         warn_of_fixed(self.model, inputs, dims, numbers, reason)
@@ -265,4 +270,4 @@ class ProgramCache:
 
 def _fitting(candidates: Sequence[CompiledModel], inputs: CallInputs) -> CompiledModel | None:
     """The first captured model that takes the same branches for a call, with the same numbers."""
-    return next((c for c in candidates if c.fits(inputs)), None)
+    return next((c for c in candidates if c.calls.fits(inputs)), None)

@@ -137,16 +137,17 @@ def run_epilogue(
         captured: the model's graph, with its epilogue.
         gathered: one value per output.
         sizes: of the whole batch.
-        buffer: returns a buffer of the model by its qualified name.
+        buffer: returns a buffer of the model by its qualified name; it may be on any device.
     """
     epilogue = captured.epilogue
     if epilogue is None:
         return gathered
+    here = next((v.device for v in gathered), None)
     known: dict[str, Any] = {o.name: v for o, v in zip(captured.outputs, gathered, strict=True)}
     known |= {"batch_size" if s == B else str(s): n for s, n in sizes.items()}
     targets = {i.name: i.target for i in captured.inputs if i.kind is InputKind.BUFFER}
     wanted = [str(n.target) for n in epilogue.graph.nodes if n.op == "placeholder"]
-    arguments = [known[n] if n in known else buffer(targets[n]) for n in wanted]
+    arguments = [known[n] if n in known else buffer(targets[n]).to(here) for n in wanted]
     if any("autocast" in n.meta for n in epilogue.graph.nodes):
         found: Sequence[Tensor] = _AutocastInterpreter(epilogue).run(*arguments)
         return found

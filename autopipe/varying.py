@@ -78,10 +78,10 @@ def varying(
         OptionError: a tensor does not have a dimension that is marked.
     """
     marked = marked_lengths(dynamic, model, inputs)
-    changed = changed_lengths(inputs, [(c.shapes, c.lengths) for c in captured], marked)
-    lengths = named_lengths(inputs, changed, [c.shapes for c in captured], model, fixed.dims)
-    numbers = {n for c in captured for n in c.numbers}
-    numbers |= {n for c in captured for n in changed_numbers(inputs.leaves, c.constants)}
+    changed = changed_lengths(inputs, [(c.calls.shapes, c.calls.lengths) for c in captured], marked)
+    lengths = named_lengths(inputs, changed, [c.calls.shapes for c in captured], model, fixed.dims)
+    numbers = {n for c in captured for n in c.calls.numbers}
+    numbers |= {n for c in captured for n in changed_numbers(inputs.leaves, c.calls.constants)}
     return Varying(lengths, frozenset(numbers - fixed.numbers))
 
 

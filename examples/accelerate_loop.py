@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import autopipe
@@ -34,7 +34,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     loader = DataLoader(SAMPLES, batch_size=16, shuffle=True)
 
-    pipe = autopipe.compile(model, devices=2, chunks=4)
+    # The capture now puts the parameters on the devices of their stages, before `install`.
+    example = default_collate(SAMPLES[:16])
+    pipe = autopipe.compile(model, devices=2, chunks=4, kwargs=example)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     # The stages are on their devices already, so Accelerate must not move the model.
     prepared = accelerator.prepare_model(pipe.install(), device_placement=False)

@@ -2,24 +2,39 @@
 
     python examples/lightning_fit.py [--steps 20]
 
-`Trainer(devices=1)`: Lightning starts one process, and the stages are CPU workers in it.
+Lightning starts one process, and all stages are in it. It would move the model, and the state of
+an optimizer that it loads, to one device; the strategy `InStages` leaves both where they are.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pydoc_data.topics import topics
+from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import autopipe
 
 TEXT = torch.frombuffer(bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8)
 SAMPLES = [{"input_ids": ids, "labels": ids} for ids in TEXT[:65536].long().view(-1, 64)]
+
+
+class InStages(SingleDeviceStrategy):
+    """The pipeline has placed the parameters."""
+
+    def model_to_device(self) -> None:
+        pass
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
 
 
 class LanguageModel(lightning.LightningModule):
@@ -48,10 +63,13 @@ def main() -> None:
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
 
-    pipe = autopipe.compile(model, devices=2, chunks=4)
+    # The capture now puts the parameters on the devices of their stages, before `install`.
+    example = default_collate(SAMPLES[:16])
+    pipe = autopipe.compile(model, devices=2, chunks=4, kwargs=example)
     module = LanguageModel(pipe.install())
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        strategy=InStages("cuda:0" if torch.cuda.is_available() else "cpu"),
+        accelerator="auto",
         devices=1,
         max_steps=steps,
         logger=False,

@@ -13,6 +13,7 @@ import tempfile
 from pydoc_data.topics import topics
 
 import torch
+from torch.utils.data import default_collate
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import autopipe
@@ -28,11 +29,14 @@ def main() -> None:
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=4, n_embd=64, n_head=4, n_positions=64, vocab_size=256, bos_token_id=0,
-        eos_token_id=0,
+        eos_token_id=0, use_cache=False,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
 
-    pipe = autopipe.compile(model, devices=2, chunks=4)
+    # The call that the Trainer makes. The capture now puts the parameters on the devices of their
+    # stages, before the Trainer loads the state of an optimizer.
+    example = default_collate(SAMPLES[:16]) | {"num_items_in_batch": torch.tensor(16.0)}
+    pipe = autopipe.compile(model, devices=2, chunks=4, kwargs=example)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=pipe.install(),

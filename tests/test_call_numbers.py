@@ -1,6 +1,6 @@
 """Numbers that are arguments and change: captured once with constants, once as inputs.
 
-Covers autopipe/varying.py and passes/capture/passed_numbers.py.
+Covers autopipe/varying.py, autopipe/valid_calls.py and passes/capture/passed_numbers.py.
 """
 
 from __future__ import annotations

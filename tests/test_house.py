@@ -33,16 +33,9 @@ LAYERS = (
     {"passes", "runtime", "progress", "typed_json", "target", "formatting"}
     | {"option_names", "torch_version"},
     {"report", "planning", "profile", "options", "option_parsing", "batch_dims"}
-    | {"parameters", "results", "tensor_meta", "version_watch"},
-    {
-        "call_guards",
-        "call_numbers",
-        "call_signature",
-        "varying",
-        "caller_modes",
-        "model_state_key",
-        "module_proxy",
-    }
+    | {"parameters", "placement", "results", "tensor_meta", "version_watch"},
+    {"call_guards", "call_numbers", "call_signature", "caller_modes", "model_state_key"}
+    | {"module_proxy", "valid_calls", "varying"}
     | {"compiled", "compiled_models", "compiled_program", "lengths", "traced_programs"}
     | {"capture_log", "capture_reasons"},
     {"pipeline_call", "higher_derivatives", "program_cache", "verification"},

@@ -132,6 +132,19 @@ def test_the_result_has_the_models_structure_and_buffers_are_written() -> None:
     assert (found["size"], found["constant"]) == (7, "text")
 
 
+def test_buffers_may_be_on_another_device_than_the_outputs() -> None:
+    """Outputs are on the last stage's device; the meta device mixes with no other."""
+    model, x = Everything(), torch.randn(7, 4)
+    captured = captured_of(model, x, batch_norm="deferred")
+    gathered = captured.graph_module(*arguments(captured, model, x))
+    found = results.run_epilogue(
+        captured, [g.to("meta") for g in gathered], {B: 7}, model.get_buffer
+    )
+    seen = found[dict(captured.updates)["seen"]]
+    assert (seen.is_meta, seen.shape) == (True, model.seen.shape)
+    assert model.seen.device == CPU
+
+
 def arguments(captured: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
     held = dict(model.named_parameters()) | dict(model.named_buffers()) | captured.constants
     return [x if i.kind is InputKind.INPUT else held[i.target] for i in captured.inputs]

@@ -6,11 +6,12 @@ add in any order (atomics) are switched off where torch can.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import autopipe
@@ -111,6 +112,38 @@ def test_verify(name: str, devices: list[str]) -> None:
     found = autopipe.compile(model, devices, 3).verify(*args, **kwargs)
     assert found.ok, str(found)
     assert found.worst("gradient") is not None
+
+
+@pytest.mark.parametrize("devices", [["cpu", "cuda:0"], ["cuda:0", "cuda:1"]])
+def test_a_capture_places_before_the_state_of_an_optimizer_is_loaded(devices: list[str]) -> None:
+    """Parameters, gradients and running statistics; the optimizer is made before."""
+    if torch.cuda.device_count() < len({d for d in devices if d != "cpu"}):
+        pytest.skip("needs two GPUs")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4)).double()
+    twin, x = copy.deepcopy(model), torch.randn(8, 4, dtype=torch.double)
+    ours, plain = (torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, twin))
+    for m, optimizer in ((model, ours), (twin, plain)):
+        m(x).square().sum().backward()
+        optimizer.step()
+    saved = copy.deepcopy(ours.state_dict())
+    pipe = autopipe.compile(model, devices, 1, args=(x,))
+    ours.load_state_dict(saved)
+    stages = {name: s.device for s in pipe.stages for name in s.parameters}
+    assert {str(d) for d in stages.values()} == set(devices)
+    for name, parameter in pipe.named_parameters():
+        assert parameter.device == parameter.grad.device == stages[name]
+        assert ours.state[parameter]["exp_avg"].device == stages[name]
+    assert str(model[1].running_mean.device) in devices
+    assert {*pipe.hf_device_map.values()} == {*stages.values()}
+    pipe(x).square().sum().backward()  # added to the gradients that there are
+    twin(x).square().sum().backward()
+    ours.step()
+    plain.step()
+    for found, expected in zip(
+        model.state_dict().values(), twin.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(found.cpu(), expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

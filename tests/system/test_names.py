@@ -1,6 +1,7 @@
 """The names of a model's parts are its own affair: none disturbs the pipeline.
 
-A name that both have is the pipeline's on the pipeline, and the model's on ``pipe.model``.
+A name that both have is the pipeline's on the pipeline, and the model's on ``pipe.model``; but a
+value of the model hides a method that every module has (``model.type = "bert"``) on both.
 """
 
 from __future__ import annotations
@@ -129,3 +130,71 @@ def test_methods_of_modules_know_the_models_names() -> None:
     pipe.apply(seen.append)
     assert seen[-1] is pipe
     assert seen[:-1] == [*model.modules()][1:]
+
+
+MODULES = ["type", "half", "float", "double", "cuda", "share_memory", "T_destination"]
+"""Names that every module has, which a model may use for something else and still train."""
+
+
+class Typed(nn.Module):
+    """Values by names that every module has: of the object, its class, a property, a method."""
+
+    cpu = "a value of the class"
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.name = name
+        setattr(self, name, value)
+
+    @property
+    def xpu(self) -> str:
+        return self.name
+
+    def bfloat16(self) -> Typed:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = getattr(self, self.name)
+        scale = value if isinstance(value, float) else 2.0
+        return self.second(torch.tanh(self.first(x)) * scale)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_value_hides_a_method_of_modules(name: str) -> None:
+    model = Typed(name, 0.5)
+    twin, pipe, x = copy.deepcopy(model), autopipe.compile(model, 2, 2), torch.randn(6, 4)
+    assert getattr(pipe, name) == getattr(model, name) == 0.5
+    assert torch.equal(pipe(x), twin(x))
+    setattr(pipe, name, 3.0)
+    assert vars(model)[name] == getattr(pipe, name) == 3.0
+    setattr(twin, name, 3.0)
+    assert torch.equal(pipe(x), twin(x))
+    assert getattr(pickle.loads(pickle.dumps(pipe)), name) == 3.0
+    delattr(pipe, name)
+    assert name not in vars(model)
+    assert getattr(pipe, name) == getattr(nn.Module, name) or callable(getattr(pipe, name))
+
+
+@pytest.mark.parametrize("value", ["bert", None, ["a", "list"], nn.Linear, torch.float16])
+def test_values_of_any_kind(value: Any) -> None:
+    model = Typed("type", value)
+    pipe = autopipe.compile(model, 2, 2)
+    assert pipe.type is model.type is value
+    assert (pipe.cpu, pipe.xpu) == ("a value of the class", "type")
+
+
+def test_methods_of_modules_stay_the_pipelines() -> None:
+    """They would move or cast the model behind the pipeline's back."""
+    model = Typed("type", "bert")
+    model.to = lambda *_: model  # type: ignore[method-assign]
+    pipe = autopipe.compile(model, 2, 2)
+    assert pipe.to("cpu") is pipe.cuda.__self__ is pipe
+    with pytest.raises(UnsupportedError, match="on the devices of its stages"):
+        pipe.bfloat16()
+    pipe.to = stay = lambda *_: pipe
+    assert pipe.to is stay
+    assert model.to is not stay
+    del pipe.to
+    assert pipe.to("cpu") is pipe

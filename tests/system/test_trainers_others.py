@@ -5,6 +5,8 @@ Each runs twice from the same seed, with a pipelined model and with the plain on
 
 from __future__ import annotations
 
+import copy
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import lightning
 import pytest
 import torch
 from accelerate import Accelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,6 +23,8 @@ from tests.support.agreement import pipelined
 from tests.support.training import RELATIVE, Tokens, assert_same_weights, model
 
 pytestmark = pytest.mark.usefixtures("alike_models_once")
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "lightning_fit.py"
 
 # ------------------------------------------------------------------------------- Accelerate
 
@@ -146,3 +151,26 @@ def test_lightning_with_the_pipeline_as_a_child(tmp_path: Path) -> None:
     fit(ours, tmp_path / "ours", 2)
     assert list(ours.state_dict()) == list(plain.state_dict())
     assert_same_weights(ours, plain)
+
+
+@pytest.mark.parametrize("kind", [SingleDeviceStrategy, "InStages"])
+def test_lightning_leaves_an_optimizers_state_in_the_stages(kind: Any) -> None:
+    """The strategy of the example; torch's meta device stands for Lightning's GPU.
+
+    That Lightning's own moves the state shows that this test would see it.
+    """
+    example = runpy.run_path(str(EXAMPLE)) if kind == "InStages" else {}
+    strategy = example.get(kind, kind)(torch.device("meta"))
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg"] += 1
+    strategy.optimizers = [optimizer]
+    strategy.load_optimizer_state_dict({"optimizer_states": [saved]})
+    found = optimizer.state[layer.weight]["exp_avg"]
+    assert found.is_meta == (kind is SingleDeviceStrategy)
+    if kind == "InStages":
+        strategy.model_to_device()
+        assert torch.equal(found, saved["state"][0]["exp_avg"])
