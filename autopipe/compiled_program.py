@@ -65,7 +65,7 @@ class CompiledProgram:
     lowered: Lowered
 
     def sizes(self, size: int) -> Sizes:
-        """The values of all symbols in a micro-batch of one size."""
+        """The values of all symbols in a micro-batch, or in a whole batch, of one size."""
         return {B: size, **dict(self.key.lengths)}
 
     @cached_property

@@ -110,8 +110,7 @@ class Pipeline(ModuleProxy):
                 values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
             else:
                 values = call.forward()
-            sizes = compiled.calls.sizes(inputs)
-            assert sizes is not None, "the captured model was chosen by the sizes of its inputs"
+            sizes = program.sizes(batch)
             return finish(compiled.split.captured, self.model, values, leaves, sizes)
 
     def _generate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
