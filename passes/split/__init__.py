@@ -8,6 +8,7 @@ Out: `Split`: K stage graphs, the routes of the values between them, and estimat
 Files, in reading order:
 
 - `cut`: `split`, which runs the steps
+- `allowed_cuts`: where the user allows cuts
 - `objective`: what a cut is optimized for
 - `op_costs`: per-op costs at the planned micro-batch size, the terms of all estimates
 - `min_cut_estimate`: what a min-cut is estimated to save and recompute
@@ -25,6 +26,7 @@ Files, in reading order:
 
 from __future__ import annotations
 
+from .allowed_cuts import CutAt
 from .cut import split
 from .follow_cut import EarlierCut
 from .objective import Objective, objective_of
@@ -32,6 +34,7 @@ from .replay_plan import PlannedCut, planned_cut_of
 from .stage_estimate import estimate_stages
 
 __all__ = [
+    "CutAt",
     "EarlierCut",
     "Objective",
     "PlannedCut",

@@ -3,7 +3,8 @@
 The captured order is used if its best cut is near the lower bound on all convex cuts: the program
 is easier to read, and gradients are summed in the captured order. Otherwise other orders are
 searched (`search_orders`), each is cut exactly for its stages' costs, and the best one is used if
-it is better by more than `SLACK`.
+it is better by more than `SLACK`. Where the user lists the modules with which stages start, the
+captured order is kept.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def assign_stages(groups: OpGroups) -> StageAssignment:
     except PartitionError as error:
         failed = error
     near = best and best[0][0] <= low * (1 + SLACK)
-    if not near and len(captured) <= ORDERED_GROUPS:
+    fixed = groups.costs.objective.cut_at.starts is not None or len(captured) > ORDERED_GROUPS
+    if not near and not fixed:
         low, orders = _orders(groups, loads)
         high = best[0][0] if best else None
         if high is None or high > low * (1 + SLACK):
