@@ -22,6 +22,7 @@ Files, in reading order:
 - `follow_cut`: follow the cut of another capture of the same model
 - `reorder`: reorder the program so that its stages are runs of ops
 - `extract_stages`: build the stage graphs and routes
+- `stage_modules`: the modules that stages compute
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .follow_cut import EarlierCut
 from .objective import Objective, objective_of
 from .replay_plan import PlannedCut, planned_cut_of
 from .stage_estimate import estimate_stages
+from .stage_modules import modules_by_stage
 
 __all__ = [
     "CutAt",
@@ -39,6 +41,7 @@ __all__ = [
     "Objective",
     "PlannedCut",
     "estimate_stages",
+    "modules_by_stage",
     "objective_of",
     "planned_cut_of",
     "split",

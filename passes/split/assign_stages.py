@@ -26,6 +26,8 @@ from autopipe.passes.partition import (
     search_orders,
 )
 
+from .allowed_cuts import module_calls
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -37,8 +39,9 @@ if TYPE_CHECKING:
     from .stage_loads import OrderedOps
 
 SLACK = 0.03
-"""How far a cut's bottleneck may be above the optimum if fewer bytes cross the cut. Costs are not
-known more precisely, and a cut between layers saves memory and is easier to read."""
+"""How far a cut's bottleneck may be above the optimum if fewer bytes cross the cut, or as many and
+it is within fewer modules. Costs are not known more precisely, and a cut between layers saves
+memory and is easier to read."""
 
 ORDERED_GROUPS = 4096
 """Graphs with more groups are cut in the captured order only."""
@@ -62,6 +65,8 @@ class StageAssignment:
 
 def assign_stages(groups: OpGroups) -> StageAssignment:
     """Find the cut with the least bottleneck; among nearly equal ones, that with fewest bytes sent.
+
+    Of several such cuts, the one within fewest modules is chosen.
 
     Args:
         groups: the ops, with their costs and the objective.
@@ -136,12 +141,22 @@ def _better_cut(
 
 
 def _crossing(ordered: OrderedOps) -> list[int]:
-    """Bytes of the tensors that cross each position 0..N of the groups."""
+    """What crosses each position 0..N of the groups: bytes of tensors, then calls of modules.
+
+    (Of two cuts that as many bytes cross, the one within fewer modules has the least sum.)
+    """
     group_of = ordered.group_of
+    groups = list(group_of.values())
+    calls = module_calls(ordered.ops).values()
+    within = crossing_at(
+        ((1, groups[call.first], groups[call.last]) for call in calls), len(ordered.starts)
+    )
+    more = 1 + sum(sorted(within)[-ordered.costs.objective.stages :])
     lifetimes = []
     for node, group in group_of.items():
         if isinstance(node.meta.get("val"), Tensor):
             last = max((group_of[u] for u in node.users if u in group_of), default=group)
             if last > group:
                 lifetimes.append((ordered.costs.nbytes(node), group, last))
-    return crossing_at(lifetimes, len(ordered.starts))
+    nbytes = crossing_at(lifetimes, len(ordered.starts))
+    return [n * more + calls for n, calls in zip(nbytes, within, strict=True)]
