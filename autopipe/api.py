@@ -9,6 +9,7 @@ from torch import nn
 
 from autopipe.batch_dims import batch_of
 from autopipe.call_signature import flatten
+from autopipe.cut_positions import cut_positions
 from autopipe.errors import OptionError, shown
 from autopipe.module import Pipeline
 from autopipe.options import parse_options
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from autopipe.option_names import (
         Backend,
         BatchNorm,
+        CutAtOption,
         OutReduce,
         Remat,
         Schedule,
@@ -54,6 +56,7 @@ def compile(
     backend: Backend = "eager",
     dynamic: Mapping[str, Mapping[int, str | None]] | None = None,
     cache_size: int = 32,
+    cut_at: CutAtOption = None,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Pipeline:
@@ -98,6 +101,13 @@ def compile(
             from then on. `torch._dynamo.mark_dynamic(tensor, dim)` marks one, too.
         cache_size: number of generated programs that are kept. Beyond it, those that were not used
             for longest are forgotten, and built anew when they are needed again.
+        cut_at: where the model may be cut. None: anywhere. "blocks": not within the members of its
+            lists of layers (``nn.ModuleList``, ``nn.Sequential``); a list whose members all differ,
+            as the stages of a ResNet do, gives way to the lists in them. Classes of modules, or
+            their names (``"LlamaDecoderLayer"``): not within such a module. Names of modules
+            (``"transformer.h.3"``): only in front of these, so K - 1 names are the cut; of more the
+            best are chosen. Each call of a module counts by itself. Only ops that get no gradient
+            and cost less than sending their results, as those of masks, may be repeated elsewhere.
         args, kwargs: example inputs, to compile immediately. Without them, the first call compiles.
 
     Returns:
@@ -108,7 +118,8 @@ def compile(
         CaptureError: the model cannot be captured faithfully.
         CouplingError: the model mixes the samples of a batch.
         InputError: the example inputs have no common batch size.
-        PartitionError: the model has too few ops for the number of stages.
+        PartitionError: the model has too few ops, or positions of `cut_at`, for the number of
+            stages.
         MemoryLimitError: no plan fits the memory limit; the error names changes that would fit.
         PlanError: the file is not a plan, or the plan is for another model.
     """
@@ -129,9 +140,12 @@ def compile(
         plan=plan,
         dynamic=dynamic,
         cache_size=cache_size,
+        cut_at=cut_at,
     )
     args, kwargs = _examples(args, kwargs)
-    pipeline = Pipeline(_module_of(model), options)
+    module = _module_of(model)
+    cut_positions(module, cut_at)  # which checks it
+    pipeline = Pipeline(module, options)
     if args or kwargs:
         pipeline.capture(*args, **kwargs)
     return pipeline
@@ -152,13 +166,15 @@ def plan(
     in_dims: Any = 0,
     out_reduce: OutReduce | None = None,
     batch_norm: BatchNorm = "deferred",
+    cut_at: CutAtOption = None,
 ) -> Plan:
     """Predict how `compile` cuts a model, the memory and time of each stage, and of a step.
 
     This needs neither weights nor GPUs: the model may be built under ``torch.device("meta")``.
 
     Args:
-        model, schedule, remat, memory, profile, in_dims, out_reduce, batch_norm: as for `compile`.
+        model, schedule, remat, memory, profile, in_dims, out_reduce, batch_norm, cut_at: as for
+            `compile`.
         devices: number of stages, or one device for each; a number may exceed what is present.
         chunks: M; None: the number with the shortest predicted step.
         args, kwargs: example inputs, with the batch size to plan for.
@@ -183,9 +199,11 @@ def plan(
         in_dims=in_dims,
         out_reduce=out_reduce,
         batch_norm=batch_norm,
+        cut_at=cut_at,
         elsewhere=not profile,
     )
     module = _module_of(model)
+    cut_positions(module, cut_at)  # which checks it
     args, kwargs = _examples(args, kwargs)
     leaves, spec = flatten(args, kwargs)
     dims, batch = batch_of(in_dims, module, args, kwargs)

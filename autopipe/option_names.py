@@ -6,7 +6,12 @@ compares them with these types.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
 
 Schedule = Literal["gpipe", "auto"]
 """`schedule`: the kinds that run here, or "auto"."""
@@ -25,3 +30,6 @@ OutReduce = Literal["mean", "sum"]
 
 Backend = Literal["eager"]
 """`backend`."""
+
+CutAtOption: TypeAlias = "str | type[nn.Module] | Sequence[str | type[nn.Module]] | None"
+"""`cut_at`: "blocks", or names or classes of modules."""

@@ -53,6 +53,7 @@ class Options:
         dynamic: argument → dimension whose size may change → its name, or None.
         cache_size: number of generated programs that are kept.
         models: device models for the times of each stage; None: those of `devices`.
+        cut_at: as the user wrote it; see `cut_positions`.
     """
 
     devices: tuple[torch.device, ...]
@@ -69,6 +70,7 @@ class Options:
     plan: Plan | None = None
     dynamic: Mapping[str, Mapping[int, str | None]] | None = None
     cache_size: int = 32
+    cut_at: Any = None
 
     @property
     def needs_planning(self) -> bool:
@@ -158,13 +160,14 @@ def parse_options(
     plan: Plan | None = None,
     dynamic: Mapping[str, Mapping[int, str | None]] | None = None,
     cache_size: int = 32,
+    cut_at: Any = None,
     elsewhere: bool = False,
 ) -> Options:
     """Check what the user wrote; None means the plan's value or the default.
 
     Args:
         devices, chunks, schedule, remat, memory, in_dims, out_reduce, batch_norm: as for `compile`.
-        backend, loss_fn, profile, plan, dynamic, cache_size: as for `compile`.
+        backend, loss_fn, profile, plan, dynamic, cache_size, cut_at: as for `compile`.
         device: as for `autopipe.plan`.
         elsewhere: the pipeline will run on another machine, so more `devices` than are here are
             allowed.
@@ -174,7 +177,7 @@ def parse_options(
             valid.
     """
     if plan is not None:
-        devices = _devices_beside_plan(plan, devices, chunks, schedule, remat, memory)
+        devices = _devices_beside_plan(plan, devices, chunks, schedule, remat, memory, cut_at)
         schedule = plan.schedule
     if devices is None:
         raise OptionError(
@@ -208,6 +211,7 @@ def parse_options(
         profile=profile,
         dynamic=dynamic,
         cache_size=cache_size,
+        cut_at=cut_at,
     )
     return options if plan is None else options.planned(plan)
 
@@ -252,6 +256,7 @@ def _devices_beside_plan(
     schedule: str | None,
     remat: Any,
     memory: Any,
+    cut_at: Any,
 ) -> Any:
     """Check that the other options agree with a plan (devices: in number); return the devices."""
     K = len(plan.stages)
@@ -272,10 +277,14 @@ def _devices_beside_plan(
                 found=f"{name}={shown(given)}",
                 remedy=f"leave {name} to the plan, or make another plan",
             )
-    if memory is not None:
-        raise OptionError(
-            "a memory limit beside a plan",
-            found=f"memory={shown(memory)}",
-            remedy="give the limit to autopipe.plan, or leave the plan out",
-        )
+    for what, name, value in (
+        ("a memory limit", "memory", memory),
+        ("positions to cut at", "cut_at", cut_at),
+    ):
+        if value is not None:
+            raise OptionError(
+                f"{what} beside a plan",
+                found=f"{name}={shown(value)}",
+                remedy=f"give {name} to autopipe.plan, or leave the plan out",
+            )
     return K if devices is None else devices

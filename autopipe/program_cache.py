@@ -28,6 +28,7 @@ from autopipe.capture_log import CaptureLog
 from autopipe.capture_reasons import CaptureReason, reason_for
 from autopipe.compiled import CompiledModel
 from autopipe.compiled_models import CallKey, CompiledModels
+from autopipe.cut_positions import cut_positions
 from autopipe.errors import OptionError, describe
 from autopipe.model_state_key import model_state_key
 from autopipe.parameters import replaced_error
@@ -252,7 +253,10 @@ class ProgramCache:
         sizes = microbatch.sizes(batch, chunks, least_samples(annotated.captured, batch))
         models = options.device_models
         in_flight = schedule(options.schedule_kind, len(models), len(sizes)).in_flight()
-        objective = objective_of(models, max(sizes), remat=remat, in_flight=in_flight)
+        cut_at = cut_positions(self.model, options.cut_at)
+        objective = objective_of(
+            models, max(sizes), remat=remat, in_flight=in_flight, cut_at=cut_at
+        )
         return cut_into_stages(
             annotated,
             objective,

@@ -32,7 +32,7 @@ LAYERS = (
     {"errors", "interrupts", "logs", "version"},
     {"passes", "runtime", "progress", "typed_json", "target", "formatting"}
     | {"option_names", "torch_version"},
-    {"report", "planning", "profile", "options", "option_parsing", "batch_dims"}
+    {"report", "planning", "profile", "options", "option_parsing", "batch_dims", "cut_positions"}
     | {"parameters", "placement", "results", "tensor_meta", "version_watch"},
     {"call_guards", "call_numbers", "call_signature", "caller_modes", "model_state_key"}
     | {"module_proxy", "valid_calls", "varying"}

@@ -52,6 +52,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--batch-norm", default="deferred", help="deferred (default) or micro: when running "
         "statistics change, once a step or once a micro-batch")  # fmt: skip
     add("--out-reduce", metavar="RULE", help="mean or sum, where a result's rule is not derived")
+    add("--cut-at", type=_names, metavar="WHERE", help="blocks; or names of modules or classes: "
+        "LlamaDecoderLayer or h.3,h.6 (default: anywhere)")  # fmt: skip
     add("--memory", type=_sizes, metavar="SIZE", help="a limit for each device, such as 16GiB; "
         "or a list of one for each: 80GiB,24GiB")  # fmt: skip
     add("--device", metavar="NAME", help=f"whose speeds: {', '.join(DEVICES)}; "
@@ -86,6 +88,7 @@ def _run(options: Namespace) -> None:
         profile=options.profile,
         batch_norm=options.batch_norm,
         out_reduce=options.out_reduce,
+        cut_at=options.cut_at,
     )
     try:
         if options.output is not None:
@@ -121,6 +124,11 @@ def _sizes(text: str) -> str:
     if re.search("[0-9.]{17}", text):
         raise ArgumentTypeError("more than 16 digits")
     return text
+
+
+def _names(text: str) -> str | list[str]:
+    """The word "blocks", or names of modules and classes."""
+    return text if text == "blocks" else text.split(",")
 
 
 def _one_or_each(text: str | None) -> str | list[str] | None:

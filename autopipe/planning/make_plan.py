@@ -15,7 +15,7 @@ from autopipe.passes.cost import (
 )
 from autopipe.passes.ir import InputKind, at_batch
 from autopipe.passes.schedule import schedule
-from autopipe.passes.split import PlannedCut, planned_cut_of
+from autopipe.passes.split import PlannedCut, modules_by_stage, planned_cut_of
 from autopipe.planning.plan_parts import DuplicatedCall, Segment, StagePlan, Times
 from autopipe.planning.plans import Plan
 from autopipe.report.stages import BoundaryTensor
@@ -90,6 +90,7 @@ def make_plan(
     distinct = sorted(set(sizes), reverse=True)
     in_flight = schedule(options.schedule_kind, K, len(sizes)).in_flight()
     nbytes = {(k, s): _stage_bytes(phased[s], k) for k in range(K) for s in distinct}
+    modules = modules_by_stage(split)
     plan = Plan(
         model=type(model).__name__,
         training=model.training,
@@ -102,6 +103,7 @@ def make_plan(
             _stage(
                 split,
                 stage,
+                modules[stage.index],
                 [phased[s] for s in distinct],
                 [nbytes[stage.index, s] for s in sizes],
                 timers[stage.index],
@@ -147,6 +149,7 @@ def planned_cut(plan: Plan) -> PlannedCut:
 def _stage(
     split: Split,
     stage: StageGraph,
+    modules: str,
     phased: Sequence[Phased],
     nbytes: Sequence[StageBytes],
     timer: StageTimer,
@@ -159,6 +162,7 @@ def _stage(
     saved = [n.saved for n in nbytes]
     return StagePlan(
         first=split.firsts[stage.index],
+        modules=modules or split.firsts[stage.index] or "none",
         calls=len(split.ops[k]),
         device=str(options.devices[k]),
         speeds=timer.name,

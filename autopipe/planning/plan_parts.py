@@ -104,6 +104,8 @@ class StagePlan:
 
     Attributes:
         first: name of its first op in the captured graph; None if it has no op.
+        modules: the first and the last module that it computes, as `modules_by_stage` says, or its
+            first op if none is in a module.
         calls: number of ops of the captured graph that it computes.
         device: the device that it was planned for, as text.
         speeds: where the times come from: a device of `autopipe.passes.devices`, or
@@ -128,6 +130,7 @@ class StagePlan:
     """
 
     first: str | None
+    modules: str
     calls: int
     device: str
     speeds: str
@@ -157,14 +160,6 @@ class StagePlan:
         if self.speeds.startswith("measured") or self.speeds == "cpu-core":
             return self.device
         return self.speeds if self.device == "cpu" else f"{self.device} ({self.speeds})"
-
-    @property
-    def modules(self) -> str:
-        """The modules that own its parameters: the first and the last, or its first op."""
-        owners = list(dict.fromkeys(n.rpartition(".")[0] for n in self.parameters))
-        if not any(owners):
-            return self.first or "none"
-        return owners[0] if len(owners) == 1 else f"{owners[0]} … {owners[-1]}"
 
     @property
     def forward_seconds(self) -> float:

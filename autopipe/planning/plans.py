@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from autopipe.planning.plan_parts import Crossing, StagePlan
 
-FORMAT, VERSION = "autopipe plan", 3
+FORMAT, VERSION = "autopipe plan", 4
 
 MOST_STAGES = 1024
 """Stages of a plan in a file."""
@@ -43,7 +43,9 @@ class Plan(PlanData):
         """Whether another plan is the same, apart from times and peak memory."""
 
         def what(plan: Plan) -> Plan:
-            stages = tuple(replace(s, times=(), speeds="", peak_bytes=0) for s in plan.stages)
+            stages = tuple(
+                replace(s, modules="", times=(), speeds="", peak_bytes=0) for s in plan.stages
+            )
             return replace(
                 plan, stages=stages, bound_seconds=None, cut_seconds=None, gather_seconds=0.0
             )

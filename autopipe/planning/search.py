@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from autopipe.cut_positions import cut_positions
 from autopipe.errors import InputError, MemoryLimitError
 from autopipe.passes.driver import cut_into_stages, phases_by_size
 from autopipe.passes.phases import TraceCache, batch_norms, least_samples
@@ -154,6 +155,7 @@ class Search:
             remat=remat,
             in_flight=in_flight,
             times=None if self.measured is None else self.measured(max(sizes)),
+            cut_at=cut_positions(self.model, self.options.cut_at),
         )
 
     def sizes(self, batch: int, chunks: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from autopipe.errors import printable
 from autopipe.formatting import format_bytes, notebook_table
 from autopipe.passes.cost import StageCost, stage_costs
 from autopipe.passes.ir import CALLER, B, InputKind
+from autopipe.passes.split import modules_by_stage
 from autopipe.planning.plan_parts import Boundary, Crossing
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class StageView:
     Attributes:
         index: position in the pipeline.
         device: the device that it runs on.
+        modules: the first and the last module that it computes; empty if no op is in one.
         graph_module: its forward as an fx graph: ``graph_module(*held, *inputs) -> outputs``.
         held: names of the graph's first placeholders: its parameters, buffers and constants.
         parameters: qualified names of the parameters that it owns.
@@ -85,6 +87,7 @@ class StageView:
 
     index: int
     device: torch.device
+    modules: str
     graph_module: fx.GraphModule = field(repr=False)
     held: tuple[str, ...] = field(repr=False)
     parameters: tuple[str, ...] = field(repr=False)
@@ -93,13 +96,14 @@ class StageView:
     cost: StageCost
 
     def __repr__(self) -> str:
-        """One line: ``Stage 0 on cpu: 9.4 MiB of parameters, 1 input, 2 outputs``."""
+        """One line: ``Stage 0 on cpu: h.0 … h.2, 9.4 MiB of parameters, 1 input, 2 outputs``."""
         return f"Stage {self.index} on {self.device}: " + ", ".join(self._facts())
 
     def _facts(self) -> tuple[str, ...]:
         parameters = f"{format_bytes(self.cost.parameter_bytes)} of parameters"
         counts = ((len(self.inputs), "input"), (len(self.outputs), "output"))
-        return (parameters, *(f"{n} {what}{'s' * (n != 1)}" for n, what in counts))
+        modules = [printable(self.modules)] if self.modules else []
+        return (*modules, parameters, *(f"{n} {what}{'s' * (n != 1)}" for n, what in counts))
 
     @property
     def code(self) -> str:
@@ -119,7 +123,7 @@ class StageViews(tuple[StageView, ...]):
         return "\n".join(lines + more)
 
     def _repr_html_(self) -> str:
-        headings = ("stage", "device", "parameters", "receives", "returns")
+        headings = ("stage", "device", "modules", "parameters", "receives", "returns")
 
         def names(tensors: Sequence[BoundaryTensor]) -> str:
             return ", ".join(f"{t.name} {t.tensor_type}" for t in tensors) or "nothing"
@@ -128,6 +132,7 @@ class StageViews(tuple[StageView, ...]):
             (
                 str(stage.index),
                 str(stage.device),
+                stage.modules,
                 format_bytes(stage.cost.parameter_bytes),
                 names(stage.inputs),
                 names(stage.outputs),
@@ -145,14 +150,18 @@ def views(split: Split, sizes: Sequence[int], devices: Sequence[torch.device]) -
         sizes: samples in each micro-batch; costs are those of the largest.
         devices: one for each stage.
     """
-    placed = zip(split.stages, devices, stage_costs(split, max(sizes)), strict=True)
+    costs = stage_costs(split, max(sizes))
+    placed = zip(split.stages, devices, modules_by_stage(split), costs, strict=True)
     return StageViews(_view(split, *one) for one in placed)
 
 
-def _view(split: Split, stage: StageGraph, device: torch.device, cost: StageCost) -> StageView:
+def _view(
+    split: Split, stage: StageGraph, device: torch.device, modules: str, cost: StageCost
+) -> StageView:
     return StageView(
         index=stage.index,
         device=device,
+        modules=modules,
         graph_module=stage.graph_module,
         held=tuple(i.name for i in stage.held),
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),

@@ -195,7 +195,7 @@ class _BufferRewriter:
     def add(self, like: fx.Node, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         """Add an op with the source line and module path of `like`."""
         new = add_call(self.graph, target, *args, **kwargs)
-        new.meta |= {k: v for k, v in like.meta.items() if k in ("stack_trace", "modules")}
+        new.meta |= {k: v for k, v in like.meta.items() if k in ("stack_trace", "modules", "calls")}
         return new
 
     def out_of_place(self, node: fx.Node, targets: list[fx.Node]) -> fx.Node:

@@ -186,14 +186,16 @@ def copied_meta(node: fx.Node) -> dict[str, Any]:
 
     Returns:
         "val": its value on fake tensors; "stack_trace": the user's stack frame; "modules": the
-        paths of the submodules that it was called in, outermost first.
+        paths of the submodules that it was called in, outermost first; "calls": for each of these
+        a name of the call, since a module may be called several times.
     """
     meta = {"val": node.meta["val"]} if "val" in node.meta else {}
     trace = trim_to_user_frame(node.meta.get("stack_trace"))
-    stack = (node.meta.get("nn_module_stack") or {}).values()
-    modules = [path.removeprefix("model.") for path, _ in stack if path.startswith("model.")]
-    if modules:
-        meta["modules"] = modules
+    stack = (node.meta.get("nn_module_stack") or {}).items()
+    called = [(path, call) for call, (path, _) in stack if path.startswith("model.")]
+    if called:
+        meta["modules"] = [path.removeprefix("model.") for path, _ in called]
+        meta["calls"] = [call for _, call in called]
     return meta | ({"stack_trace": trace} if trace else {})
 
 

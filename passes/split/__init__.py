@@ -8,6 +8,7 @@ Out: `Split`: K stage graphs, the routes of the values between them, and estimat
 Files, in reading order:
 
 - `cut`: `split`, which runs the steps
+- `allowed_cuts`: where the user allows cuts
 - `objective`: what a cut is optimized for
 - `op_costs`: per-op costs at the planned micro-batch size, the terms of all estimates
 - `min_cut_estimate`: what a min-cut is estimated to save and recompute
@@ -21,21 +22,26 @@ Files, in reading order:
 - `follow_cut`: follow the cut of another capture of the same model
 - `reorder`: reorder the program so that its stages are runs of ops
 - `extract_stages`: build the stage graphs and routes
+- `stage_modules`: the modules that stages compute
 """
 
 from __future__ import annotations
 
+from .allowed_cuts import CutAt
 from .cut import split
 from .follow_cut import EarlierCut
 from .objective import Objective, objective_of
 from .replay_plan import PlannedCut, planned_cut_of
 from .stage_estimate import estimate_stages
+from .stage_modules import modules_by_stage
 
 __all__ = [
+    "CutAt",
     "EarlierCut",
     "Objective",
     "PlannedCut",
     "estimate_stages",
+    "modules_by_stage",
     "objective_of",
     "planned_cut_of",
     "split",

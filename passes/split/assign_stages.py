@@ -3,7 +3,8 @@
 The captured order is used if its best cut is near the lower bound on all convex cuts: the program
 is easier to read, and gradients are summed in the captured order. Otherwise other orders are
 searched (`search_orders`), each is cut exactly for its stages' costs, and the best one is used if
-it is better by more than `SLACK`.
+it is better by more than `SLACK`. Where the user lists the modules with which stages start, the
+captured order is kept.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from autopipe.passes.partition import (
     search_orders,
 )
 
+from .allowed_cuts import module_calls
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -36,8 +39,9 @@ if TYPE_CHECKING:
     from .stage_loads import OrderedOps
 
 SLACK = 0.03
-"""How far a cut's bottleneck may be above the optimum if fewer bytes cross the cut. Costs are not
-known more precisely, and a cut between layers saves memory and is easier to read."""
+"""How far a cut's bottleneck may be above the optimum if fewer bytes cross the cut, or as many and
+it is within fewer modules. Costs are not known more precisely, and a cut between layers saves
+memory and is easier to read."""
 
 ORDERED_GROUPS = 4096
 """Graphs with more groups are cut in the captured order only."""
@@ -62,6 +66,8 @@ class StageAssignment:
 def assign_stages(groups: OpGroups) -> StageAssignment:
     """Find the cut with the least bottleneck; among nearly equal ones, that with fewest bytes sent.
 
+    Of several such cuts, the one within fewest modules is chosen.
+
     Args:
         groups: the ops, with their costs and the objective.
 
@@ -79,7 +85,8 @@ def assign_stages(groups: OpGroups) -> StageAssignment:
     except PartitionError as error:
         failed = error
     near = best and best[0][0] <= low * (1 + SLACK)
-    if not near and len(captured) <= ORDERED_GROUPS:
+    fixed = groups.costs.objective.cut_at.starts is not None or len(captured) > ORDERED_GROUPS
+    if not near and not fixed:
         low, orders = _orders(groups, loads)
         high = best[0][0] if best else None
         if high is None or high > low * (1 + SLACK):
@@ -134,12 +141,22 @@ def _better_cut(
 
 
 def _crossing(ordered: OrderedOps) -> list[int]:
-    """Bytes of the tensors that cross each position 0..N of the groups."""
+    """What crosses each position 0..N of the groups: bytes of tensors, then calls of modules.
+
+    (Of two cuts that as many bytes cross, the one within fewer modules has the least sum.)
+    """
     group_of = ordered.group_of
+    groups = list(group_of.values())
+    calls = module_calls(ordered.ops).values()
+    within = crossing_at(
+        ((1, groups[call.first], groups[call.last]) for call in calls), len(ordered.starts)
+    )
+    more = 1 + sum(sorted(within)[-ordered.costs.objective.stages :])
     lifetimes = []
     for node, group in group_of.items():
         if isinstance(node.meta.get("val"), Tensor):
             last = max((group_of[u] for u in node.users if u in group_of), default=group)
             if last > group:
                 lifetimes.append((ordered.costs.nbytes(node), group, last))
-    return crossing_at(lifetimes, len(ordered.starts))
+    nbytes = crossing_at(lifetimes, len(ordered.starts))
+    return [n * more + calls for n, calls in zip(nbytes, within, strict=True)]

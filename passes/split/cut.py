@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from autopipe.errors import PartitionError
+from autopipe.errors import PartitionError, shown
 from autopipe.passes.graph import fingerprint, warn_at_user_line
 from autopipe.passes.ir import Annotated, StageEstimates
 
@@ -14,6 +14,7 @@ from .assign_stages import assign_stages
 from .duplicate_ops import duplicate_ops
 from .extract_stages import extract_stages
 from .follow_cut import EarlierCut, follow_cut
+from .objective import ANYWHERE
 from .op_costs import OpCosts
 from .op_groups import OpGroups
 from .relocate_ops import relocate_ops
@@ -46,7 +47,8 @@ def split(
         annotated: the graph and its costs.
         objective: what it is cut for, K stages.
         planned: where to cut. None: find the cut under the objective's limits whose slowest stage
-            is fastest or within `SLACK` of that, with the fewest bytes crossing.
+            is fastest or within `SLACK` of that, with the fewest bytes crossing; of these, the one
+            within fewest modules.
         must_fit: raise if the planned cut is not one of this graph; else such a cut is ignored (in
             evaluation mode a model may run other ops than in training).
         earlier: a cut of another capture of the same model, to follow.
@@ -56,7 +58,8 @@ def split(
         in another order.
 
     Raises:
-        PartitionError: the graph has fewer than K groups of ops, or no cut satisfies the limits.
+        PartitionError: the graph has fewer than K groups of ops that may be in different stages,
+            or no cut satisfies the limits.
         PlanError: a planned cut is not one of this graph.
         UnsupportedError: the model changes an input or a parameter in place.
     """
@@ -65,23 +68,18 @@ def split(
         empty = StageEstimates((0.0,), (0,), (objective.policies(0)[0],))
         return extract_stages(annotated, {}, empty)
     groups = OpGroups.of(costs)
+    smallest = OpGroups.smallest(costs)
     if earlier is not None:
         return _extracted(costs, follow_cut(earlier, groups), 0.0, earlier.owners)
     assignment = None
     if planned is not None:
-        assignment = replay_plan(planned, groups, must_fit=must_fit)
-    if assignment is None and stages > len(groups.starts):
-        raise PartitionError(
-            f"the model cannot be cut into {stages} stages",
-            expected=f"at least {stages} groups of ops that can be in different stages",
-            found=f"{len(costs.ops)} ops, {max(0, len(groups.starts) - 1)} positions to cut at",
-            remedy="use fewer devices",
-        )
+        assignment = replay_plan(planned, smallest, must_fit=must_fit)
     if assignment is None:
+        _check_enough(groups)
         chosen, planned = assign_stages(groups), None
         assignment, bound = _improved(groups, chosen.stage_of), chosen.lower_bound
     else:
-        loads = groups.in_order().loads()
+        loads = smallest.in_order().loads()
         bound = float(loads.lower_bound * loads.unit)
     result = _extracted(costs, assignment, bound)
     graph = result.captured.graph_module.graph
@@ -93,13 +91,37 @@ def split(
     return result
 
 
+def _check_enough(groups: OpGroups) -> None:
+    """Check that there are as many groups as stages.
+
+    Raises:
+        PartitionError: there are fewer. The error counts positions to cut at, and names the modules
+            that the user listed but with which no stage can start.
+    """
+    costs, found = groups.costs, len(groups.starts)
+    stages, cut_at = costs.objective.stages, costs.objective.cut_at
+    if stages <= found:
+        return
+    restricted = cut_at != ANYWHERE
+    starts = {costs.ops[at] for at in groups.starts[1:]}
+    paths = {path for node in starts for path in node.meta.get("modules", ())}
+    useless = sorted((cut_at.starts or frozenset()) - paths)
+    raise PartitionError(
+        f"the model cannot be cut into {stages} stages" + " where `cut_at` allows it" * restricted,
+        expected=f"at least {stages} groups of ops that can be in different stages",
+        found=f"{len(costs.ops)} ops, {max(0, found - 1)} positions to cut at"
+        + f"; none at {', '.join(map(shown, useless))}" * bool(useless),
+        remedy="use fewer devices" + ", or allow cuts at more modules" * restricted,
+    )
+
+
 def _improved(groups: OpGroups, stage_of: Mapping[fx.Node, int]) -> Assignment:
     """A cut with fewer transfers: some ops relocated, some duplicated.
 
     (Duplicates need some memory; if there is not enough, the values are sent instead.)
     """
     stage_of = relocate_ops(groups, stage_of)
-    assignment = duplicate_ops(groups, stage_of)
+    assignment = duplicate_ops(OpGroups.smallest(groups.costs), stage_of)
     if estimate_assignment(groups.costs, assignment).fits(groups.costs.objective.limits):
         return assignment
     return {node: (k,) for node, k in stage_of.items()}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from autopipe.passes.ir import InputKind
 
 from .duplicate_ops import duplicable_ops
+from .op_groups import OpGroups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from autopipe.passes.ir import Split
 
-    from .op_groups import OpGroups
     from .stage_estimate import Assignment
 
 OpKey = tuple[str, str]
@@ -92,7 +92,8 @@ def follow_cut(earlier: EarlierCut, groups: OpGroups) -> Assignment:
         n: (k,) for members, k in zip(groups.members, stage_of_group, strict=True) for n in members
     }
     several = {n for n, stages in same.items() if len(stages) > 1}
-    for node in several & duplicable_ops(groups) if several else ():
+    smallest = OpGroups.smallest(groups.costs)
+    for node in several & duplicable_ops(smallest) if several else ():
         if assignment[node][0] == same[node][0]:
             assignment[node] = same[node]
     return assignment

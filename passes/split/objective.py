@@ -9,10 +9,16 @@ from autopipe.errors import OptionError
 from autopipe.passes.devices import ADAM_BYTES, Device
 from autopipe.passes.remat_policies import DEFAULT, RematPolicy, policy_options
 
+from .allowed_cuts import CutAt
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from autopipe.passes.cost import CallSeconds
+
+
+ANYWHERE = CutAt()
+"""Cuts that the user does not restrict."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Objective:
         times: measured times of ops by name; None: those of the devices' models.
         corrections: by stage and policy, bytes to add to the estimate of a stage's memory, where a
             trace showed that it is too low (negative: too high).
+        cut_at: where stages may start.
 
     Raises:
         OptionError: a value out of range, or not one for each stage.
@@ -44,6 +51,7 @@ class Objective:
     state_bytes: int = ADAM_BYTES
     times: Mapping[str, CallSeconds] | None = None
     corrections: Mapping[tuple[int, RematPolicy], int] = field(default_factory=dict)
+    cut_at: CutAt = ANYWHERE
 
     def __post_init__(self) -> None:
         K = len(self.devices)
@@ -99,6 +107,7 @@ def objective_of(
     remat: Sequence[RematPolicy | tuple[RematPolicy, ...]] | RematPolicy = DEFAULT,
     in_flight: Sequence[int] | None = None,
     times: Mapping[str, CallSeconds] | None = None,
+    cut_at: CutAt = ANYWHERE,
 ) -> Objective:
     """The objective without limits.
 
@@ -108,6 +117,7 @@ def objective_of(
         remat: the policy of all stages, or of each.
         in_flight: micro-batches per stage; None: 1.
         times: measured times of ops by name; None: those of the devices' models.
+        cut_at: where stages may start.
 
     Raises:
         OptionError: a value out of range, or not one for each stage.
@@ -115,7 +125,9 @@ def objective_of(
     K = len(devices)
     policies = (remat,) * K if isinstance(remat, RematPolicy) else tuple(remat)
     counts = (1,) * K if in_flight is None else tuple(in_flight)
-    return Objective(batch, tuple(devices), policies, counts, (None,) * K, times=times)
+    limits = (None,) * K
+    devices = tuple(devices)
+    return Objective(batch, devices, policies, counts, limits, times=times, cut_at=cut_at)
 
 
 def _are_policies(value: object) -> bool:

@@ -5,6 +5,8 @@ Ops stay together if they are
 - an op with several results and the ops that unpack it, or
 - the ops over the lifetime of a tensor that is changed in place: from the first op that uses its
   memory to the last one that writes to it, so that no stage sees another stage change its memory.
+
+The user may ask for larger groups (`CutAt`): whole modules, or all ops up to a module's start.
 """
 
 from __future__ import annotations
@@ -44,14 +46,24 @@ class OpGroups:
     starts: Sequence[int]
 
     @classmethod
-    def of(cls, costs: OpCosts) -> OpGroups:
-        """The smallest groups.
+    def smallest(cls, costs: OpCosts) -> OpGroups:
+        """The smallest groups, wherever the user allows cuts.
 
         Raises:
             UnsupportedError: the model changes an input or a parameter in place.
         """
         allowed = _may_start(costs.ops, costs.annotated.captured.inputs)
         return cls(costs, [p for p in range(len(costs.ops)) if not p or allowed[p]])
+
+    @classmethod
+    def of(cls, costs: OpCosts) -> OpGroups:
+        """The smallest groups that are not cut where the objective forbids it.
+
+        Raises:
+            UnsupportedError: the model changes an input or a parameter in place.
+        """
+        allowed = costs.objective.cut_at.positions(costs.ops)
+        return cls(costs, [p for p in cls.smallest(costs).starts if not p or allowed[p]])
 
     @property
     def members(self) -> list[list[fx.Node]]:

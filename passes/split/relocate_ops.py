@@ -39,12 +39,13 @@ def relocate_ops(groups: OpGroups, stage_of: Mapping[fx.Node, int]) -> dict[fx.N
         stage_of: the stage of each op.
 
     Returns:
-        Stages that reduce the sum of the stages' times and do not increase the largest.
+        Stages that reduce the sum of the stages' times and do not increase the largest. Where the
+        user lists the modules with which stages start, these are `stage_of`.
     """
     costs, members = groups.costs, groups.members
     objective = costs.objective
     stages = [stage_of[part[0]] for part in members]
-    if objective.transfers_are_free:
+    if objective.transfers_are_free or objective.cut_at.starts is not None:
         return dict(stage_of)
 
     def assignment() -> Assignment:

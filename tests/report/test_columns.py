@@ -114,14 +114,6 @@ def test_idle_devices_are_advised_against() -> None:
     assert replace(PLAN, stages=nothing).advice == ()
 
 
-def test_modules_are_those_of_the_parameters() -> None:
-    stage = PLAN.stages[0]
-    assert stage.modules == "layers.0"
-    assert replace(stage, parameters=("a.b.weight", "a.b.bias", "c.weight")).modules == "a.b … c"
-    assert replace(stage, parameters=()).modules == stage.first
-    assert replace(stage, parameters=("scale",)).modules == stage.first
-
-
 def test_a_plan_in_a_notebook_is_short_and_escaped() -> None:
     hostile = replace(PLAN, model="<b>\x1b")
     assert "\n" not in repr(hostile)

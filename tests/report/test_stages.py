@@ -78,7 +78,8 @@ def test_the_texts_of_a_pipeline_are_short() -> None:
     pipe = autopipe.compile(layers, 18, 2)
     pipe(torch.randn(4, 4)).sum().backward()
     lines = repr(pipe.stages).splitlines()
-    assert lines[0].startswith("Stage 0 on cpu: ")
+    assert lines[0].startswith("Stage 0 on cpu: 0")
+    assert pipe.stages[17].modules.endswith("19")
     assert lines[-1] == "… 2 more"
     assert len(lines) == 17
     assert repr(pipe.stages[1:]).count("Stage") == 17, "a slice is a tuple"

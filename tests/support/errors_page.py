@@ -48,6 +48,9 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             pipe = autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2, loss_fn=loss_fn)
             pipe.step(torch.randn(6, 4))
             """,
+        "A module to cut at that the model does not have": """\
+            autopipe.compile(nn.Sequential(nn.Linear(4, 4)), 1, 2, cut_at=["Linaer"])
+            """,
         "A question before the first call": """\
             autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2).explain()
             """,

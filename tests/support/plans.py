@@ -46,6 +46,7 @@ def made_plan(
         stages=tuple(
             StagePlan(
                 first=f"linear_{k}",
+                modules=f"layers.{k}",
                 calls=3 + k,
                 device="cpu",
                 parameters=(f"layers.{k}.weight", f"layers.{k}.bias"),

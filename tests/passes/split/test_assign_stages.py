@@ -26,7 +26,7 @@ from autopipe.passes.split.cut import split
 from autopipe.passes.split.objective import Objective
 from autopipe.passes.split.op_costs import OpCosts
 from autopipe.passes.split.replay_plan import planned_cut_of
-from tests.support.programs import captured_of, run_stages
+from tests.support.programs import captured_of, run_stages, split_of
 
 SIZE = 2
 
@@ -121,6 +121,21 @@ def test_the_captured_order_is_kept_where_it_is_good() -> None:
     assert not cut.captured.original_positions
     assert cut.captured is even.captured
     assert cut.estimates.gap <= SLACK
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_of_equal_cuts_the_one_between_modules_is_chosen(after: int) -> None:
+    """As much crosses a cut before or after each small op, and balance hardly differs."""
+    before = 4 - after
+
+    def acts(count: int) -> list[nn.Module]:
+        return [nn.Tanh() for _ in range(count)]
+
+    layers = [nn.Linear(2048, 2048) for _ in range(2)]
+    blocks = [nn.Sequential(*acts(before), layer, *acts(after)) for layer in layers]
+    cut = split_of(nn.Sequential(*blocks), 2, torch.randn(4, 2048))
+    assert cut.ops[0][-1].meta["modules"][0] == "0"
+    assert cut.ops[1][0].meta["modules"][0] == "1"
 
 
 def test_limits_hold_in_the_chosen_order() -> None:
