@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check format docs docs-site wheel bench clean
+.PHONY: help demo test test-all test-part check format docs docs-site wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ test: $(VENV)/.installed ## run the tests, each promise in its smallest form; PY
 
 test-all: $(VENV)/.installed ## run all tests: every model, every combination, random graphs
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+test-part: $(VENV)/.installed ## run `make test` and a part of the others: PART=3/12
+	@test -n "$(PART)" || { echo "usage: make test-part PART=3/12"; exit 2; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --full-part=$(PART) $(PYTEST_ARGS)
 
 check: $(VENV)/.installed ## lint, formatting, types
 	@$(BIN)/ruff check

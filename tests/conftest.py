@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from tests.support import once
-from tests.support.tiers import files_by_tier, group_by_model, mark_full
+from tests.support.tiers import (
+    files_by_tier,
+    group_by_model,
+    mark_full,
+    outside_part,
+    parse_part,
+)
 
 torch.set_num_threads(1)
 gc.set_threshold(50_000, 20, 100)  # tracing makes objects by the million; this saves a tenth
@@ -20,11 +26,18 @@ gc.set_threshold(50_000, 20, 100)  # tracing makes objects by the million; this 
 FILES = pytest.StashKey[dict[str, bool]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-part", help="run the first tier and this part of the rest: 3/12")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m "not full" takes its choice
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_full(items)
     group_by_model(items)
     config.stash[FILES] = files_by_tier(items)
+    if text := config.getoption("full_part"):
+        items[:], others = outside_part(items, *parse_part(text))
+        config.hook.pytest_deselected(items=others)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.support.tiers import few_of, files_by_tier, mark_full
+from tests.support.tiers import few_of, files_by_tier, mark_full, outside_part, parse_part
 
 FULL_ONLY: dict[str, str] = {
     "tests/system/test_curves.py": "many steps; one is compared in test_transparency.py",
@@ -48,6 +49,21 @@ class Item:
 
     def add_marker(self, name: str) -> None:
         self.marks[name] = SimpleNamespace(args=())
+
+
+def test_parts_of_the_full_tier_are_all_of_it() -> None:
+    items: Any = [Item(f"a.py::test_numbers[{n}]", **{"full": ()} if n else {}) for n in range(99)]
+    parts = [outside_part(items, part, 4) for part in range(4)]
+    assert all(run[0] is items[0] for run, _ in parts)
+    found = [item.nodeid for run, _ in parts for item in run[1:]]
+    assert sorted(found) == sorted(item.nodeid for item in items[1:])
+    assert all(15 < len(run) < 35 and len(run) + len(others) == 99 for run, others in parts)
+
+
+@pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/4", "1/0"])
+def test_what_is_no_part(text: str) -> None:
+    with pytest.raises(pytest.UsageError, match=re.escape(text)):
+        parse_part(text)
 
 
 def test_few_mark_the_others_full() -> None:

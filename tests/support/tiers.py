@@ -2,10 +2,14 @@
 
 ``@pytest.mark.few(n)``, on a test or on a whole file, leaves n parameter sets of each parametrized
 test in the first tier, spread evenly from the first to the last, and marks the others ``full``.
+
+``--full-part=3/12`` runs the first tier and one of twelve parts of the rest: `.ci/run` takes
+another part for each commit.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 
 import pytest
@@ -37,6 +41,36 @@ def mark_full(items: list[pytest.Item]) -> None:
         for i, item in enumerate(together):
             if i not in stay:
                 item.add_marker("full")
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Parse ``3/12``: the part, from 0, and the number of parts.
+
+    Raises:
+        pytest.UsageError: it is something else.
+    """
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise pytest.UsageError(f"--full-part={text}: write 3/12 for the parts 0/12 to 11/12")
+    return int(part), int(parts)
+
+
+def outside_part(
+    items: list[pytest.Item], part: int, parts: int
+) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """Divide tests into those to run, and those of the full tier that are in other parts.
+
+    Args:
+        items: marked.
+        part: of the full tier, from 0.
+        parts: how many there are.
+    """
+    run, other = [], []
+    for item in items:
+        own = zlib.crc32(item.nodeid.partition("@")[0].encode()) % parts
+        full = item.get_closest_marker("full") is not None
+        (other if full and own != part else run).append(item)
+    return run, other
 
 
 def group_by_model(items: list[pytest.Item]) -> None:
