@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from autopipe.errors import OptionError, UnsupportedError, shown
 from autopipe.interrupts import deferred, raise_deferred
 from autopipe.module_proxy import ModuleProxy
 from autopipe.passes.capture import is_cache
-from autopipe.passes.cost import costed_at
+from autopipe.passes.cost import costed_at, stage_costs
 from autopipe.pipeline_call import PipelineCall
 from autopipe.placement import device_map, needs_map
 from autopipe.program_cache import ProgramCache
@@ -30,9 +31,10 @@ from autopipe.runtime.autograd import PipelineFunction
 from autopipe.verification.compare import ComparedPipeline, Verification, compare
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from autopipe.options import Options
+    from autopipe.passes.cost import StageCost
     from autopipe.passes.ir import Captured
     from autopipe.planning.plans import Plan
 
@@ -254,8 +256,13 @@ class Pipeline(ModuleProxy):
     def stages(self) -> tuple[StageView, ...]:
         """The stages: graph, code, boundary tensors, parameters, device, costs."""
         compiled, program = self._programs.last
-        split = costed_at(compiled.split, dict(program.key.lengths))
-        return views(split, program.key.sizes, self.options.devices)
+
+        @cache
+        def costs() -> Sequence[StageCost]:
+            split = costed_at(compiled.split, dict(program.key.lengths))
+            return stage_costs(split, max(program.key.sizes))
+
+        return views(compiled.split, self.options.devices, costs)
 
     @property
     def code(self) -> str:

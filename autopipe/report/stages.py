@@ -10,17 +10,17 @@ import sympy
 
 from autopipe.errors import printable
 from autopipe.formatting import format_bytes, notebook_table
-from autopipe.passes.cost import StageCost, stage_costs
 from autopipe.passes.ir import CALLER, B, InputKind
 from autopipe.passes.split import modules_by_stage
 from autopipe.planning.plan_parts import Boundary, Crossing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
     from torch import fx
 
+    from autopipe.passes.cost import StageCost
     from autopipe.passes.ir import Route, Sizes, Split, StageGraph
 
 MOST_SHOWN = 16
@@ -82,7 +82,7 @@ class StageView:
         parameters: qualified names of the parameters that it owns.
         inputs: the tensors that it receives, shared parameters first.
         outputs: the tensors that it returns.
-        cost: see `autopipe.passes.cost.stage_cost.StageCost`.
+        parameter_bytes: bytes of the parameters that it owns.
     """
 
     index: int
@@ -93,14 +93,20 @@ class StageView:
     parameters: tuple[str, ...] = field(repr=False)
     inputs: tuple[BoundaryTensor, ...]
     outputs: tuple[BoundaryTensor, ...]
-    cost: StageCost
+    parameter_bytes: int
+    _costs: Callable[[], Sequence[StageCost]] = field(repr=False, compare=False)
+
+    @property
+    def cost(self) -> StageCost:
+        """See `autopipe.passes.cost.stage_cost.StageCost`."""
+        return self._costs()[self.index]
 
     def __repr__(self) -> str:
         """One line: ``Stage 0 on cpu: h.0 … h.2, 9.4 MiB of parameters, 1 input, 2 outputs``."""
         return f"Stage {self.index} on {self.device}: " + ", ".join(self._facts())
 
     def _facts(self) -> tuple[str, ...]:
-        parameters = f"{format_bytes(self.cost.parameter_bytes)} of parameters"
+        parameters = f"{format_bytes(self.parameter_bytes)} of parameters"
         counts = ((len(self.inputs), "input"), (len(self.outputs), "output"))
         modules = [printable(self.modules)] if self.modules else []
         return (*modules, parameters, *(f"{n} {what}{'s' * (n != 1)}" for n, what in counts))
@@ -133,7 +139,7 @@ class StageViews(tuple[StageView, ...]):
                 str(stage.index),
                 str(stage.device),
                 stage.modules,
-                format_bytes(stage.cost.parameter_bytes),
+                format_bytes(stage.parameter_bytes),
                 names(stage.inputs),
                 names(stage.outputs),
             )
@@ -142,30 +148,39 @@ class StageViews(tuple[StageView, ...]):
         return notebook_table(f"{len(self)} stages", headings, rows)
 
 
-def views(split: Split, sizes: Sequence[int], devices: Sequence[torch.device]) -> StageViews:
+def views(
+    split: Split,
+    devices: Sequence[torch.device],
+    costs: Callable[[], Sequence[StageCost]],
+) -> StageViews:
     """Describe all stages of a split program.
 
     Args:
         split: the program.
-        sizes: samples in each micro-batch; costs are those of the largest.
         devices: one for each stage.
+        costs: returns the cost of each stage; is called when one is asked for.
     """
-    costs = stage_costs(split, max(sizes))
-    placed = zip(split.stages, devices, modules_by_stage(split), costs, strict=True)
-    return StageViews(_view(split, *one) for one in placed)
+    placed = zip(split.stages, devices, modules_by_stage(split), strict=True)
+    return StageViews(_view(split, *one, costs) for one in placed)
 
 
 def _view(
-    split: Split, stage: StageGraph, device: torch.device, modules: str, cost: StageCost
+    split: Split,
+    stage: StageGraph,
+    device: torch.device,
+    modules: str,
+    costs: Callable[[], Sequence[StageCost]],
 ) -> StageView:
+    parameters = [i for i in stage.held if i.kind is InputKind.PARAMETER]
     return StageView(
         index=stage.index,
         device=device,
         modules=modules,
         graph_module=stage.graph_module,
         held=tuple(i.name for i in stage.held),
-        parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
+        parameters=tuple(i.target for i in parameters),
         inputs=tuple(BoundaryTensor.of(split.routes[n]) for n in (*stage.shared, *stage.receives)),
         outputs=tuple(BoundaryTensor.of(split.routes[n]) for n in stage.returns),
-        cost=cost,
+        parameter_bytes=sum(int(i.spec.nbytes) for i in parameters),
+        _costs=costs,
     )
