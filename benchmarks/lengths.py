@@ -1,12 +1,17 @@
-"""Training on texts of many lengths, beside eager in the same run.
+"""Training on inputs of many sizes, beside eager in the same run.
 
-    python -m benchmarks.lengths [layers ...]
+    python -m benchmarks.lengths [family ...]
 
-Llama (d 256, 4 heads; 4 and 12 layers), batches of 8 padded to the longest text, 40 steps of 20
-lengths between 24 and 120, the last batch smaller; two stages, M = 2, remat none. A step of the
-pipeline alternates with a step of the model itself on the same batch, in one process with one
-thread; seconds are CPU seconds. The first call and the second capture are what a capture costs.
-Bars: at most 1.15 times eager plus two captures; two captures; no growth over 200 lengths.
+40 steps with a smaller batch at the end; two stages, M = 2, remat none. A step of the pipeline
+alternates with a step of the model itself on the same batch, in one process with one thread;
+seconds are CPU seconds. The first call and later captures are what a capture costs. Bars: at most
+1.15 times eager plus two captures; two captures; the cut and the places of parameters unchanged;
+no growth over 200 lengths (`growth`).
+
+Families: `llama-4` and `llama-12` (layers; d 256; texts padded to the longest, 20 lengths), `t5`
+(source and target have 20 lengths each), `wav2vec2` (20 lengths of audio), `unet2d` (three sizes
+of images; torch fixes the sizes of some layers), `loop` (a GRU cell over 12 lengths of time in
+Python: each length is a graph of its own).
 """
 
 from __future__ import annotations
@@ -16,22 +21,41 @@ import random
 import resource
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
 
 import autopipe
 from autopipe import program_cache
+from benchmarks.models import gpt2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
-STEPS, LENGTHS, SAMPLES, VOCABULARY = 40, 20, 8, 1000
+STEPS, SAMPLES, LAST, VOCABULARY = 40, 8, 5, 1000
+
+Batch = dict[str, Tensor]
 
 
-def llama(layers: int) -> torch.nn.Module:
-    torch.manual_seed(0)
+class Family(NamedTuple):
+    """A model and its batches.
+
+    Attributes:
+        model: makes it.
+        batch: (samples, size) → inputs.
+        sizes: of the batches, in turns.
+    """
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[int, int], Batch]
+    sizes: list[int]
+
+
+def llama(layers: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
@@ -45,91 +69,200 @@ def llama(layers: int) -> torch.nn.Module:
     )
 
 
-def batch(samples: int, longest: int) -> dict[str, torch.Tensor]:
-    """Texts up to one length, padded as a collator does."""
+def padded(samples: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Texts up to one length, padded as a collator does, and their mask."""
     ends = [longest, *(random.randint(longest // 2, longest) for _ in range(samples - 1))]
     mask = torch.stack([(torch.arange(longest) < end).long() for end in ends])
-    ids = torch.randint(1, VOCABULARY, (samples, longest)) * mask
+    return torch.randint(1, VOCABULARY, (samples, longest)) * mask, mask
+
+
+def texts(samples: int, longest: int) -> Batch:
+    ids, mask = padded(samples, longest)
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def batches(steps: int, lengths: list[int]) -> Iterator[dict[str, torch.Tensor]]:
-    for step in range(steps):
-        samples = 5 if step == steps - 1 else SAMPLES
-        yield batch(samples, lengths[step % len(lengths)])
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=256, d_ff=688, d_kv=64, num_layers=4, num_heads=4
+    )
+    config.decoder_start_token_id = 0
+    return T5ForConditionalGeneration(config)
 
 
-def timed(model: Any, inputs: dict[str, torch.Tensor]) -> float:
+def translations(samples: int, longest: int) -> Batch:
+    """The target has a length of its own."""
+    ids, mask = padded(samples, longest)
+    target, kept = padded(samples, random.randint(24, 120))
+    labels = target.masked_fill(kept == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def wav2vec2() -> nn.Module:
+    from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
+
+    config = Wav2Vec2Config(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=256,
+        conv_dim=(64,) * 4,
+        conv_kernel=(10, 3, 3, 2),
+        conv_stride=(5, 2, 2, 2),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        layerdrop=0.0,
+        mask_time_prob=0.0,
+        num_labels=5,
+    )
+    return Wav2Vec2ForSequenceClassification(config)
+
+
+def sounds(samples: int, length: int) -> Batch:
+    values = torch.randn(samples, length * 40)
+    return {"input_values": values, "labels": torch.randint(5, (samples,))}
+
+
+class Denoiser(nn.Module):
+    """A U-Net with its loss."""
+
+    def __init__(self) -> None:
+        from diffusers import UNet2DModel
+
+        super().__init__()
+        self.unet = UNet2DModel(
+            sample_size=32,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+        )
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.unet(sample, timestep).sample.square().mean()
+
+
+def images(samples: int, size: int) -> Batch:
+    return {
+        "sample": torch.randn(samples, 3, size, size),
+        "timestep": torch.randint(0, 100, (samples,)),
+    }
+
+
+class Loop(nn.Module):
+    """A recurrent cell, called in a Python loop over time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(64, 256), nn.Linear(256, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 256)
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.out(state).square().mean()
+
+
+def lengths(count: int = 20) -> list[int]:
+    return random.Random(0).sample(range(24, 121), count)
+
+
+FAMILIES = {
+    "llama-4": Family(lambda: llama(4), texts, lengths()),
+    "llama-12": Family(lambda: llama(12), texts, lengths()),
+    "t5": Family(t5, translations, lengths()),
+    "wav2vec2": Family(wav2vec2, sounds, lengths()),
+    "unet2d": Family(Denoiser, images, [16, 24, 32]),
+    "loop": Family(Loop, lambda n, length: {"x": torch.randn(n, length, 64)}, lengths(12)),
+}
+
+
+def timed(model: Any, inputs: Batch) -> float:
     start = time.process_time()
-    model(**inputs).loss.backward()
+    out = model(**inputs)
+    (out if isinstance(out, Tensor) else out.loss).backward()
     return time.process_time() - start
 
 
 def places(pipe: autopipe.Pipeline) -> dict[str, int]:
-    stages = pipe._programs.last[0].split.stages
-    return {i.target: s.index for s in stages for i in s.held if i.kind.value == "parameter"}
+    return {name: stage.index for stage in pipe.stages for name in stage.parameters}
 
 
-def train(layers: int) -> None:
+def warm_up() -> None:
+    """Pay for torch's own first imports and tables."""
+    model, _ = gpt2(1, 32, 2, 64)
+    warm = autopipe.compile(model, ["cpu", "cpu"], 2, remat="none")
+    for length in (20, 22):
+        ids = torch.randint(0, 256, (SAMPLES, length))
+        timed(warm, {"input_ids": ids, "labels": ids})
+
+
+def train(name: str) -> None:
     random.seed(0)
-    model, captures = llama(layers), []
+    torch.manual_seed(0)
+    family, captures = FAMILIES[name], []
+    model = family.model().train()
     capture = program_cache.capture_with_costs
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         captures.append(1)
         return capture(*args, **kwargs)
 
-    program_cache.capture_with_costs = counted  # type: ignore[assignment]
-    warm = autopipe.compile(llama(1), ["cpu", "cpu"], 2, remat="none")
-    for longest in (20, 22):  # torch's own first imports and tables
-        timed(warm, batch(SAMPLES, longest))
-    captures.clear()
     pipe = autopipe.compile(model, ["cpu", "cpu"], 2, remat="none")
-    lengths = random.sample(range(24, 121), LENGTHS)
-    eager, own, first, where = 0.0, 0.0, [], None
-    for inputs in batches(STEPS, lengths):
-        eager += timed(model, inputs)
-        before = len(captures)
-        seconds = timed(pipe, inputs)
-        model.zero_grad()
-        own += seconds
-        if len(captures) > before:
-            first.append(seconds)
-        where = where or places(pipe)
-        if places(pipe) != where:
-            raise AssertionError("parameters have moved")
-    program_cache.capture_with_costs = capture
-    rest = (own - sum(first)) / eager
+    eager, own, steps, calls, where = 0.0, 0.0, 0.0, [], None
+    program_cache.capture_with_costs = counted  # type: ignore[assignment]
+    try:
+        for step in range(STEPS):
+            samples = LAST if step == STEPS - 1 else SAMPLES
+            inputs = family.batch(samples, family.sizes[step % len(family.sizes)])
+            plain = timed(model, inputs)
+            programs = sum(e.programs for e in autopipe.explain_captures(pipe).entries)
+            seconds = timed(pipe, inputs)
+            model.zero_grad()
+            eager, own = eager + plain, own + seconds
+            if sum(e.programs for e in autopipe.explain_captures(pipe).entries) > programs:
+                calls.append(seconds)
+            else:
+                steps += seconds / plain
+            where = where or places(pipe)
+            if places(pipe) != where:
+                raise AssertionError("parameters have moved")
+    finally:
+        program_cache.capture_with_costs = capture
+    bar = 1.15 * eager + 2 * calls[0]
     print(
-        f"{layers} layers: eager {eager:.1f} s, pipeline {own:.1f} s; {len(captures)} captures of"
-        f" {', '.join(f'{s:.1f}' for s in first)} s; steps without them {rest:.2f} x eager;"
-        f" (1.15 x eager + two first captures) = {1.15 * eager + 2 * first[0]:.1f} s"
+        f"{name}: eager {eager:.1f} s, pipeline {own:.1f} s; {len(captures)} captures;"
+        f" calls that traced {', '.join(f'{s:.1f}' for s in calls)} s;"
+        f" the other steps {steps / (STEPS - len(calls)):.2f} x eager;"
+        f" 1.15 x eager + two first captures = {bar:.1f} s"
     )
 
 
-def growth(lengths: int = 200) -> None:
+def growth(count: int = 200) -> None:
     """Memory after many lengths, beside that after a tenth of them."""
     model = llama(1)
     pipe = autopipe.compile(model, ["cpu", "cpu"], 2, remat="none")
     used = []
-    for n, longest in enumerate(range(20, 20 + lengths)):
-        timed(pipe, batch(4, longest))
+    for n, longest in enumerate(range(20, 20 + count)):
+        timed(pipe, texts(4, longest))
         model.zero_grad()
-        if n in (lengths // 10, lengths - 1):
+        if n in (count // 10, count - 1):
             gc.collect()
             objects = sum(isinstance(x, torch.fx.Graph) for x in gc.get_objects())
             used.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, objects))
     (early, graphs), (late, more) = used
-    print(
-        f"{lengths} lengths: peak memory {early:.0f} -> {late:.0f} MiB, graphs {graphs} -> {more}"
-    )
+    print(f"{count} lengths: peak memory {early:.0f} -> {late:.0f} MiB, graphs {graphs} -> {more}")
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for layers in map(int, sys.argv[1:] or ("4", "12")):
-        train(layers)
-    growth()
+    warnings.simplefilter("ignore")
+    names = sys.argv[1:] or [*FAMILIES, "growth"]
+    warm_up()
+    for name in names:
+        growth() if name == "growth" else train(name)
 
 
 if __name__ == "__main__":
