@@ -16,7 +16,7 @@ from autopipe.passes.ir import Captured, Phased, Split, StageGraph, StagePhases
 
 from .assign_phases import cut_joint
 from .batch_norm import check_batch_norms
-from .joint_trace import forward_metadata, trace_joint
+from .joint_trace import ForwardMetadata, forward_metadata, trace_joint
 from .metadata import TensorMeta
 from .request import first_that_holds
 
@@ -107,25 +107,57 @@ def _propagate_metadata(
 ) -> tuple[list[list[TensorMeta]], dict[str, Located], dict[sympy.Basic, None]]:
     """Compute the metadata of all values between stages, from the first stage to the last.
 
+    With symbolic sizes, a stage runs with the sizes of the example, and the shapes of its results
+    are those of the captured graph: running it with symbols takes as long as its trace's forward.
+
     Returns:
         For each stage the metadata of its inputs; for each value its metadata and device; the
         conditions on symbols under which they hold.
     """
     sizes, conditions = request.sizes(size), dict[sympy.Basic, None]()
-    devices, grad = request.devices, request.grad
+    devices = request.devices
     known: dict[str, Located] = {n: (m, devices[0]) for n, m in request.metadata[size].items()}
     inputs: list[list[TensorMeta]] = []
     for stage, device in zip(request.split.stages, devices, strict=True):
         inputs.append([_arrived(known[n], device, sizes) for n in stage.signature])
-        key: Hashable = (stage.fingerprint, tuple(inputs[-1]), device.type, grad, _autocast(device))
+        results = _results_of(request, stage, inputs[-1], size, cache)
+        known |= {n: (meta, device) for n, meta in zip(stage.returns, results.results, strict=True)}
+        conditions |= dict.fromkeys(results.conditions)
+    return inputs, known, conditions
+
+
+def _results_of(
+    request: PhaseRequest,
+    stage: StageGraph,
+    inputs: Sequence[TensorMeta],
+    size: int,
+    cache: TraceCache,
+) -> ForwardMetadata:
+    """The metadata of a stage's results, with the symbols of its inputs."""
+    sizes, device, grad = request.sizes(size), request.devices[stage.index], request.grad
+
+    def run(inputs: Sequence[TensorMeta]) -> ForwardMetadata:
+        key: Hashable = (stage.fingerprint, tuple(inputs), device.type, grad, _autocast(device))
         traced = cache.results.setdefault(key, [])
         found = first_that_holds(traced, sizes)
         if found is None:
-            found = forward_metadata(stage, inputs[-1], device, grad=grad, example=sizes)
+            found = forward_metadata(stage, inputs, device, grad=grad, example=sizes)
             traced.append(found)
-        known |= {n: (meta, device) for n, meta in zip(stage.returns, found.results, strict=True)}
-        conditions |= dict.fromkeys(found.conditions)
-    return inputs, known, conditions
+        return found
+
+    if not any(meta.is_symbolic for meta in inputs):
+        return run(inputs)
+    symbols = request.symbols(size)
+    values = {s: sympy.Integer(n) for s, n in sizes.items() if s not in symbols}
+    found = run([meta.at(sizes) for meta in inputs])
+    shapes = (request.split.routes[name].spec.full_shape for name in stage.returns)
+    results = [
+        meta.with_shape([n.xreplace(values) for n in shape], sizes)
+        for meta, shape in zip(found.results, shapes, strict=True)
+    ]
+    if any(meta is None for meta in results):
+        return run(inputs)
+    return ForwardMetadata(tuple(meta for meta in results if meta is not None))
 
 
 def _cut_stage(

@@ -53,6 +53,21 @@ class TensorMeta(NamedTuple):
             stride=tuple(number_at(n, sizes) for n in self.stride),
         )
 
+    def with_shape(self, shape: Sequence[sympy.Expr], sizes: Sizes) -> TensorMeta | None:
+        """Return this metadata of an example for all sizes.
+
+        Args:
+            shape: in symbols.
+            sizes: the example: the values of the symbols.
+
+        Returns:
+            It; None if the example has another shape, or gaps in memory: then its strides do not
+            follow from its shape.
+        """
+        numbers = tuple(int(n) if n.is_Integer else n for n in shape)
+        found = self._replace(shape=numbers).dense_as(self.stride, sizes)
+        return found if found.at(sizes) == self else None
+
     def dense_as(self, stride: Sequence[int], sizes: Sizes) -> TensorMeta:
         """Return the metadata of a dense tensor whose dimensions are in some order in memory.
 

@@ -144,9 +144,10 @@ def test_as_an_argument(name: str) -> None:
     first = pipe.captured
     assert_close(pipe(other), model(other))
     assert pipe.captured is first
-    changed = make(x(), 3.0)
-    with pytest.warns(UserWarning, match="captured once more"):
+    for number in (3.0, 4.0, 5.0):
+        changed = make(x(), number)
         assert_close(pipe(changed), model(changed))
+    assert autopipe.explain_captures(pipe).count == 2
 
 
 class Returns(nn.Module):
