@@ -24,15 +24,18 @@ class PassedNumbers:
 
     Args:
         values: by their positions among the leaves of the call.
+
+    Attributes:
+        values: likewise.
     """
 
     def __init__(self, values: Mapping[int, float]) -> None:
-        self._values = values
+        self.values = values
         self._symbols: dict[Any, int] = {}  # of the last trace → position
         self._conditions: dict[Any, None] = {}
 
     def __contains__(self, position: int) -> bool:
-        return position in self._values
+        return position in self.values
 
     def start(self) -> None:
         """Begin a trace, which has symbols of its own."""
@@ -49,6 +52,11 @@ class PassedNumbers:
         if isinstance(found, (torch.SymInt, torch.SymFloat)):
             self._symbols[found.node.expr] = position
         return found
+
+    @property
+    def examples(self) -> dict[Any, float]:
+        """The values of the symbols in the last trace."""
+        return {symbol: self.values[n] for symbol, n in self._symbols.items()}
 
     @property
     def names(self) -> set[str]:
@@ -69,7 +77,7 @@ class PassedNumbers:
             return None
         named = expr.xreplace({s: number_symbol(n) for s, n in self._symbols.items()})
         for guard, value in ((named, True), (sympy.Not(named), False)):
-            if NumberGuards((guard,)).hold_for(self._values):
+            if NumberGuards((guard,)).hold_for(self.values):
                 self._conditions[guard] = None
                 return value
         return None
