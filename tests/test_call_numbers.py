@@ -26,6 +26,7 @@ class Net(nn.Module):
 
     def __init__(self, f: Callable[[Tensor, Any], Any]) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.a, self.b, self.f = nn.Linear(4, 4), nn.Linear(4, 4), f
 
     def forward(self, x: Tensor, number: Any) -> Any:
@@ -202,6 +203,34 @@ def test_rules_that_hold_for_finite_numbers_only() -> None:
             pipe(batch(0), number), pipe.model(batch(0), number), equal_nan=True
         )
     assert captures(pipe) == 4
+
+
+LIMITS: dict[str, tuple[Callable[[Tensor, Any], Any], list[Any], Any]] = {
+    "one over it": (lambda h, n: h * (1 / n), [1.0, 2.0, 4.0], 0.0),
+    "an integer over it": (lambda h, n: h / 3 * (3 / n), [1, 2, 3], 0),
+    "a large power": (lambda h, n: h * n**2, [1.0, 2.0, 3.0], 1e200),
+    "a large exponent": (lambda h, n: h * 2.0**n, [1.0, 2.0, 3.0], 2000.0),
+    "a large sum": (lambda h, n: h * ((n + n) / 1e19), [1, 2, 3], 2**62 + 5),
+    "a large integer": (lambda h, n: h * (2**n / 1e20), [1, 2, 3], 70),
+}
+
+
+@pytest.mark.parametrize(("f", "numbers", "beyond"), LIMITS.values(), ids=LIMITS)
+def test_where_python_computes_otherwise(
+    f: Callable[[Tensor, Any], Any], numbers: list[Any], beyond: Any
+) -> None:
+    """Python has no inf from a division, and integers of any size."""
+    pipe = autopipe.compile(Net(f), 2, 3)
+    for number in numbers:
+        assert_same(pipe, batch(0), number)
+    assert captures(pipe) == 2
+    try:
+        pipe.model(batch(0), beyond)
+    except (ZeroDivisionError, OverflowError):
+        with pytest.raises(autopipe.errors.CaptureError):
+            pipe(batch(0), beyond)
+    else:
+        assert_same(pipe, batch(0), beyond)
 
 
 @pytest.mark.filterwarnings("ignore:number:UserWarning")

@@ -19,7 +19,7 @@ from autopipe.errors import OptionError, shown
 
 from .exporting import export
 from .normalize import Normalized, normalize
-from .number_checks import check_same_ops, check_same_result
+from .number_checks import arithmetic_limits, check_same_ops, check_same_result
 from .size_uses import SizeUses
 from .symbolic_dims import SymbolicDims, name_symbols
 
@@ -72,6 +72,7 @@ def _check_numbers(
     Raises:
         CaptureError: it is not.
     """
+    flat.numbers.require(arithmetic_limits(program, flat.numbers.examples))
     kept = [p not in flat.numbers for p in flat.tensor_positions]
     constant = flat.with_values()
     again, _ = export(constant, [*compress(examples, kept)], [*compress(dims, kept)])

@@ -3,11 +3,15 @@
 In a trace such a number has no value, and not its type: ``isinstance(beta, float)`` is false, and
 ``type(n) is int``, ``a is b``. So the model is traced once more with the numbers themselves. Both
 graphs must have the same ops on the same values, and the same result.
+
+The arithmetic of tensors is Python's only within limits, which become guards.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sympy
@@ -18,10 +22,11 @@ from autopipe.errors import CaptureError
 from autopipe.passes.graph import source_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from .flat_module import ForwardResult
 
+DIVISIONS = operator.truediv, operator.floordiv, operator.mod
 SYMBOLIC = torch.SymInt, torch.SymFloat, torch.SymBool
 
 
@@ -85,6 +90,40 @@ def check_same_result(result: ForwardResult, with_values: ForwardResult) -> None
     )
     if texts != wanted:
         raise _error(f"a text of the result: {wanted[1:] or wanted[0]}", None)
+
+
+def arithmetic_limits(
+    program: torch.export.ExportedProgram, symbols: Collection[sympy.Symbol]
+) -> Iterator[sympy.Basic]:
+    """The conditions under which tensors compute with numbers what Python does.
+
+    Python raises errors where a tensor has inf, and its integers have any size.
+
+    Args:
+        program: traced with numbers that have no value.
+        symbols: for these.
+    """
+    for node in program.graph.nodes:
+        expr = _expression(node, symbols)
+        if expr is None or node.op != "call_function":
+            continue
+        if node.target in DIVISIONS:
+            divisor = _expression(node.args[1], symbols)
+            if divisor is not None:
+                yield sympy.Ne(divisor, 0)
+        if isinstance(node.meta["val"], torch.SymInt):
+            if not _is_read(node):
+                yield sympy.Ge(expr, -(2**63))
+                yield sympy.Lt(expr, 2**63)
+        elif node.target is operator.pow:
+            yield sympy.Le(sympy.Abs(expr), sys.float_info.max)
+
+
+def _expression(node: Any, symbols: Collection[sympy.Symbol]) -> sympy.Expr | None:
+    """What a node is in numbers of the call; None if it depends on something else."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    expr = value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat)) else None
+    return expr if expr is not None and expr.free_symbols <= {*symbols} else None
 
 
 def _calls(

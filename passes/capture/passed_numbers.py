@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
+from autopipe.errors import CaptureError
 from autopipe.passes.ir import NumberGuards, number_symbol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -75,12 +76,27 @@ class PassedNumbers:
         expr = condition.node.expr
         if not self._symbols or not expr.free_symbols <= self._symbols.keys():
             return None
-        named = expr.xreplace({s: number_symbol(n) for s, n in self._symbols.items()})
+        named = self._named(expr)
         for guard, value in ((named, True), (sympy.Not(named), False)):
             if NumberGuards((guard,)).hold_for(self.values):
                 self._conditions[guard] = None
                 return value
         return None
+
+    def require(self, conditions: Iterable[sympy.Basic]) -> None:
+        """Record conditions on the symbols of the last trace.
+
+        Raises:
+            CaptureError: they do not hold for the example.
+        """
+        for condition in map(self._named, conditions):
+            if not NumberGuards((condition,)).hold_for(self.values):
+                raise CaptureError("Python computes with this number what no tensor does")
+            if condition != sympy.true:
+                self._conditions[condition] = None
+
+    def _named(self, expr: sympy.Basic) -> sympy.Basic:
+        return expr.xreplace({s: number_symbol(n) for s, n in self._symbols.items()})
 
     @property
     def guards(self) -> NumberGuards:
