@@ -271,3 +271,10 @@ def test_helpers() -> None:
         (torch.int64, 3),
     ]
     assert found[4:] == leaves[4:]
+
+
+def test_the_warning_names_the_line() -> None:
+    pipe = autopipe.compile(Net(lambda h, n: h * round(n, 1)), 2, 3)
+    pipe(batch(0), 0.15)
+    with pytest.warns(UserWarning, match=r"test_call_numbers\.py:\d+\)"):
+        pipe(batch(0), 0.25)

@@ -20,15 +20,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from autopipe.errors import CaptureError
-from autopipe.passes._torch import free_unbacked_symbols
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
 PLAIN_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
-
-SYMBOLIC = torch.SymInt, torch.SymFloat
 
 APPLY_OWNER: Any = torch.autograd.Function.__base__
 """The class in which a trace replaces `apply`: `Function.apply` ends in that of its base.
@@ -193,8 +190,6 @@ def record_function(function: type[torch.autograd.Function], *args: Any) -> Any:
         CaptureError: it changes an argument, or returns something other than tensors.
     """
     leaves, spec = pytree.tree_flatten(args)
-    if any(free_unbacked_symbols(x) for x in leaves if isinstance(x, SYMBOLIC)):
-        raise _error(function, "it gets a number without a value", "pass it a tensor instead")
     positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     template = [None if isinstance(x, Tensor) else x for x in leaves]
     call = _FunctionCall(function, template, positions, spec)
@@ -206,11 +201,9 @@ def record_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     return pytree.tree_unflatten(found, call.out_spec)
 
 
-def _error(
-    function: type, problem: str, remedy: str = "let it return new tensors, and nothing else"
-) -> CaptureError:
+def _error(function: type, problem: str) -> CaptureError:
     return CaptureError(
         f"a custom autograd.Function cannot be captured: {problem}",
         found=f"{function.__module__}.{function.__qualname__}",
-        remedy=remedy,
+        remedy="let it return new tensors, and nothing else",
     )
