@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from autopipe.errors import CaptureError
+from autopipe.passes._torch import OpOverload
 from autopipe.passes.graph import source_line
 
 if TYPE_CHECKING:
@@ -152,12 +153,15 @@ def _calls_of(graph: fx.Graph, values: Mapping[sympy.Symbol, float]) -> list[_Ca
 
     for node in graph.nodes:
         if node.op == "placeholder":
-            if not all(_is_read(user) for user in node.users):
+            is_read = all(_is_read(user) for user in node.users)
+            if not is_read and not isinstance(node.meta.get("val"), SYMBOLIC):
                 names[node] = f"%{len(names)}"
         elif node.op == "get_attr":
             names[node] = str(node.target)
         elif node.op == "output" or _has_tensors(node.meta.get("val")):
             given = [*node.args, *(v for _, v in sorted(node.kwargs.items()))]
+            if node.op != "output" and not isinstance(node.target, OpOverload):
+                given = [v for v in given if not _is_symbolic(v)]  # a region has constants inside
             numbers: list[float] = []
             text = f"{node.target} {argument(given, numbers)} {sorted(node.kwargs)}"
             found.append(_Call(node, text, numbers))
@@ -167,6 +171,10 @@ def _calls_of(graph: fx.Graph, values: Mapping[sympy.Symbol, float]) -> list[_Ca
 
 def _is_read(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.item.default
+
+
+def _is_symbolic(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), SYMBOLIC)
 
 
 def _has_tensors(value: Any) -> bool:
