@@ -8,6 +8,7 @@ captured once for each value.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,13 @@ LARGEST = 2**63
 
 
 def is_number(value: Any) -> bool:
-    """Whether an argument is a number that can become a tensor: no boolean, nothing derived."""
-    return type(value) is float or (type(value) is int and -LARGEST <= value < LARGEST)
+    """Whether an argument is a number that can become a tensor: no boolean, nothing derived.
+
+    It must be finite: a trace takes ``n - n`` for 0 and ``n == n`` for true.
+    """
+    if type(value) is float:
+        return math.isfinite(value)
+    return type(value) is int and -LARGEST <= value < LARGEST
 
 
 def number_keys(leaves: Sequence[Any]) -> dict[int, Hashable]:

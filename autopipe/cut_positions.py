@@ -13,6 +13,9 @@ from autopipe.errors import OptionError, shown
 from autopipe.passes.split import CutAt
 
 LISTS = nn.ModuleList, nn.Sequential
+UNCALLED = nn.ModuleList, nn.ModuleDict
+"""Classes that only hold modules: a model calls their members."""
+
 BLOCKS = "blocks"
 EXPECTED = '"blocks", names of modules ("transformer.h.3") or classes ("LlamaDecoderLayer")'
 
@@ -30,8 +33,8 @@ def cut_positions(model: nn.Module, cut_at: Any) -> CutAt:
         counts). `starts`: the modules listed by name; None if there is none.
 
     Raises:
-        OptionError: it is nothing of these, or the model has no such module; the error names the
-            nearest.
+        OptionError: it is nothing of these, a list of modules, or the model has no such module; the
+            error names the nearest.
     """
     if cut_at is None:
         return CutAt()
@@ -45,10 +48,24 @@ def cut_positions(model: nn.Module, cut_at: Any) -> CutAt:
     whole, starts = set[str](), set[str]()
     for one in wanted:
         if isinstance(one, str) and one and one in modules:
+            _check_called(one, [modules[one]])
             starts.add(one)
         else:
-            whole |= _of_class(modules, one)
+            found = _of_class(modules, one)
+            _check_called(one, [modules[name] for name in found])
+            whole |= found
     return CutAt(frozenset(whole), frozenset(starts) if starts else None)
+
+
+def _check_called(one: Any, found: Sequence[nn.Module]) -> None:
+    """Refuse a list of modules: a model never calls it, so nothing would be restricted."""
+    if all(type(module) in UNCALLED for module in found):
+        raise OptionError(
+            f"a model never calls an nn.{type(found[0]).__name__}, so it cannot be cut at one",
+            expected=EXPECTED,
+            found=shown(one if isinstance(one, str) else one.__name__),
+            remedy=f'cut at its members: "{BLOCKS}", their names or their class',
+        )
 
 
 def _of_class(modules: dict[str, nn.Module], one: Any) -> set[str]:
@@ -62,7 +79,8 @@ def _of_class(modules: dict[str, nn.Module], one: Any) -> set[str]:
     else:
         raise OptionError("`cut_at` names no module", expected=EXPECTED, found=shown(one))
     if not found - {""}:
-        known = [*modules, *{type(module).__name__ for module in modules.values()}, BLOCKS]
+        inner = {type(module).__name__ for name, module in modules.items() if name}
+        known = [*modules, *inner, BLOCKS]
         near = get_close_matches(what, filter(None, known))
         remedy = f"the nearest: {', '.join(map(shown, near))}" if near else None
         raise OptionError(

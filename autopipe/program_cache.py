@@ -197,7 +197,8 @@ class ProgramCache:
                 compiled = self._compile(inputs, progress, attempt, single=single)
                 break
             except Exception as error:  # what is wrong with the model itself is raised again below
-                reason = describe(error)
+                line = getattr(error, "source", None)
+                reason = describe(error) + (f", {line}" if line else "")
         else:
             compiled = self._compile(inputs, progress, closed, single=single)
         dims = wanted.dims - {(n, d) for n, of in enumerate(compiled.calls.lengths) for d in of}

@@ -1,6 +1,7 @@
 """Numbers that are arguments and change: captured once with constants, once as inputs.
 
-Covers autopipe/varying.py, autopipe/valid_calls.py and passes/capture/passed_numbers.py.
+Covers autopipe/varying.py, autopipe/valid_calls.py, passes/capture/passed_numbers.py and
+passes/capture/number_checks.py.
 """
 
 from __future__ import annotations
@@ -25,10 +26,32 @@ class Net(nn.Module):
 
     def __init__(self, f: Callable[[Tensor, Any], Any]) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.a, self.b, self.f = nn.Linear(4, 4), nn.Linear(4, 4), f
 
     def forward(self, x: Tensor, number: Any) -> Any:
         return self.f(self.b(self.a(x).tanh()), number)
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a negative number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return -ctx.weight * grads[0], None
+
+
+def in_regions(h: Tensor, number: float) -> Tensor:
+    """Computes with a number where no gradients are recorded, and under autocast."""
+    with torch.no_grad():
+        factor = h.abs().mean(-1, keepdim=True) * number + h.shape[1] / 3
+    with torch.autocast("cpu", torch.bfloat16):
+        return h * factor * number
 
 
 def batch(n: int, length: int = 3) -> Tensor:
@@ -60,6 +83,15 @@ COMPUTED: dict[str, tuple[Callable[[Tensor, Any], Any], list[Any]]] = {
     "its square": (lambda h, n: h * n**2, [2.0, 3.0, 4.0]),
     "a sum with itself": (lambda h, n: h + (n + n * 2 - 1), [1.0, 3.0, 1e-6]),
     "a comparison": (lambda h, n: torch.where(h > n, h, h * 2), [0.0, 0.1, -0.1]),
+    "a tensor full of it": (lambda h, n: h * torch.full((4,), n), [1, 2, 3]),
+    "tensors like others": (
+        lambda h, n: h * torch.full_like(h, n) + h.new_full((4,), n),
+        [0.1, 0.2, 0.3],
+    ),
+    "a constant over it": (lambda h, n: h * (1e-310 / n), [1e-310, 2e-310, 1.0]),
+    "a choice": (lambda h, n: h * torch.where(h > 0, n, 0.0), [0.1, 0.2, 0.3]),
+    "equal steps": (lambda h, n: h * torch.linspace(0, n, 4), [0.1, 0.2, 0.3]),
+    "regions": (in_regions, [0.5, 0.25, 0.1]),
     "nothing": (lambda h, n: h.mean(), [1, 2, 3]),
 }
 
@@ -99,7 +131,12 @@ CONSTANTS: dict[str, tuple[Callable[[Tensor, Any], Any], list[Any]]] = {
     "a size": (lambda h, n: h[..., :n].mean(), [1, 2, 3]),
     "a loop": (lambda h, n: sum(h.mean() * i for i in range(n)), [2, 3, 4]),
     "a slope": (lambda h, n: nn.functional.leaky_relu(h, n), [0.1, 0.2, 0.3]),
+    "a new tensor": (lambda h, n: h * torch.tensor(n), [1, 2, 3]),
+    "a Function": (Reversed.apply, [0.1, 0.2, 0.3]),
     "a function of math": (lambda h, n: h * math.exp(n), [0.1, 0.2, 0.3]),
+    "its type": (lambda h, n: h * (2 if isinstance(n, float) else 3), [0.1, 0.2, 0.3]),
+    "its exact type": (lambda h, n: h if type(n) is int else -h, [1, 2, 3]),
+    "other tensors": (lambda h, n: h + torch.ones(4) * (type(n) is int), [1, 2, 3]),
 }
 
 
@@ -165,14 +202,53 @@ def test_a_nan_takes_no_captured_branch() -> None:
     pipe = autopipe.compile(Net(lambda h, w: h * 2 if w > 0 else h * 3), 2, 3)
     for number in (1.0, 2.0, math.inf, math.nan):
         assert torch.equal(pipe(batch(0), number), pipe.model(batch(0), number))
-    assert captures(pipe) == 3
+    assert captures(pipe) == 4
+
+
+def test_rules_that_hold_for_finite_numbers_only() -> None:
+    pipe = autopipe.compile(Net(lambda h, w: h * 2 if w != w else h + (w - w)), 2, 3)
+    for number in (1.0, 2.0, math.nan, math.inf):
+        torch.testing.assert_close(
+            pipe(batch(0), number), pipe.model(batch(0), number), equal_nan=True
+        )
+    assert captures(pipe) == 4
+
+
+LIMITS: dict[str, tuple[Callable[[Tensor, Any], Any], list[Any], Any]] = {
+    "one over it": (lambda h, n: h * (1 / n), [1.0, 2.0, 4.0], 0.0),
+    "an integer over it": (lambda h, n: h / 3 * (3 / n), [1, 2, 3], 0),
+    "a large power": (lambda h, n: h * n**2, [1.0, 2.0, 3.0], 1e200),
+    "a large exponent": (lambda h, n: h * 2.0**n, [1.0, 2.0, 3.0], 2000.0),
+    "a large sum": (lambda h, n: h * ((n + n) / 1e19), [1, 2, 3], 2**62 + 5),
+    "a large integer": (lambda h, n: h * (2**n / 1e20), [1, 2, 3], 70),
+}
+
+
+@pytest.mark.parametrize(("f", "numbers", "beyond"), LIMITS.values(), ids=LIMITS)
+def test_where_python_computes_otherwise(
+    f: Callable[[Tensor, Any], Any], numbers: list[Any], beyond: Any
+) -> None:
+    """Python has no inf from a division, and integers of any size."""
+    pipe = autopipe.compile(Net(f), 2, 3)
+    for number in numbers:
+        assert_same(pipe, batch(0), number)
+    assert captures(pipe) == 2
+    try:
+        pipe.model(batch(0), beyond)
+    except (ZeroDivisionError, OverflowError):
+        with pytest.raises(autopipe.errors.CaptureError):
+            pipe(batch(0), beyond)
+    else:
+        assert_same(pipe, batch(0), beyond)
 
 
 @pytest.mark.filterwarnings("ignore:number:UserWarning")
 def test_a_text_that_tells_the_number() -> None:
-    pipe = autopipe.compile(Net(lambda h, w: {"loss": h.mean() * w, "text": f"at {w}"}), 2, 3)
-    texts = [pipe(batch(0), w)["text"] for w in (0.1, 0.2, 0.3)]
-    assert texts == ["at 0.1", "at 0.2", "at 0.3"]
+    pipe = autopipe.compile(Net(lambda h, w: {f"x{w}": h.mean() * w, "text": f"at{w}"}), 2, 3)
+    for w in (0.1, 0.2, 0.3):
+        out = pipe(batch(0), w)
+        assert [*out] == [f"x{w}", "text"]
+        assert out["text"] == f"at{w}"
 
 
 def test_numbers_in_containers() -> None:
@@ -204,3 +280,10 @@ def test_helpers() -> None:
         (torch.int64, 3),
     ]
     assert found[4:] == leaves[4:]
+
+
+def test_the_warning_names_the_line() -> None:
+    pipe = autopipe.compile(Net(lambda h, n: h * round(n, 1)), 2, 3)
+    pipe(batch(0), 0.15)
+    with pytest.warns(UserWarning, match=r"test_call_numbers\.py:\d+\)"):
+        pipe(batch(0), 0.25)

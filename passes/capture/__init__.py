@@ -13,6 +13,7 @@ Files, in reading order:
 - `containers`: objects that hold tensors, taken apart
 - `argument_changes`: what a forward changes of its arguments
 - `passed_numbers`: arguments that are numbers without a value in a trace
+- `number_checks`: these do in a trace what they do as numbers
 - `flat_module`: the model as a function from flat tensors to flat tensors
 - `exporting`: runs torch.export: silences it, refuses what it would lose
 - `vmaps`: `torch.vmap` as plain ops

@@ -17,9 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from autopipe.errors import AutopipeError, CaptureError
-from autopipe.passes._torch import BackwardHookFunction, CheckpointFunction
+from autopipe.passes._torch import (
+    BackwardHookFunction,
+    CheckpointFunction,
+    free_unbacked_symbols,
+)
 from autopipe.passes._torch_patches import (
     fix_lstm_state_shapes,
     keep_no_grad_regions,
@@ -141,6 +146,13 @@ def _refuse_lossy_constructs() -> Iterator[None]:
             return run(*inputs)
         if cls is BackwardHookFunction:
             raise _hook_error("a backward hook of a module", source)
+        if any(free_unbacked_symbols(x) for x in pytree.tree_leaves(args) if _is_number(x)):
+            raise CaptureError(
+                "a custom autograd.Function gets a number without a value",
+                source=source,
+                found=f"{cls.__module__}.{cls.__qualname__}",
+                remedy="pass it a tensor instead",
+            )
         try:
             return record_function(cls, *args)
         except CaptureError as error:
@@ -172,6 +184,10 @@ def _refuse_lossy_constructs() -> Iterator[None]:
         for name in ("grad", "backward"):
             stack.enter_context(replaced(torch.autograd, name, partial(_refuse_derivative, name)))
         yield
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (torch.SymInt, torch.SymFloat))
 
 
 def _refuse_derivative(name: str, *args: Any, **kwargs: Any) -> None:

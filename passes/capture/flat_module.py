@@ -129,6 +129,17 @@ class FlatModel(nn.Module):
         found: PassedNumbers = self._numbers.value
         return found
 
+    def with_values(self) -> FlatModel:
+        """The same function of the other tensors, with the numbers as constants."""
+        leaves: list[Any] = list(self._template.value)
+        kept = [n for n, p in enumerate(self.tensor_positions) if p not in self.numbers]
+        for n, position in enumerate(self.tensor_positions):
+            leaves[position] = torch.empty(0) if n in kept else self.numbers.values[position]
+        flat = FlatModel(self.model, leaves, self._spec.value)
+        same = self._same.value
+        flat.share({kept.index(n): kept.index(first) for n, first in same.items()})
+        return flat
+
     def share(self, same: Mapping[int, int]) -> None:
         """Pass some of the tensors in the place of others, too.
 

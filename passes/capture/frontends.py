@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from autopipe.errors import OptionError, shown
 
 from .exporting import export
 from .normalize import Normalized, normalize
+from .number_checks import arithmetic_limits, check_same_ops, check_same_result
 from .size_uses import SizeUses
 from .symbolic_dims import SymbolicDims, name_symbols
 
@@ -52,9 +54,30 @@ def export_and_normalize(
         UnsupportedError: its graph holds something that later passes cannot handle.
     """
     program, sizes = export(flat, examples, dims)
+    if flat.numbers.values:
+        _check_numbers(program, flat, examples, dims)
     sizes.named = name_symbols(program, examples, dims, names)
     reserved = [str(length.name) for length in sizes.named.lengths]
     return normalize(program, flat.model, flat.prefix, names, reserved), sizes
+
+
+def _check_numbers(
+    program: torch.export.ExportedProgram,
+    flat: FlatModel,
+    examples: Sequence[Tensor],
+    dims: Sequence[SymbolicDims],
+) -> None:
+    """Check that a program with numbers among its inputs is that of the model with these numbers.
+
+    Raises:
+        CaptureError: it is not.
+    """
+    flat.numbers.require(arithmetic_limits(program, flat.numbers.examples))
+    kept = [p not in flat.numbers for p in flat.tensor_positions]
+    constant = flat.with_values()
+    again, _ = export(constant, [*compress(examples, kept)], [*compress(dims, kept)])
+    check_same_result(flat.result, constant.result)
+    check_same_ops(program, again, flat.numbers.examples)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
+from autopipe.errors import CaptureError
 from autopipe.passes.ir import NumberGuards, number_symbol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -24,15 +25,18 @@ class PassedNumbers:
 
     Args:
         values: by their positions among the leaves of the call.
+
+    Attributes:
+        values: likewise.
     """
 
     def __init__(self, values: Mapping[int, float]) -> None:
-        self._values = values
+        self.values = values
         self._symbols: dict[Any, int] = {}  # of the last trace → position
         self._conditions: dict[Any, None] = {}
 
     def __contains__(self, position: int) -> bool:
-        return position in self._values
+        return position in self.values
 
     def start(self) -> None:
         """Begin a trace, which has symbols of its own."""
@@ -51,6 +55,11 @@ class PassedNumbers:
         return found
 
     @property
+    def examples(self) -> dict[Any, float]:
+        """The values of the symbols in the last trace."""
+        return {symbol: self.values[n] for symbol, n in self._symbols.items()}
+
+    @property
     def names(self) -> set[str]:
         """What torch calls these numbers in the last trace."""
         return set(map(str, self._symbols))
@@ -67,12 +76,27 @@ class PassedNumbers:
         expr = condition.node.expr
         if not self._symbols or not expr.free_symbols <= self._symbols.keys():
             return None
-        named = expr.xreplace({s: number_symbol(n) for s, n in self._symbols.items()})
+        named = self._named(expr)
         for guard, value in ((named, True), (sympy.Not(named), False)):
-            if NumberGuards((guard,)).hold_for(self._values):
+            if NumberGuards((guard,)).hold_for(self.values):
                 self._conditions[guard] = None
                 return value
         return None
+
+    def require(self, conditions: Iterable[sympy.Basic]) -> None:
+        """Record conditions on the symbols of the last trace.
+
+        Raises:
+            CaptureError: they do not hold for the example.
+        """
+        for condition in map(self._named, conditions):
+            if not NumberGuards((condition,)).hold_for(self.values):
+                raise CaptureError("Python computes with this number what no tensor does")
+            if condition != sympy.true:
+                self._conditions[condition] = None
+
+    def _named(self, expr: sympy.Basic) -> sympy.Basic:
+        return expr.xreplace({s: number_symbol(n) for s, n in self._symbols.items()})
 
     @property
     def guards(self) -> NumberGuards:

@@ -46,6 +46,8 @@ def scalars_to_tensors(graph: fx.Graph) -> None:
                 tensors[node] = _read_tensor(graph, node.all_input_nodes[0])
             elif is_size(node):
                 tensors[node] = _tensor_arithmetic(graph, node, tensors)
+            elif node.target in FILLED:
+                _fill(graph, node, tensors)
             else:
                 node.target = _tensor_overload(node, tensors)
                 kept = [n for n in node.all_input_nodes if n not in tensors]
@@ -141,7 +143,7 @@ REVERSED: dict[Any, Any] = {
     operator.sub: lambda call, y, x: call(aten.add.Tensor, call(aten.neg.default, x), y),
     operator.mul: lambda call, y, x: call(aten.mul.Tensor, x, y),
     operator.truediv: lambda call, y, x: call(
-        aten.mul.Tensor, call(aten.reciprocal.default, _double(call, x)), y
+        aten.div.Tensor, call(aten.full_like.default, _double(call, x), y), _double(call, x)
     ),
     operator.pow: lambda call, y, x: call(aten.pow.Scalar, y, x),
     torch.sym_max: lambda call, y, x: call(aten.clamp_min.default, x, y),
@@ -150,20 +152,43 @@ REVERSED: dict[Any, Any] = {
 """The same for a first operand that is a number and a second that is a tensor."""
 
 
+FILLED = (
+    *(aten.full.default, aten.full_like.default, aten.new_full.default),
+    aten.scalar_tensor.default,
+)
+"""Ops that create a tensor of one value. No overload of theirs takes a tensor for it."""
+
+
+def _fill(graph: fx.Graph, node: fx.Node, tensors: Mapping[fx.Node, fx.Node]) -> None:
+    """Create a tensor of zeros, and fill it with a number that has become a tensor."""
+    number = next(n for n in node.all_input_nodes if n in tensors)
+    users, dtype = list(node.users), node.meta["val"].dtype
+    node.args = tuple(0 if a is number else a for a in node.args)
+    node.kwargs = {k: 0 if a is number else a for k, a in node.kwargs.items()} | {"dtype": dtype}
+    if any(n in tensors for n in node.all_input_nodes):  # a size
+        raise _error(node)
+    with graph.inserting_after(node):
+        filled = add_call(graph, aten.fill.Tensor, node, tensors[number])
+    for user in users:
+        user.replace_input_with(node, filled)
+
+
 def _tensor_overload(node: fx.Node, tensors: Mapping[fx.Node, fx.Node]) -> Any:
     """The overload of a node's op that takes tensors instead of these numbers."""
     target: Any = node.target
     if not isinstance(target, OpOverload):
         raise _error(node)
     own = [a.name for a in target._schema.arguments]
-    positions = {own[i] for i, a in enumerate(node.args) if a in tensors}
-    positions |= {n for n, a in node.kwargs.items() if a in tensors}
+    given = {**dict(zip(own, node.args, strict=False)), **node.kwargs}
+    positions = {name for name, a in given.items() if isinstance(a, fx.Node) and a in tensors}
+    constants = {name for name, a in given.items() if isinstance(a, (int, float))}
     listed = [n for n in node.all_input_nodes if n in tensors]
     if len(listed) <= len(positions):  # none is inside a list, such as a size
         packet = target.overloadpacket
         for overload in [target, *(getattr(packet, n) for n in packet.overloads())]:
             arguments = {a.name: str(a.type) for a in overload._schema.arguments}
-            if list(arguments) == own and all("Tensor" in arguments[p] for p in positions):
+            takes = {name for name, kind in arguments.items() if "Tensor" in kind}
+            if list(arguments) == own and positions <= takes and not takes & constants:
                 return overload
     raise _error(node)
 

@@ -241,7 +241,7 @@ class NumberGuards:
         values = {s: sympy.sympify(leaves[int(s.name.removeprefix("number"))]) for s in symbols}
         try:
             return all(c.xreplace(values) == sympy.true for c in self.conditions)
-        except TypeError:  # nan is not comparable
+        except (TypeError, ArithmeticError):  # nan is not comparable; as in Python, 1 / 0 fails
             return False
 
 

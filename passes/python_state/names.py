@@ -39,6 +39,20 @@ def names_in(code: CodeType) -> set[str]:
     return {*(set(code.co_names) - _only_set(code)), *code.co_freevars, *texts}
 
 
+@functools.cache
+def global_names(code: CodeType) -> set[str]:
+    """Names of the global variables that some code reads or sets; attributes are none.
+
+    Args:
+        code: of a function.
+    """
+    return {
+        step.argval
+        for step in dis.get_instructions(code)
+        if "GLOBAL" in step.opname or step.opname in {"LOAD_NAME", "STORE_NAME"}
+    }
+
+
 def _only_set(code: CodeType) -> set[str]:
     """Attributes that some code sets and never reads: ``self.last = x``."""
     stored: set[str] = set()

@@ -37,7 +37,7 @@ from .holders import (
 from .iterators import iterator_state
 from .kinds import is_collection, is_shallow, is_torchs, is_user_module, is_users_class, owner_of
 from .members import ForeignFunctions, Members, members_of
-from .names import compares_objects, compares_types, names_in, reads_unnamed
+from .names import compares_objects, compares_types, global_names, names_in, reads_unnamed
 from .noted import Noted
 from .random_numbers import GENERATORS, saved_generator
 
@@ -134,7 +134,7 @@ class ReachableState:
         if compares_types(code):
             self.noted.note_type_comparison(f"{code.co_filename}:{code.co_firstlineno}")
         self._now.clear()
-        used = names if "globals" in names else code.co_names  # globals()["scale"]
+        used = names if "globals" in names else global_names(code)  # globals()["scale"]
         self._enter_globals(frame.f_globals, used, names)
         for name in names & sys.modules.keys() if "modules" in names else ():  # sys.modules["m"]
             self._visit(sys.modules[name], name, names, 0)

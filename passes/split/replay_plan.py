@@ -108,7 +108,7 @@ def replay_plan(planned: PlannedCut, groups: OpGroups, *, must_fit: bool) -> Ass
         "the plan is not one for this model",
         node=wrong[0] if wrong else None,
         expected="calls of the captured graph, in its order, at which a stage may start",
-        found=", ".join(name for name, _ in begins[0 if planned.runs else 1 :]),
+        found=", ".join(name for name, _ in begins[0 if planned.runs else 1 :]) or "none",
         remedy="make a plan of this model, in the same mode and with the same options",
     )
 

@@ -287,7 +287,7 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     ),
     "a number for a name": (in_stage(first=7), "stages[1].first"),
     "no first call": (in_stage(first=None), "disagree"),
-    "a stage of nothing": (in_stage(first=None, calls=0), "has no call"),
+    "calls, but no first": (in_stage(calls=0), "disagree"),
     "one start for all": (in_stage(first="linear"), "start at one call"),
     "to no stage": (in_crossing(targets=[9]), "later stage"),
     "backwards": (in_crossing(source=2, targets=[1]), "later stage"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
-from autopipe.errors import OptionError, PartitionError
+from autopipe.errors import OptionError, PartitionError, PlanError
 
 pytestmark = pytest.mark.few(2)
 
@@ -105,6 +105,24 @@ def test_a_saved_plan_has_the_cut(tmp_path: Path) -> None:
 def test_a_search_under_a_memory_limit_keeps_to_it() -> None:
     model = Tagger()
     check(compiled(model, cut_at="blocks", memory="1MiB"), model, 5)
+
+
+class EvaluatesLess(Tagger):
+    """In evaluation it computes nothing behind its first stage."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) if self.training else self.embed(tokens).sin()
+
+
+def test_a_call_that_leaves_stages_empty_has_a_plan(tmp_path: Path) -> None:
+    pipe = compiled(EvaluatesLess(), cut_at="blocks", args=(tokens(),))
+    assert torch.equal(pipe.eval()(tokens()), pipe.model(tokens()))
+    assert [stage.calls for stage in pipe.plan.stages] == [2, 0, 0]
+    assert "stages 1, 2 work less than 10%" in str(pipe.explain())
+    pipe.plan.save(tmp_path / "plan.json")
+    again = compiled(EvaluatesLess().eval(), plan=tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="found: none"):
+        again(tokens())
 
 
 def test_errors() -> None:

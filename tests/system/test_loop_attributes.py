@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import autopipe
 from tests.support.loops import Net, alike, ids, loss_of, train
 
 pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
@@ -104,3 +105,17 @@ def test_what_holds_the_module_is_not_looked_into() -> None:
     model.trainer.step += 1
     pipe(ids())
     assert pipe.captured is captured
+
+
+scale = 1.0
+
+
+def test_a_variable_with_the_name_of_an_attribute_is_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A script's ``for scale in ...`` is none of the model's business."""
+    pipe = autopipe.compile(Holds(), 2, 2)
+    for value in (1.0, 2.0, 3.0):
+        monkeypatch.setitem(globals(), "scale", value)
+        pipe(ids(4))
+    assert autopipe.explain_captures(pipe).count == 1

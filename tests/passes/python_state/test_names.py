@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autopipe.passes.python_state.names import names_in, reads_unnamed
+from autopipe.passes.python_state.names import global_names, names_in, reads_unnamed
 
 i = 1
 NAMED: list[Callable[..., Any]] = [
@@ -62,3 +62,12 @@ def test_what_is_only_set_is_no_name() -> None:
         o.part.end = o.seen
 
     assert names_in(sets.__code__) == {"count", "seen", "part"}
+
+
+def test_attributes_are_no_global_variables() -> None:
+    def uses(o: Any) -> Any:
+        global j
+        j = 2
+        return o.a + i + max(o.i, o.j.b)
+
+    assert global_names(uses.__code__) == {"i", "j", "max"}
