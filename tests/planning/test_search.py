@@ -307,5 +307,5 @@ def test_memory_counts_more_than_samples_for_batch_norm() -> None:
 
 
 def test_a_small_batch_is_planned_whole() -> None:
-    model, x = normalised(image=False), torch.randn(3, 1024)
+    model, x = normalised(image=False), torch.randn(3, 32, 16, 16)
     assert autopipe.plan(model, 2, None, args=(x,)).sizes == (3,)
