@@ -165,7 +165,7 @@ USES: dict[str, tuple[Between, int]] = {
 }
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("use", USES)
 def test_a_length_that_is_used(use: str, captures: list[int]) -> None:
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 from autopipe.errors import CaptureError, InputError
 from tests.support.agreement import assert_agrees, assert_close, pipelined
 
-pytestmark = [pytest.mark.few(3), pytest.mark.filterwarnings("ignore:enable_nested_tensor")]
+pytestmark = [pytest.mark.few(1), pytest.mark.filterwarnings("ignore:enable_nested_tensor")]
 WIDTH, LENGTH = 8, 5
 
 
