@@ -64,6 +64,7 @@ def main() -> None:
     for _ in range(repetitions):
         for kind in KINDS:
             seconds[kind].append(in_own_process(kind))
+            print(f"{kind} {seconds[kind][-1]:.1f} s", flush=True)
     for kind, found in seconds.items():
         print(f"{kind:9} {statistics.median(found):6.1f} s  ({min(found):.1f} to {max(found):.1f})")
     ratio = statistics.median(seconds["autopipe"]) / statistics.median(seconds["inductor"])
