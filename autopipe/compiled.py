@@ -151,26 +151,38 @@ class CompiledModel:
             cached = self._copies[key] = (tensor._version, tensor, copy)
         return cached[2]
 
+    def is_traced(self, inputs: CallInputs) -> bool:
+        """Whether the stages need not be traced for a call, under the current modes.
+
+        Args:
+            inputs: the call.
+        """
+        return self.programs.is_traced(self._key(inputs))
+
     def program(
         self, inputs: CallInputs, progress: Callable[[str], None] = silent
     ) -> CompiledProgram:
         """Return the program for a call, under the current grad and autocast modes.
 
         Args:
-            inputs: the call, with tensors for the numbers that are inputs.
+            inputs: the call.
             progress: called with a text for each step.
 
         Raises:
             MemoryLimitError: the batch needs more memory than the devices have.
             InputError: a batch norm would see a single value per channel even in one micro-batch.
         """
+        return self._program(self._key(inputs), progress)
+
+    def _key(self, inputs: CallInputs) -> ProgramKey:
+        inputs = inputs.with_tensors(self.calls.numbers)
         captured, leaves = self.split.captured, inputs.leaves
         least = self._least_samples(inputs.batch)
         sizes = microbatch.sizes(inputs.batch, self.options.resolved.chunks, least)
         parameters = tuple(self._tensor(i) for i in self.parameters)
         tensors = [*(leaves[i.index] for i in self.call_inputs), *parameters]
         grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        key = ProgramKey(
+        return ProgramKey(
             sizes,
             grad,
             self.expected if grad else frozenset(),
@@ -182,7 +194,6 @@ class CompiledModel:
             autocast_state(),
             tuple((s, n) for s, n in (self.calls.sizes(inputs) or {}).items() if s != B),
         )
-        return self._program(key, progress)
 
     def program_for_outputs(
         self, program: CompiledProgram, names: frozenset[str]

@@ -116,7 +116,7 @@ class ProgramCache:
                         if not asked:
                             self.log.warn(reason)
                         compiled = self._capture(candidates, inputs, reason, progress)
-            program = compiled.program(inputs.with_tensors(compiled.calls.numbers), progress)
+            program = compiled.program(inputs, progress)
         self._models.use(compiled, compiled.used)
         self.log.used(compiled)
         self._last = compiled, program
@@ -274,5 +274,13 @@ class ProgramCache:
 
 
 def _fitting(candidates: Sequence[CompiledModel], inputs: CallInputs) -> CompiledModel | None:
-    """The first captured model that takes the same branches for a call, with the same numbers."""
-    return next((c for c in candidates if c.calls.fits(inputs)), None)
+    """A captured model that takes the same branches for a call, with the same numbers.
+
+    It is the first, or one whose stages need not be traced for this call, if there is one: a graph
+    for all lengths may be traced for a batch for which that of a single length is not.
+    """
+    fitting = (c for c in candidates if c.calls.fits(inputs))
+    first = next(fitting, None)
+    if first is None or len(candidates) == 1 or first.is_traced(inputs):
+        return first
+    return next((c for c in fitting if c.is_traced(inputs)), first)

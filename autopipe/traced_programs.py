@@ -1,13 +1,8 @@
 """`TracedPrograms`: the programs of one captured model, and which sizes they serve.
 
-    ProgramKey (exact sizes) ──▶ `CompiledProgram`: cheap, for one shape of inputs
-        ──▶ a `Phased` for each micro-batch size: traced with numbers, or with symbolic sizes, when
-            it serves all sizes that satisfy its conditions
-        ──▶ code, shared by all keys with the same `Phased`s
-
-A trace with symbolic sizes takes some times as long as one with numbers. So sizes are symbolic if
-the capture has lengths, or from the third micro-batch size on. Where torch cannot trace with
-symbolic sizes, or fixes them, stages are traced once for each shape.
+ProgramKey (exact sizes) ──▶ `CompiledProgram`: cheap, for one shape of inputs
+    ──▶ a `Phased` for each micro-batch size; see traced_stages.py
+    ──▶ code, shared by all keys with the same `Phased`s
 """
 
 from __future__ import annotations
@@ -18,18 +13,14 @@ from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import sympy
-
 from autopipe.compiled_program import CompiledProgram
-from autopipe.errors import InputError, describe
-from autopipe.passes.driver import lower_to_code, phases_by_size
-from autopipe.passes.graph import warn_at_user_line
+from autopipe.passes.driver import lower_to_code
 from autopipe.passes.ir import B
 from autopipe.passes.one_at_a_time import one_at_a_time
-from autopipe.passes.phases import PhaseRequest, TraceCache, received_strides
+from autopipe.passes.phases import received_strides
 from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load_source
-from autopipe.tensor_meta import state_metadata, symbolic_metadata
+from autopipe.traced_stages import TracedStages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -39,17 +30,11 @@ if TYPE_CHECKING:
     from autopipe.compiled_program import ProgramKey
     from autopipe.options import Options
     from autopipe.passes.driver import Lowered
-    from autopipe.passes.ir import Input, Phased, Sizes, Split
-    from autopipe.passes.phases import TensorMeta
+    from autopipe.passes.ir import Input, Phased, Split
+    from autopipe.passes.phases import TraceCache
     from autopipe.runtime.transfer import WorkerDevice
 
 logger = logging.getLogger("autopipe")
-
-STATIC_SIZES = 2
-"""As many micro-batch sizes are traced with numbers before sizes become symbolic."""
-
-FIXED_TRACES = 2
-"""After as many traces in which torch fixed a symbolic size, traces are for one shape each."""
 
 MANY_SHAPES = 64
 """How many shapes of inputs have a `CompiledProgram` of their own."""
@@ -94,16 +79,11 @@ class TracedPrograms:
         traces: TraceCache,
         tensor: Callable[[Input], Tensor],
     ) -> None:
-        self._split, self._options, self._workers = split, options, workers
-        self._traces, self._tensor = traces, tensor
+        self._options, self._workers = options, workers
+        self._stages = TracedStages(split, options, workers, traces, tensor)
         self._programs: OrderedDict[ProgramKey, tuple[CompiledProgram, Hashable]] = OrderedDict()
-        self._static: dict[Hashable, Phased] = {}
-        self._symbolic: dict[Hashable, list[Phased]] = {}
-        self._sizes_traced: dict[Hashable, set[int]] = {}  # with numbers, by modes
-        self._fixed: dict[Hashable, int] = {}  # how often torch fixed a symbolic size, by modes
         self._code: dict[Hashable, _Code] = {}
         self.seconds, self.generated = 0.0, 0
-        self._said = False
 
     def program(
         self, key: ProgramKey, progress: Callable[[str], None]
@@ -129,7 +109,7 @@ class TracedPrograms:
 
     def _add(self, key: ProgramKey, progress: Callable[[str], None]) -> None:
         start = perf_counter()
-        phased = {size: self._phased(key, size, progress) for size in dict.fromkeys(key.sizes)}
+        phased = {s: self._stages.trace(key, s, progress) for s in dict.fromkeys(key.sizes)}
         code_key = tuple(id(phased[size]) for size in key.sizes)
         if code_key not in self._code:
             self._code[code_key] = self._load(phased, key.sizes, progress)
@@ -137,7 +117,7 @@ class TracedPrograms:
             seconds = perf_counter() - start
             self.seconds += seconds
             logger.info("traced in %.2f s: micro-batches of %s", seconds, key.sizes)
-        self._traces.joints.clear()  # every stage is cut
+        self._stages.forget_joint_graphs()
         self._programs[key] = _program(self._code[code_key], phased, key, self._workers), code_key
         if len(self._programs) > MANY_SHAPES:
             self._programs.popitem(last=False)
@@ -152,12 +132,7 @@ class TracedPrograms:
             return
         for key in [k for k, (_, used) in self._programs.items() if used == code_key]:
             del self._programs[key]
-        used = {id(p) for other in self._code.values() for p in other.phased}
-        self._static = {k: p for k, p in self._static.items() if id(p) in used}
-        symbolic = {k: [p for p in ps if id(p) in used] for k, ps in self._symbolic.items()}
-        self._symbolic = {k: ps for k, ps in symbolic.items() if ps}
-        kept = self._traces.restricted_to(p for c in self._code.values() for p in c.phased)
-        self._traces = TraceCache(stages=kept.stages)
+        self._stages.keep_only(p for other in self._code.values() for p in other.phased)
 
     @property
     def codes(self) -> tuple[Hashable, ...]:
@@ -169,82 +144,13 @@ class TracedPrograms:
         """Whether no code is left."""
         return not self._code
 
-    def _phased(self, key: ProgramKey, size: int, progress: Callable[[str], None]) -> Phased:
-        """The phases of one micro-batch size."""
-        inputs = key.metadata(size)
-        exact: Hashable = (key.modes, size, tuple(inputs.items()))
-        if exact in self._static:
-            return self._static[exact]
-        sizes: Sizes = {B: size, **dict(key.lengths)}
-        if symbols := self._symbols(key, sizes):
-            metadata = symbolic_metadata(self._split.captured, inputs, sizes, symbols)
-            pattern: Hashable = (key.modes, tuple(metadata.items()))
-            known = self._symbolic.setdefault(pattern, [])
-            found = next((p for p in known if p.holds_for(sizes)), None)
-            if found is None:
-                found = self._traced_symbolically(key, size, metadata, progress)
-                if found is not None:
-                    known.append(found)
-            if found is not None:
-                return found
-        found = phases_by_size(self._request(key, size, inputs), self._traces, progress)[size]
-        self._static[exact] = found
-        self._sizes_traced.setdefault(key.modes, set()).add(size)
-        return found
+    def is_traced(self, key: ProgramKey) -> bool:
+        """Whether no stage need be traced for a program.
 
-    def _symbols(self, key: ProgramKey, sizes: Sizes) -> set[Any]:
-        """The sizes that are symbolic in the next trace."""
-        if self._fixed.get(key.modes, 0) >= FIXED_TRACES:
-            return set()
-        lengths = {s for s, n in sizes.items() if s != B and n > 1}
-        several = len(self._sizes_traced.get(key.modes, ())) >= STATIC_SIZES
-        return lengths | ({B} if sizes[B] > 1 and (lengths or several) else set())
-
-    def _traced_symbolically(
-        self,
-        key: ProgramKey,
-        size: int,
-        metadata: dict[str, TensorMeta],
-        progress: Callable[[str], None],
-    ) -> Phased | None:
-        """The phases for symbolic sizes; None if torch cannot trace them."""
-        try:
-            request = self._request(key, size, metadata)
-            found = phases_by_size(request, self._traces, progress)[size]
-        except InputError:  # the call is wrong for any trace
-            raise
-        except Exception as error:  # an operator may raise anything for a size that is no integer
-            self._fixed[key.modes] = FIXED_TRACES
-            self._say(describe(error))
-            return None
-        if any(isinstance(c, sympy.Eq) for c in found.conditions):
-            self._fixed[key.modes] = self._fixed.get(key.modes, 0) + 1
-            logger.info("a size is fixed in the trace: %s", found.conditions)
-            if self._fixed[key.modes] >= FIXED_TRACES:
-                self._say(f"torch fixes sizes: {', '.join(map(str, found.conditions))}")
-        return found
-
-    def _say(self, reason: str) -> None:
-        """Say that stages are traced for each shape from now on: a warning, the first time."""
-        logger.info("stages are traced for each shape: %s", reason)
-        if not self._said:
-            self._said = True
-            warn_at_user_line(
-                f"each new size costs a trace of the stages: torch cannot trace them for any size"
-                f" ({reason}); pad to few sizes (said once)"
-            )
-
-    def _request(self, key: ProgramKey, size: int, inputs: dict[str, TensorMeta]) -> PhaseRequest:
-        state = state_metadata(self._split.captured, self._tensor)
-        return PhaseRequest(
-            self._split,
-            {size: state | inputs},
-            tuple(w.device for w in self._workers),
-            self._options.resolved.remat,
-            key.grad,
-            key.expected,
-            dict(key.lengths),
-        )
+        Args:
+            key: of the program.
+        """
+        return key in self._programs or all(self._stages.find(key, size) for size in set(key.sizes))
 
     def _load(
         self,

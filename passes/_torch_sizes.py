@@ -77,17 +77,15 @@ def size_in_graph(text: str) -> int:
 
 
 @contextmanager
-def remembered_sizes(environment: ShapeEnv | None) -> Iterator[None]:
+def remembered_sizes(environment: ShapeEnv, memory: dict[Any, Any]) -> Iterator[None]:
     """While tracing: compute each operation on sizes once, and record those that are used.
 
     A size that an op uses is recorded as one call of `size_in_graph`, however it was computed.
 
     Args:
-        environment: of the sizes; None: there are none.
+        environment: of the sizes.
+        memory: what was computed so far, empty at first; traces in one environment may share it.
     """
-    if environment is None:
-        yield
-        return
 
     def build(tracer: Any, expr: sympy.Expr, out: Any = None) -> Any:
         proxy = tracer.create_proxy("call_function", size_in_graph, (str(expr),), {})
@@ -95,7 +93,6 @@ def remembered_sizes(environment: ShapeEnv | None) -> Iterator[None]:
         proxy_tensor.set_proxy_slot(out, tracer, proxy_tensor.thunkify(tracer, lambda: proxy))
         return out
 
-    memory: dict[Any, Any] = {}
     with ExitStack() as stack:
         for name in (*OPERATIONS, *ANSWERS):
             if hasattr(SymNode, name):

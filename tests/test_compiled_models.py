@@ -1,6 +1,6 @@
 """Programs are kept up to a limit, the least recently used are forgotten, and memory stays bounded.
 
-Covers autopipe/traced_programs.py.
+Covers autopipe/traced_programs.py, autopipe/traced_stages.py.
 """
 
 from __future__ import annotations

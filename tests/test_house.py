@@ -37,6 +37,7 @@ LAYERS = (
     {"call_guards", "call_numbers", "call_signature", "caller_modes", "model_state_key"}
     | {"module_proxy", "valid_calls", "varying"}
     | {"compiled", "compiled_models", "compiled_program", "lengths", "traced_programs"}
+    | {"traced_stages"}
     | {"capture_log", "capture_reasons"},
     {"pipeline_call", "higher_derivatives", "program_cache", "verification"},
     {"module"},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
-from autopipe import logs, traced_programs
+from autopipe import logs, traced_stages
 
 SCRIPT = """
 import torch, autopipe
@@ -90,14 +90,14 @@ class Mean(nn.Module):
 def test_traces_for_each_shape_are_said_once(
     said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trace = traced_programs.phases_by_size
+    trace = traced_stages.phases_by_size
 
     def failing(request: object, *args: object) -> object:
         if any(request.symbols(size) for size in request.metadata):  # type: ignore[attr-defined]
             raise TypeError("no integer")
         return trace(request, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(traced_programs, "phases_by_size", failing)
+    monkeypatch.setattr(traced_stages, "phases_by_size", failing)
     model = Mean()
     pipe = autopipe.compile(model, devices=1, chunks=2, dynamic={"x": {1: "length"}})
     with pytest.warns(UserWarning, match=r"each new size costs a trace .*TypeError: no int"):

@@ -31,7 +31,7 @@ from autopipe.passes._torch_patches import (
     quiet_export,
     take_masks_as_given,
 )
-from autopipe.passes.graph import is_user_file, user_source_line
+from autopipe.passes.graph import is_user_file, known_shapes, user_source_line
 from autopipe.passes.one_at_a_time import replaced
 from autopipe.passes.ops import APPLY_OWNER, apply_function, record_function
 
@@ -74,6 +74,7 @@ def export(
                 keep_no_grad_regions(),
                 fix_lstm_state_shapes(),
                 take_masks_as_given(),
+                known_shapes(),
                 _silence_export(),
                 preserve_attributes(flat),
             ):

@@ -10,6 +10,7 @@ Read the files in this order:
     `fx_utils`         tensors, side effects, views of a node; append ops
     `mutations`        which ops write to whose memory
     `source_location`  which lines are the user's code; warnings at the user's line
+    `fake_shapes`      fake results for symbolic sizes, where torch's take long or fail
     `fake_strides`     fake tensors with the strides of real kernels
     `numerics`         equality up to rounding
     `source_text`      constants, operators and names as Python source
@@ -19,6 +20,7 @@ Read the files in this order:
 
 from __future__ import annotations
 
+from .fake_shapes import known_shapes
 from .fake_strides import fake_mode, static_fake_mode
 from .fingerprints import fingerprint
 from .fx_utils import (
@@ -96,6 +98,7 @@ __all__ = [
     "is_size",
     "is_standard_library",
     "is_user_file",
+    "known_shapes",
     "line_of",
     "literal",
     "memory_owner",

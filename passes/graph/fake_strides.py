@@ -30,6 +30,8 @@ from autopipe.passes._torch import (
     suggest_memory_format,
 )
 
+from .fake_shapes import dense_strides, of_example, shaped_results
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -93,10 +95,14 @@ def fake_mode(environment: ShapeEnv) -> FakeTensorMode:
 
 class _Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
     def dispatch(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        # A kernel in C++ that asks for integer sizes would fix symbolic ones.
-        by_python = self.shape_env is not None and func in PYTHON_FAKES
-        with enable_python_dispatcher() if by_python else nullcontext():
-            result: Any = super().dispatch(func, types, args, kwargs or {})
+        result: Any = None
+        if self.shape_env is not None:
+            result = shaped_results(self, func, args, kwargs or {})
+        if result is None:
+            # A kernel in C++ that asks for integer sizes would fix symbolic ones.
+            by_python = self.shape_env is not None and func in PYTHON_FAKES
+            with enable_python_dispatcher() if by_python else nullcontext():
+                result = super().dispatch(func, types, args, kwargs or {})
         first = result[0] if isinstance(result, (tuple, list)) and result else result
         if not isinstance(first, Tensor) or (1 not in first.shape and func not in SUGGESTED):
             return result
@@ -148,33 +154,12 @@ def _symbolic_strides(
         those of a dense tensor.
     """
     args, kwargs, sizes = pytree.tree_map_only(
-        (Tensor, torch.SymInt), _of_example, (list(args), kwargs, list(result.shape))
+        (Tensor, torch.SymInt), of_example, (list(args), kwargs, list(result.shape))
     )
     strides = _kernel_strides(func, args, kwargs, torch.Size(sizes))
-    if strides is None or strides == tuple(map(_of_example, result.stride())):
+    if strides is None or strides == tuple(map(of_example, result.stride())):
         return None
-    found: dict[int, Any] = {}
-    step: Any = 1
-    for d in sorted(range(len(sizes)), key=lambda d: (strides[d], sizes[d], -d)):
-        if _of_example(step) != strides[d]:
-            return None
-        found[d] = step
-        step = step * result.shape[d]
-    return tuple(found[d] for d in range(len(sizes)))
-
-
-_EXAMPLES = FakeTensorMode()
-
-
-def _of_example(value: Any) -> Any:
-    """A symbolic size, or a tensor, as it is in the example that is traced."""
-    if isinstance(value, torch.SymInt):
-        return value.node.hint
-    if not isinstance(value, Tensor):
-        return value
-    shape, stride = (list(map(_of_example, n)) for n in (value.shape, value.stride()))
-    with _EXAMPLES:
-        return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+    return dense_strides(result.shape, strides)
 
 
 def _iterated(

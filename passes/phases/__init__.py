@@ -18,6 +18,7 @@ Read the files in this order:
     `batch_norm`          how many samples batch norm in training needs
     `joint_trace`         one stage graph -> its joint forward and backward graph
     `stage_runner`        run a stage graph op by op, also while it is traced
+    `upsample_sizes`      the output size of an upsampling op, for symbolic sizes
     `lower_sizes`         write sizes as expressions
     `lower_random`        clean a joint graph; turn random ops into keyed draws of `ctx`
     `function_constants`  write constants that a custom autograd.Function creates

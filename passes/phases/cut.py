@@ -19,6 +19,7 @@ from .batch_norm import check_batch_norms
 from .joint_trace import ForwardMetadata, forward_metadata, trace_joint
 from .metadata import TensorMeta
 from .request import first_that_holds
+from .trace_sizes import SharedSymbols
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -52,7 +53,8 @@ def cut_phases(
     split = request.split
     sizes = request.sizes(size)
     check_batch_norms(split.captured, sizes)
-    inputs, known, conditions = _propagate_metadata(request, size, cache)
+    shared = SharedSymbols()
+    inputs, known, conditions = _propagate_metadata(request, size, cache, shared)
     differentiable = frozenset(
         o.name for o in split.captured.outputs if known[o.name][0].requires_grad
     )
@@ -62,7 +64,9 @@ def cut_phases(
     for stage, device in reversed(list(zip(split.stages, request.devices, strict=True))):
         arriving = _tangents(split, stage, gradients)
         tangents = [(kind, i, _arrived(gradients[n], device, sizes)) for kind, i, n in arriving]
-        core = _cut_stage(request, stage, inputs[stage.index], tangents, sizes, cache, progress)
+        core = _cut_stage(
+            request, stage, inputs[stage.index], tangents, sizes, cache, shared, progress
+        )
         conditions |= dict.fromkeys(core.conditions)
         cut = _with_names_of(stage, core, split.captured, [n for *_, n in arriving])
         stages.insert(0, cut)
@@ -103,7 +107,7 @@ def received_strides(phased: Phased, sizes: Sizes) -> dict[tuple[str, int], tupl
 
 
 def _propagate_metadata(
-    request: PhaseRequest, size: int, cache: TraceCache
+    request: PhaseRequest, size: int, cache: TraceCache, shared: SharedSymbols
 ) -> tuple[list[list[TensorMeta]], dict[str, Located], dict[sympy.Basic, None]]:
     """Compute the metadata of all values between stages, from the first stage to the last.
 
@@ -120,7 +124,7 @@ def _propagate_metadata(
     inputs: list[list[TensorMeta]] = []
     for stage, device in zip(request.split.stages, devices, strict=True):
         inputs.append([_arrived(known[n], device, sizes) for n in stage.signature])
-        results = _results_of(request, stage, inputs[-1], size, cache)
+        results = _results_of(request, stage, inputs[-1], size, cache, shared)
         known |= {n: (meta, device) for n, meta in zip(stage.returns, results.results, strict=True)}
         conditions |= dict.fromkeys(results.conditions)
     return inputs, known, conditions
@@ -132,6 +136,7 @@ def _results_of(
     inputs: Sequence[TensorMeta],
     size: int,
     cache: TraceCache,
+    shared: SharedSymbols,
 ) -> ForwardMetadata:
     """The metadata of a stage's results, with the symbols of its inputs."""
     sizes, device, grad = request.sizes(size), request.devices[stage.index], request.grad
@@ -141,7 +146,7 @@ def _results_of(
         traced = cache.results.setdefault(key, [])
         found = first_that_holds(traced, sizes)
         if found is None:
-            found = forward_metadata(stage, inputs, device, grad=grad, example=sizes)
+            found = forward_metadata(stage, inputs, device, grad=grad, example=sizes, shared=shared)
             traced.append(found)
         return found
 
@@ -167,6 +172,7 @@ def _cut_stage(
     tangents: Sequence[tuple[str, int, TensorMeta]],
     sizes: Sizes,
     cache: TraceCache,
+    shared: SharedSymbols,
     progress: Callable[[str], None],
 ) -> StagePhases:
     """Trace a stage and cut its joint graph, unless an identical stage is in the cache."""
@@ -183,7 +189,12 @@ def _cut_stage(
         joint = first_that_holds(joints, sizes)
         if joint is None:
             progress(f"tracing stage {stage.index}")
-            joint = trace_joint(stage, inputs, tangents, device, grad=request.grad, example=sizes)
+            joint = trace_joint(
+                *(stage, inputs, tangents, device),
+                grad=request.grad,
+                example=sizes,
+                shared=shared,
+            )
             joints.append(joint)
         cut = cut_joint(stage, joint, policy, device)
         cuts.append(cut)

@@ -43,7 +43,7 @@ from .lower_random import lower_joint_graph
 from .lower_sizes import lower_sizes
 from .metadata import TensorMeta
 from .stage_runner import run_on_device, uncached_autocast
-from .trace_sizes import TraceSizes
+from .trace_sizes import SharedSymbols, TraceSizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -102,6 +102,7 @@ def forward_metadata(
     *,
     grad: bool,
     example: Sizes = NO_SIZES,
+    shared: SharedSymbols | None = None,
 ) -> ForwardMetadata:
     """Compute the metadata of a stage's results without tracing it.
 
@@ -111,8 +112,9 @@ def forward_metadata(
         device: where the stage will run.
         grad: whether gradients are recorded.
         example: values of the symbols in `inputs`.
+        shared: with which other traces the symbols are shared.
     """
-    sizes = TraceSizes(inputs, example)
+    sizes = TraceSizes(inputs, example, shared)
     with (
         sizes.fake_mode(),
         sizes.remembered(),
@@ -142,6 +144,7 @@ def trace_joint(
     *,
     grad: bool,
     example: Sizes = NO_SIZES,
+    shared: SharedSymbols | None = None,
 ) -> JointGraph:
     """Trace a stage.
 
@@ -153,6 +156,7 @@ def trace_joint(
         device: where the stage will run; kernels are chosen for it.
         grad: False traces the forward alone, under no_grad.
         example: values of the symbols in the metadata.
+        shared: with which other traces the symbols are shared.
 
     Returns:
         The joint graph, with its random ops replaced by keyed draws.
@@ -161,7 +165,7 @@ def trace_joint(
         CaptureError: a shape depends on the values of tensors, or a custom autograd.Function uses a
             tensor that is not one of its arguments.
     """
-    sizes = TraceSizes([*inputs, *(meta for _, _, meta in arriving)], example)
+    sizes = TraceSizes([*inputs, *(meta for _, _, meta in arriving)], example, shared)
     updates: list[int] = []
     grads: list[int] = []
     differentiable = [i for i, meta in enumerate(inputs) if meta.requires_grad]

@@ -62,10 +62,13 @@ class TensorMeta(NamedTuple):
 
         Returns:
             It; None if the example has another shape, or gaps in memory: then its strides do not
-            follow from its shape.
+            follow from its shape. Dimensions may be expanded.
         """
         numbers = tuple(int(n) if n.is_Integer else n for n in shape)
-        found = self._replace(shape=numbers).dense_as(self.stride, sizes)
+        stored = tuple(n if step else 1 for n, step in zip(numbers, self.stride, strict=True))
+        dense = self._replace(shape=stored).dense_as(self.stride, sizes).stride
+        stride = tuple(n if step else 0 for n, step in zip(dense, self.stride, strict=True))
+        found = self._replace(shape=numbers, stride=stride)
         return found if found.at(sizes) == self else None
 
     def dense_as(self, stride: Sequence[int], sizes: Sizes) -> TensorMeta:

@@ -23,6 +23,8 @@ from autopipe.passes._torch import (
 from autopipe.passes._torch_modes import autocast_device_types
 from autopipe.passes.graph import source_line
 
+from .upsample_sizes import with_output_size
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
@@ -98,6 +100,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if getattr(target, "overloadpacket", None) is aten.randint_like:
         # torch's Python function has no gradient, but the overload would require one.
         args = pytree.tree_map_only(Tensor, Tensor.detach, args)
+    target, args, kwargs = with_output_size(target, args, kwargs)
     try:
         result = target(*args, **kwargs)
         for tensor in _written(target, args, kwargs):

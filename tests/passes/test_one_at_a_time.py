@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from autopipe.passes.one_at_a_time import one_at_a_time, replaced
+from autopipe.passes.one_at_a_time import RARELY, one_at_a_time, replaced
 
 
 def elsewhere(function: Callable[[], Any]) -> Any:
@@ -170,3 +171,33 @@ def test_a_thread_that_forks_within_its_turn() -> None:
         os._exit(8)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 8
+
+
+def test_garbage_is_collected_rarely_while_a_thread_compiles() -> None:
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(700, 10, 10)
+        with one_at_a_time():
+            assert gc.get_threshold() == RARELY
+            with one_at_a_time():
+                assert gc.get_threshold() == RARELY
+            assert gc.get_threshold() == RARELY
+        assert gc.get_threshold() == (700, 10, 10)
+    finally:
+        gc.set_threshold(*before)
+
+
+@pytest.mark.parametrize("own", [(0, 10, 10), (10**6, 10, 10)])
+def test_thresholds_of_the_user_are_left_alone(own: tuple[int, int, int]) -> None:
+    """Who collects seldom or never has a reason; so has who changes it meanwhile."""
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(*own)
+        with one_at_a_time():
+            assert gc.get_threshold() == own
+        gc.set_threshold(700, 10, 10)
+        with one_at_a_time():
+            gc.set_threshold(*own)
+        assert gc.get_threshold() == own
+    finally:
+        gc.set_threshold(*before)

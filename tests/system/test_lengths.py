@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
-from autopipe import program_cache, traced_programs
+from autopipe import program_cache, traced_stages
 from autopipe.errors import CaptureError, OptionError
 from tests.support.agreement import assert_close as close_to
 
@@ -199,14 +199,14 @@ def test_a_capture_that_fails_with_symbols_only_is_one_with_numbers(
 def test_a_trace_that_fails_with_symbols_only_is_one_with_numbers(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    phases = traced_programs.phases_by_size
+    phases = traced_stages.phases_by_size
 
     def failing(request: Any, *args: Any) -> Any:
         if any(m.is_symbolic for of in request.metadata.values() for m in of.values()):
             raise error
         return phases(request, *args)
 
-    monkeypatch.setattr(traced_programs, "phases_by_size", failing)
+    monkeypatch.setattr(traced_stages, "phases_by_size", failing)
     model = Language().double()
     pipe = autopipe.compile(model, devices=2, chunks=2)
     step_agrees(pipe, model, text(6, 9), text(6, 9))
@@ -240,13 +240,13 @@ def test_micro_batches_of_many_sizes_are_traced_three_times(
 ) -> None:
     """The third size is symbolic, and serves all others but one sample."""
     traced = []
-    phases = traced_programs.phases_by_size
+    phases = traced_stages.phases_by_size
 
     def counted(request: Any, *args: Any) -> Any:
         traced.append(dict(request.metadata))
         return phases(request, *args)
 
-    monkeypatch.setattr(traced_programs, "phases_by_size", counted)
+    monkeypatch.setattr(traced_stages, "phases_by_size", counted)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     pipe = autopipe.compile(model, devices=2, chunks=2)
     for samples in (4, 6, 8, 10, 12, 20, 7):

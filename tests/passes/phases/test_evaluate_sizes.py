@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autopipe
-from autopipe import traced_programs
+from autopipe import traced_stages
 from autopipe.passes.driver import phases_by_size
 from autopipe.passes.graph import fingerprint, full_size
 from autopipe.passes.ir import B, Phased, StagePhases
@@ -116,7 +116,7 @@ def traced(
         found.extend((request, phased) for phased in result.values() if phased.symbols)
         return result
 
-    monkeypatch.setattr(traced_programs, "phases_by_size", noted)
+    monkeypatch.setattr(traced_stages, "phases_by_size", noted)
     torch.manual_seed(0)
     build, inputs = MODELS[name]
     pipe = autopipe.compile(build(), devices=2, chunks=2, **options)

@@ -16,7 +16,7 @@ from autopipe.passes.graph import SizeExpression
 from autopipe.passes.ir import B, all_hold
 from autopipe.passes.phases import TensorMeta
 from autopipe.passes.phases.lower_sizes import lower_sizes
-from autopipe.passes.phases.trace_sizes import TraceSizes
+from autopipe.passes.phases.trace_sizes import SharedSymbols, TraceSizes
 
 LENGTH = sympy.Symbol("length")
 SIZES = {B: 4, LENGTH: 9}
@@ -54,6 +54,52 @@ def test_numbers_stay_numbers() -> None:
     assert sizes.conditions() == ()
     with sizes.fake_mode(), sizes.remembered():
         assert TensorMeta.of(sizes.fake(meta, CPU)) == meta._replace(requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "follows"),
+    [
+        (lambda b, n: torch.empty(b, n, 8), True),
+        (lambda b, n: torch.empty(n, b, 8).transpose(0, 1), True),
+        (lambda b, n: torch.empty(1, n, 8).expand(b, n, 8), True),
+        (lambda b, n: torch.empty(n, 1).expand(b, n, 8), True),
+        (lambda b, n: torch.empty(b, n, 9)[:, :, :8], False),
+        (lambda b, n: torch.empty(b, 1, 8)[:, :, ::2].expand(b, n, 4), False),
+    ],
+)
+def test_an_example_for_all_sizes(make: Any, follows: bool) -> None:
+    """Strides follow from the shape if the memory has no gaps, but for expanded dimensions."""
+    example = TensorMeta.of(make(*SIZES.values()))
+    shape = (B, LENGTH, sympy.Integer(example.shape[2]))
+    found = example.with_shape(shape, SIZES)
+    if not follows:
+        assert found is None
+        return
+    for sizes in (SIZES, {B: 2, LENGTH: 31}):
+        assert found is not None
+        assert found.at(sizes) == TensorMeta.of(make(*sizes.values()))
+    assert example.with_shape((B, LENGTH + 1, shape[2]), SIZES) is None
+
+
+def test_traces_share_symbols_until_one_fixes_a_size() -> None:
+    """What one trace has asked is a condition of the next, too; a fixed size is not."""
+    meta = TensorMeta((B, LENGTH), (LENGTH, 1), torch.float32)
+    shared = SharedSymbols()
+
+    def trace(*, fixes: bool) -> tuple[sympy.Basic, ...]:
+        sizes = TraceSizes([meta], SIZES, shared)
+        with sizes.fake_mode(), sizes.remembered():
+            n = sizes.fake(meta, CPU).shape[1]
+            assert int(n) == 9 if fixes else n > 5
+        return sizes.conditions()
+
+    asked = trace(fixes=False)
+    assert not all_hold(asked, {B: 4, LENGTH: 5})
+    fixed = trace(fixes=True)
+    assert not all_hold(fixed, {B: 4, LENGTH: 8})
+    assert trace(fixes=False) == asked
+    sizes = TraceSizes([meta], SIZES, shared)
+    assert sizes.conditions() == asked
 
 
 def test_conditions_are_what_the_trace_asked() -> None:
