@@ -16,6 +16,7 @@ Files, in reading order:
 - `number_checks`: these do in a trace what they do as numbers
 - `flat_module`: the model as a function from flat tensors to flat tensors
 - `exporting`: runs torch.export: silences it, refuses what it would lose
+- `any_size`: functions whose C++ code would fix symbolic sizes
 - `vmaps`: `torch.vmap` as plain ops
 - `size_uses`: what the model's code did with symbolic sizes
 - `explain`: short errors for those of torch.export

@@ -35,6 +35,7 @@ from autopipe.passes.graph import is_user_file, known_shapes, user_source_line
 from autopipe.passes.one_at_a_time import replaced
 from autopipe.passes.ops import APPLY_OWNER, apply_function, record_function
 
+from .any_size import keep_sizes_symbolic
 from .buffer_state import preserve_attributes
 from .explain import explain, own_class_error, weights_of_own_class
 from .size_uses import SizeUses, record_size_uses
@@ -75,6 +76,7 @@ def export(
                 fix_lstm_state_shapes(),
                 take_masks_as_given(),
                 known_shapes(),
+                keep_sizes_symbolic(),
                 _silence_export(),
                 preserve_attributes(flat),
             ):

@@ -159,6 +159,8 @@ USES: dict[str, tuple[Between, int]] = {
     "normalized over it": (channels(lambda y: F.layer_norm(y, y.shape[-1:])), 2),
     "stretched": (channels(F.interpolate, scale_factor=2), 2),
     "to five": (channels(F.interpolate, size=5, mode="linear"), 2),
+    "largest of two": (channels(F.max_pool1d, 2), 2),
+    "largest of three": (channels(F.max_pool1d, 3, stride=1, padding=1), 2),
     "pooled to four": (channels(F.adaptive_avg_pool1d, 4), 2),
     "a branch": (lambda x: x * 2 if x.shape[1] > 8 else x * 3, 3),
     "even or odd": (lambda x: x * 2 if x.shape[1] % 2 == 0 else x * 3, 3),
