@@ -135,10 +135,14 @@ def _state_difference(old: Hashable, new: Hashable) -> str:
             modes = {True: "training", False: "evaluation"}
             return f"mode of a {place}: {modes[a]} → {modes[b]}"
         if _is_entry(a) and _is_entry(b) and a[0] == b[0]:
-            return f"attribute {_name(a[0])} of {place}: {_value(a)} → {_value(b)}"
+            return f"attribute {_name(a[0])} of {place}: {_change(_value(a), _value(b))}"
         name = b[0] if _is_entry(b) else a[0] if _is_entry(a) else None
         return f"{place}: {'its layers or hooks' if name is None else _name(name)} changed"
     return f"attributes of {place} were added or removed"
+
+
+def _change(old: str, new: str) -> str:
+    return f"{old} → {new}" if old != new else f"another {new}"
 
 
 def _is_entry(value: Any) -> bool:

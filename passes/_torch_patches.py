@@ -7,6 +7,7 @@ an underscore.
 from __future__ import annotations
 
 import linecache
+import logging
 import sys
 import weakref
 from contextlib import ExitStack, contextmanager
@@ -189,6 +190,19 @@ def quiet_export() -> Iterator[None]:
         """Print nothing."""
 
     with replaced(export_trace, "print", silent), replaced(fx.graph_module, "print", silent):
+        yield
+
+
+@contextmanager
+def silent_logs() -> Iterator[None]:
+    """Let torch log nothing in this thread: fakes that fail are logged, and then done otherwise."""
+    handle: Any = logging.Logger.callHandlers
+
+    def call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if record.name.partition(".")[0] != "torch":
+            handle(logger, record)
+
+    with replaced(logging.Logger, "callHandlers", call_handlers):
         yield
 
 

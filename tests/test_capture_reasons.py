@@ -86,6 +86,30 @@ def test_what_changed(name: str) -> None:
     assert reasons(pipe)[1].startswith(expected)
 
 
+class Scaled(Net):
+    """With an attribute that is an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: Any = torch.ones(())
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x * self.scale)
+
+
+def test_another_object() -> None:
+    """It is told by its type: texts of objects have addresses."""
+    model = Scaled()
+    pipe = autopipe.compile(model, devices=2, chunks=2)
+    pipe(X)
+    model.scale = torch.zeros(())
+    assert pipe(X).detach().unique().numel() <= 2
+    model.scale = None
+    with pytest.raises(autopipe.errors.AutopipeError):
+        pipe(X)
+    assert reasons(pipe)[1:] == ["attribute scale of Scaled: another Tensor"]
+
+
 def test_a_setting_of_torch() -> None:
     pipe = autopipe.compile(Net(), 2, 3)
     pipe(X)

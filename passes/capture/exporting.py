@@ -7,7 +7,6 @@ they raise a `CaptureError`.
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import traceback
 import warnings
@@ -29,6 +28,7 @@ from autopipe.passes._torch_patches import (
     fix_lstm_state_shapes,
     keep_no_grad_regions,
     quiet_export,
+    silent_logs,
     take_masks_as_given,
 )
 from autopipe.passes.graph import is_user_file, known_shapes, user_source_line
@@ -117,18 +117,13 @@ def _refuse_parts_of_weights(flat: nn.Module, program: torch.export.ExportedProg
 @contextmanager
 def _silence_export() -> Iterator[None]:
     """Hide torch's logs and warnings in this thread: whole graphs when export fails."""
-    handle: Any = logging.Logger.callHandlers
-
-    def call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
-        if record.name.partition(".")[0] != "torch":
-            handle(logger, record)
 
     def silent(*args: Any, **kwargs: Any) -> None:
         """Warn of nothing."""
 
     with (
         quiet_export(),
-        replaced(logging.Logger, "callHandlers", call_handlers),
+        silent_logs(),
         replaced(warnings, "warn", silent),
         replaced(warnings, "warn_explicit", silent),
         replaced(warnings, "showwarning", silent),

@@ -64,6 +64,9 @@ SUGGESTED = {
 PYTHON_FAKES = {aten.constant_pad_nd.default}
 """Operators whose fake kernel in C++ does not take symbolic sizes."""
 
+WANTS_NUMBERS = "expected to contain only concrete integers"
+"""Part of the error of a fake kernel that calls another one in C++ with symbolic sizes."""
+
 UNARY = ("lerp", "pow")
 """Operators with a separate kernel for Python numbers."""
 
@@ -101,8 +104,14 @@ class _Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
         if result is None:
             # A kernel in C++ that asks for integer sizes would fix symbolic ones.
             by_python = self.shape_env is not None and func in PYTHON_FAKES
-            with enable_python_dispatcher() if by_python else nullcontext():
-                result = super().dispatch(func, types, args, kwargs or {})
+            try:
+                with enable_python_dispatcher() if by_python else nullcontext():
+                    result = super().dispatch(func, types, args, kwargs or {})
+            except RuntimeError as error:
+                if self.shape_env is None or WANTS_NUMBERS not in str(error):
+                    raise
+                with enable_python_dispatcher():
+                    result = super().dispatch(func, types, args, kwargs or {})
         first = result[0] if isinstance(result, (tuple, list)) and result else result
         if not isinstance(first, Tensor) or (1 not in first.shape and func not in SUGGESTED):
             return result

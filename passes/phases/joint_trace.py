@@ -36,7 +36,7 @@ from autopipe.passes._torch import (
     preserve_node_meta,
     to_functional,
 )
-from autopipe.passes._torch_patches import record_checks_unordered
+from autopipe.passes._torch_patches import record_checks_unordered, silent_logs
 
 from .function_constants import inline_constants, watch_constants
 from .lower_random import lower_joint_graph
@@ -116,6 +116,7 @@ def forward_metadata(
     """
     sizes = TraceSizes(inputs, example, shared)
     with (
+        silent_logs(),
         sizes.fake_mode(),
         sizes.remembered(),
         record_checks_unordered(),
@@ -218,6 +219,7 @@ def trace_joint(
 @contextmanager
 def _recording(stage: StageGraph) -> Iterator[None]:
     with (
+        silent_logs(),
         record_checks_unordered(),
         preserve_node_meta(),
         uncached_autocast(),

@@ -77,6 +77,10 @@ class WeakIdentity:
     def __hash__(self) -> int:
         return self._id
 
+    def __repr__(self) -> str:
+        value = self._kept if self._value is None else self._value()
+        return "object" if value is None else type(value).__name__
+
 
 def value_key(value: Any, depth: int = 0, *, objects: bool = False) -> Hashable:
     """Return a key for a value: its content as far as that can be compared, else its identity.

@@ -159,6 +159,12 @@ USES: dict[str, tuple[Between, int]] = {
     "normalized over it": (channels(lambda y: F.layer_norm(y, y.shape[-1:])), 2),
     "stretched": (channels(F.interpolate, scale_factor=2), 2),
     "to five": (channels(F.interpolate, size=5, mode="linear"), 2),
+    "product and bias": (
+        lambda x: torch.baddbmm(
+            x.new_ones(1, 1, WIDTH), x, x.new_ones(WIDTH, WIDTH).expand(x.shape[0], -1, -1)
+        ),
+        2,
+    ),
     "largest of two": (channels(F.max_pool1d, 2), 2),
     "largest of three": (channels(F.max_pool1d, 3, stride=1, padding=1), 2),
     "pooled to four": (channels(F.adaptive_avg_pool1d, 4), 2),

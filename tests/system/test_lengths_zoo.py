@@ -6,6 +6,7 @@ are compared with eager torch as in `test_zoo`, for three lengths and for a smal
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from typing import Any
@@ -36,11 +37,25 @@ RESIZED |= dict.fromkeys(("DeiT", "BEiT", "ViT-MAE"), RESIZED["ViT"])
 
 ONE_SIZE: dict[str, str] = {
     "Swin": "must match the size",
+    "ViT-MAE": "out of bounds|doesn't match model",
+    "VideoMAE": "doesn't match model",
+    "Audio Spectrogram Transformer": "must match the size",
+    "CLIP": "doesn't match model",
 }
 """Models that themselves only take inputs of one size, and what they say."""
 
-FALLBACKS: dict[str, str] = {}
-"""Models that are captured for each length, and the reason that a warning gives."""
+FALLBACKS: dict[str, str] = {
+    "Mamba": "turns it into a number",
+    "RecurrentGemma": "attribute conv1d_state",
+    "Longformer": "modeling_longformer.py",
+    "MobileNetV2": "turns it into a number",
+}
+"""Models that are captured for each length, and a part of the reason: loops over time, chunks,
+padding by the remainder, a state that each eager forward sets."""
+
+SENSITIVE = ("Stable Diffusion 3",)
+"""Models for which float32 gives eager gradients that are farther from those in float64 than
+`TOLERANCE`: here the truth is that of float64."""
 
 USUAL = ("BERT", "Llama", "T5", "Wav2Vec2")
 """Those that are compared unless ``ZOO_LENGTHS`` names others, separated by commas: the whole zoo
@@ -90,6 +105,7 @@ def part(entry: Entry, inputs: dict[str, Any], samples: Any) -> dict[str, Any]:
 
 def eager(entry: Entry, model: nn.Module, inputs: dict[str, Any], batch: int) -> Step:
     """The truth: as `tests.support.zoo.compare.eager`, for a batch of any size."""
+    model.zero_grad(set_to_none=True)
     if any(isinstance(m, _BatchNorm) for m in model.modules()):
         total = torch.zeros(())
         for chunk in torch.arange(batch).tensor_split(CHUNKS):
@@ -118,7 +134,11 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def compare(entry: Entry, pipe: autopipe.Pipeline, inputs: dict[str, Any], batch: int) -> None:
-    loss, expected = eager(entry, pipe.model, inputs, batch)
+    if any(entry is ZOO[name] for name in SENSITIVE):
+        twice = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+        loss, expected = eager(entry, copy.deepcopy(pipe.model).double(), twice, batch)
+    else:
+        loss, expected = eager(entry, pipe.model, inputs, batch)
     found, gradients = step(entry, pipe, inputs)
     assert (found - loss).abs() <= TOLERANCE * loss.abs()
     scale = max(g.abs().max() for g in expected.values() if g is not None)
@@ -154,8 +174,8 @@ def test_two_captures_serve_all_lengths(name: str, captures: list[int]) -> None:
     assert len(placed) == 1
     said = [str(w.message) for w in caught if "cannot be captured for any size" in str(w.message)]
     if name in FALLBACKS:
-        assert FALLBACKS[name] in said[0]
-        assert len(captures) == len(FACTORS)
+        assert FALLBACKS[name] in "\n".join((*said, str(autopipe.explain_captures(pipe))))
+        assert len(captures) > 2
     else:
         assert said == []
         assert len(captures) == 2
