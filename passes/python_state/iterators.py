@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import types
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import CaptureError
@@ -30,7 +31,9 @@ def iterator_state(value: Any) -> Hashable | None:
     if type(value).__module__ not in ("itertools", "builtins"):
         return None
     try:
-        return pickle.dumps(value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of itertools, until Python 3.14
+            return pickle.dumps(value)
     except Exception:  # a file; an iterator over what cannot be pickled
         return None
 

@@ -77,7 +77,8 @@ def reads_unnamed(code: CodeType) -> bool:
         for step in dis.get_instructions(code)
         if isinstance(step.argval, str)
     )
-    return wanted > 0 and _calls_by_constant(code) < wanted
+    constant, calls = _calls_by_name(code) if wanted else (0, 0)
+    return wanted > constant or calls > constant  # a branch may have a copy of the call
 
 
 @functools.cache
@@ -122,23 +123,28 @@ def compares_types(code: CodeType) -> bool:
     return False
 
 
-def _calls_by_constant(code: CodeType) -> int:
-    """How many calls of `BY_NAME` have a name that is a constant; some may be overlooked."""
-    found = 0
+def _calls_by_name(code: CodeType) -> tuple[int, int]:
+    """How many calls of `BY_NAME` have a name that is a constant, and how many there are.
+
+    Some may be overlooked.
+    """
+    constant = calls = 0
     stack: list[object] = []  # what the interpreter's stack holds: a `str` is a constant
+    arriving: dict[int, list[object]] = {}  # what it holds at the targets of jumps
     for step in dis.get_instructions(code):
+        if step.is_jump_target:
+            stack = arriving.pop(step.offset, stack)
         if step.is_jump_target or step.opcode in JUMPS:  # a branch: it is not known what it leaves
             stack = [x if x is BY_NAME else None for x in stack]
         if step.opname in CALLS:
             count = step.arg or 0
             called, given = stack[-count - 2 : -count], stack[-count:]
-            by_name = any(x is BY_NAME for x in called)
-            found += by_name and count > 1 and isinstance(given[1], str)
-        change = dis.stack_effect(step.opcode, step.arg, jump=False)
-        if change > 0:
-            stack += [None] * change
-        elif change < 0:
-            del stack[change:]
+            if any(x is BY_NAME for x in called):
+                calls += 1
+                constant += count > 1 and isinstance(given[1], str)
+        if step.opcode in JUMPS:
+            arriving[step.argval] = _resized(stack, step, jump=True)
+        stack = _resized(stack, step, jump=False)
         if not stack:
             continue
         stack[-1] = None
@@ -146,4 +152,10 @@ def _calls_by_constant(code: CodeType) -> int:
             stack[-1] = step.argval
         elif step.opname.startswith("LOAD_") and step.argval in BY_NAME:
             stack[-1] = BY_NAME
-    return found
+    return constant, calls
+
+
+def _resized(stack: list[object], step: dis.Instruction, *, jump: bool) -> list[object]:
+    """The stack with as many entries as there are after an instruction."""
+    change = dis.stack_effect(step.opcode, step.arg, jump=jump)
+    return [*stack, *[None] * change] if change > 0 else stack[: len(stack) + change]

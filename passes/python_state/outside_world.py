@@ -69,10 +69,14 @@ def asking_line(frame: FrameType | None) -> str | None:
 
 
 def _library_file(file: str) -> str | None:
-    """The name of a file of Python's own library, without its folder; None for other files."""
+    """The name of a module of Python's own library, by its file; None for other files."""
     if file.startswith(FROZEN):
         return file.removeprefix(FROZEN).rstrip(">")
-    return PurePath(file).stem if is_standard_library(file) else None
+    if not is_standard_library(file):
+        return None
+    path = PurePath(file)
+    private = path.stem.startswith("_") and path.parent.name in WAYS  # pathlib/_local.py
+    return path.parent.name if private else path.stem
 
 
 def name_of(function: Callable[..., Any]) -> str:
