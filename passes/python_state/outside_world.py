@@ -23,7 +23,9 @@ CLOCK = "time"
 ASKING = frozenset({CLOCK, "posix", "nt", "_io", "io", "_thread", "_socket"})
 """Modules whose functions ask for something outside."""
 
-PURE = frozenset({"fspath", "text_encoding", "_path_normpath", "_path_splitroot"})
+PURE = frozenset(
+    {"fspath", "text_encoding", "_path_normpath", "_path_splitroot", "_path_splitroot_ex"}
+)
 """Functions of these modules that only compute: the name of a file."""
 
 WAYS = frozenset(
