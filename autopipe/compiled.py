@@ -20,6 +20,7 @@ from autopipe.progress import silent
 from autopipe.runtime import microbatch
 from autopipe.tensor_meta import input_metadata, usual_outputs
 from autopipe.traced_programs import TracedPrograms
+from autopipe.traced_stages import TracedStages
 from autopipe.valid_calls import ValidCalls
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class CompiledModel:
         self._updated = frozenset(i.name for i in captured.inputs if i.target in updated)
         self.expected = usual_outputs(captured)
         self.calls = ValidCalls(captured, inputs, numbers)
-        self.programs = TracedPrograms(split, options, workers, traces, self._tensor)
+        stages = TracedStages(split, options, workers, traces, self._tensor)
+        self.programs = TracedPrograms(stages, options, workers)
         self.used: Hashable = None
         self._within_limits: dict[ProgramKey, None] = {}
         self._least: dict[int, int] = {}

@@ -20,19 +20,16 @@ from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.phases import received_strides
 from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load_source
-from autopipe.traced_stages import TracedStages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
-    from torch import Tensor
-
     from autopipe.compiled_program import ProgramKey
     from autopipe.options import Options
     from autopipe.passes.driver import Lowered
-    from autopipe.passes.ir import Input, Phased, Split
-    from autopipe.passes.phases import TraceCache
+    from autopipe.passes.ir import Phased
     from autopipe.runtime.transfer import WorkerDevice
+    from autopipe.traced_stages import TracedStages
 
 logger = logging.getLogger("autopipe")
 
@@ -60,11 +57,9 @@ class TracedPrograms:
     """The programs of one captured model.
 
     Args:
-        split: the stages.
+        stages: traces of its stages.
         options: resolved.
         workers: one per stage.
-        traces: traces of these stages so far.
-        tensor: returns the tensor of a placeholder.
 
     Attributes:
         seconds: spent on tracing and generating code.
@@ -72,15 +67,9 @@ class TracedPrograms:
     """
 
     def __init__(
-        self,
-        split: Split,
-        options: Options,
-        workers: tuple[WorkerDevice, ...],
-        traces: TraceCache,
-        tensor: Callable[[Input], Tensor],
+        self, stages: TracedStages, options: Options, workers: tuple[WorkerDevice, ...]
     ) -> None:
-        self._options, self._workers = options, workers
-        self._stages = TracedStages(split, options, workers, traces, tensor)
+        self._stages, self._options, self._workers = stages, options, workers
         self._programs: OrderedDict[ProgramKey, tuple[CompiledProgram, Hashable]] = OrderedDict()
         self._code: dict[Hashable, _Code] = {}
         self.seconds, self.generated = 0.0, 0

@@ -103,10 +103,7 @@ def test_another_object() -> None:
     pipe = autopipe.compile(model, devices=2, chunks=2)
     pipe(X)
     model.scale = torch.zeros(())
-    assert pipe(X).detach().unique().numel() <= 2
-    model.scale = None
-    with pytest.raises(autopipe.errors.AutopipeError):
-        pipe(X)
+    torch.testing.assert_close(pipe(X), model(X))
     assert reasons(pipe)[1:] == ["attribute scale of Scaled: another Tensor"]
 
 

@@ -31,11 +31,18 @@ def iterator_state(value: Any) -> Hashable | None:
     if type(value).__module__ not in ("itertools", "builtins"):
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of itertools, until Python 3.14
-            return pickle.dumps(value)
+        return _pickled(value)
     except Exception:  # a file; an iterator over what cannot be pickled
         return None
+
+
+def _pickled(value: Any) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except DeprecationWarning:  # of itertools, from Python 3.12 on, where warnings are errors
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return pickle.dumps(value)
 
 
 def iterator_error(name: str) -> CaptureError:
