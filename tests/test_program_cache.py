@@ -82,7 +82,7 @@ def test_joint_graphs_of_other_candidates_are_freed(counts: Counts) -> None:
     gc.collect()
     assert counts.graphs
     assert [ref for ref in counts.graphs if ref() is not None] == []
-    assert len(pipe._programs.last[0].programs._traces.stages) == 2
+    assert len(pipe._programs.last[0].programs._stages._traces.stages) == 2
 
 
 def test_batch_sizes_are_captured_once_and_traced_once_per_micro_batch_size(
