@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_symbols, free_unbacked_symbols
 from torch.fx.traceback import (
     get_current_meta,
     has_preserved_node_meta,
@@ -72,6 +72,7 @@ __all__ = [
     "emit_expression",
     "enable_python_dispatcher",
     "flop_registry",
+    "free_symbols",
     "free_unbacked_symbols",
     "from_functional",
     "is_functorch_call",

@@ -17,6 +17,8 @@ from .failures import reason_for
 if TYPE_CHECKING:
     from autopipe.passes.ir import Input
 
+    from .size_uses import SizeUses
+
 DISTRIBUTIONS = os.path.join("torch", "distributions")
 
 
@@ -67,31 +69,39 @@ def explain(error: Exception, model: nn.Module) -> CaptureError:
     )
 
 
-def fixed_size_error(item: Input, fixed_at: str | None) -> CaptureError:
+def fixed_size_error(item: Input, uses: SizeUses) -> CaptureError:
     """The error for a model that makes its batch dimension a constant.
 
     Args:
         item: the input of the call.
-        fixed_at: the line of the model that does it; None: an operator does.
+        uses: what in the model fixes sizes; nothing: an operator does.
     """
     shape = ", ".join(map(str, item.spec.shape)) + "," * (len(item.spec.shape) == 1)
-    scalar_loop = (
-        "take sizes from x.shape, not from len(x), and do not loop over the batch sample by sample"
-        " (for, list, unbind)"
-    )
-    no_batch = (
-        f"dimension {item.batch_dim} of each input holds its samples. One sample without it gets it"
-        " by x.unsqueeze(0); if samples are in another dimension, say so with in_dims=1 (nn.LSTM"
-        " without batch_first); in the forward, write x.shape[0] instead of a number:"
-        " x.view(x.shape[0], -1)"
-    )
+    fixed_at = next(iter([*uses.concretized, *uses.fixing_vmaps]), None)
+    if uses.concretized:
+        remedy = (
+            "take sizes from x.shape, not from len(x), and do not loop over the batch sample by"
+            " sample (for, list, unbind)"
+        )
+    elif uses.fixing_vmaps:
+        remedy = (
+            "write the function under torch.vmap for a whole batch, with broadcasting: vmap runs"
+            " some operators for one size only"
+        )
+    else:
+        remedy = (
+            f"dimension {item.batch_dim} of each input holds its samples. One sample without it"
+            " gets it by x.unsqueeze(0); if samples are in another dimension, say so with in_dims=1"
+            " (nn.LSTM without batch_first); in the forward, write x.shape[0] instead of a number:"
+            " x.view(x.shape[0], -1)"
+        )
     return CaptureError(
         "the model fixes the size of its batch dimension",
         node=item.name,
         source=fixed_at or user_source_line(traceback.extract_stack()),
         expected=f"any size in dimension {item.batch_dim}",
         found=f"always {item.spec.shape[item.batch_dim or 0]}, in a tensor of ({shape})",
-        remedy=f"{no_batch if fixed_at is None else scalar_loop}; if this input is not batched, say"
+        remedy=f"{remedy}; if this input is not batched, say"
         " so with in_dims (None for it); an ExportedProgram must be exported with a dynamic batch"
         " dimension",
     )

@@ -87,7 +87,7 @@ def export(
                 flat, tuple(examples), dynamic_shapes=(shapes,), strict=False
             )
             _refuse_parts_of_weights(flat, program)
-            flatten_vmaps(program.graph_module)
+            sizes.fixing_vmaps += flatten_vmaps(program.graph_module)
             return program, sizes
     except AutopipeError:
         raise

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from autopipe.passes.batch import CombinedGraph
 
     from .request import CaptureRequest
+    from .size_uses import SizeUses
 
 
 def capture(request: CaptureRequest) -> Captured:
@@ -119,7 +120,7 @@ def _supported_sizes(trace: Trace, inputs: Sequence[Input]) -> SizeGuards:
     graph, conditions = trace.normalized.graph, trace.sizes.conditions
     traced = {length.name: length.example for length in trace.lengths.lengths}
     if trace.batch is not None:
-        _check_batch_is_symbolic(inputs, next(iter(trace.sizes.concretized), None))
+        _check_batch_is_symbolic(inputs, trace.sizes)
         return collect_guards(graph, conditions, {B: trace.batch, **traced})
     if not traced:
         return SINGLE_SAMPLE
@@ -127,13 +128,13 @@ def _supported_sizes(trace: Trace, inputs: Sequence[Input]) -> SizeGuards:
     return SizeGuards((*SINGLE_SAMPLE.conditions, *of_lengths))
 
 
-def _check_batch_is_symbolic(inputs: Sequence[Input], concretized_at: str | None) -> None:
+def _check_batch_is_symbolic(inputs: Sequence[Input], uses: SizeUses) -> None:
     for item in inputs:
         if item.kind is not InputKind.INPUT or item.batch_dim is None:
             continue
         size = item.spec.shape[item.batch_dim]
         if not size.free_symbols:
-            raise fixed_size_error(item, concretized_at)
+            raise fixed_size_error(item, uses)
         if not size.is_Symbol:
             raise UnsupportedError(
                 "the model allows only some batch sizes",

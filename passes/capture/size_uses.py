@@ -34,12 +34,14 @@ class SizeUses:
         conditions: (condition on sizes, its value) for each condition that was evaluated.
         named: the lengths of the trace.
         checks: remarks on checks of tensors' values that were passed over.
+        fixing_vmaps: lines of vmaps that fixed a symbolic size.
     """
 
     concretized: list[str] = field(default_factory=list)
     conditions: list[tuple[Any, bool]] = field(default_factory=list)
     named: NamedLengths = field(default_factory=lambda: NamedLengths((), ()))
     checks: dict[str, None] = field(default_factory=dict)
+    fixing_vmaps: list[str] = field(default_factory=list)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from autopipe.errors import CaptureError
 from autopipe.passes._torch import (
     HigherOrderOperator,
     OpOverload,
+    free_symbols,
     is_functorch_call,
     is_mutable,
     make_fx,
@@ -39,16 +40,21 @@ VIEWS = (aten.view.default, aten._unsafe_view.default)
 """Recorded as `reshape`: the strides of real tensors may be others than those of fake ones."""
 
 
-def flatten_vmaps(module: fx.GraphModule) -> None:
+def flatten_vmaps(module: fx.GraphModule) -> list[str]:
     """Replace every vmap of an exported graph by plain ops.
 
     Args:
         module: is changed, with the regions in it.
 
+    Returns:
+        The lines (``file:line``) of vmaps whose batching rules fixed a size that was symbolic, as
+        those of convolutions do, and until torch 2.11 those of matrix products.
+
     Raises:
         CaptureError: a vmap draws random numbers, writes in place, or holds something with graphs
             or a backward of its own.
     """
+    fixing = []
     for part in module.modules():
         if not isinstance(part, fx.GraphModule):
             continue
@@ -62,12 +68,15 @@ def flatten_vmaps(module: fx.GraphModule) -> None:
                 region.append(node)
             depth -= name == END
             if region and not depth:
-                _flatten(part.graph, region)
+                line = source_line(region[0])
+                if _flatten(part.graph, region):
+                    fixing.append(line or "")
                 region, found = [], True
             elif name == PREPARE and not depth:
                 part.graph.erase_node(node)
         if found:
             part.recompile()
+    return fixing
 
 
 def _step(node: fx.Node) -> str:
@@ -76,8 +85,8 @@ def _step(node: fx.Node) -> str:
     return name if is_functorch_call(node.target) and name in STEPS else ""
 
 
-def _flatten(graph: fx.Graph, region: Sequence[fx.Node]) -> None:
-    """Replace the nodes from the beginning of a vmap to its end."""
+def _flatten(graph: fx.Graph, region: Sequence[fx.Node]) -> bool:
+    """Replace the nodes from the beginning of a vmap to its end; return if that fixed a size."""
     inside = set(region)
     for node in region:
         _check(node)
@@ -96,6 +105,7 @@ def _flatten(graph: fx.Graph, region: Sequence[fx.Node]) -> None:
     mode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
     with mode, torch.no_grad():
         plain = make_fx(run)(*values)
+    plain.graph.eliminate_dead_code()  # sizes that only the batching rules read
     placeholders = [n for n in plain.graph.nodes if n.op == "placeholder"]
     env: dict[fx.Node, fx.Node] = dict(zip(placeholders, inputs, strict=True))
     with graph.inserting_before(region[0]):
@@ -109,8 +119,11 @@ def _flatten(graph: fx.Graph, region: Sequence[fx.Node]) -> None:
                 about = ("stack_trace", "nn_module_stack")
                 env[node].meta = {k: v for k, v in region[0].meta.items() if k in about}
                 env[node].meta["val"] = node.meta["val"]
+    sizes = [s for n in region if _step(n) == BEGIN for s in n.all_input_nodes if s not in inside]
+    fixed = any(not free_symbols(size.meta["val"]) for size in sizes)
     for node in reversed(region):
         graph.erase_node(node)
+    return fixed
 
 
 def _check(node: fx.Node) -> None:

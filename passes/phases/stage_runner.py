@@ -17,6 +17,7 @@ from autopipe.errors import AutopipeError, CaptureError, describe
 from autopipe.passes._torch import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    enable_python_dispatcher,
     from_functional,
     set_traced_call,
 )
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import StageGraph
 
 aten = torch.ops.aten
+
+PRODUCTS = (aten.matmul.default, aten.linear.default)
+"""Operators that multiply matrices by code in C++ that, before torch 2.12, fixes symbolic sizes."""
+
+ATTENTION = aten.scaled_dot_product_attention.default
+"""Another one; but torch's Python version of its dropout rounds in another way."""
 
 
 def run_stage(
@@ -102,7 +109,8 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
         args = pytree.tree_map_only(Tensor, Tensor.detach, args)
     target, args, kwargs = with_output_size(target, args, kwargs)
     try:
-        result = target(*args, **kwargs)
+        with _with_symbols(target, args, kwargs):
+            result = target(*args, **kwargs)
         for tensor in _written(target, args, kwargs):
             _keep_strides(tensor)
         return result
@@ -124,6 +132,18 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
             found=describe(error),
             remedy="write it out of place: x = x.masked_fill(...) for x.masked_fill_(...)",
         ) from error
+
+
+def _with_symbols(
+    target: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> AbstractContextManager[Any]:
+    """Let an operator keep symbolic sizes, by torch's Python version of what it calls."""
+    draws = target is ATTENTION and any([*args[4:5], kwargs.get("dropout_p")])
+    if target not in (*PRODUCTS, ATTENTION) or draws or torch.__version__ >= "2.12":
+        return nullcontext()
+    tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+    symbolic = any(isinstance(n, torch.SymInt) for x in tensors for n in x.shape)
+    return enable_python_dispatcher() if symbolic else nullcontext()
 
 
 def _written(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -111,9 +111,7 @@ def test_a_length_that_is_marked_costs_one_capture(captures: list[Any]) -> None:
     assert len(captures) == 1
     assert [str(x.name) for x in pipe.captured.lengths] == ["length"]
     assert "B, length = ctx.sizes" in pipe.code
-    assert (
-        'view: "f64[B*length, 8]" = torch.ops.aten.reshape.default(add, [B*length, 8])' in pipe.code
-    )
+    assert "(add, [B*length, 8])" in pipe.code
 
 
 def test_marks_of_dynamo_count(captures: list[Any]) -> None:

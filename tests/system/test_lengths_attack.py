@@ -123,6 +123,9 @@ def channels(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Betw
     return lambda x: function(x.transpose(1, 2), *args, **kwargs).transpose(1, 2)
 
 
+OLD = torch.__version__ < "2.12"
+"""Torch 2.11 tells odd from even lengths when it pools."""
+
 USES: dict[str, tuple[Between, int]] = {
     "root of the length": (lambda x: x / x.shape[1] ** 0.5, 2),
     "rounded": (lambda x: x[:, : round(x.shape[1] * 0.7)], 2),
@@ -165,7 +168,7 @@ USES: dict[str, tuple[Between, int]] = {
         ),
         2,
     ),
-    "largest of two": (channels(F.max_pool1d, 2), 2),
+    "largest of two": (channels(F.max_pool1d, 2), 2 + OLD),
     "largest of three": (channels(F.max_pool1d, 3, stride=1, padding=1), 2),
     "pooled to four": (channels(F.adaptive_avg_pool1d, 4), 2),
     "a branch": (lambda x: x * 2 if x.shape[1] > 8 else x * 3, 3),

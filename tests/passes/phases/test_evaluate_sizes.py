@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import autopipe
@@ -48,6 +48,11 @@ def causal(x: Tensor) -> Tensor:
 def attends(x: Tensor) -> Tensor:
     heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
     return F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+
+def products(x: Tensor) -> Tensor:
+    wide = F.linear(x, torch.ones(2 * WIDTH, WIDTH))
+    return F.linear(wide.mT, torch.ones(WIDTH, x.shape[1])).mean(1, keepdim=True) + x
 
 
 def encoder() -> nn.Module:
@@ -87,6 +92,7 @@ Inputs = Callable[[int, int], Tensor]
 MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "causal": (lambda: Around(causal), sequences),
     "attention": (lambda: Around(attends), sequences),
+    "products": (lambda: Around(products), sequences),
     "encoder": (encoder, sequences),
     "dropout": (lambda: Around(lambda x: F.dropout(x, 0.5)), sequences),
     "mean": (lambda: Around(lambda x: x - x.mean(1, keepdim=True)), sequences),
@@ -145,12 +151,22 @@ def tensors(stage: StagePhases) -> list[list[Any]]:
     return found
 
 
+def kernels(graph: fx.Graph) -> str:
+    """The fingerprint of a graph; a matrix product may view its result in either way."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten._unsafe_view.default:
+            node.target = torch.ops.aten.reshape.default
+    return fingerprint(graph)
+
+
 @pytest.mark.few(4)
 @pytest.mark.parametrize("remat", ["full", "none"])
 @pytest.mark.parametrize("name", MODELS)
 def test_evaluated_phases_are_those_traced_with_numbers(
     name: str, remat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name == "encoder" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 fixes the sizes of attention with dropout on the CPU")
     (request, symbolic), *_ = traced(name, monkeypatch, remat=remat)
     (size,) = request.metadata
     for batch, factor in ((3, 1), (3, 2), (2, 1), (5, 2)):
@@ -165,7 +181,7 @@ def test_evaluated_phases_are_those_traced_with_numbers(
         for mine, its in zip(found.stages, expected.stages, strict=True):
             assert description(mine) == description(its)
             assert tensors(mine) == tensors(its)
-            assert fingerprint(mine.graph) == fingerprint(its.graph)
+            assert kernels(mine.graph) == kernels(its.graph)
 
 
 def test_phases_with_numbers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
