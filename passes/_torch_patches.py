@@ -117,7 +117,7 @@ def keep_no_grad_regions() -> Iterator[None]:
 
 @contextmanager
 def fix_lstm_state_shapes() -> Iterator[None]:
-    """Correct the shape of a fake LSTM's states (torch 2.11 adds a dimension)."""
+    """Correct the shape of a fake LSTM's states (one dimension too many before torch 2.13)."""
 
     def corrected(layer: Callable[..., Any]) -> Callable[..., Any]:
         def run(x: Tensor, hidden: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ def fix_lstm_state_shapes() -> Iterator[None]:
         return run
 
     with ExitStack() as stack:
-        if torch.__version__ < "2.12":
+        if torch.__version__ < "2.13":
             for name in ("one_layer_lstm", "mkldnn_one_layer_lstm"):
                 layer = corrected(getattr(decompositions, name))
                 stack.enter_context(replaced(decompositions, name, layer))

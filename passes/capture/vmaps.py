@@ -48,7 +48,7 @@ def flatten_vmaps(module: fx.GraphModule) -> list[str]:
 
     Returns:
         The lines (``file:line``) of vmaps whose batching rules fixed a size that was symbolic, as
-        those of convolutions do, and until torch 2.11 those of matrix products.
+        those of convolutions do, and before torch 2.13 those of matrix products.
 
     Raises:
         CaptureError: a vmap draws random numbers, writes in place, or holds something with graphs

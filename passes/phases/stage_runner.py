@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 PRODUCTS = (aten.matmul.default, aten.linear.default)
-"""Operators that multiply matrices by code in C++ that, before torch 2.12, fixes symbolic sizes."""
+"""Operators that multiply matrices by code in C++ that, before torch 2.13, fixes symbolic sizes."""
 
 ATTENTION = aten.scaled_dot_product_attention.default
 """Another one; but torch's Python version of its dropout rounds in another way."""
@@ -139,7 +139,7 @@ def _with_symbols(
 ) -> AbstractContextManager[Any]:
     """Let an operator keep symbolic sizes, by torch's Python version of what it calls."""
     draws = target is ATTENTION and any([*args[4:5], kwargs.get("dropout_p")])
-    if target not in (*PRODUCTS, ATTENTION) or draws or torch.__version__ >= "2.12":
+    if target not in (*PRODUCTS, ATTENTION) or draws or torch.__version__ >= "2.13":
         return nullcontext()
     tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
     symbolic = any(isinstance(n, torch.SymInt) for x in tensors for n in x.shape)

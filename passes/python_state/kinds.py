@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from autopipe.passes.graph import is_standard_library, is_user_file
 
 from .holder_of import own_dict
+from .value_keys import module_name
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 SHALLOW = (Tensor, bool, int, float, complex, str, bytes, type(None))
 """What refers to nothing."""
@@ -35,7 +39,7 @@ def is_collection(value: Any) -> bool:
 
 def is_torchs(value: Any) -> bool:
     """Whether an object is of a class of torch, such as an operator, and no layer."""
-    root = type(value).__module__.partition(".")[0]
+    root = module_name(type(value)).partition(".")[0]
     return root in ("torch", "numpy", "sympy") and not isinstance(value, nn.Module)
 
 
@@ -55,3 +59,14 @@ def is_user_module(module: Any) -> bool:
 def is_users_class(kind: type) -> bool:
     """Whether a class is of a Python module of the user's or of another library."""
     return is_user_module(sys.modules.get(kind.__module__))
+
+
+def is_import(frame: FrameType) -> bool:
+    """Whether this is the code of a Python module that is imported for the first time."""
+    spec = frame.f_globals.get("__spec__")
+    return frame.f_code.co_name == "<module>" and getattr(spec, "_initializing", False)
+
+
+def is_imported_part(package: str, name: object, value: Any) -> bool:
+    """Whether a variable of a package is its submodule, which an import sets there once."""
+    return isinstance(value, types.ModuleType) and sys.modules.get(f"{package}.{name}") is value

@@ -108,7 +108,9 @@ def compares_types(code: CodeType) -> bool:
     has_type = named = False
     before = ""
     for step in dis.get_instructions(code):
-        if step.argval == "__class__" or (step.opname == "CALL" and before == "type"):
+        if step.argval == "__class__" or (
+            step.opname in ("CALL", "CALL_FUNCTION") and before == "type"
+        ):
             has_type, named = True, False
         elif step.opname.startswith("LOAD_"):
             named |= has_type and step.argval in TENSORS

@@ -12,7 +12,7 @@ from torch.backends import ContextProp
 from autopipe.passes.graph import is_user_file
 
 from .ambient import READABLE
-from .value_keys import PLAIN
+from .value_keys import PLAIN, module_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,7 @@ def question(frame: FrameType, answer: Any) -> tuple[Any, ...] | None:
     if name == "__get__":  # torch.backends.cudnn.benchmark
         return (owner.getter,) if isinstance(owner, ContextProp) else None
     if name == "__getattr__":  # torch.backends.cuda.matmul.allow_tf32
-        known = type(owner).__module__.startswith("torch.backends")
+        known = module_name(type(owner)).startswith("torch.backends")
         return (getattr, owner, frame.f_locals.get("name")) if known else None
     function = inspect.unwrap(frame.f_globals.get(name, torch.is_tensor))
     if code.co_argcount and not frame.f_globals["__name__"].startswith(OF_PROCESS):

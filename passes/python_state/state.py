@@ -18,6 +18,7 @@ from .holders import (
     Slots,
 )
 from .iterators import iterator_error, iterator_state
+from .kinds import is_imported_part
 from .members import SPECIAL
 from .random_numbers import random_error, restore_generator, saved_generator
 from .reachable import ReachableState
@@ -47,7 +48,9 @@ class PythonState(ReachableState):
             after = holder.read()
             for key in {**before, **after}:
                 old, new = before.get(key, Missing), after.get(key, Missing)
-                if old is not new and not is_same(old, new):
+                if old is Missing and is_imported_part(holder.label, key, new):
+                    before[key] = new  # as if it had been there before
+                elif old is not new and not is_same(old, new):
                     found.append(Change(holder, key, old, new))
         return found
 

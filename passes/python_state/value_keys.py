@@ -163,6 +163,15 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(s for s in found if s not in ("__dict__", "__weakref__"))
 
 
+def module_name(kind: type) -> str:
+    """The Python module of a class; empty where the class does not tell.
+
+    Cython's function type has a slot of that name for its instances.
+    """
+    name: object = kind.__module__
+    return name if isinstance(name, str) else ""
+
+
 def is_made_of_attributes(value: Any) -> bool:
     """Whether nothing but its class and its attributes makes an object what it is."""
     kind: Any = type(value)
@@ -170,9 +179,9 @@ def is_made_of_attributes(value: Any) -> bool:
         return True
     if kind.__new__ is not object.__new__ or issubclass(kind, (BaseException, nn.Module)):
         return False
-    root = kind.__module__.partition(".")[0]
+    root = module_name(kind).partition(".")[0]
     foreign = root in ("torch", "numpy", "builtins", "functools", "weakref", "_thread")
-    own = not foreign or kind.__module__.startswith("torch.distributions")
+    own = not foreign or module_name(kind).startswith("torch.distributions")
     return own and bool(attribute_names(value) or hasattr(value, "__dict__"))
 
 

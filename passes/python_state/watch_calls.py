@@ -20,6 +20,7 @@ import torch.utils.checkpoint
 
 from autopipe.passes.graph import is_standard_library, is_user_file
 
+from .kinds import is_import
 from .outside_world import asking_line, asks_outside, is_clock, name_of, refuse_random_state
 from .questions import builtin_question, question
 from .random_numbers import numpy_refused, random_error
@@ -53,6 +54,7 @@ class CallWatch:
     def __init__(self, state: ReachableState, modes: CallModes) -> None:
         self._state, self._modes = state, modes
         self._awake = False
+        self._import: FrameType | None = None  # the code of the outermost module being imported
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -86,7 +88,12 @@ class CallWatch:
             sys.setprofile(self._called)
 
     def _called(self, frame: FrameType, event: str, function: Any) -> None:
-        if event == "call":
+        if self._import is not None:  # what is done there is done once, by whoever imports first
+            if event == "return" and frame is self._import:
+                self._import = None
+        elif event == "call" and is_import(frame):
+            self._import = frame
+        elif event == "call":
             self._entered(frame)
         elif event == "return":
             if (asked := question(frame, function)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import textwrap
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def test_each_case_raises_its_class_and_says_what_to_do(kind: type) -> None:
 @pytest.mark.parametrize("title", WARNINGS)
 def test_warnings_stand_at_the_users_line(title: str) -> None:
     """It is that of the call; the text names the line of the model."""
+    if title == "A check of values" and sys.version_info < (3, 11):
+        pytest.skip("refused there: frames do not tell their columns")
     script = WARNINGS[title]
     last = len((HEAD + textwrap.dedent(script)).rstrip().splitlines())
     for line in warned(script).splitlines():

@@ -123,8 +123,8 @@ def channels(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Betw
     return lambda x: function(x.transpose(1, 2), *args, **kwargs).transpose(1, 2)
 
 
-OLD = torch.__version__ < "2.12"
-"""Torch 2.11 tells odd from even lengths when it pools."""
+OLD = torch.__version__ < "2.13"
+"""Torch 2.11 and 2.12 tell odd from even lengths when it pools."""
 
 USES: dict[str, tuple[Between, int]] = {
     "root of the length": (lambda x: x / x.shape[1] ** 0.5, 2),

@@ -42,6 +42,13 @@ QUICK = ("Qwen2-MoE", "LoRA on GPT-2")
 """One of each kind that the small models of other tests do not have: in the first tier."""
 
 
+OLD_TORCH = {
+    "Qwen2-MoE": "with torch 2.12, transformers multiplies the experts' matrices on the CPU by code"
+    " of its own, whose backward reads the values of tensors"
+}
+"""Refused, too, with that torch."""
+
+
 def marked(names: Iterable[str], failing: dict[str, str], quick: Iterable[str]) -> list[Any]:
     """Parameters of a test; those in `failing` fail, and why; only `quick` is in the first tier.
 
@@ -88,7 +95,10 @@ def test_no_gradient_is_too_small_to_be_missed(name: str) -> None:
     assert len(small) < len(sizes) / 4
 
 
-@pytest.mark.parametrize("name", marked(ZOO, REFUSED, QUICK))
+FAILING = REFUSED | OLD_TORCH if torch.__version__.startswith("2.12") else REFUSED
+
+
+@pytest.mark.parametrize("name", marked(ZOO, FAILING, QUICK))
 def test_a_training_step_is_eager_torchs(name: str) -> None:
     found, random = compare_with_eager(ZOO[name])
     assert found.stages == 3

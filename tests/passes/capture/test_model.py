@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import sys
 import warnings
 from typing import Any
 
@@ -392,6 +393,7 @@ def test_an_error_without_text_is_not_masked() -> None:
     )
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="frames do not tell their columns")
 def test_a_distribution_that_checks_its_parameters() -> None:
     def forward(model: Model, x: Tensor) -> Tensor:
         q = torch.distributions.Normal(model.first(x), 1.0, validate_args=True)  # the distribution

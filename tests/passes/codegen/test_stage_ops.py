@@ -69,7 +69,7 @@ class Library:
 def library() -> Iterator[Library]:
     made = Library()
     yield made
-    if torch.__version__ >= "2.12":  # 2.11 reads some names back wrongly, or crashes as it does
+    if torch.__version__ >= "2.13":  # an older one misreads names, or crashes
         made.own._destroy()
 
 
