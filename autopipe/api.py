@@ -74,8 +74,10 @@ def compile(
             not divide). None: the planner chooses on the first batch.
         plan: a `Plan` or the file of one. Its cut is used, and its devices, chunks, schedule and
             remat if these are not given. It must be a plan of the same model with similar inputs.
-        schedule: "gpipe" (default): all micro-batches forward, then all backward; "auto": the
-            default too; kinds are not compared. docs/tables.md lists those that run here.
+        schedule: "gpipe" (default): all micro-batches forward, then all backward. With "1f1b",
+            "zb-h1" and "zb-h2", backwards start before all forwards have ended, in training: a
+            call runs both, and its backward only multiplies. They need the loss in the model, or
+            `loss_fn` and `Pipeline.step`. "auto": the default; kinds are not compared.
         remat: which activations stages save between forward and backward. "full" (default): only
             what they received, and their forward is recomputed (GPipe section 2.3); "none": all
             that autograd saves; "min-cut": what functorch's partitioner chooses; a number from 0
@@ -93,7 +95,8 @@ def compile(
         batch_norm: each micro-batch is normalised by its own statistics (GPipe section 2.2).
             "deferred": running statistics, and other buffers written in the forward, change once
             per step, as if the whole batch had been seen at once; "micro": once per micro-batch.
-        loss_fn: for `Pipeline.step`: ``loss_fn(output, target)``.
+        loss_fn: for `Pipeline.step`: ``loss_fn(output, target)``. It is captured with the model
+            where the schedule needs the loss.
         backend: "eager".
         dynamic: sizes besides the batch that change from call to call, by argument and dimension,
             with a name or None: ``{"input_ids": {1: "length"}}``. They are symbolic from the first

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from autopipe.compiled_program import CompiledProgram
     from autopipe.options import Options
     from autopipe.passes.ir import Input, Split
+    from autopipe.passes.loss_seeds import LossSeeds
     from autopipe.passes.phases import TraceCache
     from autopipe.planning.plans import Plan
     from autopipe.runtime.transfer import WorkerDevice
@@ -55,6 +56,8 @@ class CompiledModel:
         programs: what was traced and generated.
         used: the key, in `programs`, of the code that the last call used.
         expected: names of the outputs that the next call expects gradients for.
+        loss_factor: by what the last gradient of the loss was larger than 1 (a loss scale).
+        seeds: by the outputs that can receive a gradient, how those of the loss are computed first.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class CompiledModel:
         updated = {target for target, _ in captured.updates}  # at the end of the forward
         self._updated = frozenset(i.name for i in captured.inputs if i.target in updated)
         self.expected = usual_outputs(captured)
+        self.loss_factor = 1.0
+        self.seeds: dict[frozenset[str], LossSeeds] = {}
         self.calls = ValidCalls(captured, inputs, numbers)
         stages = TracedStages(split, options, workers, traces, self._tensor)
         self.programs = TracedPrograms(stages, options, workers)
@@ -195,21 +200,25 @@ class CompiledModel:
             ),
             autocast_state(),
             tuple((s, n) for s, n in (self.calls.sizes(inputs) or {}).items() if s != B),
+            self.model.training,  # in evaluation, a loss is often computed without a backward
         )
 
     def program_for_outputs(
-        self, program: CompiledProgram, names: frozenset[str]
+        self, program: CompiledProgram, names: frozenset[str], *, early: bool = True
     ) -> CompiledProgram:
         """Return a program for gradients of other outputs, which the next call then expects too.
 
         Args:
             program: one of this model's.
             names: of the outputs that receive a gradient.
+            early: whether its backwards may start before all forwards have ended.
         """
         self.expected = names
+        early = early and program.key.early_backward
+        key = program.key._replace(expected=names, early_backward=early)
         # A backward runs outside of the call's autocast.
         with plain_autograd(), restore_autocast(program.key.autocast):
-            return self._program(program.key._replace(expected=names), silent)
+            return self._program(key, silent)
 
     def _program(self, key: ProgramKey, progress: Callable[[str], None]) -> CompiledProgram:
         program, code = self.programs.program(key, progress)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from autopipe.passes.driver import Lowered
     from autopipe.passes.ir import Sizes
     from autopipe.passes.phases import TensorMeta
-    from autopipe.runtime.executor import Program
+    from autopipe.runtime.program import Program
 
 
 class ProgramKey(NamedTuple):
@@ -30,6 +30,7 @@ class ProgramKey(NamedTuple):
         inputs: for each distinct micro-batch size, names and metadata of the call's tensors.
         autocast: as `call_guards.autocast_state` returns it.
         lengths: (name of a length, its value) for each.
+        early_backward: whether backwards may start before all forwards have ended.
     """
 
     sizes: tuple[int, ...]
@@ -38,7 +39,8 @@ class ProgramKey(NamedTuple):
     parameters: tuple[tuple[bool, torch.dtype], ...]
     inputs: tuple[tuple[tuple[str, TensorMeta], ...], ...]
     autocast: tuple[tuple[bool, torch.dtype], ...]
-    lengths: tuple[tuple[Any, int], ...] = ()
+    lengths: tuple[tuple[Any, int], ...]
+    early_backward: bool
 
     @property
     def modes(self) -> Hashable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from autopipe.call_signature import CallInputs, flatten
 from autopipe.errors import OptionError, UnsupportedError, shown
 from autopipe.interrupts import deferred, raise_deferred
 from autopipe.module_proxy import ModuleProxy
-from autopipe.passes.capture import is_cache
+from autopipe.passes.capture import TARGET, is_cache
 from autopipe.passes.cost import costed_at, stage_costs
 from autopipe.pipeline_call import PipelineCall
 from autopipe.placement import device_map, needs_map
@@ -28,6 +29,7 @@ from autopipe.report.memory_view import PipelineMemory
 from autopipe.report.stages import StageView, views
 from autopipe.results import finish, loss_of
 from autopipe.runtime.autograd import PipelineFunction
+from autopipe.step_call import StepCall
 from autopipe.verification.compare import ComparedPipeline, Verification, compare
 
 if TYPE_CHECKING:
@@ -89,31 +91,33 @@ class Pipeline(ModuleProxy):
 
         Raises:
             InputError: an argument can be neither passed on nor compared.
-            UnsupportedError: the call is within a function transform or a tracer.
+            UnsupportedError: the call is within a tracer or transform, or lacks a loss.
             CaptureError, CouplingError, PartitionError: on a first call; see `autopipe.compile`.
             StageError: a stage failed while it ran.
         """
+        run = self._generate if any(map(is_cache, (*args, *kwargs.values()))) else self._run
         with deferred():  # Ctrl-C interrupts between a step's parts
-            if any(map(is_cache, (*args, *kwargs.values()))):
-                return self._generate(args, kwargs)
-            leaves, spec = flatten(args, kwargs)
-            refuse_tracers(leaves)
-            refuse_transforms(leaves)
-            dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)
-            inputs = CallInputs(leaves, spec, dims, batch)
-            compiled, program = self._programs.program_for(inputs, asked=False)
-            raise_deferred()
-            compiled.place(program)
-            inputs = inputs.with_tensors(compiled.calls.numbers)
-            leaves = inputs.leaves
-            refuse_meta(leaves)
-            call = PipelineCall(compiled, program, leaves, self.memory)
-            if program.program.backward:
-                values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
-            else:
-                values = call.forward()
-            sizes = program.sizes(batch)
-            return finish(compiled.split.captured, self.model, values, leaves, sizes)
+            return run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        leaves, spec = flatten(args, kwargs)
+        refuse_tracers(leaves)
+        refuse_transforms(leaves)
+        dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)
+        inputs = CallInputs(leaves, spec, dims, batch)
+        compiled, program = self._programs.program_for(inputs, asked=False)
+        raise_deferred()
+        compiled.place(program)
+        inputs = inputs.with_tensors(compiled.calls.numbers)
+        leaves = inputs.leaves
+        refuse_meta(leaves)
+        kind = StepCall if program.program.step else PipelineCall
+        call = kind(compiled, program, leaves, self.memory)
+        if program.program.trains:
+            values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
+        else:
+            values = call.forward()
+        return finish(compiled.split.captured, self.model, values, leaves, program.sizes(batch))
 
     def _generate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the plain model for a call with a key/value cache, which `generate` makes.
@@ -148,7 +152,13 @@ class Pipeline(ModuleProxy):
         Raises:
             OptionError: there is no loss.
         """
-        loss = loss_of(self(*args, **kwargs), target, self.options.loss_fn)
+        loss_fn = self.options.loss_fn
+        if loss_fn is not None and self.options.starts_early and self.training:
+            with deferred():
+                output, loss_fn = self._run(args, {**kwargs, TARGET: target}), None
+        else:
+            output = self(*args, **kwargs)
+        loss = loss_of(output, target, loss_fn)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -176,7 +186,7 @@ class Pipeline(ModuleProxy):
 
         Randomness is disabled in both runs, and in the model's run, batch norm normalises each
         micro-batch separately. Parameters, gradients, buffers and random state do not change. The
-        model itself runs on the whole batch, on one device: it must fit there.
+        model itself runs on the whole batch, on one device, and must fit there.
 
         Args:
             args, kwargs: the model's inputs.
@@ -199,12 +209,10 @@ class Pipeline(ModuleProxy):
         return compare(self._compared(), self._inputs(args, kwargs), tolerance)
 
     def _compared(self) -> ComparedPipeline:
-        return ComparedPipeline(
-            self.model,
-            self._programs,
-            self,
-            lambda: type(self)(self.model, self.options)._compared(),
-        )
+        def fresh(**options: Any) -> ComparedPipeline:
+            return type(self)(self.model, replace(self.options, **options))._compared()
+
+        return ComparedPipeline(self.model, self._programs, self, fresh)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallInputs:
         dims, batch = batch_of(self.options.in_dims, self.model, args, kwargs)

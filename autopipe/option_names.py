@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-Schedule = Literal["gpipe", "auto"]
+Schedule = Literal["gpipe", "1f1b", "zb-h1", "zb-h2", "auto"]
 """`schedule`: the kinds that run here, or "auto"."""
 
 Remat = Literal["full", "none", "min-cut", "auto"]

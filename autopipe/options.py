@@ -84,6 +84,11 @@ class Options:
         return self.schedule or DEFAULT_KIND
 
     @property
+    def starts_early(self) -> bool:
+        """Whether training starts a backward before the last forward has ended."""
+        return not KINDS[self.schedule_kind].forwards_first
+
+    @property
     def whole_batch(self) -> bool:
         """Whether the user asked for one micro-batch: then samples may depend on one another."""
         return self.chunks == 1 if self.plan is None else self.plan.whole
@@ -127,6 +132,7 @@ class Options:
             single=single,
             batch_norm=self.batch_norm,
             out_reduce=self.out_reduce,
+            loss_fn=self.loss_fn,
         )
 
     def planned(self, plan: Plan) -> Options:

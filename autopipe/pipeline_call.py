@@ -70,7 +70,7 @@ class PipelineCall:
     def forward(self) -> tuple[Tensor, ...]:
         """Run the forward of all micro-batches; returns the gathered outputs."""
         self.run = run = self._new_run(self.ready, {})
-        if self.ready.program.backward:
+        if self.ready.program.trains:
             self._buffers |= {name: b.clone() for name, b in run.buffers.items()}
             for stage, tensors in zip(self._stages(), run.state_tensors, strict=True):
                 kept = [
@@ -79,7 +79,7 @@ class PipelineCall:
                 self._state.add([*compress(stage.state, kept)], [*compress(tensors, kept)])
             inputs = self.compiled.call_inputs
             self._state.add([i.name for i in inputs], [self.leaves[i.index] for i in inputs])
-        run.execute("forward")
+        self._execute(run)
         for (k, m), tensors in run.saved.items():
             self._activations.add(self._stages(m)[k].saved, tensors)
         devices = [self.leaves[i.index].device for i in self.compiled.call_inputs]
@@ -91,6 +91,9 @@ class PipelineCall:
         )
         self._saved = gathered.saved
         return gathered.values
+
+    def _execute(self, run: Run) -> None:
+        run.execute("forward")
 
     def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Compute gradients; for ``create_graph=True`` such that can be differentiated again.
@@ -123,30 +126,58 @@ class PipelineCall:
         self, run: Run, gradients: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
         """Run the backward of all micro-batches."""
-        outputs = self.compiled.split.captured.outputs
-        pattern = frozenset(
-            o.name for o, g in zip(outputs, gradients, strict=True) if g is not None
-        )
+        pattern = self._pattern(gradients)
         if not pattern:  # autograd reached this node without any gradient
             return (None,) * len(self.wanted)
         if pattern == self.ready.differentiated:
             self._refuse_changes(self.ready.read_by_backward)
         else:
-            # The program was compiled for gradients from other outputs. Run the forward of the
-            # right program once, with the same seed and buffers; the next step starts with it.
-            self._refuse_changes(None)
-            run.drop()
-            self.ready = self.compiled.program_for_outputs(self.ready, pattern)
-            run = self.run = self._new_run(self.ready, self._buffers)
-            run.execute("forward")
-            run.results.clear()
+            run = self._run_again(run, self.compiled.program_for_outputs(self.ready, pattern))
+        return self._after_forward(run, gradients)
+
+    def _pattern(self, gradients: Sequence[Tensor | None]) -> frozenset[str]:
+        """Names of the outputs that got a gradient."""
+        outputs = self.compiled.split.captured.outputs
+        return frozenset(o.name for o, g in zip(outputs, gradients, strict=True) if g is not None)
+
+    def _run_again(self, run: Run, ready: CompiledProgram) -> Run:
+        """Run the forward of another program, with the same seed and buffers."""
+        self._refuse_changes(None)
+        run.drop()
+        self.ready = ready
+        self.run = run = self._new_run(ready, self._buffers)
+        run.execute("forward")
+        run.results.clear()
+        return run
+
+    def _after_forward(
+        self, run: Run, gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Run the backward of a program whose forward has run."""
         self._activations.clear()  # the backward frees each activation after its use
-        shared = results.share_gradients(outputs, gradients, self._saved, self.sizes)
+        self._feed_gradients(run, gradients, self._saved)
+        run.execute("backward")
+        return self._gradients_of(run)
+
+    def _feed_gradients(
+        self, run: Run, gradients: Sequence[Tensor | None], saved: Sequence[Any]
+    ) -> None:
+        """Pass the outputs' gradients to the stages that compute the outputs.
+
+        Args:
+            run: of the program.
+            gradients: one per output; None if the output got none.
+            saved: `GatheredOutputs.saved`.
+        """
+        split = self.compiled.split
+        shared = results.share_gradients(split.captured.outputs, gradients, saved, self.sizes)
         for name, parts in shared.items():
-            holder = self.compiled.split.routes[name].holders[-1]
+            holder = split.routes[name].holders[-1]
             for m, part in enumerate(parts):
                 run.feed(f"grad {name}", holder, m, part)
-        run.execute("backward")
+
+    def _gradients_of(self, run: Run) -> tuple[Tensor | None, ...]:
+        """The gradients of `wanted` that a run has found."""
         found = [
             results.input_gradient(i, run.results, self.sizes, self.leaves[i.index].device)
             for i in self.inputs
@@ -237,8 +268,7 @@ class PipelineCall:
         return run
 
     def _scattered(self, item: Input) -> Sequence[Tensor]:
-        leaf: Tensor = self.leaves[item.index].detach()
-        return microbatch.scatter(leaf, item.batch_dim, self.sizes)
+        return microbatch.scatter(self.leaves[item.index].detach(), item.batch_dim, self.sizes)
 
     def _held(
         self, ready: CompiledProgram, before: dict[str, Tensor], buffers: dict[str, Tensor]
@@ -254,7 +284,7 @@ class PipelineCall:
                 tensor = before.get(item.name)
                 if tensor is None:
                     tensor = compiled.on(worker, item.kind, item.target)
-                    if item.target in changing and ready.program.backward:
+                    if item.target in changing and ready.program.trains:
                         # Written at the end of the forward, and read again by its recomputation.
                         tensor = self._buffers[item.name] = tensor.clone()
                 if item.name in ready.updates:

@@ -18,11 +18,12 @@ from autopipe.passes.driver import lower_to_code
 from autopipe.passes.ir import B
 from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.phases import received_strides
-from autopipe.runtime.executor import Program
 from autopipe.runtime.load import load_source
+from autopipe.runtime.mailbox import queue_capacity
+from autopipe.runtime.program import Program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Hashable
 
     from autopipe.compiled_program import ProgramKey
     from autopipe.options import Options
@@ -99,9 +100,9 @@ class TracedPrograms:
     def _add(self, key: ProgramKey, progress: Callable[[str], None]) -> None:
         start = perf_counter()
         phased = {s: self._stages.trace(key, s, progress) for s in dict.fromkeys(key.sizes)}
-        code_key = tuple(id(phased[size]) for size in key.sizes)
+        code_key = (key.early_backward, *(id(phased[size]) for size in key.sizes))
         if code_key not in self._code:
-            self._code[code_key] = self._load(phased, key.sizes, progress)
+            self._code[code_key] = self._load(phased, key, progress)
             self.generated += 1
             seconds = perf_counter() - start
             self.seconds += seconds
@@ -144,14 +145,20 @@ class TracedPrograms:
     def _load(
         self,
         phased: dict[int, Phased],
-        sizes: Sequence[int],
+        key: ProgramKey,
         progress: Callable[[str], None],
     ) -> _Code:
-        devices = tuple(w.device for w in self._workers)
-        kind = self._options.schedule_kind
-        lowered = lower_to_code(phased, sizes, devices, kind=kind, progress=progress)
+        lowered = lower_to_code(
+            phased,
+            key.sizes,
+            tuple(w.device for w in self._workers),
+            kind=self._options.schedule_kind,
+            early_backward=key.early_backward,
+            least_queue=queue_capacity,
+            progress=progress,
+        )
         names, filename = load_source(lowered.generated.source)
-        return _Code(tuple(phased[s] for s in sizes), lowered, names, filename)
+        return _Code(tuple(phased[s] for s in key.sizes), lowered, names, filename)
 
 
 def _program(
@@ -163,6 +170,8 @@ def _program(
     program = Program(
         forward=tuple(code.names[n] for n in generated.forward),
         backward=tuple(code.names[n] for n in generated.backward),
+        step=tuple(code.names[n] for n in generated.step),
+        drivers=tuple(workers[row[0].stage] for row in code.lowered.scheduled.devices),
         workers=workers,
         sizes=key.sizes,
         draws={s: [k.draws for k in cut.stages] for s, cut in phased.items()},
@@ -173,6 +182,7 @@ def _program(
         },
         symbols={s: tuple(sizes[s][x] for x in cut.symbols) for s, cut in phased.items()},
         filename=code.filename,
+        queues={(q.value, q.to): size for q, size in code.lowered.queues.items()},
     )
     lowered = code.lowered.with_phases(phased)
     return CompiledProgram(key, program, lowered)

@@ -27,12 +27,12 @@ from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate
 from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.phases import TraceCache, cut_phases
-from autopipe.passes.schedule import Scheduled, schedule
+from autopipe.passes.schedule import Queue, Scheduled, queue_sizes, schedule
 from autopipe.passes.split import PlannedCut, split
 
 from ._torch import lazy_graph_code
 from ._torch_patches import free_trace_state, interruptible_traces
-from .codegen import Generated, codegen
+from .codegen import Generated, codegen, stage_messages
 from .one_at_a_time import one_at_a_time
 
 if TYPE_CHECKING:
@@ -114,11 +114,13 @@ class Lowered:
         phased: the stages' phases, by micro-batch size.
         scheduled: the actions of each device.
         generated: the source.
+        queues: for each queue between stages its size, in messages.
     """
 
     phased: Mapping[int, Phased]
     scheduled: Scheduled
     generated: Generated
+    queues: Mapping[Queue, int]
 
     def with_phases(self, phased: Mapping[int, Phased]) -> Lowered:
         """The same code for other micro-batch sizes that have the same phases."""
@@ -162,6 +164,8 @@ def lower_to_code(
     devices: Sequence[torch.device],
     *,
     kind: str,
+    early_backward: bool,
+    least_queue: Callable[[int, int], int],
     progress: Callable[[str], None] = lambda text: None,
 ) -> Lowered:
     """Schedule a split program and generate its source.
@@ -171,18 +175,24 @@ def lower_to_code(
         sizes: samples in each micro-batch.
         devices: one per stage.
         kind: name of the schedule.
+        early_backward: whether a backward may start before the last forward has ended.
+        least_queue: (sending stage, receiving stage) -> messages that a queue holds at least.
         progress: is called with the name of the step.
     """
     for cut in phased.values():
         _dump("phased", cut)
     backward = any(cut.differentiated for cut in phased.values())
     scheduled = schedule(kind, len(devices), len(sizes), backward=backward)
+    if not early_backward:
+        scheduled = scheduled.forwards_first()
     scheduled.verify()
     _dump("scheduled", scheduled)
     progress("writing the program")
     generated = codegen(scheduled, phased, sizes, devices)
     _dump("generated", generated, suffix="py")
-    return Lowered(phased, scheduled, generated)
+    first = next(iter(phased.values()))
+    messages = [stage_messages(first.split, stage) for stage in first.stages]
+    return Lowered(phased, scheduled, generated, queue_sizes(scheduled, messages, least_queue))
 
 
 def _dump(name: str, program: object, suffix: str = "txt") -> None:

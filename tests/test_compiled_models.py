@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 import autopipe
 from autopipe.errors import OptionError
-from autopipe.runtime.executor import Program
+from autopipe.runtime.program import Program
 from tests.support.phased import Layers
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ FLOORS = (
     {"_torch", "_torch_modes", "_torch_patches", "_torch_sizes", "ops"},
     {"ir"},
     {"graph"},
-    {"batch", "codegen", "cost", "phases", "python_state"},
+    {"batch", "codegen", "cost", "loss_seeds", "phases", "python_state"},
     {"capture", "split"},
     {"driver"},
 )
@@ -39,7 +39,7 @@ LAYERS = (
     | {"compiled", "compiled_models", "compiled_program", "lengths", "traced_programs"}
     | {"traced_stages"}
     | {"capture_log", "capture_reasons"},
-    {"pipeline_call", "higher_derivatives", "program_cache", "verification"},
+    {"pipeline_call", "step_call", "higher_derivatives", "program_cache", "verification"},
     {"module"},
     {"api"},
     {"commands"},

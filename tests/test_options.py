@@ -80,7 +80,7 @@ class Unprintable:
         ({"chunks": 0}, OptionError, "number of micro-batches"),
         ({"chunks": True}, OptionError, "number of micro-batches"),
         ({"schedule": "fifo"}, OptionError, "unknown schedule"),
-        ({"schedule": "1f1b"}, UnsupportedError, "does not execute schedule='1f1b'"),
+        ({"schedule": "zb-v"}, UnsupportedError, "does not execute schedule='zb-v'"),
         ({"backend": "inductor"}, UnsupportedError, "not implemented"),
         ({"backend": "jit"}, OptionError, "unknown backend"),
         ({"out_reduce": "max"}, OptionError, "unknown out_reduce"),

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from autopipe.passes.codegen import HEADER, stage_function
+from autopipe.passes.codegen import HEADER, phase_functions, stage_function
 from autopipe.passes.cost import PhaseSeconds, phase_seconds
 from autopipe.planning.make_plan import StageTimer
 from autopipe.planning.profile_calls import device_name, filled
@@ -120,9 +120,10 @@ class _MeasuredDevice:
 
     def _measured(self, stage: StagePhases, ahead: int) -> PhaseSeconds:
         """Run rounds of a stage on all workers at once until there are enough."""
-        names = {"F": "forward", "RBW": "backward"}
+        names = ("forward", "backward")
         parts = [
-            stage_function(stage, letters, self.device, name) for letters, name in names.items()
+            stage_function(stage, function, self.device, name)
+            for name, function in zip(names, phase_functions(stage, ("F", "RBW")), strict=True)
         ]
         functions, _ = load_source("\n\n".join([HEADER.format(title="a stage by itself"), *parts]))
         count = len(self.cores or [None])

@@ -12,7 +12,7 @@ from autopipe import interrupts
 from . import transfer, workers
 from .backends import backend_of
 from .failure import stage_error
-from .mailbox import AbortError, Mailbox, queue_capacity
+from .mailbox import AbortError, Mailbox
 from .memory import plain_parts
 from .random import MicroBatchContext
 
@@ -25,39 +25,9 @@ if TYPE_CHECKING:
 
     from .backends import Event, Stream
     from .memory import SavedBytes, SavedBytesCounter
+    from .program import Program
 
     EnterModes = Callable[[], AbstractContextManager[None]]
-
-
-@dataclass(frozen=True, eq=False)
-class Program:
-    """A loaded program and what running it needs.
-
-    Attributes:
-        forward: one function of a `Run` per worker.
-        backward: likewise; empty for inference.
-        workers: the worker of each stage (stage k runs on worker k).
-        sizes: samples per micro-batch.
-        draws: per micro-batch size and stage, its random ops (see `MicroBatchContext`).
-        strides: (value, stage, micro-batch size) → the strides that the stage was traced with, in
-            elements, for values that the caller passes in.
-        filename: the name under which `linecache` has the source.
-        symbols: per micro-batch size, the values of the symbolic sizes in the code, in its order.
-    """
-
-    forward: tuple[Callable[[Run], None], ...]
-    backward: tuple[Callable[[Run], None], ...]
-    workers: tuple[transfer.WorkerDevice, ...]
-    sizes: tuple[int, ...]
-    draws: Mapping[int, Sequence[Sequence[tuple[int, int, bool]]]]
-    strides: Mapping[tuple[str, int, int], tuple[int, ...]]
-    filename: str
-    symbols: Mapping[int, tuple[int, ...]]
-
-    @property
-    def is_random(self) -> bool:
-        """Whether some op draws random numbers."""
-        return any(draws for stages in self.draws.values() for draws in stages)
 
 
 @dataclass(eq=False)
@@ -117,15 +87,20 @@ class Run:
             self._caller_storages.add(part.untyped_storage().data_ptr())
 
     def execute(self, direction: str) -> None:
-        """Run all micro-batches forward, or all of them backward.
+        """Run all micro-batches forward, or all of them backward, or both.
 
         Args:
-            direction: "forward" or "backward".
+            direction: "forward", "backward" or "step".
 
         Raises:
             StageError: a stage failed; everything saved has been dropped.
         """
-        functions = self.program.forward if direction == "forward" else self.program.backward
+        functions = {
+            "forward": self.program.forward,
+            "backward": self.program.backward,
+            "step": self.program.step,
+        }[direction]
+        drivers = self.program.drivers
         self._mailbox = Mailbox()
         # Workers wait for the caller's queued work, and the caller waits for the workers' work.
         self._caller_streams = {
@@ -134,11 +109,9 @@ class Run:
             if (stream := w.backend.current_stream(w.device)) is not None
         }
         self._caller_events = [s.record_event() for s in self._caller_streams.values()]
-        enter = self.caller_modes() if len(self._workers) > 1 else nullcontext
-        tasks = [
-            partial(self._work, f, w, enter) for f, w in zip(functions, self._workers, strict=True)
-        ]
-        cores = workers.cores_per_worker([w.device for w in self._workers])
+        enter = self.caller_modes() if len(drivers) > 1 else nullcontext
+        tasks = [partial(self._work, f, w, enter) for f, w in zip(functions, drivers, strict=True)]
+        cores = workers.cores_per_worker([w.device for w in drivers])
         with interrupts.deferred(), interrupts.waking(self._mailbox.abort):
             try:
                 workers.run_workers(tasks, self._mailbox.abort, cores)
@@ -253,7 +226,7 @@ class Run:
             tensor: on the device of `source`.
         """
         key = (value, to, m)
-        self._mailbox.reserve(key, queue_capacity(source, to))
+        self._mailbox.reserve(key, self.program.queues[value, to])
         self._mailbox.put(key, self._moved(tensor, source, to))
 
     def return_to_caller(self, value: str, m: int, tensor: Tensor) -> None:

@@ -24,6 +24,8 @@ from autopipe.parameters import move
 from autopipe.passes._torch import CheckpointFunction
 from autopipe.passes.capture import preserve_buffers, restore_values, take_apart
 from autopipe.passes.graph import is_random, source_line
+from autopipe.passes.loss_seeds import has_loss
+from autopipe.passes.schedule import DEFAULT_KIND
 from autopipe.runtime.executor import Run
 from autopipe.verification.deterministic import MicroBatchNorm, NoRandomness
 from autopipe.verification.locate import locate_gradient, locate_value
@@ -97,13 +99,13 @@ class ComparedPipeline(NamedTuple):
         model: the user's module.
         programs: its programs.
         run: the pipeline as a function.
-        fresh: returns a new pipeline of the same model, without programs.
+        fresh: returns a new pipeline of the same model, without programs, with other options.
     """
 
     model: nn.Module
     programs: ProgramCache
     run: Callable[..., Any]
-    fresh: Callable[[], ComparedPipeline]
+    fresh: Callable[..., ComparedPipeline]
 
 
 def compare(pipe: ComparedPipeline, inputs: CallInputs, tolerance: float | None) -> Verification:
@@ -120,6 +122,9 @@ def compare(pipe: ComparedPipeline, inputs: CallInputs, tolerance: float | None)
     leaves, spec = inputs.leaves, inputs.spec
     captured = pipe.programs.program_for(inputs, asked=True)[0].split.captured
     notes = []
+    if pipe.programs.options.starts_early and pipe.model.training and not has_loss(captured):
+        notes.append(f"the model returns no loss: the pipeline ran with schedule={DEFAULT_KIND!r}")
+        pipe = pipe.fresh(schedule=DEFAULT_KIND)
     with ExitStack() as stack:
         if any(map(is_random, captured.graph_module.graph.nodes)):
             notes.append("randomness was disabled in both runs: dropout drops nothing")

@@ -40,6 +40,7 @@ from __future__ import annotations
 
 from .buffer_state import preserve_buffers, restore_values
 from .containers import Parts, is_cache, take_apart
+from .flat_module import TARGET
 from .frontends import FRONTENDS, Frontend, UserModel, argument_names, as_module, is_model
 from .model import capture
 from .normalize import RESERVED
@@ -49,6 +50,7 @@ from .tracing import leaf_names
 __all__ = [
     "FRONTENDS",
     "RESERVED",
+    "TARGET",
     "CaptureRequest",
     "Frontend",
     "Parts",

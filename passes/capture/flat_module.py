@@ -35,7 +35,7 @@ from .containers import is_cache, kinds_in, take_apart
 from .passed_numbers import PassedNumbers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from autopipe.passes.python_state import Reads
 
@@ -76,6 +76,10 @@ class ForwardResult:
     clocks: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+TARGET = "target of loss_fn"
+"""The keyword of a call's target; a model's own arguments have no such names."""
+
+
 class FlatModel(nn.Module):
     """A model as a function from flat tensors to flat tensors.
 
@@ -92,6 +96,7 @@ class FlatModel(nn.Module):
         leaves: Sequence[Any],
         spec: pytree.TreeSpec,
         numbers: Collection[int] = (),
+        loss_fn: Callable[..., Any] | None = None,
     ) -> None:
         """Wrap a model.
 
@@ -100,6 +105,8 @@ class FlatModel(nn.Module):
             leaves: flattened ``(args, kwargs)``; leaves that are not tensors become constants.
             spec: structure of ``(args, kwargs)``.
             numbers: positions of tensors of one entry that the model gets as numbers.
+            loss_fn: is called with the model's result and the argument `TARGET`, if there is one;
+                the function then returns what it returns.
         """
         super().__init__()
         self.model = model
@@ -107,6 +114,7 @@ class FlatModel(nn.Module):
         self.tensor_positions = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         self._template = _Opaque([None if isinstance(x, Tensor) else x for x in leaves])
         self._spec = _Opaque(spec)
+        self._loss_fn = _Opaque(loss_fn)
         self._numbers = _Opaque(PassedNumbers({i: leaves[i].item() for i in numbers}))
         self._names = _Opaque(TensorNames(model))
         self._modes = _Opaque(CallModes())
@@ -135,7 +143,7 @@ class FlatModel(nn.Module):
         kept = [n for n, p in enumerate(self.tensor_positions) if p not in self.numbers]
         for n, position in enumerate(self.tensor_positions):
             leaves[position] = torch.empty(0) if n in kept else self.numbers.values[position]
-        flat = FlatModel(self.model, leaves, self._spec.value)
+        flat = FlatModel(self.model, leaves, self._spec.value, (), self._loss_fn.value)
         same = self._same.value
         flat.share({kept.index(n): kept.index(first) for n, first in same.items()})
         return flat
@@ -173,7 +181,7 @@ class FlatModel(nn.Module):
         with preserve_buffers(self.model):
             try:
                 with mode, call_modes.visible(), watch.watching():
-                    out = self.model(*args, **kwargs)
+                    out = self._call(args, kwargs)
             finally:
                 changed = state.changes()
                 for change in reversed(changed):
@@ -197,6 +205,13 @@ class FlatModel(nn.Module):
         result.notes += state.noted.notes
         _refuse_sizes_in_text(result.leaves, tensors, numbers.names)
         return write_in_place(self.model, assigned, found)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model, and the loss function if the call has a target for it."""
+        if TARGET not in kwargs:
+            return self.model(*args, **kwargs)
+        own = {name: value for name, value in kwargs.items() if name != TARGET}
+        return self._loss_fn.value(self.model(*args, **own), kwargs[TARGET])
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a result; its other leaves are stored in `result`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch.utils._pytree import TreeSpec
 
@@ -33,6 +33,7 @@ class CaptureRequest:
             once per micro-batch.
         out_reduce: how scalar results are combined over micro-batches if no rule can be derived:
             "mean", "sum" or None (an error).
+        loss_fn: is captured behind the model, for a call with the keyword `TARGET`.
     """
 
     model: UserModel
@@ -45,6 +46,7 @@ class CaptureRequest:
     single: bool = False
     batch_norm: str = "deferred"
     out_reduce: str | None = None
+    loss_fn: Callable[..., Any] | None = None
 
     @property
     def symbolic_batch_dims(self) -> Sequence[int | None]:

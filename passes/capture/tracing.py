@@ -82,7 +82,7 @@ def trace_model(request: CaptureRequest) -> Trace:
     module = as_module(request.model)
     trace = frontend_of(module).trace
     examples = example_tensors(request.leaves, request.symbolic_batch_dims)
-    flat = FlatModel(module, request.leaves, request.spec, request.numbers)
+    flat = FlatModel(module, request.leaves, request.spec, request.numbers, request.loss_fn)
     positions = flat.tensor_positions
     batch_dims = [request.symbolic_batch_dims[i] for i in positions]
     dims = [

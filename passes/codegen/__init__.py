@@ -20,7 +20,9 @@ Out: `Generated`, the source and the names of the functions to call.
 Read the files in this order:
 
     `generated`       the result
-    `program`         the whole program: what each device and each stage does
+    `program`         the whole program: what each device does
+    `stage_calls`     what a stage receives, sends and keeps
+    `phase_groups`    which phases are one function
     `stage_ops`       one stage's ops as a function
     `source_forms`    forms of expressions
     `source_rules`    the statements that a program may hold
@@ -29,8 +31,18 @@ Read the files in this order:
 from __future__ import annotations
 
 from .generated import Generated
+from .phase_groups import phase_functions
 from .program import HEADER, codegen
 from .source_rules import check_source
+from .stage_calls import stage_messages
 from .stage_ops import stage_function
 
-__all__ = ["HEADER", "Generated", "check_source", "codegen", "stage_function"]
+__all__ = [
+    "HEADER",
+    "Generated",
+    "check_source",
+    "codegen",
+    "phase_functions",
+    "stage_function",
+    "stage_messages",
+]

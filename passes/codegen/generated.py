@@ -16,17 +16,19 @@ class Generated:
     Attributes:
         source: a Python module.
         forward: names of its functions that run a step's forward, one per device; each is called
-            as ``device_1_forward(run)``.
-        backward: likewise for the backward; empty for inference.
+            as ``device_1_forward(run)``. Empty if `step` is not.
+        backward: likewise for the backward; empty for inference, too.
+        step: likewise for both in one, where backwards begin before all forwards have ended.
     """
 
     source: str
-    forward: tuple[str, ...]
-    backward: tuple[str, ...]
+    forward: tuple[str, ...] = ()
+    backward: tuple[str, ...] = ()
+    step: tuple[str, ...] = ()
 
     def verify(self) -> None:
         defined = check_source(self.source)
-        for name in (*self.forward, *self.backward):
+        for name in (*self.forward, *self.backward, *self.step):
             if name not in defined:
                 raise VerifyError("a device without a function", expected=name)
 

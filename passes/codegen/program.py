@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import chain, count
 from typing import TYPE_CHECKING
 
 from autopipe.errors import VerifyError
 from autopipe.passes.graph import quoted
-from autopipe.passes.ir import CALLER, B
+from autopipe.passes.ir import B
+from autopipe.passes.schedule import Action
 
 from .generated import Generated
+from .phase_groups import phase_functions
+from .stage_calls import stage_calls, verb
 from .stage_ops import stage_function
 
 if TYPE_CHECKING:
@@ -17,8 +20,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from autopipe.passes.ir import Phased, Split, StagePhases
-    from autopipe.passes.schedule import Action, Scheduled
+    from autopipe.passes.ir import Phased
+    from autopipe.passes.schedule import Scheduled
+
+    from .phase_groups import Groups
 
 HEADER = '''\
 """{title}"""
@@ -49,38 +54,112 @@ def codegen(
         VerifyError: the text cannot express the order of the schedule, a device has no function, or
             the text has a statement that a program does not hold (bugs in autopipe).
     """
-    _verify_two_passes(scheduled)
-    split = next(iter(phased.values())).split
-    names = sorted({a.phase for row in scheduled.devices for a in row})
+    scheduled.verify()
+    _verify_forwards(scheduled)
+    first = next(iter(phased.values()))
+    groups = _groups(scheduled)
     batch = ", ".join("B" if B in phased[s].symbols else str(s) for s in sizes)
     title = f"{scheduled.kind}: {scheduled.stages} stages, micro-batches of {batch}"
-    labels = _labels(phased)
     parts = [HEADER.format(title=quoted(title)[1:-1])]
-    computes: dict[tuple[str, int, int], str] = {}
-    written: dict[tuple[int, str, torch.device], str] = {}
-    for size, cut in sorted(phased.items()):
-        for stage, device in zip(cut.stages, devices, strict=True):
-            for phase in names:
-                key = (id(stage.graph), phase, device)
-                if key not in written:  # identical stages share their functions
-                    written[key] = f"{phase}_{stage.index}_{labels[size]}"
-                    parts.append(stage_function(stage, phase, device, written[key], cut.symbols))
-                computes[phase, stage.index, size] = written[key]
-    for stage in next(iter(phased.values())).stages:
-        parts.append(_forward(split, stage))
-        if len(names) > 1:
-            parts.append(_backward(split, stage))
-    forward = [[a for a in row if a.phase == "F"] for row in scheduled.devices]
-    backward = [[a for a in row if a.phase != "F"] for row in scheduled.devices]
-    programs: dict[str, list[str]] = {"forward": [], "backward": []}
-    for direction, rows in (("forward", forward), ("backward", backward)):
+    computes, functions = _stage_functions(groups, phased, sizes, devices)
+    parts += functions
+    for stage in first.stages:
+        used = {letters for (k, _), row in groups.items() if k == stage.index for letters in row}
+        parts += stage_calls(first.split, stage, used)
+    programs: dict[str, list[str]] = {}
+    for direction, rows in _passes(scheduled).items():
+        programs[direction] = []
         for i, row in enumerate(rows):
             if row:
-                programs[direction].append(f"device_{i}_{direction}")
-                parts.append(_program(programs[direction][-1], direction, row, sizes, computes))
-    result = Generated("\n\n".join(parts), tuple(programs["forward"]), tuple(programs["backward"]))
+                calls = [
+                    f"{verb(a.phase)}_{a.stage}(run, {a.microbatch}, {computes[a]})" for a in row
+                ]
+                name = f"device_{i}_{direction}"
+                programs[direction].append(name)
+                parts.append("\n    ".join([f"def {name}(run):", *calls]) + "\n")
+    functions_of = {direction: tuple(names) for direction, names in programs.items()}
+    result = Generated("\n\n".join(parts), **functions_of)
     result.verify()
     return result
+
+
+def _verify_forwards(scheduled: Scheduled) -> None:
+    """Check that each stage runs its forwards in the order of micro-batches.
+
+    Buffers that a stage updates pass from one micro-batch to the next, and queues between stages
+    are in that order.
+    """
+    for device, row in enumerate(scheduled.devices):
+        for stage in {a.stage for a in row}:
+            found = [a.microbatch for a in row if a.stage == stage and a.phase == "F"]
+            if found != list(range(scheduled.chunks)):
+                raise VerifyError(
+                    f"schedule {scheduled.kind!r} cannot be executed: device {device} runs the"
+                    f" forwards of stage {stage} in another order than that of micro-batches",
+                    expected=f"0 to {scheduled.chunks - 1}",
+                    found=", ".join(map(str, found)),
+                )
+
+
+def _groups(scheduled: Scheduled) -> dict[tuple[int, int], Groups]:
+    """(stage, micro-batch) -> the phases of its actions, in order."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for row in scheduled.devices:
+        for a in row:
+            found.setdefault((a.stage, a.microbatch), []).append(a.phase)
+    return {key: tuple(letters) for key, letters in found.items()}
+
+
+def _passes(scheduled: Scheduled) -> dict[str, list[list[Action]]]:
+    """What each device runs in one go: all of a step, or its forwards and then its backwards.
+
+    The caller's loss may stand between the two only if all forwards come first.
+    """
+    rows = scheduled.devices
+    forward = [[a for a in row if a.phase == "F"] for row in rows]
+    backward = [[a for a in row if a.phase != "F"] for row in rows]
+    if all([*f, *b] == list(row) for f, b, row in zip(forward, backward, rows, strict=True)):
+        return {"forward": forward, "backward": backward}
+    return {"step": [list(row) for row in rows]}
+
+
+def _stage_functions(
+    groups: Mapping[tuple[int, int], Groups],
+    phased: Mapping[int, Phased],
+    sizes: Sequence[int],
+    devices: Sequence[torch.device],
+) -> tuple[dict[Action, str], list[str]]:
+    """Write what stages compute; identical stages share their functions.
+
+    Returns:
+        The function of each action; the text of each function.
+    """
+    labels = _labels(phased)
+    computes: dict[Action, str] = {}
+    written: dict[tuple[int, Groups, int, torch.device], str] = {}
+    names: set[str] = set()
+    texts = []
+    for size, cut in sorted(phased.items()):
+        for stage, device in zip(cut.stages, devices, strict=True):
+            k, chunks = stage.index, [m for m, n in enumerate(sizes) if n == size]
+            for row in dict.fromkeys(groups[k, m] for m in chunks):
+                own = [m for m in chunks if groups[k, m] == row]
+                for at, function in enumerate(phase_functions(stage, row)):
+                    key = (id(stage.graph), row if at else row[:1], at, device)
+                    if key not in written:
+                        name = _unused(f"{row[at]}_{k}_{labels[size]}", names)
+                        written[key] = name
+                        texts.append(stage_function(stage, function, device, name, cut.symbols))
+                    computes |= {Action(row[at], k, m): written[key] for m in own}
+    return computes, texts
+
+
+def _unused(name: str, names: set[str]) -> str:
+    """A name that no function has; `name` itself if possible."""
+    numbered = (f"{name}_{i}" for i in count(2))
+    found = next(n for n in chain((name,), numbered) if n not in names)
+    names.add(found)
+    return found
 
 
 def _labels(phased: Mapping[int, Phased]) -> dict[int, str]:
@@ -93,93 +172,3 @@ def _labels(phased: Mapping[int, Phased]) -> dict[int, str]:
         else:
             found[size] = used.setdefault(id(cut), f"B{len(used) + 1 if used else ''}")
     return found
-
-
-def _verify_two_passes(scheduled: Scheduled) -> None:
-    """Check that the runtime can execute the step: all forwards, then all whole backwards.
-
-    The text has one function for each of the two, so any other order would run in this order, with
-    more saved activations than its plan says. Buffers that a stage updates pass from one
-    micro-batch to the next, so forwards must run in the order of micro-batches too.
-    """
-    trains = any(a.phase != "F" for row in scheduled.devices for a in row)
-    phases = ("F", "RBW") if trains else ("F",)
-    expected = list(product(phases, range(scheduled.chunks)))
-    for device, row in enumerate(scheduled.devices):
-        found = [(a.phase, a.microbatch) for a in row]
-        if found != expected or {a.stage for a in row} != {device}:
-            raise VerifyError(
-                f"schedule {scheduled.kind!r} cannot be executed: device {device} does not run all"
-                " forwards of one stage, then all its backwards",
-                expected="F of micro-batches 0.., then RBW of micro-batches 0.., of the stage with"
-                " the device's number",
-                found=" ".join(map(str, row)),
-            )
-
-
-def _program(
-    name: str,
-    direction: str,
-    actions: Sequence[Action],
-    sizes: Sequence[int],
-    computes: Mapping[tuple[str, int, int], str],
-) -> str:
-    lines = [f"def {name}(run):"]
-    for a in actions:
-        compute = computes[a.phase, a.stage, sizes[a.microbatch]]
-        lines.append(f"    {direction}_{a.stage}(run, {a.microbatch}, {compute})")
-    return "\n".join(lines) + "\n"
-
-
-def _forward(split: Split, stage: StagePhases) -> str:
-    """Write the forward of one micro-batch: what to receive and where to send results."""
-    k = stage.index
-    arguments = [f"*run.state({k})"]
-    arguments += [f"run.receive({quoted(n)}, {k}, m)" for n in stage.receives]
-    lines = [
-        f"def forward_{k}(run, m, compute):",
-        f"    results = compute(run.context({k}, m), [{_listed(arguments)}])",
-    ]
-    position = 0
-    for name in stage.returns:
-        route = split.routes[name]
-        lines += [_sent(name, k, to, position) for to in route.consumers]
-        if route.output is not None:
-            lines.append(_sent(name, k, CALLER, position))
-        position += 1
-    for name in stage.updates:
-        lines.append(f"    run.update_buffer({quoted(name)}, {k}, results[{position}])")
-        position += 1
-    if stage.saved:
-        lines.append(f"    run.save({k}, m, results[{position}:])")
-    return "\n".join(lines) + "\n"
-
-
-def _backward(split: Split, stage: StagePhases) -> str:
-    """Write the backward of one micro-batch: which tangents to receive, where to send gradients."""
-    k = stage.index
-    arguments = [f"*run.state({k})", f"*run.pop_saved({k}, m)"]
-    arguments += [f"run.receive({quoted(f'grad {n}')}, {k}, m)" for n in stage.tangents]
-    names = [quoted(n) for n in stage.own_grads]
-    lines = [
-        f"def backward_{k}(run, m, compute):",
-        f"    ctx = run.context({k}, m, [{_listed(names)}])",
-        f"    results = compute(ctx, [{_listed(arguments)}])",
-    ]
-    for position, name in enumerate(stage.sent_grads):
-        lines.append(_sent(f"grad {name}", k, split.routes[name].gradient_to(k), position))
-    return "\n".join(lines) + "\n"
-
-
-def _sent(value: str, stage: int, to: int | None, position: int) -> str:
-    """Write the call that sends one of a stage's results on."""
-    if to == CALLER:
-        return f"    run.return_to_caller({quoted(value)}, m, results[{position}])"
-    return f"    run.send({quoted(value)}, {stage}, {to}, m, results[{position}])"
-
-
-def _listed(arguments: Sequence[str]) -> str:
-    joined = ", ".join(arguments)
-    if len(joined) < 60:
-        return joined
-    return "\n        " + ",\n        ".join(arguments) + ",\n    "

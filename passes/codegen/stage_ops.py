@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from autopipe.passes.ir import StagePhases
 
+    from .phase_groups import PhaseFunction
+
 RESERVED = frozenset({"args", "ctx", "device", "inf", "nan", "torch"})
 """Names that a stage's function uses for other things than values."""
 
@@ -63,18 +65,16 @@ class _Line(NamedTuple):
 
 def stage_function(
     stage: StagePhases,
-    phase: str,
+    function: PhaseFunction,
     device: torch.device,
     name: str,
     symbols: Sequence[sympy.Symbol] = (),
 ) -> str:
     """Write the ops of some phases as a function ``name(ctx, args)``, which empties `args`.
 
-    `StagePhases` shows the arguments and results of these functions.
-
     Args:
         stage: its joint graph has the ops.
-        phase: letters of the phases whose ops are written: "F", or some of "RBW".
+        function: what it takes, computes and returns.
         device: where the function runs.
         name: of the function.
         symbols: the symbolic sizes; their values are in ``ctx.sizes``.
@@ -85,40 +85,27 @@ def stage_function(
     Raises:
         UnsupportedError: an op, or one of its arguments, has no expression in Python.
     """
-    by_name = {n.name: n for n in stage.graph.nodes}
     ctx, *placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
-    held = len(stage.state)
-    state, tangents = placeholders[:held], placeholders[held + len(stage.receives) :]
-    saved = [by_name[n] for n in stage.saved]
-    results = stage.results()
-    own_grads: dict[fx.Node, list[int]] = {}
-    if phase == "F":
-        arguments = placeholders[: held + len(stage.receives)]
-        values = [*results["returns"], *results["updates"], *saved]
-    else:
-        arguments = [*state, *saved, *tangents]
-        values = results["sent_grads"]
-        for i, node in enumerate(results["own_grads"]):
-            own_grads.setdefault(node, []).append(i)
     labels = [*stage.state, *stage.receives, *(f"grad_{n}" for n in stage.tangents)]
     label_of = dict(zip(placeholders, labels, strict=True))
     names = Names(RESERVED | {str(s) for s in symbols})
-    env = {node: names.create(label_of.get(node, node.name)) for node in arguments}
+    env = {n: names.create(label_of.get(n, n.name)) for n in function.arguments}
     parameters = list(env.values())
     env[ctx] = "ctx"
     writer = _Writer(env, stage.device, device)
+    computed = set(function.nodes)
     lines = []
-    for node in stage.graph.nodes:
-        if stage.phase_of.get(node.name, "-") in phase:
+    for node in (*(n for n in function.gradients if n not in computed), *function.nodes):
+        if node in computed:
             text, reads = writer.call(node), writer.reads(node)
             env[node] = names.create(node.name)
             lines.append(_Line(env[node], text, reads, node))
-        for i in own_grads.get(node, ()):  # immediately, so that only the sum stays alive
+        for i in function.gradients.get(node, ()):  # at once, so that only the sum stays alive
             text = f"ctx.accumulate({i}, {env[node]})"
             lines.append(
                 _Line(names.create("accumulate"), text, ("ctx", env[node]), node, typed=False)
             )
-    returned = [env[v] if isinstance(v, fx.Node) else literal(v) for v in values]
+    returned = [env[v] if isinstance(v, fx.Node) else literal(v) for v in function.results]
     head = [f"def {name}(ctx, args):"]
     if writer.uses_sizes:
         head.append(f"    {_wrapped([*map(str, symbols)])} = ctx.sizes")

@@ -11,6 +11,7 @@ Files, in reading order:
 - `schedule_kind`: the description of one kind: its order, stages per device, whether it runs here.
 - `kinds`: every schedule kind (GPipe, 1F1B, zero bubble, ...) in one table, `KINDS`.
 - `build`: a kind and sizes → `Scheduled`.
+- `queues`: the sizes of the queues between stages, with which a schedule runs to its end.
 - `simulator`: `Scheduled` and times → `Timeline`, with peak memory.
 - `timeline`: the simulated step: its checks, Gantt chart and trace file.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 from .actions import Action, Scheduled
 from .build import schedule
 from .kinds import DEFAULT_KIND, EXECUTED, KINDS
+from .queues import Queue, StageMessages, queue_sizes
 from .schedule_kind import ScheduleKind
 from .simulator import simulate, simulate_actions
 from .timeline import Span, Timeline
@@ -29,10 +31,13 @@ __all__ = [
     "EXECUTED",
     "KINDS",
     "Action",
+    "Queue",
     "ScheduleKind",
     "Scheduled",
     "Span",
+    "StageMessages",
     "Timeline",
+    "queue_sizes",
     "schedule",
     "simulate",
     "simulate_actions",

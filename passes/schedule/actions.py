@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopipe.errors import VerifyError
 
@@ -88,6 +88,14 @@ class Scheduled:
     stages: int
     chunks: int
     devices: tuple[tuple[Action, ...], ...]
+
+    def forwards_first(self) -> Scheduled:
+        """The same, but each device runs all its forwards before any other action.
+
+        The caller's loss can then stand between the forwards and the backwards.
+        """
+        rows = (sorted(row, key=lambda action: action.phase != "F") for row in self.devices)
+        return replace(self, devices=tuple(map(tuple, rows)))
 
     def execution_order(self) -> Iterator[tuple[int, Action]]:
         """(device, action) pairs in an order that respects dependencies and each device's list.

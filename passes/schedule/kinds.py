@@ -128,11 +128,13 @@ KINDS = {
             gpipe,
             "all micro-batches forward, then all backward (arXiv 1811.06965)",
             runs_here=True,
+            forwards_first=True,
         ),
         ScheduleKind(
             "1f1b",
             interleaved,
             "each backward as early as possible, PipeDream-Flush (arXiv 2006.09503)",
+            runs_here=True,
         ),
         ScheduleKind(
             "interleaved",
@@ -142,12 +144,16 @@ KINDS = {
             any_virtual_stages=True,
         ),
         ScheduleKind(
-            "zb-h1", zb_h1, "weight gradients fill the bubble, memory of 1F1B (arXiv 2401.10241)"
+            "zb-h1",
+            zb_h1,
+            "weight gradients fill the bubble, memory of 1F1B (arXiv 2401.10241)",
+            runs_here=True,
         ),
         ScheduleKind(
             "zb-h2",
             zb_h2,
             "weight gradients fill the bubble, 2K - 1 micro-batches in flight (arXiv 2401.10241)",
+            runs_here=True,
         ),
         ScheduleKind(
             "zb-v",

@@ -25,8 +25,9 @@ class ScheduleKind:
         virtual_stages: v, the stages per device; the default if users may choose it.
         any_virtual_stages: users may choose any v >= 1.
         runs_here: the runtime executes it; if False it can only be simulated. Today the runtime
-            needs one stage per device and an order of all forwards, then all backwards (codegen
-            checks it).
+            needs one stage per device.
+        forwards_first: all forwards end before the first backward, so that the caller may compute
+            the loss between them.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ScheduleKind:
     virtual_stages: int = 1
     any_virtual_stages: bool = False
     runs_here: bool = False
+    forwards_first: bool = False
 
     def stages_per_device(self, virtual_stages: int | None = None) -> int:
         """The number v of stages per device.

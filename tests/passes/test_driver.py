@@ -38,7 +38,15 @@ def test_from_a_model_to_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     request = training_request(model, split, leaves, [3, 3], [CPU, CPU], LADDER[-1:] * 2)
     cache = TraceCache()
     phased = phases_by_size(request, cache, steps.append)
-    lowered = lower_to_code(phased, [3, 3], [CPU, CPU], kind="gpipe", progress=steps.append)
+    lowered = lower_to_code(
+        phased,
+        [3, 3],
+        [CPU, CPU],
+        kind="gpipe",
+        early_backward=True,
+        least_queue=lambda source, to: 2,
+        progress=steps.append,
+    )
     traced = ["tracing stage 1", "tracing stage 0"]
     assert steps == ["capturing", "costing", "splitting", *traced, "writing the program"]
     assert phases_by_size(request, cache, steps.append)[3].stages[0].graph is (

@@ -1,7 +1,11 @@
-"""`Run`: hand-written programs in the words of generated ones."""
+"""`Run`: hand-written programs in the words of generated ones.
+
+Covers runtime/program.py.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +13,9 @@ import pytest
 import torch
 
 from autopipe.errors import StageError
-from autopipe.runtime.executor import Program, Run
+from autopipe.runtime.executor import Run
 from autopipe.runtime.memory import SavedBytesCounter
+from autopipe.runtime.program import Program
 from autopipe.runtime.transfer import WorkerDevice
 
 CPU = torch.device("cpu")
@@ -23,15 +28,19 @@ def run_of(
     **more: Any,
 ) -> Run:
     count = len(forward)
+    workers = tuple(WorkerDevice(CPU) for _ in range(count))
     program = Program(
         forward=forward,
         backward=backward,
-        workers=tuple(WorkerDevice(CPU) for _ in range(count)),
+        step=(),
+        drivers=workers,
+        workers=workers,
         sizes=SIZES,
         draws=more.get("draws", {n: [[]] * count for n in SIZES}),
         strides=more.get("strides", {}),
         filename="<none>",
         symbols=more.get("symbols", dict.fromkeys(SIZES, ())),
+        queues=defaultdict(lambda: 2),
     )
     state = more.get("state", [[torch.tensor(2.0)]] * count)
     return Run(program, state, more.get("buffers", {}), 7, SavedBytesCounter(count))

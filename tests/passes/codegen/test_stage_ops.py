@@ -18,6 +18,7 @@ from torch import Tensor
 
 from autopipe.errors import UnsupportedError
 from autopipe.passes.codegen import HEADER, check_source, stage_function
+from autopipe.passes.codegen.phase_groups import PhaseFunction, phase_functions
 from autopipe.passes.ir.phased import StagePhases
 from autopipe.runtime.load import load_source
 from autopipe.runtime.random import MicroBatchContext
@@ -73,9 +74,17 @@ def library() -> Iterator[Library]:
         made.own._destroy()
 
 
+def forward_of(stage: StagePhases) -> PhaseFunction:
+    return phase_functions(stage, ("F",))[0]
+
+
 def run(stage: StagePhases, device: torch.device = CPU) -> tuple[str, list[Tensor]]:
     """Write, check, load and run a stage's forward; its source and its results."""
-    source = HEADER.format(title="a test") + "\n\n" + stage_function(stage, "F", device, "F_0_b2")
+    source = (
+        HEADER.format(title="a test")
+        + "\n\n"
+        + stage_function(stage, forward_of(stage), device, "F_0_b2")
+    )
     assert check_source(source) == {"F_0_b2"}
     names, _ = load_source(source)
     inputs = [torch.full((2, 3), float(i)) for i in range(len(stage.receives))]
@@ -203,7 +212,7 @@ def test_devices_are_replaced_wherever_they_stand(library: Library, where: str) 
     """A stage that was traced for one device of a type runs on another."""
     op = library.op("placed", "", ", Device d, *, Device e")
     stage = hostile.stage_of([(op, (FIRST, CPU), {"e": CPU}, "y", None)])
-    there = stage_function(stage, "F", torch.device("cuda", 3), "F_0_b2")
+    there = stage_function(stage, forward_of(stage), torch.device("cuda", 3), "F_0_b2")
     assert there.count("device(type='cuda', index=3)") == 2
     assert "cpu" not in there
 
@@ -218,7 +227,7 @@ def test_what_python_cannot_express_is_refused(target: Any, argument: Any) -> No
     node.target, node.args = target, (node.args[0], argument)
     node.meta["stack_trace"] = '  File "model.py", line 7, in forward\n    y = x\n'
     with pytest.raises(UnsupportedError, match="cannot be written as Python") as caught:
-        stage_function(stage, "F", CPU, "F_0_b2")
+        stage_function(stage, forward_of(stage), CPU, "F_0_b2")
     assert (caught.value.node, caught.value.source) == ("a", "model.py:7")
 
 
@@ -228,7 +237,7 @@ def test_only_methods_of_the_context_are_called() -> None:
     for owner, method in ((node.args[0], "draw"), (next(iter(stage.graph.nodes)), "__init__")):
         node.op, node.target, node.args = "call_method", method, (owner, 1)
         with pytest.raises(UnsupportedError, match="cannot be written as Python"):
-            stage_function(stage, "F", CPU, "F_0_b2")
+            stage_function(stage, forward_of(stage), CPU, "F_0_b2")
 
 
 # ------------------------------------------------------------------------------- anything

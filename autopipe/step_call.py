@@ -1,0 +1,177 @@
+"""One call of a pipeline whose schedule starts backwards before the last forward has ended.
+
+The call runs forward and backward. It starts with the gradients that the outputs will get if the
+loss is differentiated (`LossSeeds`). When the caller's backward arrives, its gradients are those
+times a factor: 1, a loss scale, or 1/n where n calls are accumulated. What was found is multiplied
+by it, and the next call starts with it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from autopipe import results
+from autopipe.passes.graph import warn_at_user_line
+from autopipe.passes.loss_seeds import LossSeeds, loss_seeds
+from autopipe.passes.schedule import DEFAULT_KIND
+from autopipe.pipeline_call import PipelineCall
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from torch import Tensor
+
+    from autopipe.compiled import CompiledModel
+    from autopipe.compiled_program import CompiledProgram
+    from autopipe.runtime.executor import Run
+    from autopipe.runtime.memory import SavedBytesCounter
+
+AGREE = 1e-5
+"""The largest relative difference between factors that are the same but for rounding."""
+
+
+class StepCall(PipelineCall):
+    """A call that runs forward and backward at once; otherwise as `PipelineCall`.
+
+    Raises:
+        UnsupportedError: gradients cannot be known before the last forward has ended.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledModel,
+        ready: CompiledProgram,
+        leaves: Sequence[Any],
+        memory: SavedBytesCounter,
+    ) -> None:
+        super().__init__(compiled, ready, leaves, memory)
+        self._batch = ready.sizes(sum(self.sizes))
+        devices = [leaves[i.index].device for i in compiled.call_inputs]
+        self._device = results.output_device(compiled.workers[-1].device, devices)
+        self._seeds = self._loss_seeds()
+        outputs = frozenset(self._seeds.outputs)
+        if outputs != ready.differentiated:
+            self.ready = compiled.program_for_outputs(ready, outputs)
+        self._given: list[Tensor | None] = []  # the gradients with which the backward starts
+
+    def _execute(self, run: Run) -> None:
+        self._given = self._first_gradients()
+        self._feed_gradients(run, self._given, [None] * len(self._given))
+        run.execute("step")
+
+    def _run_backward(
+        self, run: Run, gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        pattern = self._pattern(gradients)
+        if not pattern:
+            return (None,) * len(self.wanted)
+        factor = common_factor(self._given, gradients)
+        if factor is None:
+            warn_at_user_line(
+                "the backward is not that of the model's loss: the step runs again, all forwards"
+                f' first; call backward on that loss, or use schedule="{DEFAULT_KIND}"'
+            )
+            ready = self.compiled.program_for_outputs(self.ready, pattern, early=False)
+            return self._after_forward(self._run_again(run, ready), gradients)
+        found = self._gradients_of(run)
+        if factor == 1:
+            return found
+        if not self._seeds.in_common and math.isfinite(factor) and factor != 0:
+            self.compiled.loss_factor *= factor
+        return tuple(None if g is None else g * factor for g in found)
+
+    def _loss_seeds(self) -> LossSeeds:
+        """How the first gradients are computed; found out once."""
+        known, key = self.compiled.seeds, self.ready.differentiable
+        if key not in known:
+            examples = [*self._examples().values()]
+            known[key] = loss_seeds(self.compiled.split.captured, key, self._evaluate, examples)
+        return known[key]
+
+    def _evaluate(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Compute the final values, the loss among them, from the outputs of the whole batch."""
+        compiled = self.compiled
+        buffer = compiled.model.get_buffer
+        return results.run_epilogue(compiled.split.captured, outputs, self._batch, buffer)
+
+    def _examples(self) -> dict[str, Tensor]:
+        """Tensors like the outputs of the whole batch, all 1."""
+        found = {}
+        for output in self.compiled.split.captured.outputs:
+            spec = output.spec
+            shape = [int(n.xreplace(self._batch)) for n in spec.full_shape]
+            one = torch.ones((), dtype=spec.dtype, device=self._device)
+            found[output.name] = one.expand(shape)
+        return found
+
+    def _first_gradients(self) -> list[Tensor | None]:
+        """The gradients with which the backward starts, one per output."""
+        seeds = self._seeds
+        values = self._examples() | self._known_values()
+        leaves = {n: v.detach() for n, v in values.items()}
+        wanted = [leaves[n].requires_grad_() for n in seeds.outputs]
+        if seeds.in_common:
+            found = [torch.ones_like(x) for x in wanted]
+        else:
+            with torch.enable_grad():
+                finals = self._evaluate([*leaves.values()])
+                losses = [finals[i] for i in seeds.losses]
+                ones = [torch.full_like(x, self.compiled.loss_factor) for x in losses]
+                found = list(torch.autograd.grad(losses, wanted, ones))
+        given = dict(zip(seeds.outputs, found, strict=True))
+        return [given.get(n) for n in leaves]
+
+    def _known_values(self) -> dict[str, Tensor]:
+        """The outputs of the whole batch that depend on the call's inputs alone."""
+        seeds, captured = self._seeds, self.compiled.split.captured
+        if not seeds.known:
+            return {}
+        scattered = {i.name: self._scattered(i) for i in self.compiled.call_inputs}
+        state = {
+            i.name: self.compiled.tensor(i.kind, i.target)
+            for i in captured.inputs
+            if i.name in seeds.inputs and i.name not in scattered
+        }
+        parts = []
+        for m in range(len(self.sizes)):
+            arguments = [scattered[n][m] if n in scattered else state[n] for n in seeds.inputs]
+            parts.append(seeds.values(*arguments))
+        rules = {o.name: o.combine for o in captured.outputs}
+        return {
+            name: rules[name].gather([p[at].to(self._device) for p in parts], self.sizes)
+            for at, name in enumerate(seeds.known)
+        }
+
+
+def common_factor(given: Sequence[Tensor | None], arrived: Sequence[Tensor | None]) -> float | None:
+    """By what factor some gradients are larger than others; None: there is no such factor.
+
+    Args:
+        given: gradients of the outputs; None if an output has none.
+        arrived: likewise; what is asked about.
+    """
+    factors: list[float] = []
+    for one, other in zip(given, arrived, strict=True):
+        if one is None or other is None:
+            rest = other if one is None else one
+            if rest is not None and rest.any():
+                return None
+        elif torch.equal(one, other):
+            factors += [1.0] if one.any() else []
+        else:
+            if not other.isfinite().all():  # a scale that overflows; an optimizer skips the step
+                return math.nan
+            before, after = one.double(), other.double()
+            where = before != 0
+            if after[~where].any() or not where.any():
+                return None
+            ratios = after[where] / before[where]
+            factors += [ratios.min().item(), ratios.max().item()]
+    least, most = min(factors, default=1.0), max(factors, default=1.0)
+    if least == most:
+        return least
+    return least if abs(most - least) <= AGREE * max(abs(most), abs(least)) else None
