@@ -9,6 +9,7 @@ from autopipe.passes.cost import (
     PhaseSeconds,
     StageBytes,
     cost_of_stage,
+    peak_saved_bytes,
     phase_seconds,
     stage_bytes,
     stage_peak_bytes,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from autopipe.options import Options
     from autopipe.passes.devices import Device, Link
     from autopipe.passes.ir import Phased, Route, Split, StageGraph, StagePhases
+    from autopipe.passes.schedule import Action
 
 
 class StageTimer(NamedTuple):
@@ -88,7 +90,9 @@ def make_plan(
     lengths = {x.name: x.example for x in split.captured.lengths}
     K, planned = len(split.stages), planned_cut_of(split)
     distinct = sorted(set(sizes), reverse=True)
-    in_flight = schedule(options.schedule_kind, K, len(sizes)).in_flight()
+    scheduled = schedule(options.schedule_kind, K, len(sizes))
+    in_flight = scheduled.in_flight()
+    actions = [[a for row in scheduled.devices for a in row if a.stage == k] for k in range(K)]
     nbytes = {(k, s): _stage_bytes(phased[s], k) for k in range(K) for s in distinct}
     modules = modules_by_stage(split)
     plan = Plan(
@@ -109,6 +113,7 @@ def make_plan(
                 timers[stage.index],
                 options,
                 in_flight[stage.index],
+                actions[stage.index],
             )
             for stage in split.stages
         ),
@@ -136,7 +141,7 @@ def _stage_bytes(phased: Phased, k: int) -> StageBytes:
     if phased.differentiated:
         return nbytes
     # Inference saves nothing.
-    return nbytes._replace(saved=0, first_backward=0, backward=0, tangents={})
+    return StageBytes(0, nbytes.forward, 0, 0, nbytes.received, {})
 
 
 def planned_cut(plan: Plan) -> PlannedCut:
@@ -155,11 +160,11 @@ def _stage(
     timer: StageTimer,
     options: Options,
     in_flight: int,
+    actions: Sequence[Action],
 ) -> StagePlan:
     """Plan one stage; `phased` is by size, the largest first, `nbytes` by micro-batch."""
     k, size = stage.index, phased[0].size
     cost = cost_of_stage(split, stage, size)
-    saved = [n.saved for n in nbytes]
     return StagePlan(
         first=split.firsts[stage.index],
         modules=modules or split.firsts[stage.index] or "none",
@@ -178,11 +183,9 @@ def _stage(
         ),
         shared_copy_bytes=cost.shared_copy_bytes,
         activation_bytes=at_batch(cost.activation_bytes, size),
-        saved_bytes=max(saved),
+        saved_bytes=max(n.saved for n in nbytes),
         in_flight=in_flight,
-        peak_saved_bytes=max(
-            sum(saved[m : m + in_flight]) for m in range(len(saved) - in_flight + 1)
-        ),
+        peak_saved_bytes=peak_saved_bytes(actions, nbytes),
         peak_bytes=0,
         limit_bytes=None if options.limits is None else options.limits[k],
     )

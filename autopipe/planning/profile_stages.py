@@ -21,8 +21,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from autopipe.passes.codegen import HEADER, phase_functions, stage_function
+from autopipe.passes.codegen import HEADER, stage_function
 from autopipe.passes.cost import PhaseSeconds, phase_seconds
+from autopipe.passes.ir import phase_functions
 from autopipe.planning.make_plan import StageTimer
 from autopipe.planning.profile_calls import device_name, filled
 from autopipe.runtime import workers

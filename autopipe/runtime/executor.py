@@ -64,6 +64,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self._saved: dict[tuple[int, int], tuple[list[Tensor], SavedBytes | None]] = {}
+        self._parts: dict[tuple[int, int], int] = {}
         self._workers = self.program.workers
         self._mailbox = Mailbox()
         self._own_sums: set[str] = set()
@@ -247,10 +248,16 @@ class Run:
         self.buffers[name].copy_(value)
 
     def save(self, stage: int, m: int, tensors: list[Tensor]) -> None:
-        """Save activations of a micro-batch for its backward."""
-        size = self.program.sizes[m]
+        """Save activations of a micro-batch for its backward, or for the next part of it."""
+        part = self._parts[stage, m] = self._parts.get((stage, m), -1) + 1
         nbytes = self.memory.add(
-            self.program, stage, size, tensors, self.state_tensors[stage], self._caller_storages
+            self.program,
+            stage,
+            self.program.sizes[m],
+            tensors,
+            self.state_tensors[stage],
+            self._caller_storages,
+            part,
         )
         self._saved[stage, m] = (tensors, nbytes)
 

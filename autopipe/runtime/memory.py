@@ -88,8 +88,8 @@ class SavedBytesCounter:
     def __init__(self, stages: int) -> None:
         self.stages = [StageMemory() for _ in range(stages)]
         self._lock = threading.Lock()
-        # Of one micro-batch, by program, and by stage and size.
-        self._nbytes: WeakKeyDictionary[Any, dict[tuple[int, int], int]] = WeakKeyDictionary()
+        # Of one micro-batch, by program, and by stage, size and part.
+        self._nbytes: WeakKeyDictionary[Any, dict[tuple[int, int, int], int]] = WeakKeyDictionary()
 
     def reset(self) -> None:
         """Reset the peaks to the bytes saved now."""
@@ -104,11 +104,12 @@ class SavedBytesCounter:
         saved: list[Tensor],
         state: Iterable[Tensor],
         caller_storages: set[int],
+        part: int = 0,
     ) -> SavedBytes:
         """Count the saved activations of one micro-batch.
 
         Shapes are static: the first micro-batch of a size is measured, and the others of the same
-        program, stage and size count the same.
+        program, stage, size and part count the same.
 
         Args:
             program: an object that identifies the program and its shapes; it is not kept alive.
@@ -117,11 +118,12 @@ class SavedBytesCounter:
             saved: the tensors.
             state: parameters, buffers and constants, which do not count.
             caller_storages: addresses of the storages of the caller's tensors.
+            part: 0 after the forward; 1, 2 … after parts of the backward.
 
         Returns:
             The bytes, which count until the caller drops them.
         """
-        known, key = self._nbytes.setdefault(program, {}), (stage, size)
+        known, key = self._nbytes.setdefault(program, {}), (stage, size, part)
         if key not in known:
             not_counted = {x.untyped_storage().data_ptr() for t in state for x in plain_parts(t)}
             sizes: dict[int, int] = {}
@@ -135,6 +137,7 @@ class SavedBytesCounter:
             known[key] = sum(sizes.values())
         saved_bytes = SavedBytes(known[key])
         with self._lock:
-            self.stages[stage].per_microbatch[size] = saved_bytes.nbytes
+            if part == 0:
+                self.stages[stage].per_microbatch[size] = saved_bytes.nbytes
             self.stages[stage].add(saved_bytes)
         return saved_bytes

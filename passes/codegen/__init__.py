@@ -22,7 +22,6 @@ Read the files in this order:
     `generated`       the result
     `program`         the whole program: what each device does
     `stage_calls`     what a stage receives, sends and keeps
-    `phase_groups`    which phases are one function
     `stage_ops`       one stage's ops as a function
     `source_forms`    forms of expressions
     `source_rules`    the statements that a program may hold
@@ -31,7 +30,6 @@ Read the files in this order:
 from __future__ import annotations
 
 from .generated import Generated
-from .phase_groups import phase_functions
 from .program import HEADER, codegen
 from .source_rules import check_source
 from .stage_calls import stage_messages
@@ -42,7 +40,6 @@ __all__ = [
     "Generated",
     "check_source",
     "codegen",
-    "phase_functions",
     "stage_function",
     "stage_messages",
 ]

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 from autopipe.errors import VerifyError
 from autopipe.passes.graph import quoted
-from autopipe.passes.ir import B
+from autopipe.passes.ir import B, phase_functions
 from autopipe.passes.schedule import Action
 
 from .generated import Generated
-from .phase_groups import phase_functions
 from .stage_calls import stage_calls, verb
 from .stage_ops import stage_function
 
@@ -20,10 +19,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from autopipe.passes.ir import Phased
+    from autopipe.passes.ir import Groups, Phased
     from autopipe.passes.schedule import Scheduled
-
-    from .phase_groups import Groups
 
 HEADER = '''\
 """{title}"""

@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 
     import sympy
 
-    from autopipe.passes.ir import StagePhases
-
-    from .phase_groups import PhaseFunction
+    from autopipe.passes.ir import PhaseFunction, StagePhases
 
 RESERVED = frozenset({"args", "ctx", "device", "inf", "nan", "torch"})
 """Names that a stage's function uses for other things than values."""

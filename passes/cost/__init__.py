@@ -24,7 +24,7 @@ from __future__ import annotations
 from .at_lengths import costed_at, stage_costs
 from .meta_run import BoundCall, operand_values, tensor_leaves, tensor_operands, work_key
 from .node_costs import CallSeconds, annotate, call_seconds, recomputed_calls
-from .peak_memory import stage_peak_bytes
+from .peak_memory import peak_saved_bytes, stage_peak_bytes
 from .phase_memory import StageBytes, stage_bytes
 from .phase_time import PhaseSeconds, phase_seconds
 from .stage_cost import StageCost, cost_of_stage
@@ -40,6 +40,7 @@ __all__ = [
     "cost_of_stage",
     "costed_at",
     "operand_values",
+    "peak_saved_bytes",
     "phase_seconds",
     "recomputed_calls",
     "stage_bytes",

@@ -1,9 +1,10 @@
 """Compute the peak bytes that the micro-batches of one training step occupy at each stage.
 
 While F runs, a micro-batch occupies what F needs; after it, what F saved; while its backward runs,
-what that needs; then nothing. A message from another stage occupies memory from the time when it is
-sent until the stage uses it. Only the earliest arrival of a message is known, so the runtime's
-queues are counted as full. The caller's inputs count as the caller's memory until they are used.
+what that needs; then nothing, or, if W runs later, what is kept for it. A message from another
+stage occupies memory from the time when it is sent until the stage uses it. Only the earliest
+arrival of a message is known, so the runtime's queues are counted as full. The caller's inputs
+count as the caller's memory until they are used.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from autopipe.passes.ir import CALLER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from autopipe.passes.ir import Route
-    from autopipe.passes.schedule import Span, Timeline
+    from autopipe.passes.schedule import Action, Span, Timeline
 
     from .phase_memory import StageBytes
 
@@ -47,9 +48,9 @@ def stage_peak_bytes(
     """Return the peak bytes of each stage.
 
     Args:
-        line: a simulated step in which each micro-batch's backward at a stage is one action. Only
-            the order of the actions matters, and whether gradients arrive while the stage still has
-            forwards to run.
+        line: a simulated step in which each micro-batch's backward at a stage is one action, or
+            two: RB and W. Only the order of the actions matters, and whether gradients arrive while
+            the stage still has forwards to run.
         stages: K.
         sizes: samples of each micro-batch.
         nbytes: by stage and micro-batch size.
@@ -116,20 +117,47 @@ def _peak(
     peak = saved = 0
     left = {True: len(sizes), False: len(sizes)}
     for span in actions:
-        forward = span.action.phase == "F"
+        phase = span.action.phase
+        forward = phase == "F"
         own = nbytes[sizes[span.action.microbatch]]
-        left[forward] -= 1
+        if forward or "B" in phase:
+            left[forward] -= 1
         if forward:
-            now = own.forward
+            now, before, after = own.forward, 0, own.saved
+        elif phase == "W":
+            now, before, after = own.weights, own.kept, 0
+        elif "W" not in phase:
+            now, before, after = own.gradients, own.saved, own.kept
         else:
-            saved -= own.saved
-            now = own.first_backward if left[False] == len(sizes) - 1 else own.backward
+            now, before, after = own.backward, own.saved, 0
+            if left[False] == len(sizes) - 1:
+                now = own.first_backward
+        saved -= before
         pending = sum(
             kind.nbytes * min(kind.capacity, left[kind.forward])
             for kind in waiting
             if kind.forward or not forward or kind.earliest < span.end
         )
         peak = max(peak, pending + saved + now)
-        if forward:
-            saved += own.saved
+        saved += after
+    return peak
+
+
+def peak_saved_bytes(actions: Iterable[Action], nbytes: Sequence[StageBytes]) -> int:
+    """Return the most bytes that a stage's micro-batches save at once between their phases.
+
+    Args:
+        actions: of the stage, in order.
+        nbytes: for each micro-batch.
+    """
+    now = peak = 0
+    for action in actions:
+        own, phase = nbytes[action.microbatch], action.phase
+        if phase == "F":
+            now += own.saved
+        elif "B" in phase:
+            now += (0 if "W" in phase else own.kept) - own.saved
+        elif phase == "W":
+            now -= own.kept
+        peak = max(peak, now)
     return peak

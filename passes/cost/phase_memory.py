@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from autopipe.passes._torch import storage_id
 from autopipe.passes.graph import cache_per_graph
+from autopipe.passes.ir import phase_functions
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping, Sequence
@@ -33,6 +34,9 @@ class StageBytes(NamedTuple):
             gradients allocated.
         received: size of each value that the stage receives, by name.
         tangents: size of each gradient that it receives, by the name of the value it belongs to.
+        gradients: as `backward`, while R and B run, where W runs later.
+        kept: what is saved from then on for W.
+        weights: peak while W runs.
     """
 
     saved: int
@@ -41,11 +45,14 @@ class StageBytes(NamedTuple):
     backward: int
     received: Mapping[str, int]
     tangents: Mapping[str, int]
+    gradients: int = 0
+    kept: int = 0
+    weights: int = 0
 
 
 def stage_bytes(stage: StagePhases) -> StageBytes:
     """Compute what one micro-batch occupies at a traced stage."""
-    saved, forward, first_backward, backward, received, tangents = _stage_bytes(stage)
+    saved, forward, first_backward, backward, received, tangents, *delayed = _stage_bytes(stage)
     return StageBytes(
         saved,
         forward,
@@ -53,6 +60,7 @@ def stage_bytes(stage: StagePhases) -> StageBytes:
         backward,
         dict(zip(stage.receives, received, strict=True)),
         dict(zip(stage.tangents, tangents, strict=True)),
+        *delayed,
     )
 
 
@@ -71,6 +79,8 @@ def _stage_bytes(stage: StagePhases) -> tuple[Any, ...]:
     forward_results = [*results["returns"], *results["updates"], *saved]
     sent, own = results["sent_grads"], results["own_grads"]
     sums = sum(_sizes([n for n in own if isinstance(n, fx.Node)], ignored).values())
+    _, gradients, weights = phase_functions(stage, ("F", "RB", "W"))
+    kept = gradients.results[len(sent) :]
     return (
         _total(saved, ignored),
         _peak(forward, received, forward_results, ignored),
@@ -78,6 +88,9 @@ def _stage_bytes(stage: StagePhases) -> tuple[Any, ...]:
         sums + _peak(backward, [*saved, *tangents], sent, ignored, set(own)),
         [_total([node], ignored) for node in received],
         [_total([node], ignored) for node in tangents],
+        sums + _peak(gradients.nodes, [*saved, *tangents], gradients.results, ignored, set(own)),
+        _total(kept, ignored),
+        sums + _peak(weights.nodes, kept, [], ignored, set(own)),
     )
 
 

@@ -19,12 +19,14 @@ Read the files in this order:
     `captured`  Captured, Annotated, NodeCost, GradFlow
     `split`     Split, StageGraph, Route
     `phased`    Phased, StagePhases
+    `phase_groups`  what functions of a stage take and return, where phases run in groups
 """
 
 from __future__ import annotations
 
 from .captured import NOTHING_READ, ZERO, Annotated, Captured, GradFlow, NodeCost, PythonReads
 from .combine import MEAN, REDUCTIONS, SAME, SUM, Combine, Concatenate
+from .phase_groups import Groups, PhaseFunction, phase_functions
 from .phased import PHASES, Phased, RandomDraw, StagePhases
 from .split import CALLER, Route, Split, StageEstimates, StageGraph
 from .values import (
@@ -62,12 +64,14 @@ __all__ = [
     "Combine",
     "Concatenate",
     "GradFlow",
+    "Groups",
     "Input",
     "InputKind",
     "Length",
     "NodeCost",
     "NumberGuards",
     "Output",
+    "PhaseFunction",
     "Phased",
     "PythonReads",
     "RandomDraw",
@@ -84,5 +88,6 @@ __all__ = [
     "at_batch",
     "holds_at",
     "number_symbol",
+    "phase_functions",
     "results_of",
 ]

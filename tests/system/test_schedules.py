@@ -181,6 +181,23 @@ def test_no_more_micro_batches_are_in_flight_than_planned(
         assert most == [min(K - k, M) for k in range(K)]
 
 
+@pytest.mark.parametrize("remat", ["full", "none", "min-cut"])
+@pytest.mark.parametrize("kind", EXECUTED)
+def test_the_plan_knows_the_bytes_that_are_saved_at_most(kind: str, remat: str) -> None:
+    """Also those that are kept for delayed gradients of parameters."""
+    model = Layers(8, 6)
+    pipe = autopipe.compile(model, devices=4, chunks=16, schedule=kind, remat=remat)
+    pipe(*batch(32)).backward()
+    pipe.memory.reset()
+    pipe(*batch(32)).backward()
+    measured = [stage.peak for stage in pipe.memory.stages]
+    assert measured == [stage.peak_saved_bytes for stage in pipe.plan.stages]
+    if kind == "1f1b":
+        whole = autopipe.compile(model, devices=4, chunks=16, remat=remat)
+        whole(*batch(32)).backward()
+        assert measured[0] <= whole.memory.stages[0].peak / 2
+
+
 # ------------------------------------------------------------------------------- in a training loop
 
 

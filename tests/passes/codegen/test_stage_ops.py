@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autopipe.errors import UnsupportedError
 from autopipe.passes.codegen import HEADER, check_source, stage_function
-from autopipe.passes.codegen.phase_groups import PhaseFunction, phase_functions
+from autopipe.passes.ir.phase_groups import PhaseFunction, phase_functions
 from autopipe.passes.ir.phased import StagePhases
 from autopipe.runtime.load import load_source
 from autopipe.runtime.random import MicroBatchContext

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopipe.passes.codegen.phase_groups import phase_functions
 from autopipe.passes.ir import StagePhases
+from autopipe.passes.ir.phase_groups import phase_functions
 from tests.support.agreement import pipelined
 
 GROUPS = [("F", "RBW"), ("F", "R", "BW"), ("F", "RB", "W"), ("F", "R", "B", "W")]

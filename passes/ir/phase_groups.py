@@ -20,7 +20,7 @@ from torch import fx
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autopipe.passes.ir import StagePhases
+    from .phased import StagePhases
 
 Groups = tuple[str, ...]
 """How the phases of a micro-batch run at a stage: ("F", "RB", "W")."""
