@@ -73,6 +73,24 @@ def test_trainer(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("case", ["plain", "accumulating, clipped"])
+def test_trainer_with_a_schedule_that_starts_backwards_early(
+    case: str, schedule: str, tmp_path: Path
+) -> None:
+    plain = trainer(model(), tmp_path / "plain", **TRAINING[case])
+    ours = trainer(
+        pipelined(model(), schedule=schedule).install(), tmp_path / "ours", **TRAINING[case]
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the backward is not that")
+        plain.train()
+        ours.train()
+    assert_same_log(ours, plain)
+    assert_same_weights(ours.model, plain.model)
+
+
+@pytest.mark.full
 def test_trainer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     """Its own and the plain model's, either way round; the checkpoint is the plain model's."""
     whole = trainer(model(), tmp_path / "whole")
