@@ -165,7 +165,9 @@ class FlatModel(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self._spec.value)
         given = entries(args, kwargs)
         state = PythonState(self.model)
-        state.add_arguments(self._template.value, kinds_in(self._spec.value))
+        state.add_arguments(
+            [*self._template.value, self._loss_fn.value], kinds_in(self._spec.value)
+        )
         call_modes = self._modes.value
         watch = CallWatch(state, call_modes)
         tracing = any(map(is_traced, tensors))
