@@ -16,19 +16,17 @@ import torch
 from autopipe import results
 from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.loss_seeds import LossSeeds, loss_seeds
+from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.schedule import DEFAULT_KIND
 from autopipe.pipeline_call import PipelineCall
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
     from torch import Tensor
 
-    from autopipe.compiled import CompiledModel
-    from autopipe.compiled_program import CompiledProgram
+    from autopipe.passes.ir import Sizes
     from autopipe.runtime.executor import Run
-    from autopipe.runtime.memory import SavedBytesCounter
 
 AGREE = 1e-5
 """The largest relative difference between factors that are the same but for rounding."""
@@ -41,22 +39,21 @@ class StepCall(PipelineCall):
         UnsupportedError: gradients cannot be known before the last forward has ended.
     """
 
-    def __init__(
-        self,
-        compiled: CompiledModel,
-        ready: CompiledProgram,
-        leaves: Sequence[Any],
-        memory: SavedBytesCounter,
-    ) -> None:
-        super().__init__(compiled, ready, leaves, memory)
-        self._batch = ready.sizes(sum(self.sizes))
-        devices = [leaves[i.index].device for i in compiled.call_inputs]
+    _seeds: LossSeeds
+    _batch: Sizes  # the values of all symbols in the whole batch
+    _device: torch.device  # of the results
+    _given: list[Tensor | None]  # the gradients with which the backward starts, one per output
+
+    def forward(self) -> tuple[Tensor, ...]:
+        compiled = self.compiled
+        self._batch = self.ready.sizes(sum(self.sizes))
+        devices = [self.leaves[i.index].device for i in compiled.call_inputs]
         self._device = results.output_device(compiled.workers[-1].device, devices)
         self._seeds = self._loss_seeds()
         outputs = frozenset(self._seeds.outputs)
-        if outputs != ready.differentiated:
-            self.ready = compiled.program_for_outputs(ready, outputs)
-        self._given: list[Tensor | None] = []  # the gradients with which the backward starts
+        if outputs != self.ready.differentiated:
+            self.ready = compiled.program_for_outputs(self.ready, outputs)
+        return super().forward()
 
     def _execute(self, run: Run) -> None:
         self._given = self._first_gradients()
@@ -88,8 +85,9 @@ class StepCall(PipelineCall):
         """How the first gradients are computed; found out once."""
         known, key = self.compiled.seeds, self.ready.differentiable
         if key not in known:
-            examples = [*self._examples().values()]
-            known[key] = loss_seeds(self.compiled.split.captured, key, self._evaluate, examples)
+            captured, examples = self.compiled.split.captured, [*self._examples().values()]
+            with one_at_a_time():  # a trace patches torch
+                known[key] = loss_seeds(captured, key, self._evaluate, examples)
         return known[key]
 
     def _evaluate(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:

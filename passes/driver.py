@@ -5,10 +5,9 @@
     Split ─cut_phases─▶ Phased                                              `phases_by_size`
     Phased ─(schedule)─▶ Scheduled ─codegen─▶ Generated                     `lower_to_code`
 
-Every program is verified when it is created. With ``AUTOPIPE_DUMP=dir`` in the environment each is
-also written to that folder, numbered in the order of creation, after the files that are
-there. A folder that cannot be written is
-one warning; the passes go on.
+Every program is verified when it is created (a schedule by `codegen`). With ``AUTOPIPE_DUMP=dir``
+in the environment each is also written to that folder, numbered in the order of creation, after
+the files that are there. A folder that cannot be written is one warning; the passes go on.
 """
 
 from __future__ import annotations
@@ -185,7 +184,6 @@ def lower_to_code(
     scheduled = schedule(kind, len(devices), len(sizes), backward=backward)
     if not early_backward:
         scheduled = scheduled.forwards_first()
-    scheduled.verify()
     _dump("scheduled", scheduled)
     progress("writing the program")
     generated = codegen(scheduled, phased, sizes, devices)

@@ -140,14 +140,19 @@ def _stage_functions(
         for stage, device in zip(cut.stages, devices, strict=True):
             k, chunks = stage.index, [m for m, n in enumerate(sizes) if n == size]
             for row in dict.fromkeys(groups[k, m] for m in chunks):
-                own = [m for m in chunks if groups[k, m] == row]
-                for at, function in enumerate(phase_functions(stage, row)):
-                    key = (id(stage.graph), row if at else row[:1], at, device)
-                    if key not in written:
-                        name = _unused(f"{row[at]}_{k}_{labels[size]}", names)
-                        written[key] = name
-                        texts.append(stage_function(stage, function, device, name, cut.symbols))
-                    computes |= {Action(row[at], k, m): written[key] for m in own}
+                keys = [
+                    (id(stage.graph), row if at else row[:1], at, device) for at in range(len(row))
+                ]
+                if not written.keys() >= set(keys):
+                    functions = phase_functions(stage, row)
+                    for letters, key, function in zip(row, keys, functions, strict=True):
+                        if key not in written:
+                            written[key] = name = _unused(f"{letters}_{k}_{labels[size]}", names)
+                            texts.append(stage_function(stage, function, device, name, cut.symbols))
+                for m in chunks:
+                    if groups[k, m] == row:
+                        calls = zip(row, keys, strict=True)
+                        computes |= {Action(letters, k, m): written[key] for letters, key in calls}
     return computes, texts
 
 
