@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
-from autopipe.errors import VerifyError
+from autopipe.errors import VerifyError, shown
 
-_PHASES = frozenset(("F", "R", "B", "W", "RB", "BW", "RBW"))
+PHASES = ("F", "R", "B", "W", "RB", "BW", "RBW")
+"""What an action can be."""
 
 
 @dataclass(frozen=True, order=True)
@@ -123,9 +125,13 @@ class Scheduled:
                     action = heads[device] = next(left[device], None)
 
     def verify(self) -> None:
-        """Check that every micro-batch visits every stage once per phase, that each stage adds up
-        gradients in the order of micro-batches, and that there is no deadlock when each device
-        executes its list in order.
+        """Check that every device has actions, that every micro-batch visits every stage once per
+        phase, that each stage adds up gradients in the order of micro-batches, and that there is no
+        deadlock when each device executes its list in order.
+
+        Micro-batches may differ in how their phases are cut into actions (RBW, or RB and W), and a
+        stage's forwards may run in any order: nothing is added up there. Generated code wants the
+        forwards in order too.
 
         Raises:
             VerifyError: naming the device and the action.
@@ -138,26 +144,47 @@ class Scheduled:
         Raises:
             VerifyError: as `verify`.
         """
-        trains = any(action.phase != "F" for row in self.devices for action in row)
+        for what, count in (("stages", self.stages), ("micro-batches", self.chunks)):
+            if not _is_index(count) or count < 1:
+                expected = "an integer >= 1"
+                raise VerifyError(f"the number of {what}", expected=expected, found=shown(count))
         done: dict[tuple[str, int], list[int]] = {}
         home: dict[int, int] = {}
         for device, actions in enumerate(self.devices):
+            if not isinstance(actions, tuple):
+                found = shown(actions)
+                raise VerifyError(f"device {device}", expected="a tuple of actions", found=found)
+            if not actions:
+                raise VerifyError(f"device {device} runs nothing", expected="at least one action")
             for action in actions:
-                where = f"{action} on device {device}"
-                if action.phase not in _PHASES:
-                    raise VerifyError(f"{where} has an unknown phase", found=repr(action.phase))
-                if not (0 <= action.stage < self.stages and 0 <= action.microbatch < self.chunks):
-                    size = f"{self.stages} stages, {self.chunks} micro-batches"
-                    raise VerifyError(f"{where} is out of range", expected=size)
+                self._verify_action(action, device)
                 if home.setdefault(action.stage, device) != device:
-                    found = f"also on device {home[action.stage]}"
+                    where, found = f"{action} on device {device}", f"on device {home[action.stage]}"
                     raise VerifyError(f"{where}: a stage must be on one device", found=found)
                 for letter in action.phase:
                     done.setdefault((letter, action.stage), []).append(action.microbatch)
+        trains = any(letter != "F" for letter, _ in done)
         self._verify_visits("FRBW" if trains else "F", done, home)
         order = list(self.execution_order())
         self._verify_progress(order)
         return order
+
+    def _verify_action(self, action: object, device: int) -> None:
+        """An `Action` with a known phase, of a stage and a micro-batch that exist."""
+        if not isinstance(action, Action):
+            where = f"an entry of device {device}"
+            raise VerifyError(where, expected="an Action", found=shown(action))
+        where, stage, m = f"{action} on device {device}", action.stage, action.microbatch
+        if not isinstance(action.phase, str) or action.phase not in PHASES:
+            expected = f"one of {', '.join(PHASES)}"
+            raise VerifyError(
+                f"{where} has an unknown phase", expected=expected, found=shown(action.phase)
+            )
+        if not (_is_index(stage) and _is_index(m)):
+            raise VerifyError(f"{where}", expected="integers", found=shown((stage, m)))
+        if not (0 <= stage < self.stages and 0 <= m < self.chunks):
+            size = f"{self.stages} stages, {self.chunks} micro-batches"
+            raise VerifyError(f"{where} is out of range", expected=size)
 
     def _verify_visits(
         self, letters: str, done: dict[tuple[str, int], list[int]], home: dict[int, int]
@@ -173,7 +200,8 @@ class Scheduled:
                 for m in every:
                     one = Action(letter, stage, m)
                     if not count[m]:
-                        raise VerifyError(f"{one} is not scheduled", expected="once")
+                        where = f"on device {home[stage]}" if stage in home else "on any device"
+                        raise VerifyError(f"{one} is not scheduled {where}", expected="once")
                     if count[m] > 1:
                         where = f"{self._last(one)} on device {home[stage]}"
                         raise VerifyError(f"{where} repeats {one}", expected="once")
@@ -227,6 +255,19 @@ class Scheduled:
                 most[action.stage] = max(most[action.stage], now[action.stage])
         return tuple(most)
 
+    def device_in_flight(self) -> tuple[int, ...]:
+        """For each device, the most pairs of stage and micro-batch between F and W at once.
+
+        With v stages per device, v of them are what a device keeps of one whole micro-batch. 0 for
+        inference, as `in_flight`.
+        """
+        most = []
+        for actions in self.devices:
+            trains = any("W" in action.phase for action in actions)
+            changes = [(a.phase == "F") - ("W" in a.phase) for a in actions] if trains else []
+            most.append(max(accumulate(changes), default=0))
+        return tuple(most)
+
     def __str__(self) -> str:
         width = max((len(str(action)) for row in self.devices for action in row), default=0)
         title = f"{self.kind}: {self.stages} stages, {self.chunks} micro-batches"
@@ -235,3 +276,8 @@ class Scheduled:
             for device, actions in enumerate(self.devices)
         ]
         return "\n".join(row.rstrip() for row in [title, *rows])
+
+
+def _is_index(value: object) -> bool:
+    """Whether it is an integer, as generated code must have it: no bool, no 1.0."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,15 +1,11 @@
-"""Build the `Scheduled` of a kind, K stages and M micro-batches.
-
-The kind gives the order; rematerialization is added here. R runs with each B: as the first part of
-its action, or (early) as an action of its own before it. An early R needs no gradient, so it can
-run while the device waits for one.
-"""
+"""Build the `Scheduled` of a kind, K devices and M micro-batches, from what a user wrote."""
 
 from __future__ import annotations
 
 from autopipe.errors import OptionError, shown
 
-from .actions import Action, Scheduled
+from .actions import Scheduled
+from .device_schedule import DeviceSchedule
 from .kinds import KINDS
 from .schedule_kind import ScheduleKind
 
@@ -46,26 +42,33 @@ def schedule(
     Raises:
         OptionError: an unknown kind, a count below 1, or a v that the kind does not have.
     """
+    chosen = schedule_for(kind, stages, virtual_stages)
+    _check_count("chunks", chunks)
+    early = range(chosen.stages) if early_recompute else ()
+    return chosen.scheduled(chunks, backward=backward, early_recompute=early)
+
+
+def schedule_for(kind: str, devices: int, virtual_stages: int | None = None) -> DeviceSchedule:
+    """A kind of schedule for K devices.
+
+    Args:
+        kind: a name in `KINDS`.
+        devices: K >= 1.
+        virtual_stages: v, the stages per device; None: the default of the kind.
+
+    Raises:
+        OptionError: an unknown kind, a count below 1, or a v that the kind does not have.
+    """
     chosen = find_kind(kind)
-    for what, count in (("stages", stages), ("chunks", chunks)):
-        if not hasattr(type(count), "__index__"):
-            raise OptionError(f"`{what}`", expected="an integer >= 1", found=shown(count))
-        if count < 1:
-            raise OptionError(f"too few {what}", expected=f"{what} >= 1", found=shown(count))
-    v = chosen.stages_per_device(virtual_stages)
-    devices = []
-    for row in chosen.order(stages, chunks, v):
-        actions = []
-        for letters, stage, m in row:
-            if letters == "F":
-                actions.append(Action("F", stage, m))
-            elif backward and "B" in letters:
-                parts = ("R", letters) if early_recompute else ("R" + letters,)
-                actions += [Action(part, stage, m) for part in parts]
-            elif backward:
-                actions.append(Action(letters, stage, m))
-        devices.append(tuple(actions))
-    return Scheduled(kind, stages * v, chunks, tuple(devices))
+    _check_count("stages", devices)
+    return DeviceSchedule(chosen, devices, chosen.stages_per_device(virtual_stages))
+
+
+def _check_count(what: str, count: int) -> None:
+    if not hasattr(type(count), "__index__"):
+        raise OptionError(f"`{what}`", expected="an integer >= 1", found=shown(count))
+    if count < 1:
+        raise OptionError(f"too few {what}", expected=f"{what} >= 1", found=shown(count))
 
 
 def check_size(kind: str, stages: int, chunks: int, virtual_stages: int | None) -> None:

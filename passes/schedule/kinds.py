@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .schedule_kind import Order, RawAction, ScheduleKind
+from .v_shapes import v_half, v_min
 
 
 def gpipe(K: int, M: int, v: int) -> Order:
@@ -127,14 +128,12 @@ KINDS = {
             "gpipe",
             gpipe,
             "all micro-batches forward, then all backward (arXiv 1811.06965)",
-            runs_here=True,
             forwards_first=True,
         ),
         ScheduleKind(
             "1f1b",
             interleaved,
             "each backward as early as possible, PipeDream-Flush (arXiv 2006.09503)",
-            runs_here=True,
         ),
         ScheduleKind(
             "interleaved",
@@ -147,13 +146,11 @@ KINDS = {
             "zb-h1",
             zb_h1,
             "weight gradients fill the bubble, memory of 1F1B (arXiv 2401.10241)",
-            runs_here=True,
         ),
         ScheduleKind(
             "zb-h2",
             zb_h2,
             "weight gradients fill the bubble, 2K - 1 micro-batches in flight (arXiv 2401.10241)",
-            runs_here=True,
         ),
         ScheduleKind(
             "zb-v",
@@ -161,12 +158,21 @@ KINDS = {
             "as zb-h1 with two stages per device, placed as a V (arXiv 2405.15362)",
             virtual_stages=2,
         ),
+        ScheduleKind(
+            "v-half",
+            v_half,
+            "as zb-v, with half of its memory, and half of 1F1B's bubble (arXiv 2405.15362)",
+            virtual_stages=2,
+        ),
+        ScheduleKind(
+            "v-min",
+            v_min,
+            "as zb-v, with a third of its memory, for equal F, B, W (arXiv 2405.15362)",
+            virtual_stages=2,
+        ),
     )
 }
 """Every kind by its name."""
-
-EXECUTED = tuple(kind.name for kind in KINDS.values() if kind.runs_here)
-"""The kinds that the runtime executes."""
 
 DEFAULT_KIND = "gpipe"
 """The kind that runs if the user names none."""

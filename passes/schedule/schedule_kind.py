@@ -24,10 +24,11 @@ class ScheduleKind:
         summary: one line for help texts, with the paper.
         virtual_stages: v, the stages per device; the default if users may choose it.
         any_virtual_stages: users may choose any v >= 1.
-        runs_here: the runtime executes it; if False it can only be simulated. Today the runtime
-            needs one stage per device.
         forwards_first: all forwards end before the first backward, so that the caller may compute
             the loss between them.
+        example_chunks: a number of micro-batches for which `order` shows where stages are; None:
+            one is enough.
+        most_chunks: the largest number of micro-batches that `order` takes; None: any.
     """
 
     name: str
@@ -35,8 +36,9 @@ class ScheduleKind:
     summary: str
     virtual_stages: int = 1
     any_virtual_stages: bool = False
-    runs_here: bool = False
     forwards_first: bool = False
+    example_chunks: int | None = None
+    most_chunks: int | None = None
 
     def stages_per_device(self, virtual_stages: int | None = None) -> int:
         """The number v of stages per device.
@@ -49,7 +51,7 @@ class ScheduleKind:
         """
         if virtual_stages is None:
             return self.virtual_stages
-        if not hasattr(type(virtual_stages), "__index__"):
+        if not hasattr(type(virtual_stages), "__index__") or isinstance(virtual_stages, bool):
             found = shown(virtual_stages)
             raise OptionError("`virtual_stages`", expected="an integer >= 1", found=found)
         if self.any_virtual_stages and virtual_stages >= 1:
@@ -61,5 +63,6 @@ class ScheduleKind:
                 f"`virtual_stages` of schedule {self.name!r}",
                 expected=str(self.virtual_stages),
                 found=str(virtual_stages),
+                remedy='leave it out, or use schedule="interleaved", which has any number',
             )
         return virtual_stages

@@ -1,8 +1,9 @@
-"""The timeline of a simulated step: its checks, a Gantt chart and a trace file."""
+"""The timeline of a step, simulated or measured: its checks, a Gantt chart and a trace file."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,20 +21,45 @@ _COLOURS = {
     "R": "thread_state_iowait",
     "W": "rail_idle",
 }
+_WAIT = "grey"
 
 
 @dataclass(frozen=True)
 class Span:
-    """When one action ran, from `start` to `end`."""
+    """When one action ran, from `start` to `end`.
+
+    A simulated action starts when its inputs have arrived. A measured one starts when its device
+    turns to it, and may wait then: `waits` says when.
+
+    Attributes:
+        action: what ran.
+        start, end: when.
+        waits: (start, end) of each wait for messages, or for space in a queue, within the action.
+        arrived: when its last message had arrived; None: at its start.
+        sent: when it began to send its last message; None: at its end.
+    """
 
     action: Action
     start: float
     end: float
+    waits: tuple[tuple[float, float], ...] = ()
+    arrived: float | None = None
+    sent: float | None = None
+
+    @property
+    def waiting(self) -> float:
+        """How long it waited."""
+        return math.fsum(end - start for start, end in self.waits)
+
+    @property
+    def busy(self) -> float:
+        """How long it computed: its time without its waits."""
+        return max(0.0, self.end - self.start - self.waiting)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each action of a simulated step runs, in the unit of the given times.
+    """When each action of a step runs, in the unit of the given times; in seconds if measured.
 
     Attributes:
         makespan: end of the last action; the first starts at 0.
@@ -45,6 +71,8 @@ class Timeline:
         in_flight: for each stage, the most micro-batches between forward and backward (its W).
         peak_bytes: for each device, the most bytes that micro-batches occupy at once, as
             `simulator.peak_bytes` counts them; None if `saved_bytes` was not given.
+        pause: (start, end) of the caller's own time between the last forward and the first other
+            action (the loss, autograd); None where the step runs in one go, and if simulated.
     """
 
     makespan: float
@@ -52,6 +80,22 @@ class Timeline:
     spans: tuple[tuple[Span, ...], ...]
     in_flight: tuple[int, ...]
     peak_bytes: tuple[float, ...] | None = None
+    pause: tuple[float, float] | None = None
+
+    @property
+    def pause_length(self) -> float:
+        """The length of `pause`; 0 without one."""
+        return self.pause[1] - self.pause[0] if self.pause else 0.0
+
+    @property
+    def busy(self) -> tuple[float, ...]:
+        """For each device, how long it computed."""
+        return tuple(math.fsum(span.busy for span in row) for row in self.spans)
+
+    @property
+    def waiting(self) -> tuple[float, ...]:
+        """For each device, how long it waited for messages within its actions."""
+        return tuple(math.fsum(span.waiting for span in row) for row in self.spans)
 
     @property
     def device_spans(self) -> tuple[float, ...]:
@@ -62,13 +106,15 @@ class Timeline:
         """Check each device: its actions in order, one at a time, after their dependencies.
 
         Args:
-            scheduled: the schedule that was simulated.
+            scheduled: the schedule that was simulated, or that ran.
 
         Raises:
             VerifyError: naming the device and the action.
         """
         ends = {
-            Action(letter, span.action.stage, span.action.microbatch): span.end
+            Action(letter, span.action.stage, span.action.microbatch): (
+                span.end if span.sent is None else span.sent
+            )
             for row in self.spans
             for span in row
             for letter in span.action.phase
@@ -84,9 +130,10 @@ class Timeline:
                 what = f"{span.action} on device {device}"
                 if not 0 <= span.start <= span.end <= self.makespan:
                     raise VerifyError(f"{what} is not within the makespan", found=str(span))
+                ready = span.start if span.arrived is None else span.arrived
                 for need in span.action.needs(scheduled.stages):
-                    if span.start < ends[need]:
-                        found = f"starts at {span.start}, {need} ends at {ends[need]}"
+                    if ready < ends[need]:
+                        found = f"starts at {ready}, {need} ends at {ends[need]}"
                         raise VerifyError(f"{what} does not wait for {need}", found=found)
 
     def to_chrome_trace(self, microseconds: float = 1e6) -> str:
@@ -102,29 +149,41 @@ class Timeline:
         Raises:
             OptionError: `microseconds` is not finite and > 0.
         """
-        if not 0 < microseconds < float("inf"):
-            found = str(microseconds)
-            raise OptionError("`microseconds`", expected="a finite length > 0", found=found)
+        check_unit(microseconds)
+        return trace_file(self.trace_events(microseconds))
+
+    def trace_events(
+        self, microseconds: float = 1e6, process: int = 0, name: str | None = None
+    ) -> list[dict[str, object]]:
+        """The events of `to_chrome_trace`; several timelines are processes of one file.
+
+        Args:
+            microseconds: length of the timeline's unit of time.
+            process: number of the process.
+            name: of the process.
+        """
         events: list[dict[str, object]] = []
+        if name is not None:
+            events.append(_named("process_name", name, process))
         for device, row in enumerate(self.spans):
-            here: dict[str, object] = {"pid": 0, "tid": device}
-            name = {"name": f"device {device}"}
-            events.append({"name": "thread_name", "ph": "M", "args": name, **here})
+            here: dict[str, object] = {"pid": process, "tid": device}
+            events.append({**_named("thread_name", f"device {device}", process), **here})
             for span in row:
                 action = span.action
-                events.append(
-                    {
-                        "name": str(action),
-                        "cat": action.phase,
-                        "cname": _COLOURS["B" if "B" in action.phase else action.phase],
-                        "ph": "X",
-                        "ts": span.start * microseconds,
-                        "dur": (span.end - span.start) * microseconds,
-                        "args": {"stage": action.stage, "microbatch": action.microbatch},
-                        **here,
-                    }
-                )
-        return json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, indent=1)
+                colour = _COLOURS["B" if "B" in action.phase else action.phase]
+                args = {"stage": action.stage, "microbatch": action.microbatch}
+                times = (span.start * microseconds, span.end * microseconds)
+                events.append(_event(str(action), action.phase, colour, times, here, args))
+                for start, end in span.waits:
+                    times = (start * microseconds, end * microseconds)
+                    events.append(_event("wait", "wait", _WAIT, times, here, {}))
+        if self.pause is not None:
+            here = {"pid": process, "tid": len(self.spans)}
+            events.append({**_named("thread_name", "caller", process), **here})
+            start, end = self.pause
+            times = (start * microseconds, end * microseconds)
+            events.append(_event("between the passes", "caller", _WAIT, times, here, {}))
+        return events
 
     def __str__(self) -> str:
         """A Gantt chart: digits are forwards, letters backwards (a: micro-batch 0).
@@ -137,14 +196,26 @@ class Timeline:
         )
         if self.peak_bytes is not None:
             title += f", peak bytes {' '.join(f'{peak:.6g}' for peak in self.peak_bytes)}"
-        rows = [f"device {device:<3}  {self._draw(row)}" for device, row in enumerate(self.spans)]
-        return "\n".join([title, *rows])
+        return "\n".join([title, *self.chart()])
 
-    def _draw(self, row: Sequence[Span]) -> str:
+    def chart(self, until: float | None = None) -> list[str]:
+        """The lines of the Gantt chart, one per device.
+
+        A ``-`` is a wait within an action, a ``.`` is idle.
+
+        Args:
+            until: the time at the right margin, for charts on one scale; None: the makespan.
+        """
+        scale = _COLUMNS / until if until else _COLUMNS / self.makespan if self.makespan else 0.0
+        return [f"device {n:<3}  {self._draw(row, scale)}" for n, row in enumerate(self.spans)]
+
+    def _draw(self, row: Sequence[Span], scale: float) -> str:
         cells = ["."] * _COLUMNS
-        for span in row if self.makespan else ():
-            first, last = (round(t / self.makespan * _COLUMNS) for t in (span.start, span.end))
-            cells[first:last] = _mark(span.action) * (last - first)
+        for span in row if scale else ():
+            parts = [(_mark(span.action), span.start, span.end)]
+            for mark, start, end in [*parts, *(("-", *wait) for wait in span.waits)]:
+                first, last = round(start * scale), round(end * scale)
+                cells[first:last] = mark * (last - first)
         return "".join(cells)
 
 
@@ -153,3 +224,38 @@ def _mark(action: Action) -> str:
     if action.phase in ("F", "R"):
         return str(m % 10) if action.phase == "F" else "'"
     return chr(ord("A" if action.phase == "W" else "a") + m % 26)
+
+
+def check_unit(microseconds: float) -> None:
+    """Check the length of a timeline's unit of time.
+
+    Raises:
+        OptionError: it is not finite and > 0.
+    """
+    if not 0 < microseconds < float("inf"):
+        found = str(microseconds)
+        raise OptionError("`microseconds`", expected="a finite length > 0", found=found)
+
+
+def trace_file(events: Sequence[dict[str, object]]) -> str:
+    """Events as the text of a trace file."""
+    return json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, indent=1)
+
+
+def _named(what: str, name: str, process: int) -> dict[str, object]:
+    """An event that names a process or a thread."""
+    return {"name": what, "ph": "M", "args": {"name": name}, "pid": process, "tid": 0}
+
+
+def _event(
+    name: str,
+    category: str,
+    colour: str,
+    times: tuple[float, float],
+    here: dict[str, object],
+    args: dict[str, int],
+) -> dict[str, object]:
+    """A complete event."""
+    start, end = times
+    drawn = {"name": name, "cat": category, "cname": colour, "ph": "X"}
+    return {**drawn, "ts": start, "dur": end - start, "args": args, **here}

@@ -47,6 +47,17 @@ def test_one_device_may_hold_several_stages() -> None:
     assert both.in_flight() == (1, 1)
 
 
+def test_what_a_device_keeps_is_counted_over_its_stages() -> None:
+    """Its two stages have their peaks at different times: 2 + 1 at most, not 2 + 2."""
+    rows = (row("F0.0 F0.1 F1.0 RBW1.0 RBW0.0 F1.1 RBW1.1 RBW0.1"),)
+    both = Scheduled("both", 2, 2, rows)
+    both.verify()
+    assert (both.in_flight(), both.device_in_flight()) == ((2, 1), (3,))
+    assert Scheduled("forward", 2, 1, (row("F0.0"), row("F1.0"))).device_in_flight() == (0, 0)
+    for kind in ("gpipe", "1f1b", "zb-h2"):
+        assert schedule(kind, 3, 7).device_in_flight() == schedule(kind, 3, 7).in_flight()
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -1,6 +1,6 @@
 """Building schedules of every kind: rematerialization, inference and refused options.
 
-Covers schedule/schedule_kind.py.
+Covers schedule/schedule_kind.py, schedule/device_schedule.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import pytest
 
 from autopipe.errors import OptionError
 from autopipe.passes.schedule.actions import Action
-from autopipe.passes.schedule.build import schedule
-from autopipe.passes.schedule.kinds import DEFAULT_KIND, EXECUTED, KINDS
+from autopipe.passes.schedule.build import schedule, schedule_for
+from autopipe.passes.schedule.kinds import DEFAULT_KIND, KINDS
 
 SIZES = [(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (3, 7), (8, 24)]
 EVERY = [(kind, None) for kind in KINDS] + [("interleaved", 1), ("interleaved", 3)]
@@ -64,9 +64,9 @@ def test_unknown_kinds_list_the_known() -> None:
     assert all(f"'{kind}'" in caught.value.expected for kind in KINDS)
 
 
-def test_the_default_kind_is_named_and_runs_here() -> None:
+def test_the_default_kind_is_named() -> None:
     assert DEFAULT_KIND == "gpipe"
-    assert DEFAULT_KIND in EXECUTED
+    assert DEFAULT_KIND in KINDS
 
 
 @pytest.mark.parametrize(
@@ -106,3 +106,30 @@ def test_inference_is_the_forwards_of_the_same_schedule(kind: str, v: int | None
         assert made.devices == tuple(
             tuple(action for action in row if action.phase == "F") for row in whole.devices
         )
+
+
+def test_stages_are_placed_as_the_order_says() -> None:
+    assert schedule_for("1f1b", 3).homes == (0, 1, 2)
+    assert schedule_for("interleaved", 2, 3).homes == (0, 1, 0, 1, 0, 1)
+    assert schedule_for("zb-v", 3).homes == (0, 1, 2, 2, 1, 0)
+
+
+@pytest.mark.parametrize(("kind", "v"), EVERY)
+def test_a_stage_is_on_one_device_for_any_number_of_micro_batches(kind: str, v: int | None) -> None:
+    for K in (1, 2, 3, 5):
+        placed = schedule_for(kind, K, v)
+        assert sorted(set(placed.homes)) == list(range(K))
+        for M in (1, 2, 7, 12):
+            for device, row in enumerate(placed.scheduled(M).devices):
+                assert {placed.homes[a.stage] for a in row} == {device}
+
+
+def test_r_is_early_where_the_gradient_comes_from_another_device() -> None:
+    placed = schedule_for("zb-v", 2)  # device 0 has stages 0 and 3, device 1 has 1 and 2
+    assert placed.waiting([True] * 4) == (0, 2)
+    assert placed.waiting([False, True, True, True]) == (2,)
+    rows = placed.scheduled(2, early_recompute=[0]).devices
+    phases = {(a.stage, a.phase) for row in rows for a in row}
+    assert phases == {(0, x) for x in ("F", "R", "B", "W")} | {
+        (k, x) for k in (1, 2, 3) for x in ("F", "RB", "W")
+    }

@@ -34,7 +34,7 @@ def rows(*texts: str) -> tuple[tuple[Action, ...], ...]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_bubble_kinds_split_the_backward(kind: str) -> None:
     letters = {letters for letters, _, _ in KINDS[kind].order(2, 3, KINDS[kind].virtual_stages)[0]}
-    split = kind in ("zb-h1", "zb-h2", "zb-v")
+    split = kind in ("zb-h1", "zb-h2", "zb-v", "v-half", "v-min")
     assert letters == ({"F", "B", "W"} if split else {"F", "BW"})
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from autopipe.errors import OptionError
+from autopipe.errors import OptionError, VerifyError
+from autopipe.passes.schedule.actions import Action, Scheduled
 from autopipe.passes.schedule.kinds import KINDS
 from autopipe.passes.schedule.simulator import simulate
+from autopipe.passes.schedule.timeline import Span, Timeline
 
 
 def events(text: str) -> dict[int, list[dict[str, Any]]]:
@@ -101,3 +104,47 @@ def test_phases_apart_have_marks_of_their_own() -> None:
     title, row = str(timeline).splitlines()
     assert title == "makespan 4, bubble 0.0000, in flight 1, peak bytes 3"
     assert "".join(dict.fromkeys(row[12:])) == "0'aA"
+
+
+def measured() -> Timeline:
+    """F, a pause, then RBW, which waits first: as if it had been measured."""
+    forward = Span(Action("F", 0, 0), 0.0, 2.0, sent=1.5)
+    backward = Span(Action("RBW", 0, 0), 4.0, 10.0, ((4.0, 6.0), (9.0, 9.5)), 6.0, 9.5)
+    return Timeline(10.0, 0.0, ((forward, backward),), (1,), pause=(2.0, 4.0))
+
+
+def test_waits_are_not_busy() -> None:
+    line = measured()
+    assert [span.busy for span in line.spans[0]] == [2.0, 3.5]
+    assert (line.busy, line.waiting, line.pause_length) == ((5.5,), (2.5,), 2.0)
+    assert simulate("gpipe", stages=1, chunks=1, forward=1, backward=2).pause_length == 0
+
+
+def test_waits_and_the_pause_are_drawn_and_traced() -> None:
+    (row,) = measured().chart(20.0)
+    assert [row[12:].count(mark) for mark in "0-a."] == [9, 10, 16, 53]
+    trace = json.loads(measured().to_chrome_trace(1.0))["traceEvents"]
+    drawn = [(e["name"], e["tid"], e["ts"], e["dur"]) for e in trace if e["ph"] == "X"]
+    assert drawn == [
+        ("F0.0", 0, 0.0, 2.0),
+        ("RBW0.0", 0, 4.0, 6.0),
+        ("wait", 0, 4.0, 2.0),
+        ("wait", 0, 9.0, 0.5),
+        ("between the passes", 1, 2.0, 2.0),
+    ]
+    names = {(e["name"], e["tid"]): e["args"]["name"] for e in trace if e["ph"] == "M"}
+    assert names == {("thread_name", 0): "device 0", ("thread_name", 1): "caller"}
+    named = measured().trace_events(1.0, process=3, name="measured")
+    assert {e["pid"] for e in named} == {3}
+    assert named[0]["args"] == {"name": "measured"}
+
+
+def test_a_message_may_be_used_before_its_sender_has_ended() -> None:
+    """What follows the last message (saving values) delays nobody."""
+    scheduled = Scheduled("made", 2, 1, ((Action("F", 0, 0),), (Action("F", 1, 0),)))
+    sender = Span(Action("F", 0, 0), 0.0, 3.0, sent=2.0)
+    waiter = Span(Action("F", 1, 0), 0.0, 4.0, ((0.0, 2.5),), 2.5)
+    Timeline(4.0, 0.0, ((sender,), (waiter,)), (0, 0)).verify(scheduled)
+    early = dataclasses.replace(waiter, arrived=1.5)
+    with pytest.raises(VerifyError, match=r"F1\.0 on device 1 does not wait for F0\.0"):
+        Timeline(4.0, 0.0, ((sender,), (early,)), (0, 0)).verify(scheduled)
