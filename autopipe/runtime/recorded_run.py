@@ -1,0 +1,112 @@
+"""`RecordedRun`: a `Run` that records when each action starts, waits and ends.
+
+The generated functions of a program stay as they are. A recorded run calls copies of the drivers'
+functions, whose names for stages' functions (``forward_0``) lead to functions that record. So a run
+that is not recorded pays nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from .executor import Run
+from .mailbox import Mailbox
+from .recording import RecordedAction, StepRecording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from .mailbox import Key
+    from .recording import Clock
+    from .transfer import WorkerDevice
+
+ACTION = re.compile(r"^(forward|recompute|gradients|weights|backward)_\d+$")
+"""Name of the generated function that runs one action."""
+
+
+@dataclass(eq=False)
+class RecordedRun(Run):
+    """A run of which `recording` tells when its actions ran.
+
+    Args:
+        clocks: of each worker.
+        recording: where to write it.
+    """
+
+    clocks: Mapping[WorkerDevice, Clock] = field(kw_only=True)
+    recording: StepRecording = field(default_factory=StepRecording, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._thread = threading.local()
+
+    def execute(self, direction: str) -> None:
+        super().execute(direction)
+        self.recording.finished.append(direction)
+
+    def _functions(self, direction: str) -> Sequence[Callable[[Any], None]]:
+        rows, drivers = self.recording.rows, self.program.drivers
+        rows += [[] for _ in range(len(rows), len(drivers))]
+        functions = zip(super()._functions(direction), drivers, rows, strict=True)
+        return [self._recorded(f, self.clocks[w], row) for f, w, row in functions]
+
+    def _recorded(
+        self, driver: Callable[[Any], None], clock: Clock, row: list[RecordedAction]
+    ) -> Callable[[Any], None]:
+        """A copy of a driver's function that calls functions that record."""
+        assert isinstance(driver, FunctionType)
+        names = dict(driver.__globals__)
+        for name in filter(ACTION.match, driver.__code__.co_names):
+            names[name] = self._action(name, names[name], clock, row)
+        return FunctionType(driver.__code__, names, driver.__name__)
+
+    def _action(
+        self, name: str, function: Callable[..., None], clock: Clock, row: list[RecordedAction]
+    ) -> Callable[..., None]:
+        def recorded(run: Run, m: int, compute: Any) -> None:
+            action = self._thread.action = RecordedAction(name, m, clock, clock.mark())
+            function(run, m, compute)
+            action.end = clock.mark()
+            row.append(action)
+
+        return recorded
+
+    def _new_mailbox(self) -> Mailbox:
+        return _RecordedMailbox(self)
+
+    def receive(self, value: str, stage: int, m: int) -> Tensor:
+        """As `Run.receive`; what another stage sends is waited for."""
+        if (value, stage, m) in self.inputs:  # from the caller: part of the action's work
+            return super().receive(value, stage, m)
+        with self.waiting() as action:
+            tensor = super().receive(value, stage, m)
+        action.arrived = action.waits[-1][1]
+        return tensor
+
+    @contextmanager
+    def waiting(self) -> Iterator[RecordedAction]:
+        """Record that the thread's action waits while the context is open."""
+        action: RecordedAction = self._thread.action
+        start = action.clock.mark()
+        yield action
+        action.waits.append((start, action.clock.mark()))
+
+
+class _RecordedMailbox(Mailbox):
+    """Records waits for space, after which a message is sent."""
+
+    def __init__(self, run: RecordedRun) -> None:
+        super().__init__()
+        self._run = run
+
+    def reserve(self, key: Key, capacity: int) -> None:
+        with self._run.waiting() as action:
+            super().reserve(key, capacity)
+        action.sent = action.waits[-1][1]
