@@ -1,122 +1,88 @@
-"""Everything that wants a GPU, in one go.
+"""Everything that wants a GPU, in parts.
 
-    python -m benchmarks.gpu            # on a machine with CUDA; about ten minutes
+    python -m benchmarks.gpu                        every part, on cuda:0
+    python -m benchmarks.gpu --part plain memory    these parts: so a run can be resumed
+    python -m benchmarks.gpu --device cpu --tiny    that the parts work; measures nothing
 
-1. the transparency tests with all stages on cuda:0 (`tests/system/test_gpu.py`);
-2. the overhead figure (`benchmarks.overhead` chooses cuda:0 by itself);
-3. peak memory of GPT-2 (24 layers, d 1024, sequence 512), batch 8 in 8 micro-batches, two stages on
-   cuda:0, for remat none, full and min-cut, beside plain gradient accumulation over micro-batches;
-4. the same model in one stage, planned with `profile=True` and run: predicted against measured step
-   time (bar 10 %) and peak memory (parameters, gradients, micro-batches; bar 5 %), at three numbers
-   of micro-batches, with three policies.
+| part | what |
+| --- | --- |
+| tests | the transparency tests with all stages on cuda:0 (`tests/system/test_gpu.py`) |
+| overhead | one stage beside eager torch (`benchmarks.overhead`) |
+| plain | GPT-2: eager torch, torch.compile, with CUDA graphs as well |
+| one-stage, four-stages | the same as a pipeline on one device, M = 1 and 8, three schedules |
+| memory | step time and peak memory by rematerialization, beside gradient accumulation |
+| actions | what an action costs the host |
+| simulated | throughput on 2, 4, 8 devices, simulated from phases measured here |
+| predictions | planned with `profile=True` and run, predicted beside measured |
+| inductor-one-stage, inductor-four-stages | with `backend="inductor"` |
 
-Prints what belongs into RESULTS.md, the machine named. Exits with 2 where there is no GPU.
+GPT-2 has 24 layers, d 1024, 16 heads, sequence 1024, batch 8, and bfloat16 weights without
+autocast; steps are without an optimizer, medians of 7. A part that fails is printed, and the others
+go on. The order is that of worth: the parts at the end compile for longest. Prints what belongs
+into RESULTS.md, the machine named. Exits with 2 where there is no such device, with 1 if something
+failed.
 """
 
 from __future__ import annotations
 
-import gc
-import statistics
+import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
-import autopipe
-from benchmarks.models import gpt2
-
-from . import overhead
-
-CHUNKS = 8
+from benchmarks import gpu_predictions, gpu_steps, overhead
+from benchmarks.gpu_setting import Setting
 
 
-def peak(step: object) -> float:
-    """GiB allocated at most during one step, after a warm-up step."""
-    assert callable(step)
-    step()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**30
+def tests(setting: Setting) -> None:
+    if setting.device.type != "cuda":
+        print("left out: they need CUDA")
+    elif subprocess.call([sys.executable, "-m", "pytest", "-q", "tests/system/test_gpu.py"]):
+        raise RuntimeError("the tests failed")
 
 
-def memory() -> None:
-    device = torch.device("cuda:0")
-    model, inputs = gpt2(layers=24, width=1024, heads=16, sequence=512, vocabulary=50257)
-    model.to(device)
-    batch = {name: x.to(device) for name, x in inputs(8).items()}
-
-    def accumulate() -> None:
-        for chunk in range(CHUNKS):
-            part = {name: x[chunk : chunk + 1] for name, x in batch.items()}
-            (model(**part).loss / CHUNKS).backward()
-        model.zero_grad()
-
-    print(f"plain, micro-batches one after the other: {peak(accumulate):.2f} GiB")
-    for remat in ("none", "full", "min-cut"):
-        pipe = autopipe.compile(model, [device, device], CHUNKS, remat=remat, kwargs=batch)
-
-        def step(pipe: autopipe.Pipeline = pipe) -> None:
-            pipe(**batch).loss.backward()
-            model.zero_grad()
-
-        saved = " + ".join(f"{s.peak / 2**30:.2f}" for s in pipe.memory.stages)
-        print(f"remat {remat}: {peak(step):.2f} GiB at most", end="")
-        saved = " + ".join(f"{s.peak / 2**30:.2f}" for s in pipe.memory.stages)
-        print(f", of which saved by stages {saved} GiB")
+def plain_overhead(setting: Setting) -> None:
+    overhead.main(1 if setting.tiny else 15, setting.device)
 
 
-def predictions() -> None:
-    """One stage: with several on one GPU nothing says how they share it."""
-    device = torch.device("cuda:0")
-    for chunks in (2, 4, 8):
-        for remat in ("none", "full", "min-cut"):
-            model, inputs = gpt2(layers=12, width=1024, heads=16, sequence=512, vocabulary=50257)
-            model.to(device)
-            batch = {name: x.to(device) for name, x in inputs(16).items()}
-            plan = autopipe.plan(model, [device], chunks, remat=remat, profile=True, kwargs=batch)
-            pipe = autopipe.compile(model, plan=plan, kwargs=batch)
-
-            def step(
-                pipe: autopipe.Pipeline = pipe, batch: dict[str, torch.Tensor] = batch
-            ) -> None:
-                pipe.zero_grad()
-                pipe(**batch).loss.backward()
-
-            (stage,) = plan.stages
-            predicted = stage.memory_bytes - stage.optimizer_bytes
-            measured = peak(step) * 2**30
-            seconds = []
-            for _ in range(5):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                step()
-                torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
-            found = statistics.median(seconds)
-            print(
-                f"remat {remat}, M={chunks}: step predicted {1e3 * plan.step_seconds:.1f} ms,"
-                f" measured {1e3 * found:.1f} ms ({plan.step_seconds / found - 1:+.1%}); memory"
-                f" predicted {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB"
-                f" ({predicted / measured - 1:+.1%})",
-                flush=True,
-            )
-            del pipe, model
+PARTS: dict[str, Callable[[Setting], None]] = {
+    "tests": tests,
+    "overhead": plain_overhead,
+    "plain": gpu_steps.plain,
+    "one-stage": gpu_steps.one_stage,
+    "four-stages": gpu_steps.four_stages,
+    "memory": gpu_steps.memory,
+    "actions": gpu_steps.actions,
+    "simulated": gpu_predictions.simulated,
+    "predictions": gpu_predictions.predictions,
+    "inductor-one-stage": gpu_steps.inductor_one_stage,
+    "inductor-four-stages": gpu_steps.inductor_four_stages,
+}
 
 
-def main() -> int:
-    if not torch.cuda.is_available():
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME",
+                        help=", ".join(PARTS))  # fmt: skip
+    parser.add_argument("--device", default="cuda:0", type=torch.device)
+    parser.add_argument("--tiny", action="store_true", help="sizes that only show that it works")
+    options = parser.parse_args(arguments)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU here: nothing was measured")
         return 2
-    print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
-    failed = subprocess.call([sys.executable, "-m", "pytest", "-q", "tests/system/test_gpu.py"])
-    overhead.main()
-    memory()
-    predictions()
-    return failed
+    setting = Setting(options.device, options.tiny)
+    print(setting.name, flush=True)
+    for name in options.part:
+        print(f"\n== {name}", flush=True)
+        start = time.perf_counter()
+        with setting.guarded(name):
+            PARTS[name](setting)
+        print(f"== {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"\nfailed: {', '.join(setting.failed) or 'nothing'}")
+    return 1 if setting.failed else 0
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def main(rounds: int = 15) -> None:
-    (device,) = accelerators()[:1] or (torch.device("cpu"),)
+def main(rounds: int = 15, device: torch.device | None = None) -> None:
+    if device is None:
+        (device,) = accelerators()[:1] or (torch.device("cpu"),)
     model, inputs = gpt2(layers=12, width=256, heads=4, sequence=128)
     model.to(device)
     batch = {name: x.to(device) for name, x in inputs(8).items()}
