@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from autopipe.api import compile, explain_captures, plan
     from autopipe.module import Pipeline
     from autopipe.passes.partition import CostGraph, DeviceSpec, Partition, partition
-    from autopipe.passes.schedule import Timeline, simulate
+    from autopipe.passes.schedule import (
+        Scheduled,
+        Timeline,
+        clock_table,
+        read_schedule,
+        simulate,
+        write_schedule,
+    )
+    from autopipe.planning.measured import Measured
     from autopipe.planning.plans import Plan
 
 # In a checkout, `passes` is a symbolic link. Git for Windows, and archives unpacked there, leave a
@@ -31,16 +39,21 @@ logs.configure(os.environ)
 __all__ = [
     "CostGraph",
     "DeviceSpec",
+    "Measured",
     "Partition",
     "Pipeline",
     "Plan",
+    "Scheduled",
     "Timeline",
+    "clock_table",
     "compile",
     "errors",
     "explain_captures",
     "partition",
     "plan",
+    "read_schedule",
     "simulate",
+    "write_schedule",
 ]
 
 # Names are imported on first use (PEP 562), because torch takes seconds to import, and a
@@ -49,12 +62,15 @@ _HOMES = {
     "api": ("compile", "explain_captures", "plan"),
     "module": ("Pipeline",),
     "passes.partition": ("CostGraph", "DeviceSpec", "Partition", "partition"),
-    "passes.schedule": ("Timeline", "simulate"),
+    "passes.schedule": (
+        *("Scheduled", "Timeline", "clock_table", "read_schedule", "simulate", "write_schedule"),
+    ),
+    "planning.measured": ("Measured",),
     "planning.plans": ("Plan",),
 }
 
 
-_NEED_TORCH = ("api", "module")
+_NEED_TORCH = ("api", "module", "planning.measured")
 
 
 def __getattr__(name: str) -> object:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from autopipe.batch_dims import batch_of
-from autopipe.call_signature import flatten
+from autopipe.call_signature import examples, flatten
 from autopipe.cut_positions import cut_positions
-from autopipe.errors import OptionError, shown
+from autopipe.errors import OptionError
 from autopipe.module import Pipeline
 from autopipe.options import parse_options
 from autopipe.passes.capture import as_module
@@ -30,13 +30,16 @@ if TYPE_CHECKING:
         Backend,
         BatchNorm,
         CutAtOption,
+        Mode,
         OutReduce,
+        OwnSchedule,
         Remat,
         Schedule,
         StageRemat,
     )
     from autopipe.passes.capture import UserModel
     from autopipe.passes.devices import Device
+    from autopipe.planning.measured import Measured
 
 
 def compile(
@@ -45,10 +48,11 @@ def compile(
     chunks: int | None = None,
     *,
     plan: Plan | str | PathLike[str] | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | OwnSchedule | None = None,
+    virtual_stages: int | None = None,
     remat: Remat | float | Sequence[StageRemat | float] | None = None,
     memory: float | str | Sequence[float | str] | None = None,
-    profile: bool = False,
+    profile: bool | Measured = False,
     in_dims: Any = 0,
     out_reduce: OutReduce | None = None,
     batch_norm: BatchNorm = "deferred",
@@ -57,6 +61,8 @@ def compile(
     dynamic: Mapping[str, Mapping[int, str | None]] | None = None,
     cache_size: int = 32,
     cut_at: CutAtOption = None,
+    mode: Mode | None = None,
+    exact: bool = True,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Pipeline:
@@ -66,7 +72,7 @@ def compile(
         model: any module (also a GraphModule), or an ExportedProgram with a dynamic batch
             dimension. It is not changed, except that its parameters move to the devices of their
             stages.
-        devices: number of stages, or one device for each. A number means ``cuda:0 … cuda:n-1``, or
+        devices: number of devices, or a list. A number means ``cuda:0 … cuda:n-1``, or
             that many CPU workers where there is no GPU. In a list a number is a GPU's index:
             ``[0, 1]`` means ``["cuda:0", "cuda:1"]``.
         chunks: M, the number of micro-batches that a batch is split into (fewer for a batch with
@@ -74,20 +80,30 @@ def compile(
             not divide). None: the planner chooses on the first batch.
         plan: a `Plan` or the file of one. Its cut is used, and its devices, chunks, schedule and
             remat if these are not given. It must be a plan of the same model with similar inputs.
-        schedule: "gpipe" (default): all micro-batches forward, then all backward. With "1f1b",
-            "zb-h1" and "zb-h2", backwards start before all forwards have ended, in training: a
-            call runs both, and its backward only multiplies. They need the loss in the model, or
-            `loss_fn` and `Pipeline.step`. "auto": the default; kinds are not compared.
+        schedule: "gpipe" (default): all micro-batches forward, then all backward. With the other
+            kinds, backwards start before all forwards have ended, in training: a call runs both,
+            and its backward only multiplies. They need the loss in the model, or `loss_fn` and
+            `Pipeline.step`. docs/tables.md lists the kinds, with their papers. "auto": all kinds
+            are planned, and the fastest that fits is taken. Or your own: a function from K
+            (devices) and M (micro-batches) to a list of actions for each device (``"F0.1"``,
+            ``"BW0.1"``; see `passes.schedule.scheduled_from_lists`), or a `Scheduled`, as
+            `read_schedule` returns.
+        virtual_stages: v, the number of stages per device, for a schedule that leaves the choice
+            ("interleaved"). None: the schedule's own number. The model is cut into v stages for
+            each device.
         remat: which activations stages save between forward and backward. "full" (default): only
             what they received, and their forward is recomputed (GPipe section 2.3); "none": all
             that autograd saves; "min-cut": what functorch's partitioner chooses; a number from 0
             to 1: that fraction of min-cut's bytes; "auto": for each stage the policy that
-            recomputes least and fits. Or a list of one for each stage.
+            recomputes least and fits. Or a list of one for each device, or for each stage.
         memory: limit per device, in bytes (``16e9``) or as "16GiB" or "80GB", or a list of one for
             each device. It covers parameters, gradients, Adam's state, saved activations of all
             micro-batches in flight, and temporary tensors.
-        profile: if choices need times, measure the model's ops and stages on the devices instead of
-            computing times from the device table.
+        profile: where times come from, if choices need them. False: from the device table. True:
+            the model's ops and stages are measured on the devices. What `Pipeline.profile` gave:
+            from measured steps of this model: the times of ops are scaled so that each measured
+            stage takes as long as it did, forward and backward separately, in proportion to the
+            estimates within a stage. The cut is chosen anew.
         in_dims: the batch dimension of the inputs, as for `torch.vmap`: an integer for all, None
             for "not batched", a tuple by position or a dict by name.
         out_reduce: how scalar results of micro-batches are combined if the rule cannot be derived
@@ -97,7 +113,11 @@ def compile(
             per step, as if the whole batch had been seen at once; "micro": once per micro-batch.
         loss_fn: for `Pipeline.step`: ``loss_fn(output, target)``. It is captured with the model
             where the schedule needs the loss.
-        backend: "eager".
+        backend: what runs the phases of each stage. "eager" (default): ATen operators, with the
+            bits of eager PyTorch. "inductor": torch's compiler; each phase of each different stage
+            is compiled once, when the program is made. Numbers are equal up to rounding. Random
+            draws and sums of gradients stay as they are. A phase that inductor cannot compile runs
+            eagerly, after a warning.
         dynamic: sizes besides the batch that change from call to call, by argument and dimension,
             with a name or None: ``{"input_ids": {1: "length"}}``. They are symbolic from the first
             capture on. Without it, a size that changes costs one more capture, and is symbolic
@@ -111,6 +131,13 @@ def compile(
             (``"transformer.h.3"``): only in front of these, so K - 1 names are the cut; of more the
             best are chosen. Each call of a module counts by itself. Only ops that get no gradient
             and cost less than sending their results, as those of masks, may be repeated elsewhere.
+        exact: whether the gradient of a parameter that several stages share (tied embeddings) has
+            the bits of eager PyTorch: with every micro-batch it goes from the last of these stages
+            to the first, and each adds its part. False: each stage sums its part over the
+            micro-batches, and the parts are added once, at the end of the step. Less is sent, and
+            this gradient rounds differently; all others keep their bits.
+        mode: of inductor, as for `torch.compile`: "default", "reduce-overhead", "max-autotune" or
+            "max-autotune-no-cudagraphs". CUDA graphs are off in all of them.
         args, kwargs: example inputs, to compile immediately. Without them, the first call compiles.
 
     Returns:
@@ -132,6 +159,7 @@ def compile(
         devices=devices,
         chunks=chunks,
         schedule=schedule,
+        virtual_stages=virtual_stages,
         remat=remat,
         memory=memory,
         profile=profile,
@@ -144,8 +172,10 @@ def compile(
         dynamic=dynamic,
         cache_size=cache_size,
         cut_at=cut_at,
+        mode=mode,
+        exact=exact,
     )
-    args, kwargs = _examples(args, kwargs)
+    args, kwargs = examples(args, kwargs)
     module = _module_of(model)
     cut_positions(module, cut_at)  # which checks it
     pipeline = Pipeline(module, options)
@@ -161,23 +191,25 @@ def plan(
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    schedule: Schedule = "gpipe",
+    schedule: Schedule | OwnSchedule = "gpipe",
+    virtual_stages: int | None = None,
     remat: Remat | float | Sequence[StageRemat | float] = "full",
     memory: float | str | Sequence[float | str] | None = None,
     device: str | Device | Sequence[str | Device] | None = None,
-    profile: bool = False,
+    profile: bool | Measured = False,
     in_dims: Any = 0,
     out_reduce: OutReduce | None = None,
     batch_norm: BatchNorm = "deferred",
     cut_at: CutAtOption = None,
+    exact: bool = True,
 ) -> Plan:
     """Predict how `compile` cuts a model, the memory and time of each stage, and of a step.
 
     This needs neither weights nor GPUs: the model may be built under ``torch.device("meta")``.
 
     Args:
-        model, schedule, remat, memory, profile, in_dims, out_reduce, batch_norm, cut_at: as for
-            `compile`.
+        model, schedule, remat, memory, profile, in_dims, out_reduce, batch_norm, cut_at, exact: as
+            for `compile`.
         devices: number of stages, or one device for each; a number may exceed what is present.
         chunks: M; None: the number with the shortest predicted step.
         args, kwargs: example inputs, with the batch size to plan for.
@@ -195,6 +227,7 @@ def plan(
         devices=devices,
         chunks=chunks,
         schedule=schedule,
+        virtual_stages=virtual_stages,
         remat=remat,
         memory=memory,
         device=device,
@@ -203,11 +236,12 @@ def plan(
         out_reduce=out_reduce,
         batch_norm=batch_norm,
         cut_at=cut_at,
-        elsewhere=not profile,
+        exact=exact,
+        elsewhere=profile is not True,
     )
     module = _module_of(model)
     cut_positions(module, cut_at)  # which checks it
-    args, kwargs = _examples(args, kwargs)
+    args, kwargs = examples(args, kwargs)
     leaves, spec = flatten(args, kwargs)
     dims, batch = batch_of(in_dims, module, args, kwargs)
     annotated = capture_with_costs(options.capture_request(module, leaves, spec, dims))
@@ -257,18 +291,3 @@ def _module_of(model: UserModel) -> nn.Module:
                 " called beside other layers in an ordinary module",
             )
     return module
-
-
-def _examples(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Check that example inputs are a sequence and a dictionary by name."""
-    if not isinstance(args, (tuple, list)):
-        expected = "a tuple of positional inputs: args=(x,)"
-        raise OptionError("`args` is no tuple", expected=expected, found=type(args).__name__)
-    named = kwargs is None or isinstance(kwargs, Mapping)
-    if not named or not all(isinstance(name, str) for name in kwargs or ()):
-        raise OptionError(
-            "`kwargs` is no dictionary of inputs by name",
-            expected='kwargs={"x": x}',
-            found=type(kwargs).__name__ if not named else ", ".join(map(shown, kwargs)),
-        )
-    return tuple(args), dict(kwargs or {})

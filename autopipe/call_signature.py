@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopipe.call_numbers import as_tensors, is_number
-from autopipe.errors import InputError, shortened, shown
+from autopipe.errors import InputError, OptionError, shortened, shown
 from autopipe.passes._torch import FakeTensor
 from autopipe.passes.capture import take_apart
 from autopipe.passes.python_state import Identity, value_key
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Mapping, Sequence
+    from collections.abc import Collection, Hashable, Sequence
 
 
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
@@ -222,3 +223,25 @@ def described(structure: CallSignature) -> str:
     args, kwargs = pytree.tree_unflatten(texts, structure.spec)
     parts = [shown(a) for a in args] + [f"{k}={shown(v)}" for k, v in kwargs.items()]
     return f"pipe({', '.join(parts)})"
+
+
+def examples(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Check that example inputs are a sequence and a dictionary by name, and return them.
+
+    Args:
+        args, kwargs: as for `compile`.
+
+    Raises:
+        OptionError: they are not.
+    """
+    if not isinstance(args, (tuple, list)):
+        expected = "a tuple of positional inputs: args=(x,)"
+        raise OptionError("`args` is no tuple", expected=expected, found=type(args).__name__)
+    named = kwargs is None or isinstance(kwargs, Mapping)
+    if not named or not all(isinstance(name, str) for name in kwargs or ()):
+        raise OptionError(
+            "`kwargs` is no dictionary of inputs by name",
+            expected='kwargs={"x": x}',
+            found=type(kwargs).__name__ if not named else ", ".join(map(shown, kwargs)),
+        )
+    return tuple(args), dict(kwargs or {})

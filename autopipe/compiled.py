@@ -14,7 +14,7 @@ from autopipe.parameters import move, parameter
 from autopipe.passes.cost import costed_at
 from autopipe.passes.ir import B, InputKind
 from autopipe.passes.phases import concrete, least_samples
-from autopipe.planning.fitting import missing_bytes
+from autopipe.planning.fitting import misfits, missing_bytes
 from autopipe.planning.make_plan import make_plan, modeled_timers
 from autopipe.progress import silent
 from autopipe.runtime import microbatch
@@ -236,7 +236,7 @@ class CompiledModel:
 
     def _plan(self, program: CompiledProgram, split: Split) -> Plan:
         options, sizes = self.options, program.key.sizes
-        timers = modeled_timers(options.device_models)
+        timers = modeled_timers(options.stage_models)
         phased = {s: concrete(cut, program.sizes(s)) for s, cut in program.lowered.phased.items()}
         plan = make_plan(self.model, split, phased, sizes, options, timers)
         given = options.plan
@@ -245,13 +245,14 @@ class CompiledModel:
 
     def _check_limits(self, program: CompiledProgram) -> None:
         """Refuse a batch that needs more memory than the planned one and does not fit."""
-        stages = enumerate(self._plan(program, self.split).stages)  # memory needs no costs of ops
-        k, stage = max(stages, key=lambda one: missing_bytes(one[1]))
+        plan = self._plan(program, self.split)  # memory needs no costs of ops
+        k, stage = max(enumerate(plan.stages), key=lambda one: missing_bytes(one[1]))
         if missing_bytes(stage) > 0:
+            total = plan.totals[plan.order.homes[k]]
             raise MemoryLimitError(
-                f"stage {k} does not fit its device with this batch",
-                expected=f"at most {stage.limit_bytes} bytes",
-                found=f"{stage.memory_bytes} bytes for {sum(program.key.sizes)} samples",
+                f"{misfits(plan, k)} with this batch",
+                expected=f"at most {total.limit_bytes} bytes",
+                found=f"{total.memory_bytes} bytes for {sum(program.key.sizes)} samples",
                 remedy="use a smaller batch, or a new pipeline, planned for the largest one",
                 missing_bytes=missing_bytes(stage),
             )

@@ -81,7 +81,7 @@ def _run_stages(compiled: CompiledModel, values: dict[str, Tensor], seed: int, m
         origins = stage.origins
 
         def draws(position: int, node: fx.Node, origins: Sequence[int] = origins) -> _KeyedDraws:
-            call = captured.original_position(origins[position])
+            call = captured.call_index(origins[position])
             return _KeyedDraws(seed, call, m, shared=bool(node.meta.get("static")))
 
         arguments = [values[name].to(worker.device) for name in stage.signature]

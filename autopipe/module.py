@@ -4,44 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from autopipe.batch_dims import batch_of
-from autopipe.call_guards import (
-    refuse_meta,
-    refuse_tracers,
-    refuse_transforms,
-)
+from autopipe.call_guards import refuse_meta, refuse_tracers, refuse_transforms
 from autopipe.call_signature import CallInputs, flatten
 from autopipe.errors import OptionError, UnsupportedError, shown
+from autopipe.inspection import InspectedProxy
 from autopipe.interrupts import deferred, raise_deferred
-from autopipe.module_proxy import ModuleProxy
 from autopipe.passes.capture import TARGET, is_cache
-from autopipe.passes.cost import costed_at, stage_costs
 from autopipe.pipeline_call import PipelineCall
 from autopipe.placement import device_map, needs_map
+from autopipe.profiling import Profiler
 from autopipe.program_cache import ProgramCache
 from autopipe.report.memory_view import PipelineMemory
-from autopipe.report.stages import StageView, views
 from autopipe.results import finish, loss_of
 from autopipe.runtime.autograd import PipelineFunction
 from autopipe.step_call import StepCall
 from autopipe.verification.compare import ComparedPipeline, Verification, compare
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from autopipe.options import Options
-    from autopipe.passes.cost import StageCost
-    from autopipe.passes.ir import Captured
-    from autopipe.planning.plans import Plan
 
 
-class Pipeline(ModuleProxy):
+class Pipeline(InspectedProxy):
     """A model that runs as a pipeline of stages; returned by `autopipe.compile`.
 
     Its parameters, buffers and submodules are the model's own objects, under the model's own names,
@@ -55,9 +46,7 @@ class Pipeline(ModuleProxy):
     if its modules, their plain attributes, hooks or ties have changed (`model_state_key`).
     """
 
-    options: Options
     memory: PipelineMemory
-    _programs: ProgramCache
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options.devices)
@@ -67,11 +56,12 @@ class Pipeline(ModuleProxy):
     def _reset(self) -> None:
         """Discard everything that was compiled."""
         self._keep("_programs", ProgramCache(self.model, self.options))
-        self._keep("memory", PipelineMemory(len(self._programs.workers)))
+        self._keep("memory", PipelineMemory(self.options.order.homes))
+        self._keep("_profiler", Profiler())
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_programs", "memory"):
+        for name in ("_programs", "memory", "_profiler"):
             del state[name]
         return state
 
@@ -107,12 +97,14 @@ class Pipeline(ModuleProxy):
         inputs = CallInputs(leaves, spec, dims, batch)
         compiled, program = self._programs.program_for(inputs, asked=False)
         raise_deferred()
+        self.memory.place(compiled.options.order.homes)
         compiled.place(program)
         inputs = inputs.with_tensors(compiled.calls.numbers)
         leaves = inputs.leaves
         refuse_meta(leaves)
         kind = StepCall if program.program.step else PipelineCall
         call = kind(compiled, program, leaves, self.memory)
+        self._profiler.watch(call)
         if program.program.trains:
             values = PipelineFunction.apply(call, *call.wanted)  # type: ignore[no-untyped-call]
         else:
@@ -153,7 +145,8 @@ class Pipeline(ModuleProxy):
             OptionError: there is no loss.
         """
         loss_fn = self.options.loss_fn
-        if loss_fn is not None and self.options.starts_early and self.training:
+        early = self.options.schedule is None or self.options.starts_early
+        if loss_fn is not None and early and self.training:
             with deferred():
                 output, loss_fn = self._run(args, {**kwargs, TARGET: target}), None
         else:
@@ -191,7 +184,7 @@ class Pipeline(ModuleProxy):
         Args:
             args, kwargs: the model's inputs.
             tolerance: the largest difference that counts as rounding, relative to the largest
-                entry; None: by dtype (1e-5 for float32).
+                entry; None: by dtype (1e-5 for float32; 1e-4 with ``backend="inductor"``).
 
         Returns:
             A `Verification`: ``ok``, the largest difference of every output, gradient and buffer,
@@ -253,48 +246,13 @@ class Pipeline(ModuleProxy):
                 remedy="pass example inputs: compile(..., args=(x,)), or pipe.capture(x)",
             )
 
-    # Looking inside
-
-    @property
-    def captured(self) -> Captured:
-        """The captured forward graph that the last call used."""
-        return self._programs.last[0].split.captured
-
-    @property
-    def stages(self) -> tuple[StageView, ...]:
-        """The stages: graph, code, boundary tensors, parameters, device, costs."""
-        compiled, program = self._programs.last
-
-        @cache
-        def costs() -> Sequence[StageCost]:
-            split = costed_at(compiled.split, dict(program.key.lengths))
-            return stage_costs(split, max(program.key.sizes))
-
-        return views(compiled.split, self.options.devices, costs)
-
-    @property
-    def code(self) -> str:
-        """The source of the program that the last call ran."""
-        return self._programs.last[1].lowered.generated.source
-
-    @property
-    def plan(self) -> Plan:
-        """The stages with predicted costs and timeline; `print` it for a table."""
-        compiled, program = self._programs.last
-        return compiled.plan(program)
-
-    def explain(self) -> str:
-        """The plan as a table: stages, and the tensors sent between them; number of captures."""
-        count = self._programs.log.count
-        captures = f"captures: {count}; autopipe.explain_captures(pipe) says why"
-        return f"{self.plan}\n{captures}"
-
     def __repr__(self) -> str:
         options = self._programs.options
         devices = ", ".join(map(str, options.devices))
         policies = tuple(p.option for p in options.remat or ()) or ("auto",)
+        schedule = "auto" if options.schedule is None else options.schedule.name
         remat = policies[0] if len(set(policies)) == 1 else policies
         return (
             f"Pipeline({type(self.model).__name__}, devices=[{devices}], chunks={options.chunks},"
-            f" schedule={options.schedule or 'auto'!r}, remat={remat!r})"
+            f" schedule={schedule!r}, remat={remat!r})"
         )

@@ -9,12 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
     from torch import nn
 
-Schedule = Literal["gpipe", "1f1b", "zb-h1", "zb-h2", "auto"]
-"""`schedule`: the kinds that run here, or "auto"."""
+    from autopipe.passes.schedule import Scheduled
+
+Schedule = Literal[
+    "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "auto"
+]
+"""`schedule`: the kinds, or "auto"."""
+
+OwnSchedule: TypeAlias = "Scheduled | Callable[[int, int], Sequence[Sequence[Any]]]"
+"""`schedule`: a user's own, or a function from K and M to lists of actions."""
 
 Remat = Literal["full", "none", "min-cut", "auto"]
 """`remat`: the policies with a name, or "auto". (A number is a policy too.)"""
@@ -28,8 +36,11 @@ BatchNorm = Literal["deferred", "micro"]
 OutReduce = Literal["mean", "sum"]
 """`out_reduce`."""
 
-Backend = Literal["eager"]
+Backend = Literal["eager", "inductor"]
 """`backend`."""
+
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+"""`mode` of inductor."""
 
 CutAtOption: TypeAlias = "str | type[nn.Module] | Sequence[str | type[nn.Module]] | None"
 """`cut_at`: "blocks", or names or classes of modules."""

@@ -13,6 +13,7 @@ from autopipe.errors import DeviceError, OptionError, shown
 from autopipe.passes.capture import RESERVED
 from autopipe.passes.devices import Device, device_of
 from autopipe.passes.graph import is_identifier
+from autopipe.passes.inductor import MODES
 from autopipe.passes.remat_policies import DEFAULT, RematPolicy, parse_policy, policy_options
 from autopipe.runtime.backends import accelerators, backend_of
 
@@ -29,22 +30,31 @@ LONGEST_NUMBER = 30
 
 
 def policies(
-    remat: str | float | Sequence[str | float] | None, count: int
+    remat: str | float | Sequence[str | float] | None, count: int, stages: int = 0
 ) -> tuple[RematPolicy, ...] | None:
     """Parse `remat`.
 
     Args:
         remat: a policy for all stages, a list of one for each, "auto", or None for the default.
-        count: number of stages.
+        count: number of devices.
+        stages: number of stages, if it is known.
 
     Returns:
-        A policy for each stage; None if the planner chooses them.
+        A policy for each device, or for each stage; None if the planner chooses them.
 
     Raises:
         OptionError: an unknown policy, or a list of another length.
     """
     if remat == "auto":
         return None
+    if isinstance(remat, (list, tuple)) and stages > count:
+        if len(remat) not in (count, stages):
+            raise OptionError(
+                "`remat` is one value, or one for each device, or one for each stage",
+                expected=f"{count} values, or {stages}",
+                found=f"{len(remat)}",
+            )
+        count = len(remat)
     return each("remat", DEFAULT.option if remat is None else remat, count, policy)
 
 
@@ -200,6 +210,38 @@ def _parse_device(value: bool | str | torch.device) -> torch.device:
     present = accelerators()
     here = f' or "{present[0]}" … "{present[-1]}"' if present else " (there is no GPU)"
     raise DeviceError("no such device here", expected=f'"cpu"{here}', found=shown(str(value)))
+
+
+BACKENDS = ("eager", "inductor")
+
+
+def check_backend(backend: Any, mode: Any) -> None:
+    """Check the options `backend` and `mode`.
+
+    Raises:
+        OptionError: one has no such value, or a mode for another backend than inductor.
+    """
+    if backend not in BACKENDS:
+        expected = f"one of {', '.join(BACKENDS)}"
+        raise OptionError("unknown backend", expected=expected, found=shown(backend))
+    if mode is not None and backend != "inductor":
+        raise OptionError(
+            "a mode is for inductor only",
+            found=f"mode={shown(mode)}, backend={shown(backend)}",
+            remedy='add backend="inductor", or leave mode out',
+        )
+    if mode is not None and mode not in MODES:
+        raise OptionError("unknown mode", expected=f"one of {', '.join(MODES)}", found=shown(mode))
+
+
+def check_exact(exact: Any) -> None:
+    """Check the option `exact`.
+
+    Raises:
+        OptionError: it is neither True nor False.
+    """
+    if not isinstance(exact, bool):
+        raise OptionError("`exact`", expected="True or False", found=shown(exact))
 
 
 def check_dynamic(dynamic: Any) -> None:

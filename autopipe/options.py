@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from autopipe import option_parsing
-from autopipe.errors import OptionError, UnsupportedError, shown
+from autopipe.beside_plan import devices_beside_plan, known_devices
+from autopipe.errors import OptionError, shown
 from autopipe.passes.capture import CaptureRequest
 from autopipe.passes.devices import CPU_CORE, device_named_in_torch
 from autopipe.passes.ir import REDUCTIONS
-from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED, KINDS
+from autopipe.passes.schedule import DEFAULT_KIND, schedule_for
+from autopipe.planning.measured import Measured, check_profile
 from autopipe.runtime.backends import backend_of
+from autopipe.schedule_option import parse_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -24,7 +27,10 @@ if TYPE_CHECKING:
 
     from autopipe.passes.devices import Device
     from autopipe.passes.remat_policies import RematPolicy
+    from autopipe.passes.schedule import DeviceSchedule
     from autopipe.planning.plans import Plan
+
+T = TypeVar("T")
 
 BATCH_NORM = ("deferred", "micro")
 
@@ -46,19 +52,22 @@ class Options:
     """Checked options of `autopipe.compile` and `autopipe.plan`, which describe them.
 
     Attributes:
-        devices: one per stage.
-        chunks, schedule, remat: None if the planner chooses; `remat` has a policy per stage.
+        devices: K devices; a schedule may put several stages on each.
+        chunks, schedule, remat: None if the planner chooses; `remat` has a policy per device, or
+            per stage.
         in_dims, out_reduce, batch_norm, loss_fn, profile, plan: as the user wrote them.
         limits: bytes of memory per device; None: no limit.
         dynamic: argument → dimension whose size may change → its name, or None.
         cache_size: number of generated programs that are kept.
-        models: device models for the times of each stage; None: those of `devices`.
+        models: a device model for each device; None: those of `devices`.
         cut_at: as the user wrote it; see `cut_positions`.
+        mode: how inductor compiles the phases; None: they run eagerly.
+        exact: whether sums of shared parameters' gradients have eager PyTorch's bits.
     """
 
     devices: tuple[torch.device, ...]
     chunks: int | None
-    schedule: str | None
+    schedule: DeviceSchedule | None
     remat: tuple[RematPolicy, ...] | None
     in_dims: Any
     out_reduce: str | None
@@ -66,27 +75,49 @@ class Options:
     loss_fn: Callable[..., Tensor] | None = None
     limits: tuple[int, ...] | None = None
     models: tuple[Device, ...] | None = None
-    profile: bool = False
+    profile: bool | Measured = False
     plan: Plan | None = None
     dynamic: Mapping[str, Mapping[int, str | None]] | None = None
     cache_size: int = 32
     cut_at: Any = None
+    mode: str | None = None
+    exact: bool = True
+
+    @property
+    def backend(self) -> str:
+        """What runs the phases."""
+        return "eager" if self.mode is None else "inductor"
 
     @property
     def needs_planning(self) -> bool:
         """Whether a search must choose something or satisfy a memory limit."""
         choices = (self.chunks, self.schedule, self.remat)
-        return self.plan is None and (None in choices or self.limits is not None or self.profile)
+        asked = self.limits is not None or self.profile is not False
+        return self.plan is None and (None in choices or asked)
 
     @property
-    def schedule_kind(self) -> str:
-        """The schedule to run; "auto" is the default kind: kinds are not compared."""
-        return self.schedule or DEFAULT_KIND
+    def order(self) -> DeviceSchedule:
+        """The schedule to run; the default kind as long as none is chosen."""
+        return self.schedule or schedule_for(DEFAULT_KIND, len(self.devices))
 
     @property
     def starts_early(self) -> bool:
         """Whether training starts a backward before the last forward has ended."""
-        return not KINDS[self.schedule_kind].forwards_first
+        return not self.order.kind.forwards_first
+
+    def by_stage(self, values: Sequence[T]) -> tuple[T, ...]:
+        """For each stage the value of its device.
+
+        Args:
+            values: one per device; or one per stage, which are returned as they are.
+        """
+        homes = self.order.homes
+        return tuple(values if len(values) == len(homes) else (values[home] for home in homes))
+
+    @property
+    def stage_devices(self) -> tuple[torch.device, ...]:
+        """The device of each stage."""
+        return self.by_stage(self.devices)
 
     @property
     def whole_batch(self) -> bool:
@@ -94,16 +125,29 @@ class Options:
         return self.chunks == 1 if self.plan is None else self.plan.whole
 
     @property
-    def device_models(self) -> tuple[Device, ...]:
+    def stage_models(self) -> tuple[Device, ...]:
         """The device model of each stage."""
-        return self.models or models_of(self.devices)
+        return self.by_stage(self.models or models_of(self.devices))
 
     @property
     def resolved(self) -> ResolvedOptions:
         """Chunks and policies, when nothing is left to choose."""
         assert self.chunks is not None
         assert self.remat is not None
-        return ResolvedOptions(self.chunks, self.remat)
+        return ResolvedOptions(self.chunks, self.by_stage(self.remat))
+
+    @property
+    def stage_remat(self) -> tuple[RematPolicy, ...] | None:
+        """The policy of each stage; None if the planner chooses them."""
+        return None if self.remat is None else self.by_stage(self.remat)
+
+    @property
+    def stage_limits(self) -> tuple[int, ...] | None:
+        """For each stage an equal share of its device's limit; None: no limit."""
+        if self.limits is None:
+            return None
+        homes = self.order.homes
+        return tuple(self.limits[home] // homes.count(home) for home in homes)
 
     def capture_request(
         self,
@@ -138,7 +182,7 @@ class Options:
     def planned(self, plan: Plan) -> Options:
         """Return these options with the choices of a plan."""
         remat = tuple(option_parsing.policy(s.remat) for s in plan.stages)
-        return replace(self, chunks=plan.chunks, schedule=plan.schedule, remat=remat, plan=plan)
+        return replace(self, chunks=plan.chunks, schedule=plan.order, remat=remat, plan=plan)
 
 
 def models_of(devices: Sequence[torch.device]) -> tuple[Device, ...]:
@@ -153,7 +197,8 @@ def parse_options(
     *,
     devices: int | Sequence[int | str | torch.device] | None,
     chunks: int | None,
-    schedule: str | None,
+    schedule: Any,
+    virtual_stages: int | None = None,
     remat: str | float | Sequence[str | float] | None,
     memory: float | str | Sequence[float | str] | None,
     in_dims: Any,
@@ -162,18 +207,21 @@ def parse_options(
     backend: str = "eager",
     loss_fn: Callable[..., Tensor] | None = None,
     device: str | Device | Sequence[str | Device] | None = None,
-    profile: bool = False,
+    profile: bool | Measured = False,
     plan: Plan | None = None,
     dynamic: Mapping[str, Mapping[int, str | None]] | None = None,
     cache_size: int = 32,
     cut_at: Any = None,
+    mode: str | None = None,
+    exact: bool = True,
     elsewhere: bool = False,
 ) -> Options:
     """Check what the user wrote; None means the plan's value or the default.
 
     Args:
-        devices, chunks, schedule, remat, memory, in_dims, out_reduce, batch_norm: as for `compile`.
-        backend, loss_fn, profile, plan, dynamic, cache_size, cut_at: as for `compile`.
+        devices, chunks, schedule, virtual_stages, remat, memory, in_dims, out_reduce, batch_norm:
+            as for `compile`.
+        backend, loss_fn, profile, plan, dynamic, cache_size, cut_at, mode, exact: as for `compile`.
         device: as for `autopipe.plan`.
         elsewhere: the pipeline will run on another machine, so more `devices` than are here are
             allowed.
@@ -183,31 +231,25 @@ def parse_options(
             valid.
     """
     if plan is not None:
-        devices = _devices_beside_plan(plan, devices, chunks, schedule, remat, memory, cut_at)
-        schedule = plan.schedule
-    if devices is None:
-        raise OptionError(
-            "a pipeline needs devices",
-            expected="devices=8, or a plan that says how many",
-            found=f"devices={shown(devices)}",
+        devices = devices_beside_plan(
+            plan, devices, chunks, schedule, virtual_stages, remat, memory, cut_at
         )
-    if chunks is not None:
-        option_parsing.check_count("chunks", chunks, "micro-batches that a batch is cut into")
-    option_parsing.check_count("cache_size", cache_size, "generated programs that are kept")
-    _check_schedule(schedule)
-    _check_backend(backend)
+        schedule = virtual_stages = None
+    devices = known_devices(devices)
+    _check_counts(chunks, cache_size)
+    option_parsing.check_backend(backend, mode)
     _check_reductions(out_reduce, batch_norm)
     option_parsing.check_dynamic(dynamic)
-    if loss_fn is not None and not callable(loss_fn):
-        expected = "a function: loss_fn(output, target)"
-        raise OptionError("loss_fn is no function", expected=expected, found=shown(loss_fn))
+    option_parsing.check_exact(exact)
+    _check_loss(loss_fn, profile)
     parsed = option_parsing.parse_devices(devices, elsewhere=elsewhere)
     each, count = option_parsing.each, len(parsed)
+    order = parse_schedule(schedule, virtual_stages, count, chunks)
     options = Options(
         devices=parsed,
-        chunks=chunks,
-        schedule=None if schedule == "auto" else schedule or DEFAULT_KIND,
-        remat=option_parsing.policies(remat, count),
+        chunks=order.kind.most_chunks if order and chunks is None else chunks,
+        schedule=order,
+        remat=option_parsing.policies(remat, count, 0 if order is None else order.stages),
         in_dims=in_dims,
         out_reduce=out_reduce,
         batch_norm=batch_norm,
@@ -218,29 +260,23 @@ def parse_options(
         dynamic=dynamic,
         cache_size=cache_size,
         cut_at=cut_at,
+        mode=mode or "default" if backend == "inductor" else None,
+        exact=exact,
     )
     return options if plan is None else options.planned(plan)
 
 
-def _check_schedule(schedule: str | None) -> None:
-    known = ", ".join((*EXECUTED, "auto"))
-    if schedule not in (None, *KINDS, "auto"):
-        raise OptionError("unknown schedule", expected=f"one of {known}", found=shown(schedule))
-    if schedule not in (None, *EXECUTED, "auto"):
-        raise UnsupportedError(
-            f"the runtime does not execute schedule={shown(schedule)} yet",
-            expected=f"one of {known}",
-            remedy=f'use schedule="{DEFAULT_KIND}"',
-        )
+def _check_counts(chunks: int | None, cache_size: int) -> None:
+    if chunks is not None:
+        option_parsing.check_count("chunks", chunks, "micro-batches that a batch is cut into")
+    option_parsing.check_count("cache_size", cache_size, "generated programs that are kept")
 
 
-def _check_backend(backend: str) -> None:
-    if backend == "inductor":
-        raise UnsupportedError(
-            'backend="inductor" is not implemented yet', remedy='use backend="eager"'
-        )
-    if backend != "eager":
-        raise OptionError("unknown backend", expected="eager", found=shown(backend))
+def _check_loss(loss_fn: object, profile: object) -> None:
+    check_profile(profile)
+    if loss_fn is not None and not callable(loss_fn):
+        expected = "a function: loss_fn(output, target)"
+        raise OptionError("loss_fn is no function", expected=expected, found=shown(loss_fn))
 
 
 def _check_reductions(out_reduce: str | None, batch_norm: str) -> None:
@@ -253,44 +289,3 @@ def _check_reductions(out_reduce: str | None, batch_norm: str) -> None:
             expected=f"one of {', '.join(BATCH_NORM)}",
             found=shown(batch_norm),
         )
-
-
-def _devices_beside_plan(
-    plan: Plan,
-    devices: int | Sequence[int | str | torch.device] | None,
-    chunks: int | None,
-    schedule: str | None,
-    remat: Any,
-    memory: Any,
-    cut_at: Any,
-) -> Any:
-    """Check that the other options agree with a plan (devices: in number); return the devices."""
-    K = len(plan.stages)
-    asked = devices if isinstance(devices, int) or devices is None else len(devices)
-    policies = tuple(option_parsing.policy(s.remat) for s in plan.stages)
-    pairs: dict[str, tuple[Any, Any]] = {
-        "devices": (asked, K),
-        "chunks": (chunks, plan.chunks),
-        "schedule": (schedule, plan.schedule),
-    }
-    if remat is not None and option_parsing.policies(remat, K) != policies:
-        pairs["remat"] = (remat, plan.remat)
-    for name, (given, planned) in pairs.items():
-        if given is not None and given != planned:
-            raise OptionError(
-                f"{name} is not the plan's",
-                expected=f"{name}={shown(planned)}",
-                found=f"{name}={shown(given)}",
-                remedy=f"leave {name} to the plan, or make another plan",
-            )
-    for what, name, value in (
-        ("a memory limit", "memory", memory),
-        ("positions to cut at", "cut_at", cut_at),
-    ):
-        if value is not None:
-            raise OptionError(
-                f"{what} beside a plan",
-                found=f"{name}={shown(value)}",
-                remedy=f"give {name} to autopipe.plan, or leave the plan out",
-            )
-    return K if devices is None else devices

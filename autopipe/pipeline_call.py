@@ -19,7 +19,7 @@ from autopipe.runtime.random import step_seed
 from autopipe.version_watch import VersionWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -40,6 +40,7 @@ class PipelineCall:
 
     Attributes:
         wanted: the tensors whose gradients `backward` returns, in its order.
+        make_run: makes the runs of its programs; a profile makes runs that are recorded.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class PipelineCall:
         self.parameters = [i for i, tensor in tensors if tensor.requires_grad]
         self.wanted: list[Tensor] = [leaves[i.index] for i in self.inputs]
         self.wanted += [tensor for _, tensor in tensors if tensor.requires_grad]
+        self.make_run: Callable[..., Run] = Run
         self.run: Run | None = None
         self._saved: tuple[Any, ...] = ()  # for `share_gradients`
         self._state = VersionWatch()  # what the forward read
@@ -73,9 +75,7 @@ class PipelineCall:
         if self.ready.program.trains:
             self._buffers |= {name: b.clone() for name, b in run.buffers.items()}
             for stage, tensors in zip(self._stages(), run.state_tensors, strict=True):
-                kept = [
-                    name not in run.buffers for name in stage.state
-                ]  # `_buffers` has the others
+                kept = [name not in run.buffers for name in stage.state]  # `_buffers` has others
                 self._state.add([*compress(stage.state, kept)], [*compress(tensors, kept)])
             inputs = self.compiled.call_inputs
             self._state.add([i.name for i in inputs], [self.leaves[i.index] for i in inputs])
@@ -182,7 +182,8 @@ class PipelineCall:
             results.input_gradient(i, run.results, self.sizes, self.leaves[i.index].device)
             for i in self.inputs
         ]
-        return (*found, *(run.gradients.get(i.name) for i in self.parameters))
+        tensors = zip(self.parameters, self.wanted[len(self.inputs) :], strict=True)
+        return (*found, *run.gradients.totals({i.name: x.device for i, x in tensors}))
 
     def _differentiable_backward(
         self, gradients: Sequence[Tensor | None]
@@ -256,13 +257,11 @@ class PipelineCall:
         """
         buffers: dict[str, Tensor] = {}
         held = self._held(ready, before, buffers)
-        run = Run(ready.program, held, buffers, self.seed, self.memory, caller_modes)
-        for item in self.compiled.call_inputs:
-            route = self.compiled.split.routes.get(item.name)
-            if route is None:
-                continue
+        run = self.make_run(ready.program, held, buffers, self.seed, self.memory, caller_modes)
+        routes = self.compiled.split.routes
+        for item in (i for i in self.compiled.call_inputs if i.name in routes):
             parts = self._scattered(item)
-            for k in route.consumers:
+            for k in routes[item.name].consumers:
                 for m, part in enumerate(parts):
                     run.feed(item.name, k, m, part)
         return run

@@ -36,7 +36,6 @@ from autopipe.passes.driver import capture_with_costs, cut_into_stages
 from autopipe.passes.one_at_a_time import one_at_a_time
 from autopipe.passes.phases import TraceCache, least_samples
 from autopipe.passes.python_state import ambient_settings
-from autopipe.passes.schedule import schedule
 from autopipe.passes.split import EarlierCut, objective_of
 from autopipe.planning.choice import choose
 from autopipe.planning.make_plan import planned_cut
@@ -70,7 +69,7 @@ class ProgramCache:
         options: checked; options left open are chosen on the first call in each mode.
 
     Attributes:
-        workers: one per stage.
+        workers: one per device.
         log: why and when the model was captured.
     """
 
@@ -103,7 +102,7 @@ class ProgramCache:
             CaptureError, CouplingError, PartitionError, MemoryLimitError: see `autopipe.compile`.
         """
         call = self._call_key(inputs)
-        with Progress(len(self.workers)) as progress, plain_autograd():
+        with Progress(self.options.order.stages) as progress, plain_autograd():
             compiled = _fitting(self._models.candidates(call), inputs)
             if compiled is None:
                 with one_at_a_time():  # another thread may have captured the same just now
@@ -236,7 +235,8 @@ class ProgramCache:
             options, split, traces = options.planned(chosen.plan), chosen.split, chosen.traces
         else:
             split = self._split(annotated, options, batch, progress)
-        compiled = CompiledModel(model, options, self.workers, split, traces, inputs, numbers)
+        workers = options.by_stage(self.workers)
+        compiled = CompiledModel(model, options, workers, split, traces, inputs, numbers)
         self._seconds = captured - start, perf_counter() - captured
         logger.info("captured in %.2f s", self._seconds[0])
         logger.info("%s in %.2f s", "planned" if planned else "cut", self._seconds[1])
@@ -252,11 +252,16 @@ class ProgramCache:
         """Cut as before; else as in the plan, or balanced if there is none."""
         plan, (chunks, remat) = options.plan, options.resolved
         sizes = microbatch.sizes(batch, chunks, least_samples(annotated.captured, batch))
-        models = options.device_models
-        in_flight = schedule(options.schedule_kind, len(models), len(sizes)).in_flight()
+        models = options.stage_models
+        in_flight = options.order.scheduled(len(sizes)).in_flight()
         cut_at = cut_positions(self.model, options.cut_at)
         objective = objective_of(
-            models, max(sizes), remat=remat, in_flight=in_flight, cut_at=cut_at
+            models,
+            max(sizes),
+            remat=remat,
+            in_flight=in_flight,
+            cut_at=cut_at,
+            exact=options.exact,
         )
         return cut_into_stages(
             annotated,

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopipe.errors import OptionError, describe, shown
+from autopipe.errors import OptionError, shown
+from autopipe.passes.capture import missing_target
 from autopipe.passes.ir import SUM, B, Concatenate, InputKind
 
 if TYPE_CHECKING:
@@ -126,6 +127,23 @@ def output_device(last: torch.device, inputs: Sequence[torch.device]) -> torch.d
         The first input's device of the type of `last`; `last` if no input is on such a device.
     """
     return next((d for d in inputs if d.type == last.type), last)
+
+
+def example_outputs(
+    captured: Captured, sizes: Sizes, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Tensors like the outputs of the whole batch, by name; all are 1.
+
+    Args:
+        captured: the model's graph.
+        sizes: of the whole batch.
+        device: of the tensors.
+    """
+    found = {}
+    for output in captured.outputs:
+        shape = [int(n.xreplace(sizes)) for n in output.spec.full_shape]
+        found[output.name] = torch.ones((), dtype=output.spec.dtype, device=device).expand(shape)
+    return found
 
 
 def run_epilogue(
@@ -241,11 +259,7 @@ def loss_of(output: Any, target: Any, loss_fn: Callable[..., Tensor] | None) -> 
         except Exception as error:
             if target is not None:
                 raise
-            raise OptionError(
-                "loss_fn failed, and step was called without a target",
-                found=describe(error),
-                remedy="pass the target by name: pipe.step(x, target=y)",
-            ) from error
+            raise missing_target(error) from error
     elif isinstance(output, Mapping):
         loss = output.get("loss")
     else:

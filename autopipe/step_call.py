@@ -98,13 +98,7 @@ class StepCall(PipelineCall):
 
     def _examples(self) -> dict[str, Tensor]:
         """Tensors like the outputs of the whole batch, all 1."""
-        found = {}
-        for output in self.compiled.split.captured.outputs:
-            spec = output.spec
-            shape = [int(n.xreplace(self._batch)) for n in spec.full_shape]
-            one = torch.ones((), dtype=spec.dtype, device=self._device)
-            found[output.name] = one.expand(shape)
-        return found
+        return results.example_outputs(self.compiled.split.captured, self._batch, self._device)
 
     def _first_gradients(self) -> list[Tensor | None]:
         """The gradients with which the backward starts, one per output."""

@@ -100,6 +100,8 @@ def training_request(
     sizes: Sequence[int],
     devices: Sequence[torch.device],
     remat: Sequence[RematPolicy],
+    *,
+    exact: bool = True,
 ) -> PhaseRequest:
     """Build the request to trace a split program in training, with gradients of the usual outputs.
 
@@ -110,6 +112,7 @@ def training_request(
         sizes: samples in each micro-batch.
         devices: one per stage.
         remat: one policy per stage.
+        exact: see `PhaseRequest`.
     """
     captured = split.captured
     state = state_metadata(captured, lambda item: captured.tensor_of(model, item))
@@ -120,4 +123,5 @@ def training_request(
         tuple(remat),
         grad=True,
         differentiated=usual_outputs(captured),
+        exact=exact,
     )

@@ -13,7 +13,10 @@ from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autopipe.compiled_parts import PartCompiler
 from autopipe.compiled_program import CompiledProgram
+from autopipe.passes.cost import mean_op_seconds
+from autopipe.passes.devices import CPU_CORE
 from autopipe.passes.driver import lower_to_code
 from autopipe.passes.ir import B
 from autopipe.passes.one_at_a_time import one_at_a_time
@@ -37,6 +40,9 @@ logger = logging.getLogger("autopipe")
 MANY_SHAPES = 64
 """How many shapes of inputs have a `CompiledProgram` of their own."""
 
+SMALL_OP = 10e-6
+"""Seconds that an operator takes on average, below which CPU workers share a core."""
+
 
 class _Code(NamedTuple):
     """A loaded program.
@@ -46,12 +52,14 @@ class _Code(NamedTuple):
         lowered: schedule and source.
         names: what the source defines.
         filename: under which `linecache` has it.
+        parts: what compiles them prepares these for each size.
     """
 
     phased: tuple[Phased, ...]
     lowered: Lowered
     names: dict[str, Any]
     filename: str
+    parts: tuple[Any, ...] = ()
 
 
 class TracedPrograms:
@@ -73,6 +81,7 @@ class TracedPrograms:
         self._stages, self._options, self._workers = stages, options, workers
         self._programs: OrderedDict[ProgramKey, tuple[CompiledProgram, Hashable]] = OrderedDict()
         self._code: dict[Hashable, _Code] = {}
+        self._compiler = None if options.mode is None else PartCompiler(options.mode)
         self.seconds, self.generated = 0.0, 0
 
     def program(
@@ -108,6 +117,9 @@ class TracedPrograms:
             self.seconds += seconds
             logger.info("traced in %.2f s: micro-batches of %s", seconds, key.sizes)
         self._stages.forget_joint_graphs()
+        if self._compiler is not None:
+            sizes = [{B: size, **dict(key.lengths)} for size in phased]
+            self._compiler.prepare(self._code[code_key].parts, sizes, progress)
         self._programs[key] = _program(self._code[code_key], phased, key, self._workers), code_key
         if len(self._programs) > MANY_SHAPES:
             self._programs.popitem(last=False)
@@ -152,13 +164,21 @@ class TracedPrograms:
             phased,
             key.sizes,
             tuple(w.device for w in self._workers),
-            kind=self._options.schedule_kind,
+            order=self._options.order,
             early_backward=key.early_backward,
             least_queue=queue_capacity,
+            parted=self._compiler is not None,
             progress=progress,
         )
         names, filename = load_source(lowered.generated.source)
-        return _Code(tuple(phased[s] for s in key.sizes), lowered, names, filename)
+        compiler = self._compiler
+        parts = () if compiler is None else compiler.bind(lowered.generated.parts, names)
+        return _Code(tuple(phased[s] for s in key.sizes), lowered, names, filename, parts)
+
+
+def _is_small(cut: Phased) -> bool:
+    """Whether operators are so small that CPU workers share a core; False if sizes are symbolic."""
+    return not cut.symbols and mean_op_seconds(cut.stages, CPU_CORE) < SMALL_OP
 
 
 def _program(
@@ -171,7 +191,7 @@ def _program(
         forward=tuple(code.names[n] for n in generated.forward),
         backward=tuple(code.names[n] for n in generated.backward),
         step=tuple(code.names[n] for n in generated.step),
-        drivers=tuple(workers[row[0].stage] for row in code.lowered.scheduled.devices),
+        drivers=tuple(workers[row[0].stage] for row in code.lowered.scheduled.devices if row),
         workers=workers,
         sizes=key.sizes,
         draws={s: [k.draws for k in cut.stages] for s, cut in phased.items()},
@@ -183,6 +203,7 @@ def _program(
         symbols={s: tuple(sizes[s][x] for x in cut.symbols) for s, cut in phased.items()},
         filename=code.filename,
         queues={(q.value, q.to): size for q, size in code.lowered.queues.items()},
+        shares_core=all(map(_is_small, phased.values())),
     )
     lowered = code.lowered.with_phases(phased)
     return CompiledProgram(key, program, lowered)

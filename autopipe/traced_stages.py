@@ -186,6 +186,7 @@ class TracedStages:
             key.grad,
             key.expected,
             dict(key.lengths),
+            self._options.exact,
         )
 
 

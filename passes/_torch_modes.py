@@ -72,6 +72,13 @@ def without_dispatch_modes() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_function_modes() -> Iterator[None]:
+    """Switch off the active `TorchFunctionMode`s, and those of subclasses, until exit."""
+    with torch._C.DisableTorchFunction():
+        yield
+
+
 def function_modes() -> list[Any]:
     """The active `TorchFunctionMode`s, but for a default device."""
     found: Any = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]

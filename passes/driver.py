@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 from autopipe.errors import printable
 from autopipe.interrupts import raise_deferred
 from autopipe.passes.capture import capture
-from autopipe.passes.cost import annotate
+from autopipe.passes.cost import annotate, recomputes
 from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.phases import TraceCache, cut_phases
-from autopipe.passes.schedule import Queue, Scheduled, queue_sizes, schedule
+from autopipe.passes.schedule import Queue, Scheduled, queue_sizes
 from autopipe.passes.split import PlannedCut, split
 
 from ._torch import lazy_graph_code
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from autopipe.passes.capture import CaptureRequest
     from autopipe.passes.ir import Annotated, Phased, Split
     from autopipe.passes.phases import PhaseRequest
+    from autopipe.passes.schedule import DeviceSchedule
     from autopipe.passes.split import EarlierCut, Objective
 
 _dumped = itertools.count(1)
@@ -162,9 +163,10 @@ def lower_to_code(
     sizes: Sequence[int],
     devices: Sequence[torch.device],
     *,
-    kind: str,
+    order: DeviceSchedule,
     early_backward: bool,
     least_queue: Callable[[int, int], int],
+    parted: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Lowered:
     """Schedule a split program and generate its source.
@@ -173,20 +175,23 @@ def lower_to_code(
         phased: the stages' phases, by micro-batch size.
         sizes: samples in each micro-batch.
         devices: one per stage.
-        kind: name of the schedule.
+        order: the schedule.
         early_backward: whether a backward may start before the last forward has ended.
         least_queue: (sending stage, receiving stage) -> messages that a queue holds at least.
+        parted: whether functions consist of parts that another compiler may compile.
         progress: is called with the name of the step.
     """
     for cut in phased.values():
         _dump("phased", cut)
     backward = any(cut.differentiated for cut in phased.values())
-    scheduled = schedule(kind, len(devices), len(sizes), backward=backward)
+    stages = zip(*(cut.stages for cut in phased.values()), strict=True)
+    early = order.waiting([any(map(recomputes, same)) for same in stages])
+    scheduled = order.scheduled(len(sizes), backward=backward, early_recompute=early)
     if not early_backward:
         scheduled = scheduled.forwards_first()
     _dump("scheduled", scheduled)
     progress("writing the program")
-    generated = codegen(scheduled, phased, sizes, devices)
+    generated = codegen(scheduled, phased, sizes, devices, parted=parted)
     _dump("generated", generated, suffix="py")
     first = next(iter(phased.values()))
     messages = [stage_messages(first.split, stage) for stage in first.stages]

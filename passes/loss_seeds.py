@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from autopipe.errors import UnsupportedError
 from autopipe.passes._torch import make_fx
 from autopipe.passes.graph import InPlaceWrites, graph_module, is_random
-from autopipe.passes.ir import InputKind, results_of
+from autopipe.passes.ir import SAME, InputKind, results_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -128,6 +128,21 @@ def has_loss(captured: Captured) -> bool:
     return bool(_loss_positions(captured))
 
 
+def needs_parameters(captured: Captured) -> frozenset[str]:
+    """The names of the outputs that depend on parameters, so that they may get a gradient.
+
+    Args:
+        captured: the model's graph.
+    """
+    parameters = {i.name for i in captured.inputs if i.kind is InputKind.PARAMETER}
+    return frozenset(
+        o.name
+        for o in captured.outputs
+        if o.spec.dtype.is_floating_point
+        and any(n.name in parameters for n in _ancestors(captured, {o.name}))
+    )
+
+
 def _loss_positions(captured: Captured) -> list[int]:
     """The final values that may be the loss: `loss` of the result, else all single numbers."""
     marks = list(range(len(captured.leaves)))
@@ -136,7 +151,9 @@ def _loss_positions(captured: Captured) -> list[int]:
     if isinstance(named, int) and captured.leaves[named].kind == "value":
         return [captured.leaves[named].value]
     values = [leaf.value for leaf in captured.leaves if leaf.kind == "value"]
-    return [v for v in values if _is_number(captured, v)]
+    return [v for v in values if _is_number(captured, v)] or [
+        v for v in values if _is_number_of_one(captured, v)
+    ]
 
 
 def _is_number(captured: Captured, position: int) -> bool:
@@ -146,6 +163,14 @@ def _is_number(captured: Captured, position: int) -> bool:
         return output.spec.numel == 1 and output.combine.is_reduction
     value = results_of(captured.epilogue.graph)[position].meta["val"]
     return isinstance(value, Tensor) and value.numel() == 1
+
+
+def _is_number_of_one(captured: Captured, position: int) -> bool:
+    """Whether a final value is a single number, captured for one micro-batch: nothing combines."""
+    if captured.epilogue is not None:
+        return False
+    output = captured.outputs[position]
+    return not output.spec.shape and output.combine == SAME
 
 
 def _is_known(captured: Captured, name: str) -> bool:

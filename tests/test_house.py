@@ -19,11 +19,11 @@ FILE_LINES, FUNCTION_LINES = 300, 60  # a function's docstring is not counted
 
 FLOORS = (
     {"devices", "one_at_a_time", "partition", "remat_policies", "schedule"},
-    {"_torch", "_torch_modes", "_torch_patches", "_torch_sizes", "ops"},
+    {"_torch", "_torch_inductor", "_torch_modes", "_torch_patches", "_torch_sizes", "ops"},
     {"ir"},
     {"graph"},
     {"batch", "codegen", "cost", "loss_seeds", "phases", "python_state"},
-    {"capture", "split"},
+    {"capture", "inductor", "split"},
     {"driver"},
 )
 """The packages and root files of `passes/`, lowest floor first. Imports only go down."""
@@ -33,13 +33,22 @@ LAYERS = (
     {"passes", "runtime", "progress", "typed_json", "target", "formatting"}
     | {"option_names", "torch_version"},
     {"report", "planning", "profile", "options", "option_parsing", "batch_dims", "cut_positions"}
+    | {"beside_plan", "schedule_option"}
     | {"parameters", "placement", "results", "tensor_meta", "version_watch"},
     {"call_guards", "call_numbers", "call_signature", "caller_modes", "model_state_key"}
     | {"module_proxy", "valid_calls", "varying"}
-    | {"compiled", "compiled_models", "compiled_program", "lengths", "traced_programs"}
+    | {
+        "compiled",
+        "compiled_models",
+        "compiled_parts",
+        "compiled_program",
+        "lengths",
+        "traced_programs",
+    }
     | {"traced_stages"}
     | {"capture_log", "capture_reasons"},
-    {"pipeline_call", "step_call", "higher_derivatives", "program_cache", "verification"},
+    {"pipeline_call", "step_call", "higher_derivatives", "program_cache", "verification"}
+    | {"inspection", "profiling"},
     {"module"},
     {"api"},
     {"commands"},

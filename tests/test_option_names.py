@@ -10,10 +10,12 @@ import pytest
 
 import autopipe
 from autopipe import option_names
+from autopipe.option_parsing import BACKENDS
 from autopipe.options import BATCH_NORM
+from autopipe.passes.inductor import MODES
 from autopipe.passes.ir import REDUCTIONS
 from autopipe.passes.remat_policies import POLICIES
-from autopipe.passes.schedule import EXECUTED
+from autopipe.passes.schedule import KINDS
 
 POLICY_NAMES = {p.option for p in POLICIES}
 
@@ -21,12 +23,13 @@ POLICY_NAMES = {p.option for p in POLICIES}
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (option_names.Schedule, {*EXECUTED, "auto"}),
+        (option_names.Schedule, {*KINDS, "auto"}),
         (option_names.Remat, {*POLICY_NAMES, "auto"}),
         (option_names.StageRemat, POLICY_NAMES),
         (option_names.BatchNorm, {*BATCH_NORM}),
         (option_names.OutReduce, {*REDUCTIONS}),
-        (option_names.Backend, {"eager"}),
+        (option_names.Backend, {*BACKENDS}),
+        (option_names.Mode, {*MODES}),
     ],
 )
 def test_the_types_have_the_names_of_the_tables(names: object, expected: set[str]) -> None:

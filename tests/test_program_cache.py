@@ -233,3 +233,11 @@ def test_backward_outside_of_autocast_traces_under_the_forwards() -> None:
 def test_nothing_compiled_yet() -> None:
     with pytest.raises(OptionError, match="nothing has been compiled yet"):
         _ = autopipe.compile(Layers(2), ["cpu"] * 2, 2).plan
+
+
+@pytest.mark.parametrize(("width", "shares"), [(4, True), (512, False)])
+def test_workers_share_a_core_where_operators_are_small(width: int, shares: bool) -> None:
+    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+    pipe = autopipe.compile(model, ["cpu"] * 2, 2, args=(torch.randn(256, width),))
+    _, ready = pipe._programs.last
+    assert ready.program.shares_core == shares

@@ -10,7 +10,7 @@ from autopipe.commands import Command
 from autopipe.errors import OptionError, shortened
 from autopipe.passes.devices import DEVICES
 from autopipe.passes.remat_policies import DEFAULT, policy_options
-from autopipe.passes.schedule import DEFAULT_KIND, EXECUTED
+from autopipe.passes.schedule import DEFAULT_KIND, KINDS
 
 from ._files import check_writable, writing
 from ._output import say
@@ -46,7 +46,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="micro-batches of a batch (default: the fastest)",
     )
     add("--schedule", default=DEFAULT_KIND, metavar="KIND",
-        help=f"{', '.join(EXECUTED)} or auto (default: {DEFAULT_KIND})")  # fmt: skip
+        help=f"{', '.join(KINDS)} or auto (default: {DEFAULT_KIND})")  # fmt: skip
+    add("--virtual-stages", type=int, metavar="V", help="stages per device, for a schedule that "
+        "leaves the choice")  # fmt: skip
     add("--remat", default=DEFAULT.name, metavar="POLICY", help=f"what stages save: {policies}; or "
         f"auto: what is fastest and fits (default: {DEFAULT.name})")  # fmt: skip
     add("--batch-norm", default="deferred", help="deferred (default) or micro: when running "
@@ -82,6 +84,7 @@ def _run(options: Namespace) -> None:
         args=args,
         kwargs=kwargs,
         schedule=options.schedule,
+        virtual_stages=options.virtual_stages,
         remat=options.remat,
         memory=_one_or_each(options.memory),
         device=_one_or_each(options.device),

@@ -34,7 +34,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
     ):
         add(f"--{name}", required=default is None, default=default, type=_times, metavar="TIME",
             help=f"time of {what}; one, or one a stage: 18.5,18.5,19")  # fmt: skip
-    add("--early-recompute", action="store_true", help="R is an action of its own, before its B")
+    add(
+        "--early-recompute",
+        action="store_true",
+        help="R is an action of its own, before its B: it runs while the device waits",
+    )
     free = ", ".join(kind.name for kind in KINDS.values() if kind.any_virtual_stages)
     add("--virtual-stages", type=int, metavar="V", help=f"stages per device, for {free}")
     add("--transfer", type=_time, default=0.0, metavar="TIME", help="between devices (default: 0)")

@@ -14,5 +14,9 @@ Read in this order:
     `profile_calls`    measure ops on a device
     `profile_cache`    keep their times on disk
     `profile_stages`   measure whole stages on a device
+    `measured_timeline`  what a run recorded → a timeline
+    `measured_data`    measured steps, and what is computed from them
+    `measured`         `Measured`: steps that can be printed and planned with
+    `measured_costs`   measured steps → times of ops
     `choice`           options and a captured graph → the plan to run
 """

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from autopipe.errors import MemoryLimitError, UnsupportedError
 from autopipe.passes.cost import CallSeconds
 from autopipe.planning.make_plan import make_plan, modeled_timers
+from autopipe.planning.measured_costs import MeasuredCosts, check_model
 from autopipe.planning.profile_cache import Timing
 from autopipe.planning.profile_calls import device_name, profile
 from autopipe.planning.profile_stages import measured_timers
 from autopipe.planning.remedies import remedies
+from autopipe.planning.schedules import fastest, schedules_to_try, why_not_early, with_note
 from autopipe.planning.search import Search
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from autopipe.options import Options
     from autopipe.passes.ir import Annotated, Split
     from autopipe.passes.phases import TraceCache
+    from autopipe.passes.schedule import DeviceSchedule
     from autopipe.planning.fitting import Candidate
     from autopipe.planning.plans import Plan
 
@@ -71,10 +74,12 @@ def choose(
         PartitionError: the model has too few ops for the number of stages.
         InputError: a batch norm would see a single value per channel.
     """
+    if options.schedule is None:
+        return _with_schedule(model, annotated, leaves, batch, options, progress)
     search = _search(model, annotated, leaves, options, progress)
     try:
         chosen = search.best(batch)
-        if options.profile:
+        if options.profile is True:
             chosen = _recut_by_measured_stages(search, chosen, batch)
     except MemoryLimitError as error:
         changes = list(remedies(search, batch))
@@ -89,6 +94,30 @@ def choose(
     return Choice(chosen.plan, chosen.split, traces)
 
 
+def _with_schedule(
+    model: nn.Module,
+    annotated: Annotated,
+    leaves: Sequence[Any],
+    batch: int,
+    options: Options,
+    progress: Callable[[str], None],
+) -> Choice:
+    """Find the best plan under the best schedule."""
+    refusal = why_not_early(model, annotated.captured, batch)
+    found: dict[DeviceSchedule, Choice] = {}
+
+    def plan(order: DeviceSchedule) -> Plan:
+        progress(f"trying schedule {order.name}")
+        fixed = replace(options, schedule=order)
+        found[order] = choose(model, annotated, leaves, batch, fixed, progress)
+        return found[order].plan
+
+    order, why = fastest(schedules_to_try(len(options.devices), early=refusal is None), plan)
+    if refusal is not None:
+        why += f"; others need the loss before the last forward has ended: {refusal}"
+    return found[order]._replace(plan=with_note(found[order].plan, why))
+
+
 def _search(
     model: nn.Module,
     annotated: Annotated,
@@ -96,8 +125,18 @@ def _search(
     options: Options,
     progress: Callable[[str], None],
 ) -> Search:
-    models = options.device_models
-    if not options.profile:
+    models, taken = options.stage_models, options.profile
+    if not isinstance(taken, bool):
+        check_model(taken, annotated, models)
+        costs = MeasuredCosts(taken, annotated, models[0])
+        timers = modeled_timers(models)
+        return Search(
+            *(model, annotated, leaves, options, models, timers),
+            costs.seconds,
+            progress,
+            costs.timers,
+        )
+    if not taken:
         timers = modeled_timers(models)
         return Search(model, annotated, leaves, options, models, timers, None, progress)
     kinds = sorted({device_name(device) for device in options.devices})
@@ -119,7 +158,7 @@ def _search(
             for name, t in timings.items()
         }
 
-    timers = measured_timers(options.devices, models)
+    timers = measured_timers(options.devices, options.stage_devices, models)
     return Search(model, annotated, leaves, options, models, timers, measured, progress)
 
 
@@ -149,7 +188,7 @@ def _recut_by_measured_stages(search: Search, chosen: Candidate, batch: int) -> 
         chosen = again
     # The smallest of several measurements is too low: time the chosen cut once more. Use the
     # user's options for its plan, because a single micro-batch may have been chosen.
-    timers = measured_timers(asked.devices, search.models)
+    timers = measured_timers(asked.devices, asked.stage_devices, search.models)
     timed = make_plan(search.model, chosen.split, chosen.phased, first.sizes, asked, timers)
     return replace(chosen, plan=timed)
 

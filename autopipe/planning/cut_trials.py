@@ -97,7 +97,8 @@ class CutTrials:
         Raises:
             MemoryLimitError, PartitionError, InputError: there is no plan.
         """
-        K, fixed, limits = self._stages, self.search.options.remat, self.search.options.limits
+        K, options = self._stages, self.search.options
+        fixed, limits = options.stage_remat, options.stage_limits
         unlimited = self.search.objective(self.sizes, fixed or LADDER[:1] * K)
 
         def cut_within(remat: Sequence[Any], fraction: float, times: int) -> FittedCut | None:
@@ -179,7 +180,7 @@ class CutTrials:
         cut = tuple(stage.origins for stage in split.stages)
         if cut in self._cuts:
             return self._cuts[cut]
-        fixed, limits = self.search.options.remat, self.search.options.limits
+        fixed, limits = self.search.options.stage_remat, self.search.options.stage_limits
         ladders: list[tuple[RematPolicy, ...]] = (
             [LADDER] * self._stages if fixed is None else [(p,) for p in fixed]
         )

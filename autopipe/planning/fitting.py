@@ -66,7 +66,8 @@ class FittedCut:
     def used_fraction(self) -> float:
         """The largest fraction of its memory limit that a stage uses."""
         stages = self.chosen.plan.stages
-        return max(s.memory_bytes / s.limit_bytes for s in stages if s.limit_bytes is not None)
+        limits = [(s.memory_bytes, s.limit_bytes) for s in stages if s.limit_bytes is not None]
+        return max(used / max(limit, 1) for used, limit in limits)
 
 
 def fit_policies(
@@ -175,17 +176,31 @@ def missing_bytes(stage: StagePlan) -> int:
     return 0 if stage.limit_bytes is None else max(0, stage.memory_bytes - stage.limit_bytes)
 
 
+def misfits(plan: Plan, k: int) -> str:
+    """Say that stage k, with those beside it, does not fit its device."""
+    homes = plan.order.homes
+    beside = [i for i, home in enumerate(homes) if home == homes[k]]
+    if len(beside) == 1:
+        return f"stage {k} does not fit its device"
+    return f"stages {', '.join(map(str, beside))} do not fit device {homes[k]} together"
+
+
 def memory_limit_error(plan: Plan) -> MemoryLimitError:
     """Return the error for a plan that does not fit; it names the stage that exceeds most."""
     k, stage = max(enumerate(plan.stages), key=lambda one: missing_bytes(one[1]))
-    assert stage.limit_bytes is not None
+    homes = plan.order.homes
+    total = plan.totals[homes[k]]
+    assert total.limit_bytes is not None
+    static = sum(
+        s.static_bytes for s, home in zip(plan.stages, homes, strict=True) if home == homes[k]
+    )
     count = len(plan.sizes)
     return MemoryLimitError(
-        f"stage {k} does not fit its device: {format_bytes(missing_bytes(stage))} are missing",
-        expected=f"at most {format_bytes(stage.limit_bytes)}",
-        found=f"{format_bytes(stage.memory_bytes)}: parameters, optimizer and buffers"
-        f" {format_bytes(stage.static_bytes)}; gradients and {count}"
+        f"{misfits(plan, k)}: {format_bytes(missing_bytes(stage))} are missing",
+        expected=f"at most {format_bytes(total.limit_bytes)}",
+        found=f"{format_bytes(total.memory_bytes)}: parameters, optimizer and buffers"
+        f" {format_bytes(static)}; gradients and {count}"
         f" micro-batch{'es' * (count > 1)} of {max(plan.sizes)} with remat {stage.remat}"
-        f" {format_bytes(stage.peak_bytes)}",
+        f" {format_bytes(total.memory_bytes - static)}",
         missing_bytes=missing_bytes(stage),
     )

@@ -5,19 +5,31 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from autopipe.passes.codegen import stage_messages
 from autopipe.passes.cost import (
+    PeakBytes,
     PhaseSeconds,
     StageBytes,
     cost_of_stage,
+    peak_bytes,
     peak_saved_bytes,
     phase_seconds,
+    recomputes,
     stage_bytes,
-    stage_peak_bytes,
 )
 from autopipe.passes.ir import InputKind, at_batch
-from autopipe.passes.schedule import schedule
+from autopipe.passes.schedule import is_own, queue_sizes
 from autopipe.passes.split import PlannedCut, modules_by_stage, planned_cut_of
-from autopipe.planning.plan_parts import DuplicatedCall, Segment, StagePlan, Times
+from autopipe.planning.plan_parts import (
+    EACH,
+    ONCE,
+    Crossing,
+    DeviceTotal,
+    DuplicatedCall,
+    Segment,
+    StagePlan,
+    Times,
+)
 from autopipe.planning.plans import Plan
 from autopipe.report.stages import BoundaryTensor
 from autopipe.runtime.mailbox import queue_capacity
@@ -30,7 +42,7 @@ if TYPE_CHECKING:
     from autopipe.options import Options
     from autopipe.passes.devices import Device, Link
     from autopipe.passes.ir import Phased, Route, Split, StageGraph, StagePhases
-    from autopipe.passes.schedule import Action
+    from autopipe.passes.schedule import DeviceSchedule, Scheduled
 
 
 class StageTimer(NamedTuple):
@@ -87,41 +99,42 @@ def make_plan(
         options: devices, limits, number of chunks and schedule.
         timers: one per stage.
     """
-    lengths = {x.name: x.example for x in split.captured.lengths}
     K, planned = len(split.stages), planned_cut_of(split)
     distinct = sorted(set(sizes), reverse=True)
-    scheduled = schedule(options.schedule_kind, K, len(sizes))
+    order = options.order
+    nbytes = {(k, s): _stage_bytes(phased[s], k) for k in range(K) for s in distinct}
+    early = order.waiting([recomputes(stage) for stage in phased[distinct[0]].stages])
+    scheduled = order.scheduled(len(sizes), early_recompute=early)
     in_flight = scheduled.in_flight()
     actions = [[a for row in scheduled.devices for a in row if a.stage == k] for k in range(K)]
-    nbytes = {(k, s): _stage_bytes(phased[s], k) for k in range(K) for s in distinct}
+    by_chunk = {(k, m): nbytes[k, s] for k in range(K) for m, s in enumerate(sizes)}
     modules = modules_by_stage(split)
     plan = Plan(
         model=type(model).__name__,
         training=model.training,
         whole=options.whole_batch,
         graph=planned.graph,
-        schedule=options.schedule_kind,
+        schedule=order.name,
+        actions=_actions(order, options.chunks or len(sizes)),
+        devices=len(options.devices),
         chunks=options.chunks or len(sizes),
         sizes=tuple(sizes),
+        totals=(),
         stages=tuple(
             _stage(
                 split,
                 stage,
                 modules[stage.index],
                 [phased[s] for s in distinct],
-                [nbytes[stage.index, s] for s in sizes],
+                max(nbytes[stage.index, s].saved for s in distinct),
                 timers[stage.index],
                 options,
                 in_flight[stage.index],
-                actions[stage.index],
+                peak_saved_bytes(actions[stage.index], by_chunk),
             )
             for stage in split.stages
         ),
-        crossings=tuple(
-            BoundaryTensor.of(r).at(distinct[0], lengths)
-            for r in split.routes.values()
-            if r.consumers
-        ),
+        crossings=_crossings(split, phased[distinct[0]].stages, distinct[0]),
         segments=tuple(Segment(*run) for run in planned.runs),
         duplicated=tuple(DuplicatedCall(*one) for one in planned.duplicated),
         bound_seconds=split.estimates.lower_bound,
@@ -129,11 +142,70 @@ def make_plan(
         gather_seconds=_gather_seconds(split, sizes, timers),
         notes=split.captured.notes,
     )
-    peaks = stage_peak_bytes(plan.timeline, K, sizes, nbytes, split.routes, queue_capacity)
-    stages = zip(plan.stages, peaks, strict=True)
-    plan = replace(plan, stages=tuple(replace(s, peak_bytes=peak) for s, peak in stages))
+    capacity = _queue_capacity(split, phased[distinct[0]], scheduled)
+    peaks = peak_bytes(plan.timeline, K, sizes, nbytes, split.routes, capacity)
+    saved = [peak_saved_bytes(row, by_chunk) for row in scheduled.devices]
+    plan = _with_peaks(plan, peaks, saved, options.limits)
     plan.verify()
     return plan
+
+
+def _crossings(split: Split, stages: Sequence[StagePhases], size: int) -> tuple[Crossing, ...]:
+    lengths = {x.name: x.example for x in split.captured.lengths}
+    routes = (r for r in split.routes.values() if r.consumers)
+    return tuple(BoundaryTensor.of(r).at(size, lengths, _gradient(r, stages)) for r in routes)
+
+
+def _gradient(route: Route, stages: Sequence[StagePhases]) -> str | None:
+    """How often parts of a shared parameter's gradient are sent to its owner."""
+    if route.kind != "parameter":
+        return None
+    if any(route.name in stages[k].sent_grads for k in route.consumers):
+        return EACH
+    return ONCE if any(route.name in stages[k].own_grads for k in route.consumers) else None
+
+
+def _actions(order: DeviceSchedule, chunks: int) -> tuple[str, ...]:
+    """What each device runs under a user's own schedule; nothing of one that has a name."""
+    if not is_own(order.kind):
+        return ()
+    rows = order.kind.order(order.devices, chunks, order.virtual_stages)
+    return tuple(" ".join(f"{x}{stage}.{m}" for x, stage, m in row) for row in rows)
+
+
+def _queue_capacity(
+    split: Split, phased: Phased, scheduled: Scheduled
+) -> Callable[[int, int], int]:
+    """(from, to) → messages of one kind that the runtime queues: as many as the order needs."""
+    messages = [stage_messages(split, stage) for stage in phased.stages]
+    largest: dict[tuple[int, int], int] = {}
+    for queue, size in queue_sizes(scheduled, messages, queue_capacity).items():
+        key = queue.source, queue.to
+        largest[key] = max(size, largest.get(key, 0))
+    return lambda source, to: largest.get((source, to), queue_capacity(source, to))
+
+
+def _with_peaks(
+    plan: Plan, peaks: PeakBytes, saved: Sequence[int], limits: Sequence[int] | None
+) -> Plan:
+    """The plan with its peaks; `saved` and `limits` are per device."""
+    homes = plan.order.homes
+    stages = [replace(s, peak_bytes=n) for s, n in zip(plan.stages, peaks.stages, strict=True)]
+    totals = tuple(
+        DeviceTotal(
+            peak_saved_bytes=saved[d],
+            memory_bytes=peak
+            + sum(s.static_bytes for home, s in zip(homes, stages, strict=True) if home == d),
+            limit_bytes=None if limits is None else limits[d],
+        )
+        for d, peak in enumerate(peaks.devices)
+    )
+    for k, home in enumerate(homes):
+        limit, used = totals[home].limit_bytes, totals[home].memory_bytes
+        if limit is not None:
+            left = max(0, limit - (used - stages[k].memory_bytes))
+            stages[k] = replace(stages[k], limit_bytes=left)
+    return replace(plan, stages=tuple(stages), totals=totals)
 
 
 def _stage_bytes(phased: Phased, k: int) -> StageBytes:
@@ -156,20 +228,20 @@ def _stage(
     stage: StageGraph,
     modules: str,
     phased: Sequence[Phased],
-    nbytes: Sequence[StageBytes],
+    saved_bytes: int,
     timer: StageTimer,
     options: Options,
     in_flight: int,
-    actions: Sequence[Action],
+    peak_saved: int,
 ) -> StagePlan:
-    """Plan one stage; `phased` is by size, the largest first, `nbytes` by micro-batch."""
+    """Plan one stage; `phased` is by size, the largest first."""
     k, size = stage.index, phased[0].size
     cost = cost_of_stage(split, stage, size)
     return StagePlan(
         first=split.firsts[stage.index],
         modules=modules or split.firsts[stage.index] or "none",
         calls=len(split.ops[k]),
-        device=str(options.devices[k]),
+        device=str(options.stage_devices[k]),
         speeds=timer.name,
         remat=phased[0].remat[k].name,
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
@@ -183,11 +255,11 @@ def _stage(
         ),
         shared_copy_bytes=cost.shared_copy_bytes,
         activation_bytes=at_batch(cost.activation_bytes, size),
-        saved_bytes=max(n.saved for n in nbytes),
+        saved_bytes=saved_bytes,
         in_flight=in_flight,
-        peak_saved_bytes=peak_saved_bytes(actions, nbytes),
+        peak_saved_bytes=peak_saved,
         peak_bytes=0,
-        limit_bytes=None if options.limits is None else options.limits[k],
+        limit_bytes=None,
     )
 
 

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from autopipe.passes.schedule import Timeline, schedule, simulate_actions
-from autopipe.planning.plan_parts import Crossing, DuplicatedCall, Segment, StagePlan, Times
+from autopipe.passes.schedule import (
+    DeviceSchedule,
+    Scheduled,
+    Timeline,
+    schedule_for,
+    schedule_of_rows,
+    scheduled_from_lists,
+    simulate_actions,
+)
+from autopipe.planning.plan_parts import (
+    Crossing,
+    DeviceTotal,
+    DuplicatedCall,
+    Segment,
+    StagePlan,
+    Times,
+)
 from autopipe.typed_json import json_name
+
+Duration = Callable[[str, int, int], float]
 
 IDLE = 0.1
 """A stage with less than this fraction of the largest stage's time wastes its device."""
@@ -26,9 +44,13 @@ class PlanData:
             another.
         graph: fingerprint of the captured graph.
         schedule: name of the schedule.
+        actions: of a schedule of the user's own, for each device what it runs, separated by spaces;
+            empty for a kind that has a name.
+        devices: K, their number; a schedule may put several stages on each.
         chunks: M, the number of micro-batches of a batch that is large enough.
         sizes: samples in each micro-batch of the batch that was planned for.
-        stages: K stages.
+        stages: the stages.
+        totals: for each device what its stages need together.
         crossings: the tensors that stages receive from the caller and from one another.
         segments: the ops of each stage, as runs of the captured order; empty if each stage is a
             single run.
@@ -45,9 +67,12 @@ class PlanData:
     whole: bool
     graph: str
     schedule: str
+    actions: tuple[str, ...]
+    devices: int
     chunks: int
     sizes: tuple[int, ...]
     stages: tuple[StagePlan, ...]
+    totals: tuple[DeviceTotal, ...]
     crossings: tuple[Crossing, ...]
     segments: tuple[Segment, ...] = field(metadata=json_name("begins"))
     duplicated: tuple[DuplicatedCall, ...] = field(metadata=json_name("repeated"))
@@ -70,10 +95,29 @@ class PlanData:
         return ", ".join(f"{policy} in {n}" for policy, n in count.items())
 
     @cached_property
+    def order(self) -> DeviceSchedule:
+        """The schedule, for any number of micro-batches."""
+        if self.actions:
+            rows = [row.split() for row in self.actions]
+            return schedule_of_rows(scheduled_from_lists(self.schedule, rows))
+        v = len(self.stages) // self.devices
+        return schedule_for(self.schedule, self.devices, v)
+
+    @cached_property
     def timeline(self) -> Timeline:
         """The simulated timeline of one training step, in seconds."""
+        return self.simulated(
+            self.order.scheduled(len(self.sizes), early_recompute=self.recomputes_early)
+        )
+
+    def simulated(self, scheduled: Scheduled, measured: Duration | None = None) -> Timeline:
+        """The simulated timeline of a schedule of these stages and micro-batches, in seconds.
+
+        Args:
+            scheduled: the schedule.
+            measured: seconds of an action, from phase, stage and micro-batch; None: by `stages`.
+        """
         order = {size: i for i, size in enumerate(sorted(set(self.sizes), reverse=True))}
-        scheduled = schedule(self.schedule, len(self.stages), len(self.sizes))
 
         def times(stage: int, m: int) -> Times:
             return self.stages[stage].times[order[self.sizes[m]]]
@@ -86,7 +130,12 @@ class PlanData:
         def delay(letter: str, source: int, to: int, m: int) -> float:
             return times(to, m).receive if letter == "F" else times(source, m).send_gradients
 
-        return simulate_actions(scheduled, duration, delay)
+        return simulate_actions(scheduled, measured or duration, delay)
+
+    @property
+    def recomputes_early(self) -> tuple[int, ...]:
+        """The stages that recompute while they wait for a gradient from another device."""
+        return self.order.waiting([any(t.recompute for t in s.times) for s in self.stages])
 
     @property
     def step_seconds(self) -> float:
@@ -95,8 +144,8 @@ class PlanData:
 
     @property
     def balance(self) -> float:
-        """Mean stage time over largest stage time, from 0 to 1 (perfectly balanced)."""
-        seconds = [s.seconds for s in self.stages]
+        """Mean over largest time of a device's stages, from 0 to 1 (perfectly balanced)."""
+        seconds = self.device_seconds
         return sum(seconds) / len(seconds) / max(seconds) if max(seconds) else 1.0
 
     @property
@@ -114,15 +163,16 @@ class PlanData:
     @property
     def advice(self) -> tuple[str, ...]:
         """What to change where devices are idle: stages with little work beside the largest."""
-        most = max(s.seconds for s in self.stages)
-        idle = [k for k, s in enumerate(self.stages) if s.seconds < IDLE * most]
+        most = max(self.device_seconds)
+        idle_devices = [d for d, s in enumerate(self.device_seconds) if s < IDLE * most]
+        idle = [k for k, home in enumerate(self.order.homes) if home in idle_devices]
         if not idle:
             return ()
         named = f"stage{'s' * (len(idle) > 1)} {', '.join(map(str, idle))}"
         works = "work" if len(idle) > 1 else "works"
         return (
             f"{named} {works} less than {IDLE:.0%} as long as the largest stage: use fewer devices"
-            f" ({len(self.stages) - len(idle)})",
+            f" ({self.devices - len(idle_devices)})",
         )
 
     def received_bytes(self, k: int) -> int:
@@ -140,6 +190,14 @@ class PlanData:
     def share_of_work(self, k: int) -> float | None:
         """Stage k's share of the predicted time of all stages; None if that is 0."""
         return self.stages[k].seconds / self._work if self._work else None
+
+    @cached_property
+    def device_seconds(self) -> list[float]:
+        """For each device the `seconds` of its stages together."""
+        seconds = [0.0] * self.devices
+        for home, stage in zip(self.order.homes, self.stages, strict=True):
+            seconds[home] += stage.seconds
+        return seconds
 
     @cached_property
     def _work(self) -> float:

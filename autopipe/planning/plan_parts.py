@@ -10,6 +10,9 @@ from autopipe.typed_json import json_name
 BOUNDARY_KINDS = ("input", "activation", "parameter")
 """What `Boundary.kind` may be."""
 
+EACH, ONCE = "each micro-batch", "once a step"
+"""How often a tensor is sent."""
+
 
 @dataclass(frozen=True)
 class Boundary:
@@ -43,9 +46,19 @@ class Crossing(Boundary):
 
     Attributes:
         nbytes: bytes, in the largest micro-batch.
+        gradient: how often parts of a shared parameter's gradient are sent to its owner: `EACH` or
+            `ONCE`; None: never, or it is no parameter.
     """
 
     nbytes: int
+    gradient: str | None = None
+
+    @property
+    def sent(self) -> str:
+        """How often it is sent, and its gradient back, if it is a shared parameter."""
+        if self.kind != "parameter":
+            return EACH
+        return ONCE if self.gradient is None else f"{ONCE}, its gradient {self.gradient}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,21 @@ class Times:
 
 
 @dataclass(frozen=True)
+class DeviceTotal:
+    """The memory of a device that has one or more stages.
+
+    Attributes:
+        peak_saved_bytes: saved by all micro-batches at its stages, at most at once.
+        memory_bytes: all memory that its stages need.
+        limit_bytes: the user's limit; None: no limit was set.
+    """
+
+    peak_saved_bytes: int
+    memory_bytes: int
+    limit_bytes: int | None
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """One stage in numbers. FLOPs and bytes are for the largest micro-batch, unless they say more.
 
@@ -126,7 +154,8 @@ class StagePlan:
         peak_bytes: peak of the memory that a step uses beyond `static_bytes`: saved tensors, queued
             messages, temporaries of a phase, and accumulated gradients (which are assumed to be
             freed before the next forward, as `zero_grad` does).
-        limit_bytes: memory limit of the device; None: no limit was set.
+        limit_bytes: what its device has for it: the device's limit without what other stages on
+            it use at the device's peak; None: no limit was set.
     """
 
     first: str | None

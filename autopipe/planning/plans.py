@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autopipe.errors import PlanError, VerifyError, printable, require
+from autopipe.errors import OptionError, PlanError, VerifyError, printable, require
 from autopipe.passes.remat_policies import parse_policy, policy_options
 from autopipe.passes.schedule import KINDS
 from autopipe.planning.plan_data import PlanData
-from autopipe.planning.plan_parts import BOUNDARY_KINDS
+from autopipe.planning.plan_parts import BOUNDARY_KINDS, EACH, ONCE
 from autopipe.report.plan_text import plan_html, plan_summary, plan_text
 from autopipe.typed_json import LARGEST_FILE, MisfitError, convert, parse, short, to_json
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from autopipe.planning.plan_parts import Crossing, StagePlan
 
-FORMAT, VERSION = "autopipe plan", 4
+FORMAT, VERSION = "autopipe plan", 6
 
 MOST_STAGES = 1024
 """Stages of a plan in a file."""
@@ -44,10 +44,17 @@ class Plan(PlanData):
 
         def what(plan: Plan) -> Plan:
             stages = tuple(
-                replace(s, modules="", times=(), speeds="", peak_bytes=0) for s in plan.stages
+                replace(s, modules="", times=(), speeds="", peak_bytes=0, limit_bytes=None)
+                for s in plan.stages
             )
             return replace(
-                plan, stages=stages, bound_seconds=None, cut_seconds=None, gather_seconds=0.0
+                plan,
+                stages=stages,
+                totals=(),
+                notes=(),
+                bound_seconds=None,
+                cut_seconds=None,
+                gather_seconds=0.0,
             )
 
         return what(self) == what(other)
@@ -73,10 +80,7 @@ class Plan(PlanData):
         require(0 < len(self.sizes) <= self.chunks, "micro-batches and sizes disagree")
         require(not self.whole or self.chunks == 1, "a whole batch in several micro-batches")
         require(min(self.sizes) > 0, "a micro-batch without samples")
-        kinds, found = f"one of {', '.join(KINDS)}", short(self.schedule)
-        require(self.schedule in KINDS, "an unknown schedule", expected=kinds, found=found)
-        single = KINDS[self.schedule].virtual_stages == 1
-        require(single, "a schedule with several stages on a device", found=found)
+        _verify_schedule(self)
         for name in ("bound_seconds", "cut_seconds", "gather_seconds"):
             require((getattr(self, name) or 0) >= 0, f"{name} is negative")
         for k, stage in enumerate(self.stages):
@@ -174,6 +178,30 @@ def _refusal(error: ValueError | VerifyError, path: str | None) -> PlanError:
     return PlanError(what, source=path, expected="finite numbers", found=str(error))
 
 
+def _verify_schedule(plan: PlanData) -> None:
+    """The rules of the schedule and its devices, which have one or more stages."""
+    K = len(plan.stages)
+    require(0 < plan.devices <= K, "more devices than stages", found=str(plan.devices))
+    if plan.actions:
+        try:
+            own = plan.order
+        except OptionError as error:
+            raise VerifyError(error.problem, expected=error.expected, found=error.found) from error
+        has = (own.stages, own.devices) == (K, plan.devices)
+        require(has and own.kind.most_chunks == plan.chunks, "actions of another schedule")
+    else:
+        kinds, found = f"one of {', '.join(KINDS)}", short(plan.schedule)
+        require(plan.schedule in KINDS, "an unknown schedule", expected=kinds, found=found)
+        kind, (v, left) = KINDS[plan.schedule], divmod(K, plan.devices)
+        has = left == 0 and (kind.any_virtual_stages or v == kind.virtual_stages)
+        what = f"schedule {plan.schedule} does not have {K} stages on {plan.devices} devices"
+        require(has, what)
+    require(len(plan.totals) == plan.devices, "`totals` does not have an entry for each device")
+    for d, total in enumerate(plan.totals):
+        sizes = [n for n in vars(total).values() if n is not None]
+        require(all(n >= 0 for n in sizes), f"totals[{d}] has a negative size")
+
+
 def _verify_stage(stage: StagePlan, where: str, distinct: int) -> None:
     """The rules of one stage; `distinct` is the number of different sizes of micro-batches."""
     counts = len(stage.times) == distinct
@@ -200,6 +228,9 @@ def _verify_crossing(crossing: Crossing, K: int) -> None:
         expected=kinds,
         found=found,
     )
+    often = crossing.gradient in (None, EACH, ONCE)
+    wanted, found = f"null, {EACH} or {ONCE}", short(crossing.gradient)
+    require(often, f"{where} has an unknown `gradient`", expected=wanted, found=found)
     require(crossing.nbytes >= 0, f"{where} has a negative size")
     first = 0 if crossing.source is None else crossing.source + 1
     require(0 <= first <= K, f"{where} comes from no stage", found=str(crossing.source))

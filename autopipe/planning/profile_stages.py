@@ -50,20 +50,21 @@ COPIES = 5
 
 
 def measured_timers(
-    devices: Sequence[torch.device], models: Sequence[Device]
+    devices: Sequence[torch.device], of_stages: Sequence[torch.device], models: Sequence[Device]
 ) -> tuple[StageTimer, ...]:
     """Timers that run a stage on its device.
 
     Args:
-        devices: one per stage.
-        models: their device models: for the links, and to split a backward, which is timed as a
-            whole, into R, B and W.
+        devices: all devices; each has a worker.
+        of_stages: the device of each stage.
+        models: device models of the stages: for the links, and to split a backward, which is timed
+            as a whole, into R, B and W.
 
     Returns:
         One timer per stage; stages on the same device share one.
     """
     timers = {}
-    for device, model in zip(devices, models, strict=True):
+    for device, model in zip(of_stages, models, strict=True):
         if device not in timers:
             same = [d for d in devices if d == device]
             measured = _MeasuredDevice(
@@ -75,7 +76,7 @@ def measured_timers(
                 measured.seconds,
                 measured.copying,
             )
-    return tuple(timers[device] for device in devices)
+    return tuple(timers[device] for device in of_stages)
 
 
 @dataclass

@@ -31,7 +31,7 @@ def remedies(search: Search, batch: int) -> Iterator[str]:
     options = search.options
     leanest = LADDER[-1]
     if options.remat is not None and set(options.remat) != {leanest}:
-        lean = replace(options, remat=(leanest,) * len(options.devices))
+        lean = replace(options, remat=(leanest,) * options.order.stages)
         if _fits(search, lean, batch):
             yield f'remat="{leanest.name}", or remat="auto"'
     if options.chunks is not None:
@@ -48,10 +48,11 @@ def remedies(search: Search, batch: int) -> Iterator[str]:
 
 def _fits(search: Search, options: Options, batch: int) -> bool:
     """Whether a plan with these options fits; nothing is measured, because only memory counts."""
-    K = len(options.devices)
+    K = options.order.stages
     models = search.models if len(search.models) == K else (search.models[0],) * K
+    timers = modeled_timers(models)
     trying = replace(
-        search, options=options, models=models, timers=modeled_timers(models), measured=None
+        search, options=options, models=models, timers=timers, measured=None, timers_of=None
     )
     try:
         return trying.fits(batch)
@@ -74,6 +75,7 @@ def _more_devices(search: Search, batch: int) -> int | None:
         more = replace(
             options,
             devices=(device,) * count,
+            schedule=replace(options.order, devices=count),
             limits=(limits[0],) * count,
             models=(search.models[0],) * count,
             remat=remat,

@@ -21,7 +21,6 @@ from autopipe.errors import InputError, MemoryLimitError
 from autopipe.passes.driver import cut_into_stages, phases_by_size
 from autopipe.passes.phases import TraceCache, batch_norms, least_samples
 from autopipe.passes.remat_policies import LADDER
-from autopipe.passes.schedule import schedule
 from autopipe.passes.split import objective_of
 from autopipe.planning.cut_trials import CutTrials, missing_or_inf, step_bound
 from autopipe.planning.fitting import Candidate, FittedCut, refine_policies
@@ -37,10 +36,14 @@ if TYPE_CHECKING:
     from autopipe.options import Options
     from autopipe.passes.cost import CallSeconds
     from autopipe.passes.devices import Device
-    from autopipe.passes.ir import Annotated, Split
+    from autopipe.passes.ir import Annotated, Phased, Split
     from autopipe.passes.remat_policies import RematPolicy
     from autopipe.passes.split import Objective
     from autopipe.planning.make_plan import StageTimer
+
+    TimersOf = Callable[
+        [Split, Mapping[int, Phased], Sequence[int]], tuple[StageTimer, ...]
+    ]  # of a cut and its phases, for micro-batches of some sizes
 
 BOUND_TOLERANCE = 0.9
 """A traced plan may be faster than the bound by per-op costs, down to this fraction of it."""
@@ -68,6 +71,7 @@ class Search:
         measured: returns measured times of the graph's ops, by name, for a micro-batch size; None:
             use the device models.
         progress: called with a text for each trial.
+        timers_of: returns timers for the stages of a cut; None: `timers`.
         traces: what was traced so far.
     """
 
@@ -79,6 +83,7 @@ class Search:
     timers: tuple[StageTimer, ...]
     measured: Callable[[int], Mapping[str, CallSeconds]] | None = None
     progress: Callable[[str], None] = lambda text: None
+    timers_of: TimersOf | None = None
     traces: TraceCache = field(default_factory=TraceCache)
 
     def best(self, batch: int) -> Candidate:
@@ -136,9 +141,13 @@ class Search:
         """
         self.progress(f"trying {len(sizes)} micro-batches")
         options = self.options
-        request = training_request(self.model, split, self.leaves, sizes, options.devices, remat)
+        request = training_request(
+            *(self.model, split, self.leaves, sizes, options.stage_devices, remat),
+            exact=options.exact,
+        )
         phased = phases_by_size(request, self.traces)
-        plan = make_plan(self.model, split, phased, sizes, options, self.timers)
+        timers = self.timers if self.timers_of is None else self.timers_of(split, phased, sizes)
+        plan = make_plan(self.model, split, phased, sizes, options, timers)
         return Candidate(plan, split, phased)
 
     def objective(self, sizes: Sequence[int], remat: Sequence[RematPolicy]) -> Objective:
@@ -148,7 +157,7 @@ class Search:
             sizes: samples in each micro-batch.
             remat: one policy per stage.
         """
-        in_flight = schedule(self.options.schedule_kind, len(self.models), len(sizes)).in_flight()
+        in_flight = self.options.order.scheduled(len(sizes)).in_flight()
         return objective_of(
             self.models,
             max(sizes),
@@ -156,6 +165,7 @@ class Search:
             in_flight=in_flight,
             times=None if self.measured is None else self.measured(max(sizes)),
             cut_at=cut_positions(self.model, self.options.cut_at),
+            exact=self.options.exact,
         )
 
     def sizes(self, batch: int, chunks: int) -> tuple[int, ...]:
@@ -171,7 +181,8 @@ class Search:
         """The first plan that fits and its micro-batches, those with least memory first."""
         chunks = self.options.chunks
         least = least_samples(self.annotated.captured, batch)
-        counts = chunk_counts(batch, len(self.models), least) if chunks is None else [chunks]
+        K = len(self.options.devices)
+        counts = chunk_counts(batch, K, least) if chunks is None else [chunks]
         for count in reversed(counts):
             sizes = self.sizes(batch, count)
             try:
@@ -191,9 +202,9 @@ class Search:
         least = least_samples(self.annotated.captured, batch)
         if batch_norms(self.annotated.captured):
             least = max(least, min(batch, NORMALISED_TOGETHER))
-        for chunks in chunk_counts(batch, len(self.models), least):
+        for chunks in chunk_counts(batch, len(self.options.devices), least):
             sizes = self.sizes(batch, chunks)
-            remat = self.options.remat or LADDER[:1] * len(self.models)
+            remat = self.options.stage_remat or LADDER[:1] * len(self.models)
             split = cut_into_stages(self.annotated, self.objective(sizes, remat))
             bounds.append((step_bound(split, sizes), chunks))
         for bound, chunks in sorted(bounds):

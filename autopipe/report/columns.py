@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from autopipe.planning.plan_data import PlanData
-    from autopipe.planning.plan_parts import StagePlan
+    from autopipe.planning.plan_parts import DeviceTotal, StagePlan
 
 Row = TypeVar("Row")
 
@@ -70,6 +70,16 @@ class StageRow:
         """The plan's entry for the stage."""
         return self.plan.stages[self.index]
 
+    @property
+    def home(self) -> int:
+        """The index of its device."""
+        return self.plan.order.homes[self.index]
+
+    @property
+    def shares_device(self) -> bool:
+        """Whether devices have several stages each."""
+        return self.plan.devices < len(self.plan.stages)
+
     def seconds(self, time: float) -> str:
         """A time, with the digits that the plan's times deserve."""
         return format_seconds(time, self.plan.digits)
@@ -95,13 +105,25 @@ def _sent_in_total(row: StageRow) -> str:
 
 
 def _memory_and_limit(row: StageRow) -> str:
-    used, limit = row.stage.memory_bytes, row.stage.limit_bytes
-    return format_bytes(used) if limit is None else f"{format_bytes(used)} of {format_bytes(limit)}"
+    if row.shares_device:  # the limit is of all stages on the device
+        return format_bytes(row.stage.memory_bytes)
+    return used_and_limit(row.plan.totals[row.home])
+
+
+def used_and_limit(total: DeviceTotal) -> str:
+    """The memory that a device needs, and its limit if there is one."""
+    used, limit = format_bytes(total.memory_bytes), total.limit_bytes
+    return used if limit is None else f"{used} of {format_bytes(limit)}"
+
+
+def _device(row: StageRow) -> str:
+    device = row.stage.planned_device
+    return f"{row.home}: {device}" if row.shares_device else device
 
 
 STAGE_COLUMNS: tuple[Column[StageRow], ...] = (
     Column("stage", lambda r: str(r.index)),
-    Column("device", lambda r: r.stage.planned_device, words=True),
+    Column("device", _device, words=True),
     Column("modules", lambda r: r.stage.modules, words=True, code=True, shown="page"),
     Column("calls", lambda r: str(r.stage.calls), shown="text"),
     Column("calls", lambda r: f"{r.stage.calls:,}", shown="page"),

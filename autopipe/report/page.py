@@ -9,6 +9,7 @@ from autopipe.formatting import format_bytes, format_seconds
 from .bars_figure import memory_bars, time_bars
 from .chunks_figure import chunks_chart
 from .graph_figure import MOST, stage_graph
+from .measured_section import measured_section
 from .page_data import CAVEAT, PageData, check, memory, times
 from .page_tables import (
     chunks_table,
@@ -23,6 +24,7 @@ from .svg import escape, tag
 from .timeline_figure import NAMES, phases, timeline
 
 if TYPE_CHECKING:
+    from autopipe.planning.measured_data import MeasuredData
     from autopipe.planning.plans import Plan
 
     from .page_data import Part
@@ -31,10 +33,14 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Content security policy: the browser runs and loads nothing, even if names contain code."""
 
 
-def page(plan: Plan) -> str:
+def page(plan: Plan, measured: MeasuredData | None = None) -> str:
     """Write a plan as a self-contained HTML document: figures, drawings, tables.
 
     Names in the plan are escaped; the page has no scripts and forbids them.
+
+    Args:
+        plan: what to draw.
+        measured: steps of this plan that were measured, to draw beside it.
 
     Raises:
         UnsupportedError: the plan's schedule cannot be simulated.
@@ -56,6 +62,7 @@ def page(plan: Plan) -> str:
         _graph(facts),
         tag("div", _times(facts), _memory(facts), class_="pair"),
         _timeline(facts),
+        "" if measured is None else measured_section(facts, measured),
         _chunks(facts),
         _tables(facts),
         _notes(plan),

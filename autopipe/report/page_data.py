@@ -47,8 +47,13 @@ class PageData:
 
     @property
     def limit_bytes(self) -> int | None:
-        """The memory limit of a stage, the largest if they differ; None: there is no limit."""
-        limits = [s.limit_bytes for s in self.plan.stages if s.limit_bytes is not None]
+        """The memory limit of a device, the largest if they differ; None: there is no limit.
+
+        Where devices have several stages, the limit is for all of these, and none is drawn.
+        """
+        if self.plan.devices < len(self.plan.stages):
+            return None
+        limits = [t.limit_bytes for t in self.plan.totals if t.limit_bytes is not None]
         return max(limits, default=None)
 
     @cached_property
@@ -184,6 +189,6 @@ def with_chunks(plan: Plan, chunks: int) -> Plan:
 
 
 def least_seconds(facts: PageData) -> float:
-    """Lower bound of the step time: the largest stage's time for the whole batch."""
+    """Lower bound of the step time: the busiest device's time for the whole batch."""
     plan = facts.plan
-    return max(s.seconds for s in plan.stages) / max(plan.sizes) * facts.batch
+    return max(plan.device_seconds) / max(plan.sizes) * facts.batch

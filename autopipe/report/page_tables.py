@@ -52,11 +52,7 @@ CROSSING_COLUMNS: tuple[Column[Crossing], ...] = (
     Column("from", lambda c: crossing_ends(c)[0], words=True),
     Column("to", lambda c: crossing_ends(c)[1], words=True),
     Column("bytes", lambda c: format_bytes(c.nbytes)),
-    Column(
-        "sent",
-        lambda c: "once a step" if c.kind == "parameter" else "each micro-batch",
-        words=True,
-    ),
+    Column("sent", lambda c: c.sent, words=True),
 )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from autopipe.errors import printable
 from autopipe.formatting import align_columns, format_bytes, format_seconds, notebook_table
 
-from .columns import STAGE_COLUMNS, columns_of, stage_rows
+from .columns import STAGE_COLUMNS, columns_of, stage_rows, used_and_limit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,10 +27,12 @@ def plan_text(plan: PlanData) -> str:
         and the notes of capture. Control characters in names are escaped: each is one line.
     """
     samples = " or ".join(str(s) for s in sorted(set(plan.sizes), reverse=True))
+    several = f" on {plan.devices} devices" if plan.devices < len(plan.stages) else ""
     lines = [
-        f"{len(plan.stages)} stages, {len(plan.sizes)} micro-batches of {samples},"
+        f"{len(plan.stages)} stages{several}, {len(plan.sizes)} micro-batches of {samples},"
         f" schedule {plan.schedule}, remat {plan.remat}",
         *_stage_lines(plan),
+        *(_device_lines(plan) if several else ()),
         *_prediction_lines(plan),
         *_crossing_lines(plan),
         *(f"advice: {advice}" for advice in plan.advice),
@@ -43,7 +45,7 @@ def plan_summary(plan: PlanData) -> str:
     """A plan in one line: ``GPT2LMHeadModel, 2 stages, 4 micro-batches, …``."""
     counts = f"{len(plan.stages)} stages, {len(plan.sizes)} micro-batches"
     step = format_seconds(plan.step_seconds, plan.digits)
-    most = format_bytes(max(s.memory_bytes for s in plan.stages))
+    most = format_bytes(max(total.memory_bytes for total in plan.totals))
     return f"{plan.model}, {counts}, predicted step {step}, at most {most} on a device"
 
 
@@ -61,6 +63,16 @@ def _stage_lines(plan: PlanData) -> list[str]:
     columns = columns_of(STAGE_COLUMNS, rows, "text")
     cells = [[c.heading for c in columns], *([c.cell(row) for c in columns] for row in rows)]
     return align_columns(cells, left=[i for i, c in enumerate(columns) if c.words])
+
+
+def _device_lines(plan: PlanData) -> list[str]:
+    """What the stages of each device need together."""
+    rows = [["device", "stages", "saves", "memory"]]
+    for d, total in enumerate(plan.totals):
+        stages = [str(k) for k, home in enumerate(plan.order.homes) if home == d]
+        saves = format_bytes(total.peak_saved_bytes)
+        rows.append([str(d), ", ".join(stages), saves, used_and_limit(total)])
+    return align_columns(rows, left=[1])
 
 
 def _prediction_lines(plan: PlanData) -> Iterator[str]:
@@ -86,5 +98,5 @@ def _crossing_lines(plan: PlanData) -> Iterator[str]:
     if crossings:
         yield "between stages:"
     for crossing in crossings:
-        once = " once a step" if crossing.kind == "parameter" else ""
+        once = f" {crossing.sent}" if crossing.kind == "parameter" else ""
         yield f"  {crossing}  {format_bytes(crossing.nbytes)}{once}"

@@ -58,15 +58,19 @@ class BoundaryTensor(Boundary):
             nbytes=sympy.Mul(*spec.full_shape) * spec.dtype.itemsize,
         )
 
-    def at(self, batch: int, lengths: Sizes = MappingProxyType({})) -> Crossing:
+    def at(
+        self, batch: int, lengths: Sizes = MappingProxyType({}), gradient: str | None = None
+    ) -> Crossing:
         """The entry of a plan for it: its size at a batch size instead of its metadata.
 
         Args:
             batch: samples.
             lengths: the value of each length.
+            gradient: see `Crossing`.
         """
         parts = {f.name: getattr(self, f.name) for f in fields(Boundary)}
-        return Crossing(**parts, nbytes=int(self.nbytes.subs({B: batch, **lengths})))
+        nbytes = int(self.nbytes.subs({B: batch, **lengths}))
+        return Crossing(**parts, nbytes=nbytes, gradient=gradient)
 
 
 @dataclass(frozen=True, repr=False)

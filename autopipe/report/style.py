@@ -34,6 +34,7 @@ dd{margin:0;font-size:24px;line-height:1.25;font-weight:600;font-variant-numeric
 dd small{display:block;font-size:12.5px;font-weight:400;color:var(--faint);line-height:1.35}
 .scroll{overflow-x:auto;max-width:100%}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+.scroll+.scroll,.scroll+.notes{margin-top:14px}
 svg{display:block;width:100%;height:auto;font:12px system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue",Arial,sans-serif}
 svg text{fill:var(--ink)}
@@ -59,6 +60,9 @@ svg .own{font-weight:600}
 .O{fill:var(--O);background:var(--O)}
 .legend .idle{background:var(--idle);box-shadow:inset 0 0 0 1px var(--rule)}
 .odd{fill-opacity:.86}
+.wait{fill:var(--A);fill-opacity:.55;background:var(--A)}
+.pause{fill:var(--A);fill-opacity:.25;stroke:var(--faint);stroke-dasharray:2 3;
+background:var(--rule)}
 svg .n{font-size:10px;fill:#fff;pointer-events:none}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 16px;margin:0 0 10px;padding:0;
 font-size:13px;color:var(--faint)}

@@ -1,4 +1,4 @@
-"""The simulated step: a row per device, a box per action, coloured by phase, with numbers."""
+"""A step, simulated or measured: a row per device, a box per action, coloured by phase."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from .page_data import pieces
 from .svg import figure, label, number, rect, tag, ticks, title
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    from autopipe.passes.schedule import Span
+    from autopipe.passes.schedule import Span, Timeline
     from autopipe.planning.plans import Plan
 
     from .page_data import PageData
 
 WIDTH, LEFT, RIGHT, TOP = 1176.0, 62.0, 26.0, 6.0
+TITLE = 24.0
+"""Height of a timeline's title."""
 DIGIT = 6.2
 """Width of a digit of a micro-batch's number."""
 EACH = 2_000
@@ -31,32 +33,74 @@ NAMES = {"F": "forward", "R": "recompute", "B": "backward", "W": "weight gradien
 
 def timeline(facts: PageData) -> str:
     """Draw the timeline; if all times are 0, its rows have no boxes."""
-    plan, line = facts.plan, facts.timeline
-    rows, K = line.spans, len(line.spans)
-    scale = (WIDTH - LEFT - RIGHT) / (line.makespan or 1.0)
-    pitch = 30.0 if K <= 16 else 16.0
-    bottom = TOP + pitch * K
+    line = facts.timeline
+    words = (
+        f"{len(line.spans)} devices over {format_seconds(line.makespan)}: "
+        f"{sum(map(len, line.spans))} actions, coloured by phase; a number is a micro-batch."
+    )
+    return drawing(facts.plan, {"": line}, "timeline", "One training step", words)
+
+
+def drawing(
+    plan: Plan, lines: Mapping[str, Timeline], name: str, heading: str, summary: str
+) -> str:
+    """Draw timelines below one another, on one scale.
+
+    Args:
+        plan: gives the phases' times, by which actions are divided.
+        lines: by title; "" for none.
+        name, heading, summary: see `figure`.
+    """
+    longest = max(line.makespan for line in lines.values())
+    scale = (WIDTH - LEFT - RIGHT) / (longest or 1.0)
+    count = sum(len(line.spans) for line in lines.values())
+    pitch = 30.0 if count <= 32 else 16.0
+    bottom = TOP + sum(pitch * len(line.spans) + TITLE * bool(at) for at, line in lines.items())
     parts = []
-    for mark in ticks(line.makespan, 8):
-        if mark <= line.makespan:
+    for mark in ticks(longest, 8):
+        if mark <= longest:
             x = LEFT + mark * scale
             parts.append(tag("path", d=f"M{number(x)} {TOP}V{number(bottom + 4)}", class_="grid"))
             parts.append(label(x, bottom + 17, format_seconds(mark), "tiny faint", "middle"))
-    each = sum(map(len, rows)) <= EACH
-    for device, row in enumerate(rows):
-        y = TOP + pitch * device
+    top = TOP
+    for words, line in lines.items():
+        if words:
+            parts.append(label(LEFT, top + TITLE - 6, words, "small strong halo"))
+            top += TITLE
+        parts += _rows(plan, line, top, pitch, scale)
+        top += pitch * len(line.spans)
+    return figure(name, heading, summary, WIDTH, bottom + 22, *parts)
+
+
+def _rows(plan: Plan, line: Timeline, top: float, pitch: float, scale: float) -> list[str]:
+    """The rows of one timeline."""
+    parts = []
+    draw = _boxes if sum(map(len, line.spans)) <= EACH else _paths
+    for device, row in enumerate(line.spans):
+        y = top + pitch * device
         parts.append(label(LEFT - 8, y + pitch / 2 + 4, f"device {device}", "small", "end"))
         parts.append(rect(LEFT, y + 1, line.makespan * scale, pitch - 2, "idle"))
-        draw = _boxes if each else _paths
         numbers = (label(LEFT + x, y + pitch / 2 + 4, m, "n", "middle")
                    for x, m in numbers_of(plan, row, scale))  # fmt: skip
-        inside = [*draw(plan, row, y + 1, pitch - 2, scale), *numbers]
-        parts.append(tag("g", *inside, class_="device", data_device=device))
-    words = (
-        f"{K} devices over {format_seconds(line.makespan)}: {sum(map(len, rows))} actions, "
-        f"coloured by phase; a number is a micro-batch."
-    )
-    return figure("timeline", "One training step", words, WIDTH, bottom + 22, *parts)
+        inside = [*draw(plan, row, y + 1, pitch - 2, scale), *_waits(row, y + 1, pitch - 2, scale)]
+        parts.append(tag("g", *inside, *numbers, class_="device", data_device=device))
+    if line.pause is not None:
+        start, end = line.pause
+        words = title(f"the caller, between the passes: {format_seconds(end - start)}")
+        width, height = (end - start) * scale, pitch * len(line.spans) - 2
+        parts.append(rect(LEFT + start * scale, top + 1, width, height, "pause", words))
+    return parts
+
+
+def _waits(row: tuple[Span, ...], y: float, height: float, scale: float) -> list[str]:
+    """The waits of a device's actions, as one path."""
+    boxes = [
+        f"M{number(LEFT + start * scale)} {number(y)}h{number((end - start) * scale)}"
+        f"v{number(height)}H{number(LEFT + start * scale)}z"
+        for span in row
+        for start, end in span.waits
+    ]
+    return [tag("path", class_="wait", d="".join(boxes))] if boxes else []
 
 
 def phases(facts: PageData) -> tuple[str, ...]:
@@ -68,12 +112,13 @@ def phases(facts: PageData) -> tuple[str, ...]:
 
 def _pieces(plan: Plan, span: Span) -> Iterator[tuple[str, float, float]]:
     """The parts of an action as (class, start, end), without gaps."""
-    start, length = span.start, span.end - span.start
+    first = span.start if span.arrived is None else span.arrived
+    start, length = first, span.end - first
     parts = pieces(plan, span.action.phase, span.action.stage)
     share = 0.0
     for i, (letter, own) in enumerate(parts):
         share += own
-        end = span.end if i == len(parts) - 1 else span.start + share * length
+        end = span.end if i == len(parts) - 1 else first + share * length
         yield letter, start, end
         start = end
 
@@ -88,6 +133,7 @@ def _boxes(plan: Plan, row: tuple[Span, ...], y: float, height: float, scale: fl
         a = span.action
         words = f"{a}: stage {a.stage}, micro-batch {a.microbatch}, {_words(a.phase)}\n"
         words += f"{format_seconds(span.start)} to {format_seconds(span.end)}"
+        words += f", {format_seconds(span.waiting)} of it waiting" if span.waiting else ""
         drawn.append(
             tag(
                 "g",

@@ -13,6 +13,8 @@ It does not use models, graphs or passes. Read in this order:
     `memory`      count the bytes of saved activations
     `failure`     report the stage, micro-batch and node of an exception
     `load`        load generated source code as Python functions
+    `recording`   when the actions of a run started, waited and ended
+    `recorded_run`  a `Run` that records them
 
 In: a `Program` (functions of generated code, with sizes, devices and strides), tensors.
 Out: results, gradients, updated buffers; or a `StageError`.

@@ -5,15 +5,16 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autopipe import interrupts
 
 from . import transfer, workers
 from .backends import backend_of
 from .failure import stage_error
+from .gradient_sums import GradientSums
 from .mailbox import AbortError, Mailbox
-from .memory import plain_parts
+from .memory import plain_parts, without_rest
 from .random import MicroBatchContext
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Run:
     Attributes:
         inputs: (value, stage, micro-batch) → a tensor from the caller that is not yet received.
         results: (value, micro-batch) → a tensor for the caller.
-        gradients: by parameter, summed over the micro-batches so far.
+        gradients: of parameters, summed over the micro-batches so far.
     """
 
     program: Program
@@ -60,14 +61,13 @@ class Run:
     caller_modes: Callable[[], EnterModes] = field(default=lambda: nullcontext)
     inputs: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     results: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
+    gradients: GradientSums = field(default_factory=GradientSums)
 
     def __post_init__(self) -> None:
         self._saved: dict[tuple[int, int], tuple[list[Tensor], SavedBytes | None]] = {}
         self._parts: dict[tuple[int, int], int] = {}
         self._workers = self.program.workers
         self._mailbox = Mailbox()
-        self._own_sums: set[str] = set()
         self._caller_storages: set[int] = set()
         self._caller_streams: dict[torch.device, Stream] = {}
         self._caller_events: list[Event] = []
@@ -96,13 +96,9 @@ class Run:
         Raises:
             StageError: a stage failed; everything saved has been dropped.
         """
-        functions = {
-            "forward": self.program.forward,
-            "backward": self.program.backward,
-            "step": self.program.step,
-        }[direction]
+        functions = self._functions(direction)
         drivers = self.program.drivers
-        self._mailbox = Mailbox()
+        self._mailbox = self._new_mailbox()
         # Workers wait for the caller's queued work, and the caller waits for the workers' work.
         self._caller_streams = {
             w.device: stream
@@ -112,7 +108,7 @@ class Run:
         self._caller_events = [s.record_event() for s in self._caller_streams.values()]
         enter = self.caller_modes() if len(drivers) > 1 else nullcontext
         tasks = [partial(self._work, f, w, enter) for f, w in zip(functions, drivers, strict=True)]
-        cores = workers.cores_per_worker([w.device for w in drivers])
+        cores = workers.cores_per_worker([w.device for w in drivers], self.program.shares_core)
         with interrupts.deferred(), interrupts.waking(self._mailbox.abort):
             try:
                 workers.run_workers(tasks, self._mailbox.abort, cores)
@@ -127,6 +123,17 @@ class Run:
                 interrupts.raise_deferred()
         if self._caller_streams:
             self._join_caller_streams()
+
+    def _functions(self, direction: str) -> Sequence[Callable[[Any], None]]:
+        """What each driver runs in a direction."""
+        return {
+            "forward": self.program.forward,
+            "backward": self.program.backward,
+            "step": self.program.step,
+        }[direction]
+
+    def _new_mailbox(self) -> Mailbox:
+        return Mailbox()
 
     def _work(
         self,
@@ -150,7 +157,7 @@ class Run:
         for worker in self._workers:
             if worker.compute is not None:
                 self._caller_streams[worker.device].wait_stream(worker.compute)
-        for tensor in (*self.results.values(), *self.gradients.values()):
+        for tensor in (*self.results.values(), *self.gradients):
             stream = self._caller_streams.get(tensor.device)
             if stream is not None:
                 backend_of(tensor.device).record_use(tensor, stream)
@@ -188,7 +195,7 @@ class Run:
             self.seed,
             self.program.draws[size][stage],
             m,
-            lambda i, gradient: self.accumulate(parameters[i], gradient),
+            lambda i, gradient: self.accumulate(parameters[i], stage, gradient),
             self.program.symbols[size],
         )
 
@@ -238,7 +245,16 @@ class Run:
             m: the micro-batch.
             tensor: the value.
         """
+        if not self.program.trains and len(self.program.sizes) > 1:
+            tensor = without_rest(tensor, self._is_kept_anyway)
         self.results[value, m] = tensor
+
+    def _is_kept_anyway(self, address: int) -> bool:
+        """Whether the storage at an address is the caller's or the model's."""
+        held = (x for tensors in self.state_tensors for t in tensors for x in plain_parts(t))
+        return address in self._caller_storages or any(
+            address == x.untyped_storage().data_ptr() for x in held
+        )
 
     def _moved(self, tensor: Tensor, source: int, to: int) -> transfer.SentTensor:
         return transfer.send(tensor, self._workers[source], self._workers[to])
@@ -266,13 +282,6 @@ class Run:
         tensors, _ = self._saved.pop((stage, m), ([], None))
         return tensors
 
-    def accumulate(self, parameter: str, gradient: Tensor) -> None:
+    def accumulate(self, parameter: str, stage: int, gradient: Tensor) -> None:
         """Add a micro-batch's gradient; called in the order of micro-batches."""
-        total = self.gradients.get(parameter)
-        if total is None:
-            self.gradients[parameter] = gradient
-        elif parameter in self._own_sums:
-            total.add_(gradient)
-        else:  # the first gradient may have other owners: add out of place, once
-            self.gradients[parameter] = total + gradient
-            self._own_sums.add(parameter)
+        self.gradients.add(parameter, stage, gradient)

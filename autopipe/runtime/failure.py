@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 NODE = re.compile(r"^\s+(\w+)(?::\s*\".*?\")? = ")
 """A line of generated code that computes a node; group 1: its name."""
 
-STAGE_FUNCTION = re.compile(r"^(forward|backward)_(\d+)$")
-"""Name of the generated function that runs one micro-batch at one stage; group 2: the stage."""
+STAGE_FUNCTION = re.compile(r"^(?:forward|recompute|gradients|weights|backward)_(\d+)$")
+"""Name of the generated function that runs one micro-batch at one stage; group 1: the stage."""
 
 SOURCE = re.compile(r"\s+# File: (.+?:\d+) in ")
 """The comment above generated lines that names the line of the model that they come from."""
@@ -49,7 +49,7 @@ def stage_error(error: Exception, filename: str, direction: str) -> Exception:
         if code.co_filename == filename:
             function = STAGE_FUNCTION.match(code.co_name)
             if function:
-                stage = int(function.group(2))
+                stage = int(function.group(1))
                 microbatch = frame.tb_frame.f_locals.get("m")
             elif stage is not None:
                 phase = code.co_name.split("_")[0]

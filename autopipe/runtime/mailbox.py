@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Key = tuple[str, int, int]
 """(value, receiving stage, micro-batch)."""
+
+Queue = tuple[str, int]
+"""(value, receiving stage)."""
 
 
 def queue_capacity(source: int, to: int) -> int:
@@ -36,12 +41,18 @@ class Mailbox:
     A sender reserves a slot before it copies the tensor, so no more tensors than the capacity are
     on the receiver's device. A stage reads the messages of a queue in the order in which they are
     sent, so any capacity of at least 1 is free of deadlocks.
+
+    Nothing is locked unless somebody waits. A queue has one sender and one receiver, and each
+    counts for itself. Who waits says so, and then looks again; who changes something first changes
+    it, and then looks for those who wait. So one of the two sees the other.
     """
 
     def __init__(self) -> None:
         self._messages: dict[Key, Any] = {}
-        self._reserved: Counter[tuple[str, int]] = Counter()  # slots in use, by queue
+        self._reserved: dict[Queue, int] = {}  # slots so far, by queue: written by its sender
+        self._freed: dict[Queue, int] = {}  # likewise: written by its receiver
         self._changed = threading.Condition()
+        self._waiting = 0
         self._aborted = False
 
     def reserve(self, key: Key, capacity: int) -> None:
@@ -55,12 +66,10 @@ class Mailbox:
             AbortError: `abort` was called, before or meanwhile.
         """
         queue = key[:2]
-        with self._changed:
-            while self._reserved[queue] >= capacity and not self._aborted:
-                self._changed.wait()
-            if self._aborted:
-                raise AbortError
-            self._reserved[queue] += 1
+        taken = self._reserved.get(queue, 0)
+        if self._aborted or taken - self._freed.get(queue, 0) >= capacity:
+            self._wait(lambda: taken - self._freed.get(queue, 0) < capacity)
+        self._reserved[queue] = taken + 1
 
     def put(self, key: Key, message: Any) -> None:
         """Store a message for which a slot was reserved.
@@ -68,11 +77,11 @@ class Mailbox:
         Raises:
             AbortError: `abort` was called.
         """
-        with self._changed:
-            if self._aborted:
-                raise AbortError
-            self._messages[key] = message
-            self._changed.notify_all()
+        self._messages[key] = message
+        if self._aborted:  # perhaps since the messages were dropped
+            self._messages.clear()
+            raise AbortError
+        self._wake()
 
     def take(self, key: Key) -> Any:
         """Wait for a message, remove it and free its slot.
@@ -80,19 +89,41 @@ class Mailbox:
         Raises:
             AbortError: `abort` was called, before or meanwhile.
         """
+        if self._aborted or key not in self._messages:
+            self._wait(lambda: key in self._messages)
+        message = self._messages.pop(key, self)
+        if message is self:  # dropped by `abort` just now
+            raise AbortError
+        queue = key[:2]
+        self._freed[queue] = self._freed.get(queue, 0) + 1
+        self._wake()
+        return message
+
+    def _wait(self, is_over: Callable[[], bool]) -> None:
+        """Wait until a condition holds.
+
+        Raises:
+            AbortError: `abort` was called, before or meanwhile.
+        """
         with self._changed:
-            while key not in self._messages and not self._aborted:
-                self._changed.wait()
-            if self._aborted:
-                raise AbortError
-            self._reserved[key[:2]] -= 1
-            message = self._messages.pop(key)
-            self._changed.notify_all()
-            return message
+            self._waiting += 1
+            try:
+                while not is_over() and not self._aborted:
+                    self._changed.wait()
+            finally:
+                self._waiting -= 1
+        if self._aborted:
+            raise AbortError
+
+    def _wake(self) -> None:
+        """Let those who wait look again."""
+        if self._waiting:
+            with self._changed:
+                self._changed.notify_all()
 
     def abort(self) -> None:
         """Drop all messages and wake all workers; every later call raises `AbortError`."""
+        self._aborted = True
+        self._messages.clear()
         with self._changed:
-            self._aborted = True
-            self._messages.clear()
             self._changed.notify_all()

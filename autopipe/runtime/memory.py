@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -38,6 +39,25 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
+def without_rest(tensor: Tensor, is_kept_anyway: Callable[[int], bool]) -> Tensor:
+    """A tensor that keeps no more memory alive than it needs.
+
+    Args:
+        tensor: that is kept for long.
+        is_kept_anyway: from the address of a storage, whether it is kept by others too.
+
+    Returns:
+        A copy if the tensor is a part of a larger one that nothing else keeps; else the tensor.
+    """
+    parts = plain_parts(tensor)
+    if not (len(parts) == 1 and parts[0] is tensor):
+        return tensor
+    storage = tensor.untyped_storage()
+    if storage.nbytes() <= tensor.nbytes or is_kept_anyway(storage.data_ptr()):
+        return tensor
+    return tensor.clone()
+
+
 class SavedBytes:
     """Bytes that count for as long as this object lives.
 
@@ -51,9 +71,16 @@ class SavedBytes:
         self.nbytes = nbytes
 
 
+class _Counted(weakref.ref[SavedBytes]):
+    """Refers to bytes that count, and remembers how many after they are gone."""
+
+    __slots__ = ("nbytes",)
+    nbytes: int
+
+
 @dataclass
 class StageMemory:
-    """Bytes of saved activations at one stage.
+    """Bytes of saved activations at one stage, or on one device.
 
     Attributes:
         peak: the largest value of `now` since `SavedBytesCounter.reset`.
@@ -62,39 +89,64 @@ class StageMemory:
 
     peak: int = 0
     per_microbatch: dict[int, int] = field(default_factory=dict)
-    _saved: list[weakref.ref[SavedBytes]] = field(default_factory=list, repr=False)
+    _saved: set[_Counted] = field(default_factory=set, repr=False)
+    _total: int = field(default=0, repr=False)  # of `_saved`
+    _gone: deque[_Counted] = field(default_factory=deque, repr=False)  # those no longer saved
 
     @property
     def now(self) -> int:
         """Bytes saved at this moment."""
-        return sum(s.nbytes for ref in self._saved if (s := ref()) is not None)
+        return self._total - sum(ref.nbytes for ref in self._gone.copy())
 
     def add(self, saved: SavedBytes) -> None:
         """Count bytes, and forget those that are no longer saved."""
-        self._saved = [*(ref for ref in self._saved if ref() is not None), weakref.ref(saved)]
-        self.peak = max(self.peak, self.now)
+        while self._gone:
+            ref = self._gone.popleft()
+            self._total -= ref.nbytes
+            self._saved.discard(ref)
+        # What is called when `saved` is freed is no Python code: see `SavedBytes`.
+        ref = _Counted(saved, self._gone.append)
+        ref.nbytes = saved.nbytes
+        self._saved.add(ref)
+        self._total += ref.nbytes
+        self.peak = max(self.peak, self._total)
 
 
 class SavedBytesCounter:
     """``pipe.memory``: the counters of a pipeline.
 
     Args:
-        stages: their number.
+        homes: for each stage the index of its device.
 
     Attributes:
         stages: a `StageMemory` for each stage.
+        devices: a `StageMemory` for each device: of all its stages at the same time.
     """
 
-    def __init__(self, stages: int) -> None:
-        self.stages = [StageMemory() for _ in range(stages)]
+    homes: tuple[int, ...] = ()
+
+    def __init__(self, homes: Sequence[int]) -> None:
+        self.place(homes)
         self._lock = threading.Lock()
         # Of one micro-batch, by program, and by stage, size and part.
         self._nbytes: WeakKeyDictionary[Any, dict[tuple[int, int, int], int]] = WeakKeyDictionary()
 
+    def place(self, homes: Sequence[int]) -> None:
+        """Say where stages are; counts start anew if they were elsewhere.
+
+        Args:
+            homes: for each stage the index of its device.
+        """
+        if self.homes == tuple(homes):
+            return
+        self.homes = tuple(homes)
+        self.stages = [StageMemory() for _ in homes]
+        self.devices = [StageMemory() for _ in set(homes)]
+
     def reset(self) -> None:
         """Reset the peaks to the bytes saved now."""
-        for stage in self.stages:
-            stage.peak = stage.now
+        for part in (*self.stages, *self.devices):
+            part.peak = part.now
 
     def add(
         self,
@@ -140,4 +192,5 @@ class SavedBytesCounter:
             if part == 0:
                 self.stages[stage].per_microbatch[size] = saved_bytes.nbytes
             self.stages[stage].add(saved_bytes)
+            self.devices[self.homes[stage]].add(saved_bytes)
         return saved_bytes

@@ -29,6 +29,7 @@ class Program:
         filename: the name under which `linecache` has the source.
         symbols: per micro-batch size, the values of the symbolic sizes in the code, in its order.
         queues: (value, receiving stage) → messages that may be in transit at once.
+        shares_core: whether CPU workers are faster on one core: see `cores_per_worker`.
     """
 
     forward: tuple[Callable[[Any], None], ...]
@@ -42,6 +43,7 @@ class Program:
     filename: str
     symbols: Mapping[int, tuple[int, ...]]
     queues: Mapping[tuple[str, int], int]
+    shares_core: bool = False
 
     @property
     def trains(self) -> bool:

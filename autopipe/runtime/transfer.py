@@ -60,7 +60,11 @@ def send(tensor: Tensor, source: WorkerDevice, target: WorkerDevice) -> SentTens
     Returns:
         The tensor on the target's device; its copy may not have finished.
     """
+    if source is target:  # two stages of one worker: one after the other on its stream
+        return SentTensor(tensor, None)
     if source.compute is None:
+        if tensor.device == target.device:
+            return SentTensor(tensor, None)  # `Tensor.to` would let another thread have the GIL
         moved = tensor.to(target.device, non_blocking=True)
         if target.compute is None:
             return SentTensor(moved, None)
@@ -113,7 +117,7 @@ def fetch_from_caller(
         The tensor on the worker's device, safe to read on its compute stream.
     """
     if worker.compute is None:
-        return tensor.to(worker.device)
+        return tensor if tensor.device == worker.device else tensor.to(worker.device)
     if tensor.device == worker.device:
         worker.backend.record_use(tensor, worker.compute)
         return tensor

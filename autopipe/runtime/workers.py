@@ -7,6 +7,7 @@ caller's thread.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from contextlib import ExitStack, contextmanager, suppress
@@ -122,11 +123,18 @@ def _plain_execution() -> Iterator[None]:
         yield
 
 
-def cores_per_worker(devices: Sequence[torch.device]) -> list[set[int]] | None:
+def cores_per_worker(
+    devices: Sequence[torch.device], shared: bool = False
+) -> list[set[int]] | None:
     """Assign separate cores to each CPU worker, so that no two share one while another is idle.
+
+    Each operator releases the interpreter's lock. Where operators are so small that workers mostly
+    wait for that lock, handing it to a thread on another core takes longer than they do.
 
     Args:
         devices: one per worker.
+        shared: whether operators are that small: all workers get the caller's core, which is idle
+            while they work.
 
     Returns:
         `torch.get_num_threads()` cores for each worker. None, which lets the operating system
@@ -139,6 +147,15 @@ def cores_per_worker(devices: Sequence[torch.device]) -> list[set[int]] | None:
         return None
     available = sorted(os.sched_getaffinity(0))
     count = torch.get_num_threads()
+    if shared and count <= len(available):
+        first = available.index(core) if (core := _current_core()) in available else 0
+        return [set((available[first:] + available[:first])[:count])] * len(devices)
     if count * len(devices) > len(available):
         return None
     return [set(available[i * count : (i + 1) * count]) for i in range(len(devices))]
+
+
+def _current_core() -> int:
+    """The core that the calling thread runs on; -1 where the system does not tell."""
+    find = getattr(ctypes.CDLL(None), "sched_getcpu", None)
+    return -1 if find is None else int(find())

@@ -25,7 +25,6 @@ from autopipe.passes._torch import CheckpointFunction
 from autopipe.passes.capture import preserve_buffers, restore_values, take_apart
 from autopipe.passes.graph import is_random, source_line
 from autopipe.passes.loss_seeds import has_loss
-from autopipe.passes.schedule import DEFAULT_KIND
 from autopipe.runtime.executor import Run
 from autopipe.verification.deterministic import MicroBatchNorm, NoRandomness
 from autopipe.verification.locate import locate_gradient, locate_value
@@ -39,6 +38,9 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+SLACK = {"eager": 1.0, "inductor": 10.0}
+"""By backend: what the tolerance by dtype is multiplied by. Fused kernels round at other places."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -50,6 +52,7 @@ class Verification:
             in `Pipeline.captured`.
         source: the model's line of `node`.
         notes: how both runs differ from an ordinary step.
+        backend: what ran the pipeline's phases: "eager" or "inductor".
     """
 
     differences: tuple[Difference, ...]
@@ -57,6 +60,7 @@ class Verification:
     node: str | None
     source: str | None
     notes: tuple[str, ...]
+    backend: str = "eager"
 
     @property
     def ok(self) -> bool:
@@ -122,9 +126,12 @@ def compare(pipe: ComparedPipeline, inputs: CallInputs, tolerance: float | None)
     leaves, spec = inputs.leaves, inputs.spec
     captured = pipe.programs.program_for(inputs, asked=True)[0].split.captured
     notes = []
+    backend = pipe.programs.options.backend
+    if backend != "eager":
+        notes.append(f"the pipeline ran with backend={backend!r}, the model eagerly")
     if pipe.programs.options.starts_early and pipe.model.training and not has_loss(captured):
-        notes.append(f"the model returns no loss: the pipeline ran with schedule={DEFAULT_KIND!r}")
-        pipe = pipe.fresh(schedule=DEFAULT_KIND)
+        notes.append("the model returns no loss: the pipeline ran all forwards first")
+        pipe = pipe.fresh(schedule=pipe.programs.options.order.forwards_first())
     with ExitStack() as stack:
         if any(map(is_random, captured.graph_module.graph.nodes)):
             notes.append("randomness was disabled in both runs: dropout drops nothing")
@@ -158,7 +165,7 @@ def compare(pipe: ComparedPipeline, inputs: CallInputs, tolerance: float | None)
             found = StepSnapshot.of(
                 pipe.model, partial(_run_recording_sends, pipe, observed), leaves, spec
             )
-        differences = tuple(expected.against(found, tolerance))
+        differences = tuple(expected.against(found, tolerance, SLACK[backend]))
         place = None
         if not all(d.ok for d in differences):
             home = _gather_model(pipe)
@@ -166,9 +173,9 @@ def compare(pipe: ComparedPipeline, inputs: CallInputs, tolerance: float | None)
             place = locate_value(compiled, sizes, leaves, observed, modules)
             place = place or locate_gradient(compiled, [d.name for d in differences if not d.ok])
     if place is None:
-        return Verification(differences, None, None, None, tuple(notes))
+        return Verification(differences, None, None, None, tuple(notes), backend)
     stage, node = place
-    return Verification(differences, stage, node.name, source_line(node), tuple(notes))
+    return Verification(differences, stage, node.name, source_line(node), tuple(notes), backend)
 
 
 def _gather_model(pipe: ComparedPipeline) -> torch.device:

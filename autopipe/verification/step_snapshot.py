@@ -44,6 +44,23 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class _Allowed:
+    """The difference that counts as rounding.
+
+    Attributes:
+        given: for every dtype; None: by dtype.
+        slack: factor of the tolerance by dtype.
+    """
+
+    given: float | None
+    slack: float
+
+    def of(self, dtype: torch.dtype) -> float:
+        """The tolerance for a dtype."""
+        return TOLERANCE.get(dtype, 0.0) * self.slack if self.given is None else self.given
+
+
+@dataclass(frozen=True)
 class StepSnapshot:
     """Outputs, gradients and buffers after one training step, by name."""
 
@@ -92,16 +109,20 @@ class StepSnapshot:
             {n: b.clone() for n, b in model.named_buffers()},
         )
 
-    def against(self, found: StepSnapshot, tolerance: float | None) -> Iterator[Difference]:
+    def against(
+        self, found: StepSnapshot, tolerance: float | None, slack: float = 1.0
+    ) -> Iterator[Difference]:
         """Compare this step, the model's, with the pipeline's.
 
         Args:
             found: the pipeline's step.
             tolerance: see `Difference`; None: by dtype.
+            slack: factor of the tolerance by dtype.
         """
+        allowed = _Allowed(tolerance, slack)
         for name, value in found.outputs.items():
             if name in self.outputs:
-                yield _difference("output", name, self.outputs[name], value, tolerance)
+                yield _difference("output", name, self.outputs[name], value, allowed)
         scale = max((_scale(g) for g in self.gradients.values() if g is not None), default=0.0)
         for name, expected in self.gradients.items():
             value_or_none = found.gradients.get(name)
@@ -110,9 +131,9 @@ class StepSnapshot:
             zero = next(g for g in (expected, value_or_none) if g is not None) * 0
             a = zero if expected is None else expected
             b = zero if value_or_none is None else value_or_none
-            yield _difference("gradient", name, a, b, tolerance, scale)
+            yield _difference("gradient", name, a, b, allowed, scale)
         for name, value in found.buffers.items():
-            yield _difference("buffer", name, self.buffers[name], value, tolerance)
+            yield _difference("buffer", name, self.buffers[name], value, allowed)
 
 
 def _named(result: Any) -> list[tuple[str, Any]]:
@@ -136,10 +157,10 @@ def _difference(
     name: str,
     expected: Tensor,
     found: Tensor,
-    tolerance: float | None,
+    tolerance: _Allowed,
     scale: float | None = None,
 ) -> Difference:
-    allowed = tolerance if tolerance is not None else TOLERANCE.get(expected.dtype, 0.0)
+    allowed = tolerance.of(expected.dtype)
     if expected.shape != found.shape:
         return Difference(kind, name, float("inf"), _scale(expected), allowed)
     found = found.to(expected.device)

@@ -40,6 +40,7 @@ from __future__ import annotations
 
 from .buffer_state import preserve_buffers, restore_values
 from .containers import Parts, is_cache, take_apart
+from .failures import missing_target
 from .flat_module import TARGET
 from .frontends import FRONTENDS, Frontend, UserModel, argument_names, as_module, is_model
 from .model import capture
@@ -61,6 +62,7 @@ __all__ = [
     "is_cache",
     "is_model",
     "leaf_names",
+    "missing_target",
     "preserve_buffers",
     "restore_values",
     "take_apart",

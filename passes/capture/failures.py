@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from autopipe.errors import OptionError, describe
 from autopipe.passes.python_state import AVOIDING_OPTIONS
 
 NOT_CAPTURED = "under `if not torch.compiler.is_compiling():` it runs in the model itself only"
@@ -120,3 +121,16 @@ def reason_for(exception: str, code: str) -> Reason:
         exception, code: as for `Reason.fits`.
     """
     return next((r for r in REASONS if r.fits(exception, code)), OTHER)
+
+
+def missing_target(error: Exception) -> OptionError:
+    """The error of a step whose loss function fails for want of a target.
+
+    Args:
+        error: what the loss function raised.
+    """
+    return OptionError(
+        "loss_fn failed, and step was called without a target",
+        found=describe(error),
+        remedy="pass the target by name: pipe.step(x, target=y)",
+    )

@@ -32,6 +32,7 @@ from .argument_changes import describe_changes, entries
 from .buffer_assignment import is_assigned_buffer, write_in_place
 from .buffer_state import preserve_buffers
 from .containers import is_cache, kinds_in, take_apart
+from .failures import missing_target
 from .passed_numbers import PassedNumbers
 
 if TYPE_CHECKING:
@@ -213,7 +214,13 @@ class FlatModel(nn.Module):
         if TARGET not in kwargs:
             return self.model(*args, **kwargs)
         own = {name: value for name, value in kwargs.items() if name != TARGET}
-        return self._loss_fn.value(self.model(*args, **own), kwargs[TARGET])
+        output = self.model(*args, **own)
+        try:
+            return self._loss_fn.value(output, kwargs[TARGET])
+        except (TypeError, AttributeError) as error:
+            if kwargs[TARGET] is None:
+                raise missing_target(error) from error
+            raise
 
     def _flatten_result(self, out: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a result; its other leaves are stored in `result`."""

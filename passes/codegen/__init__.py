@@ -23,6 +23,8 @@ Read the files in this order:
     `program`         the whole program: what each device does
     `stage_calls`     what a stage receives, sends and keeps
     `stage_ops`       one stage's ops as a function
+    `parted_functions`  the same in parts, for another compiler
+    `loose_draws`     draws that wait for no computed value, for these
     `source_forms`    forms of expressions
     `source_rules`    the statements that a program may hold
 """
@@ -32,7 +34,7 @@ from __future__ import annotations
 from .generated import Generated
 from .program import HEADER, codegen
 from .source_rules import check_source
-from .stage_calls import stage_messages
+from .stage_calls import stage_messages, verb
 from .stage_ops import stage_function
 
 __all__ = [
@@ -42,4 +44,5 @@ __all__ = [
     "codegen",
     "stage_function",
     "stage_messages",
+    "verb",
 ]

@@ -11,6 +11,7 @@ from autopipe.passes.ir import B, phase_functions
 from autopipe.passes.schedule import Action
 
 from .generated import Generated
+from .parted_functions import parted_function
 from .stage_calls import stage_calls, verb
 from .stage_ops import stage_function
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from autopipe.passes.ir import Groups, Phased
+    from autopipe.passes.ir import GraphPart, Groups, Phased
     from autopipe.passes.schedule import Scheduled
 
 HEADER = '''\
@@ -37,6 +38,8 @@ def codegen(
     phased: Mapping[int, Phased],
     sizes: Sequence[int],
     devices: Sequence[torch.device],
+    *,
+    parted: bool = False,
 ) -> Generated:
     """Write the program of one training step (or of inference).
 
@@ -45,6 +48,7 @@ def codegen(
         phased: the stages cut into phases, by micro-batch size.
         sizes: samples in each micro-batch.
         devices: one per stage.
+        parted: whether functions consist of parts that another compiler may compile.
 
     Raises:
         UnsupportedError: an op, or one of its arguments, has no expression in Python.
@@ -58,7 +62,8 @@ def codegen(
     batch = ", ".join("B" if B in phased[s].symbols else str(s) for s in sizes)
     title = f"{scheduled.kind}: {scheduled.stages} stages, micro-batches of {batch}"
     parts = [HEADER.format(title=quoted(title)[1:-1])]
-    computes, functions = _stage_functions(groups, phased, sizes, devices)
+    compilable: list[GraphPart] | None = [] if parted else None
+    computes, functions = _stage_functions(groups, phased, sizes, devices, compilable)
     parts += functions
     for stage in first.stages:
         used = {letters for (k, _), row in groups.items() if k == stage.index for letters in row}
@@ -75,7 +80,7 @@ def codegen(
                 programs[direction].append(name)
                 parts.append("\n    ".join([f"def {name}(run):", *calls]) + "\n")
     functions_of = {direction: tuple(names) for direction, names in programs.items()}
-    result = Generated("\n\n".join(parts), **functions_of)
+    result = Generated("\n\n".join(parts), **functions_of, parts=tuple(compilable or ()))
     result.verify()
     return result
 
@@ -125,8 +130,13 @@ def _stage_functions(
     phased: Mapping[int, Phased],
     sizes: Sequence[int],
     devices: Sequence[torch.device],
+    parts: list[GraphPart] | None,
 ) -> tuple[dict[Action, str], list[str]]:
     """Write what stages compute; identical stages share their functions.
+
+    Args:
+        groups, phased, sizes, devices: as in `codegen`.
+        parts: gets the parts that functions consist of; None: functions have no parts.
 
     Returns:
         The function of each action; the text of each function.
@@ -148,7 +158,13 @@ def _stage_functions(
                     for letters, key, function in zip(row, keys, functions, strict=True):
                         if key not in written:
                             written[key] = name = _unused(f"{letters}_{k}_{labels[size]}", names)
-                            texts.append(stage_function(stage, function, device, name, cut.symbols))
+                            if parts is None:
+                                text = stage_function(stage, function, device, name, cut.symbols)
+                                texts.append(text)
+                            else:
+                                found = parted_function(stage, function, device, name, cut.symbols)
+                                texts += found[0]
+                                parts += found[1]
                 for m in chunks:
                     if groups[k, m] == row:
                         calls = zip(row, keys, strict=True)

@@ -45,7 +45,7 @@ ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Div, ast.Po
 
 HEADS = re.compile(
     r"def (?:"
-    r"(?P<ops>[FRBW]{1,3}_\d+_(?:b\d+|B\d*)(?:_\d+)?)\(ctx, args\)|"
+    r"(?P<ops>[FRBW]{1,3}_\d+_(?:b\d+|B\d*)(?:_\d+)?(?:_part_\d+)?)\(ctx, args\)|"
     r"(?P<stage>(?:forward|recompute|gradients|weights|backward)_\d+)\(run, m, compute\)|"
     r"(?P<device>device_\d+_(?:forward|backward|step))\(run\)"
     r"):",

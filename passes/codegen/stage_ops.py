@@ -43,7 +43,7 @@ FRAME = re.compile(r'File "(.+)", line (\d+), in (.+)')
 """A frame in a stack trace; the next line is the model's code."""
 
 
-class _Line(NamedTuple):
+class OpLine(NamedTuple):
     """A line of the function: a value and how it is computed.
 
     Attributes:
@@ -90,30 +90,49 @@ def stage_function(
     env = {n: names.create(label_of.get(n, n.name)) for n in function.arguments}
     parameters = list(env.values())
     env[ctx] = "ctx"
-    writer = _Writer(env, stage.device, device)
+    writer = OpWriter(env, stage.device, device)
     computed = set(function.nodes)
     lines = []
     for node in (*(n for n in function.gradients if n not in computed), *function.nodes):
         if node in computed:
             text, reads = writer.call(node), writer.reads(node)
             env[node] = names.create(node.name)
-            lines.append(_Line(env[node], text, reads, node))
+            lines.append(OpLine(env[node], text, reads, node))
         for i in function.gradients.get(node, ()):  # at once, so that only the sum stays alive
             text = f"ctx.accumulate({i}, {env[node]})"
             lines.append(
-                _Line(names.create("accumulate"), text, ("ctx", env[node]), node, typed=False)
+                OpLine(names.create("accumulate"), text, ("ctx", env[node]), node, typed=False)
             )
     returned = [env[v] if isinstance(v, fx.Node) else literal(v) for v in function.results]
+    return function_text(name, symbols if writer.uses_sizes else (), parameters, lines, returned)
+
+
+def function_text(
+    name: str,
+    symbols: Sequence[sympy.Symbol],
+    parameters: Sequence[str],
+    lines: Sequence[OpLine],
+    returned: Sequence[str],
+) -> str:
+    """Write a function ``name(ctx, args)``, which empties `args`.
+
+    Args:
+        name: of the function.
+        symbols: those that it reads from ``ctx.sizes``.
+        parameters: names of what is in `args`.
+        lines: its body.
+        returned: expressions of its results.
+    """
     head = [f"def {name}(ctx, args):"]
-    if writer.uses_sizes:
-        head.append(f"    {_wrapped([*map(str, symbols)])} = ctx.sizes")
+    if symbols:
+        head.append(f"    {wrapped([*map(str, symbols)])} = ctx.sizes")
     if parameters:
-        head += [f"    {_wrapped(parameters)} = args", "    args.clear()"]
-    body = [*head, *_written(lines, returned), f"    return [{', '.join(returned)}]"]
+        head += [f"    {wrapped(parameters)} = args", "    args.clear()"]
+    body = [*head, *written_lines(lines, returned), f"    return [{', '.join(returned)}]"]
     return "\n".join(body) + "\n"
 
 
-class _Writer:
+class OpWriter:
     """Writes nodes as expressions.
 
     Args:
@@ -192,8 +211,13 @@ class _Writer:
         return None
 
 
-def _written(lines: Sequence[_Line], returned: Sequence[str]) -> Iterator[str]:
-    """Write the lines: each value is freed in the line that reads it last."""
+def written_lines(lines: Sequence[OpLine], returned: Sequence[str]) -> Iterator[str]:
+    """Write the lines: each value is freed in the line that reads it last.
+
+    Args:
+        lines: of the function.
+        returned: names of values that are never freed.
+    """
     last: dict[str, int] = {n: len(lines) for n in returned}
     freed: list[list[str]] = [[] for _ in lines]
     for i in range(len(lines) - 1, -1, -1):
@@ -213,7 +237,7 @@ def _written(lines: Sequence[_Line], returned: Sequence[str]) -> Iterator[str]:
         yield f"    {line.name}{_annotation(line)} = {line.text}{end}"
 
 
-def _annotation(line: _Line) -> str:
+def _annotation(line: OpLine) -> str:
     """Dtype and shape of a tensor, as an annotation: ``: "f32[2, 4]"``."""
     value = line.node.meta.get("val")
     if not line.typed or not isinstance(value, Tensor):
@@ -239,7 +263,8 @@ def _comment(node: fx.Node) -> str:
     return ""
 
 
-def _wrapped(parameters: Sequence[str]) -> str:
+def wrapped(parameters: Sequence[str]) -> str:
+    """Write names to which a list is assigned, on several lines if they are many."""
     if sum(map(len, parameters)) + 2 * len(parameters) < 80:
         return ", ".join(parameters) + ("," if len(parameters) == 1 else "")
     return "(\n        " + ",\n        ".join(parameters) + ",\n    )"

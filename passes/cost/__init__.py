@@ -24,14 +24,15 @@ from __future__ import annotations
 from .at_lengths import costed_at, stage_costs
 from .meta_run import BoundCall, operand_values, tensor_leaves, tensor_operands, work_key
 from .node_costs import CallSeconds, annotate, call_seconds, recomputed_calls
-from .peak_memory import peak_saved_bytes, stage_peak_bytes
+from .peak_memory import PeakBytes, peak_bytes, peak_saved_bytes
 from .phase_memory import StageBytes, stage_bytes
-from .phase_time import PhaseSeconds, phase_seconds
+from .phase_time import PhaseSeconds, mean_op_seconds, phase_seconds, recomputes
 from .stage_cost import StageCost, cost_of_stage
 
 __all__ = [
     "BoundCall",
     "CallSeconds",
+    "PeakBytes",
     "PhaseSeconds",
     "StageBytes",
     "StageCost",
@@ -39,13 +40,15 @@ __all__ = [
     "call_seconds",
     "cost_of_stage",
     "costed_at",
+    "mean_op_seconds",
     "operand_values",
+    "peak_bytes",
     "peak_saved_bytes",
     "phase_seconds",
     "recomputed_calls",
+    "recomputes",
     "stage_bytes",
     "stage_costs",
-    "stage_peak_bytes",
     "tensor_leaves",
     "tensor_operands",
     "work_key",

@@ -1,25 +1,40 @@
 """Compute the peak bytes that the micro-batches of one training step occupy at each stage.
 
 While F runs, a micro-batch occupies what F needs; after it, what F saved; while its backward runs,
-what that needs; then nothing, or, if W runs later, what is kept for it. A message from another
-stage occupies memory from the time when it is sent until the stage uses it. Only the earliest
-arrival of a message is known, so the runtime's queues are counted as full. The caller's inputs
-count as the caller's memory until they are used.
+what that needs; then nothing, or, if W runs later, what is kept for it. If R runs as an action of
+its own, its results are kept for B. A message from another stage occupies memory from the time when
+it is sent until the stage uses it. Only the earliest arrival of a message is known, so the
+runtime's queues are counted as full. The caller's inputs count as the caller's memory until they
+are used. Where several stages have a part of a parameter's gradient, the parts are added at its
+owner after the last action, when nothing is saved any more.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from autopipe.passes.ir import CALLER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from autopipe.passes.ir import Route
     from autopipe.passes.schedule import Action, Span, Timeline
 
     from .phase_memory import StageBytes
+
+
+class PeakBytes(NamedTuple):
+    """Peaks of one step.
+
+    Attributes:
+        stages: of each stage by itself.
+        devices: of each device, for all of its stages at the same time.
+    """
+
+    stages: tuple[int, ...]
+    devices: tuple[int, ...]
 
 
 class _Waiting(NamedTuple):
@@ -37,47 +52,77 @@ class _Waiting(NamedTuple):
     earliest: float
 
 
-def stage_peak_bytes(
+def peak_bytes(
     line: Timeline,
     stages: int,
     sizes: Sequence[int],
     nbytes: Mapping[tuple[int, int], StageBytes],
     routes: Mapping[str, Route],
     capacity: Callable[[int, int], int],
-) -> tuple[int, ...]:
-    """Return the peak bytes of each stage.
+) -> PeakBytes:
+    """Return the peak bytes of each stage and of each device.
 
     Args:
-        line: a simulated step in which each micro-batch's backward at a stage is one action, or
-            two: RB and W. Only the order of the actions matters, and whether gradients arrive while
-            the stage still has forwards to run.
-        stages: K.
+        line: a simulated step. Only the order of the actions matters, and whether gradients arrive
+            while the stage still has forwards to run.
+        stages: their number.
         sizes: samples of each micro-batch.
         nbytes: by stage and micro-batch size.
         routes: of the values between stages.
         capacity: (from, to) → how many messages of one kind the runtime queues.
-
-    Returns:
-        K sizes in bytes.
     """
     actions: list[list[Span]] = [[] for _ in range(stages)]
     for row in line.spans:
         for span in row:
             actions[span.action.stage].append(span)
     first = [
-        min((s.end for s in own if s.action.phase != "F"), default=float("inf")) for own in actions
+        min((s.end for s in own if "B" in s.action.phase), default=float("inf")) for own in actions
     ]
     ordered = sorted(routes.values(), key=lambda route: route.source)
     activations = [route for route in ordered if route.kind == "activation"]
-    return tuple(
-        _peak(
-            actions[k],
-            sizes,
-            {size: nbytes[k, size] for size in set(sizes)},
-            _waiting(k, nbytes[k, max(sizes)], routes, activations, capacity, first),
-        )
+    waiting = [
+        _waiting(k, nbytes[k, max(sizes)], routes, activations, capacity, first)
         for k in range(stages)
+    ]
+    of_micro_batch = {
+        (k, m): nbytes[k, size] for k in range(stages) for m, size in enumerate(sizes)
+    }
+    chunks = len(sizes)
+    sums = [nbytes[k, max(sizes)].sums for k in range(stages)]
+    return PeakBytes(
+        tuple(
+            max(_peak(own, chunks, of_micro_batch, waiting), _adding({k}, sums, routes, chunks))
+            for k, own in enumerate(actions)
+        ),
+        tuple(
+            max(
+                _peak(row, chunks, of_micro_batch, waiting),
+                _adding({span.action.stage for span in row}, sums, routes, chunks),
+            )
+            for row in line.spans
+        ),
     )
+
+
+def _adding(
+    stages: Collection[int],
+    sums: Sequence[Mapping[str, int]],
+    routes: Mapping[str, Route],
+    chunks: int,
+) -> int:
+    """The peak at some stages while parts of gradients are added, one parameter after another.
+
+    A part of another stage's arrives, and with a single micro-batch the total is a new tensor: its
+    gradient is not added to in place.
+    """
+    more = [
+        sums[k][r.name] * ((k not in stages) + (chunks == 1))
+        for r in routes.values()
+        if r.kind == "parameter" and r.source in stages
+        for k in r.consumers
+        if r.name in sums[k]
+    ]
+    return sum(sum(sums[k].values()) for k in stages) + max(more) if more else 0
 
 
 def _waiting(
@@ -110,54 +155,75 @@ def _waiting(
 
 def _peak(
     actions: Sequence[Span],
-    sizes: Sequence[int],
-    nbytes: Mapping[int, StageBytes],
-    waiting: Sequence[_Waiting],
+    chunks: int,
+    nbytes: Mapping[tuple[int, int], StageBytes],
+    waiting: Sequence[Sequence[_Waiting]],
 ) -> int:
-    peak = saved = 0
-    left = {True: len(sizes), False: len(sizes)}
+    """The peak while actions run, of one stage or of all stages of a device."""
+    stages = sorted({span.action.stage for span in actions})
+    held = _Held(nbytes)
+    peak = 0
+    left = {(k, forward): chunks for k in stages for forward in (True, False)}
     for span in actions:
-        phase = span.action.phase
-        forward = phase == "F"
-        own = nbytes[sizes[span.action.microbatch]]
-        if forward or "B" in phase:
-            left[forward] -= 1
-        if forward:
-            now, before, after = own.forward, 0, own.saved
-        elif phase == "W":
-            now, before, after = own.weights, own.kept, 0
-        elif "W" not in phase:
-            now, before, after = own.gradients, own.saved, own.kept
-        else:
-            now, before, after = own.backward, own.saved, 0
-            if left[False] == len(sizes) - 1:
-                now = own.first_backward
-        saved -= before
+        k, phase = span.action.stage, span.action.phase
+        if phase == "F" or "B" in phase:
+            left[k, phase == "F"] -= 1
+        first = "B" in phase and left[k, False] == chunks - 1
+        running = held.while_running(span.action, first=first)
         pending = sum(
-            kind.nbytes * min(kind.capacity, left[kind.forward])
-            for kind in waiting
-            if kind.forward or not forward or kind.earliest < span.end
+            kind.nbytes * min(kind.capacity, left[stage, kind.forward])
+            for stage in stages
+            for kind in waiting[stage]
+            if kind.forward or phase != "F" or kind.earliest < span.end
         )
-        peak = max(peak, pending + saved + now)
-        saved += after
+        peak = max(peak, pending + running)
     return peak
 
 
-def peak_saved_bytes(actions: Iterable[Action], nbytes: Sequence[StageBytes]) -> int:
-    """Return the most bytes that a stage's micro-batches save at once between their phases.
+def peak_saved_bytes(
+    actions: Iterable[Action], nbytes: Mapping[tuple[int, int], StageBytes]
+) -> int:
+    """Return the most bytes that micro-batches save at once between their phases.
 
     Args:
-        actions: of the stage, in order.
-        nbytes: for each micro-batch.
+        actions: of one stage, or of all stages of a device, in order.
+        nbytes: by stage and micro-batch.
     """
-    now = peak = 0
+    held = _Held(nbytes)
+    peak = 0
     for action in actions:
-        own, phase = nbytes[action.microbatch], action.phase
-        if phase == "F":
-            now += own.saved
-        elif "B" in phase:
-            now += (0 if "W" in phase else own.kept) - own.saved
-        elif phase == "W":
-            now -= own.kept
-        peak = max(peak, now)
+        held.while_running(action, first=False)
+        peak = max(peak, held.total)
     return peak
+
+
+class _Held:
+    """What is saved between the phases of micro-batches; all actions are told to it in order."""
+
+    def __init__(self, nbytes: Mapping[tuple[int, int], StageBytes]) -> None:
+        self.total = 0
+        self._nbytes = nbytes
+        self._of: Counter[tuple[int, int]] = Counter()
+
+    def while_running(self, action: Action, *, first: bool) -> int:
+        """Return the peak bytes while an action runs; `total` is then what is saved after it.
+
+        `first` tells the first backward of a stage.
+        """
+        at = action.stage, action.microbatch
+        own, phase = self._nbytes[at], action.phase
+        if phase == "F":
+            running, after = own.forward, own.saved
+        elif phase == "R":
+            running, after = own.recompute, own.recomputed
+        elif phase == "W":
+            running, after = own.weights, 0
+        elif "W" not in phase:
+            running, after = own.gradients, own.kept
+        else:
+            running, after = own.first_backward if first else own.backward, 0
+        self.total -= self._of[at]
+        peak = self.total + running
+        self._of[at] = after
+        self.total += after
+        return peak

@@ -7,6 +7,7 @@ time. Workspaces inside a kernel are unknown.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx
@@ -37,6 +38,9 @@ class StageBytes(NamedTuple):
         gradients: as `backward`, while R and B run, where W runs later.
         kept: what is saved from then on for W.
         weights: peak while W runs.
+        recompute: peak while R runs as an action of its own.
+        recomputed: what is then saved for B and W.
+        sums: size of the sum of each parameter gradient that the stage adds up, by the parameter.
     """
 
     saved: int
@@ -48,25 +52,26 @@ class StageBytes(NamedTuple):
     gradients: int = 0
     kept: int = 0
     weights: int = 0
+    recompute: int = 0
+    recomputed: int = 0
+    sums: Mapping[str, int] = MappingProxyType({})
 
 
 def stage_bytes(stage: StagePhases) -> StageBytes:
     """Compute what one micro-batch occupies at a traced stage."""
-    saved, forward, first_backward, backward, received, tangents, *delayed = _stage_bytes(stage)
-    return StageBytes(
-        saved,
-        forward,
-        first_backward,
-        backward,
-        dict(zip(stage.receives, received, strict=True)),
-        dict(zip(stage.tangents, tangents, strict=True)),
-        *delayed,
+    found, received, tangents, sums = _stage_bytes(stage)
+    return found._replace(
+        received=dict(zip(stage.receives, received, strict=True)),
+        tangents=dict(zip(stage.tangents, tangents, strict=True)),
+        sums=dict(zip(stage.own_grads, sums, strict=True)),
     )
 
 
 @cache_per_graph
-def _stage_bytes(stage: StagePhases) -> tuple[Any, ...]:
-    """`StageBytes` without names, since identical stages share a graph but not their names."""
+def _stage_bytes(stage: StagePhases) -> tuple[StageBytes, list[int], list[int], list[int]]:
+    """`StageBytes` without the fields by name; the sizes that belong in `received`, `tangents` and
+    `sums`. (Identical stages share a graph, but not their names.)
+    """
     _, *placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
     state, rest = placeholders[: len(stage.state)], placeholders[len(stage.state) :]
     received, tangents = rest[: len(stage.receives)], rest[len(stage.receives) :]
@@ -81,16 +86,26 @@ def _stage_bytes(stage: StagePhases) -> tuple[Any, ...]:
     sums = sum(_sizes([n for n in own if isinstance(n, fx.Node)], ignored).values())
     _, gradients, weights = phase_functions(stage, ("F", "RB", "W"))
     kept = gradients.results[len(sent) :]
+    _, recompute, _ = phase_functions(stage, ("F", "R", "BW"))
+    arriving = [*saved, *tangents]
+    found = StageBytes(
+        saved=_total(saved, ignored),
+        forward=_peak(forward, received, forward_results, ignored),
+        first_backward=_peak(backward, arriving, [*sent, *own], ignored),
+        backward=sums + _peak(backward, arriving, sent, ignored, set(own)),
+        received={},
+        tangents={},
+        gradients=sums + _peak(gradients.nodes, arriving, gradients.results, ignored, set(own)),
+        kept=_total(kept, ignored),
+        weights=sums + _peak(weights.nodes, kept, [], ignored, set(own)),
+        recompute=sums + _peak(recompute.nodes, saved, recompute.results, ignored),
+        recomputed=_total(recompute.results, ignored),
+    )
     return (
-        _total(saved, ignored),
-        _peak(forward, received, forward_results, ignored),
-        _peak(backward, [*saved, *tangents], [*sent, *own], ignored),
-        sums + _peak(backward, [*saved, *tangents], sent, ignored, set(own)),
+        found,
         [_total([node], ignored) for node in received],
         [_total([node], ignored) for node in tangents],
-        sums + _peak(gradients.nodes, [*saved, *tangents], gradients.results, ignored, set(own)),
-        _total(kept, ignored),
-        sums + _peak(weights.nodes, kept, [], ignored, set(own)),
+        [_total([n] if isinstance(n, fx.Node) else [], ignored) for n in own],
     )
 
 

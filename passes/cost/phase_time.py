@@ -14,17 +14,18 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autopipe.passes._torch import flop_registry
-from autopipe.passes.graph import cache_per_graph
+from autopipe.passes.graph import cache_per_graph, memory_owner
 from autopipe.passes.ir import PHASES
 
 from .op_counter import distinct_bytes, touches_memory, work_kind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from autopipe.passes.devices import Device
     from autopipe.passes.ir import StagePhases
@@ -68,6 +69,21 @@ def phase_seconds(stage: StagePhases, device: Device) -> PhaseSeconds:
     return PhaseSeconds(*(sums[phase] for phase in PHASES))
 
 
+def mean_op_seconds(stages: Iterable[StagePhases], device: Device) -> float:
+    """Estimate what an op of traced stages takes on a device, on average; 0 without any op."""
+    works = [_phase_work(stage) for stage in stages]
+    count = sum(sum(work.values()) for work in works)
+    seconds = sum(n * device.seconds(*one) for work in works for (_, one), n in work.items())
+    return seconds / count if count else 0.0
+
+
+@cache_per_graph
+def recomputes(stage: StagePhases) -> bool:
+    """Whether R of a traced stage computes anything; views and sizes cost nothing."""
+    again = (n for n in stage.graph.nodes if stage.phase_of.get(n.name) == "R")
+    return any(isinstance(n.meta.get("val"), Tensor) and memory_owner(n) is n for n in again)
+
+
 @cache_per_graph
 def _phase_work(stage: StagePhases) -> Counter[tuple[str, CallWork]]:
     """Count how often each phase does the same work."""
@@ -103,4 +119,6 @@ def _work(node: fx.Node) -> CallWork | None:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
+    """The tensors in a value; the bytes of sparse ones are unknown."""
+    leaves = (x for x in pytree.tree_leaves(value) if isinstance(x, Tensor))
+    return [x for x in leaves if x.layout is torch.strided]

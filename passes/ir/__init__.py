@@ -20,12 +20,14 @@ Read the files in this order:
     `split`     Split, StageGraph, Route
     `phased`    Phased, StagePhases
     `phase_groups`  what functions of a stage take and return, where phases run in groups
+    `graph_part`    GraphPart: ops of such a function for another compiler
 """
 
 from __future__ import annotations
 
 from .captured import NOTHING_READ, ZERO, Annotated, Captured, GradFlow, NodeCost, PythonReads
 from .combine import MEAN, REDUCTIONS, SAME, SUM, Combine, Concatenate
+from .graph_part import GraphPart
 from .phase_groups import Groups, PhaseFunction, phase_functions
 from .phased import PHASES, Phased, RandomDraw, StagePhases
 from .split import CALLER, Route, Split, StageEstimates, StageGraph
@@ -64,6 +66,7 @@ __all__ = [
     "Combine",
     "Concatenate",
     "GradFlow",
+    "GraphPart",
     "Groups",
     "Input",
     "InputKind",

@@ -165,6 +165,14 @@ class Captured:
         """Return the position that the node at `position` had when the graph was captured."""
         return self.original_positions[position] if self.original_positions else position
 
+    def call_index(self, position: int) -> int:
+        """Return which call of the captured graph the node at `position` is, from 0 on.
+
+        Random draws are keyed by it: it stays the same if a loss with inputs of its own is captured
+        with the model.
+        """
+        return self.original_position(position) - len(self.inputs)
+
     def tensor_of(self, model: nn.Module, item: Input) -> Tensor:
         """Return the parameter, buffer or constant of `model` that a placeholder stands for."""
         if item.kind is InputKind.CONSTANT:

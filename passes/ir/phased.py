@@ -30,7 +30,7 @@ class RandomDraw(NamedTuple):
     """The key of a random draw, apart from the step's seed and the index of the micro-batch.
 
     Attributes:
-        call: position of the random op, in the stage graph or in the captured graph.
+        call: of the random op: its position in the stage graph, or `Captured.call_index`.
         nth: which of that op's draws it is.
         shared: whether all micro-batches draw the same numbers, because the op does not depend on
             the batch.
@@ -55,15 +55,22 @@ class StagePhases:
         F_{index}_b{size}(ctx, [*state, *receives]) -> [*returns, *updates, *saved]
         RBW_{index}_b{size}(ctx, [*state, *saved, *tangents]) -> [*sent_grads]
 
+    Where the stage waits for its tangents, R runs before they arrive::
+
+        R_{index}_b{size}(ctx, [*state, *saved]) -> [*kept]
+        BW_{index}_b{size}(ctx, [*state, *kept, *tangents]) -> [*sent_grads]
+
     A backward passes the gradients in `own_grads` to ``ctx.accumulate(position, gradient)``. For
     ``mse_loss(c(relu(b(tanh(a(x))))), y)`` with linear layers a, b, c, a layer per stage,
     micro-batches of 4 and ``remat="full"`` (a stage saves what it received)::
 
         F_0_b4(ctx, [p_a_weight, p_a_bias, x]) -> [tanh, x]
-        RBW_0_b4(ctx, [p_a_weight, p_a_bias, x, grad_tanh]) -> []
+        R_0_b4(ctx, [p_a_weight, p_a_bias, x]) -> [x, tanh_1]
+        BW_0_b4(ctx, [p_a_weight, p_a_bias, x, tanh_1, grad_tanh]) -> []
 
         F_1_b4(ctx, [p_b_weight, p_b_bias, tanh]) -> [relu, tanh]
-        RBW_1_b4(ctx, [p_b_weight, p_b_bias, tanh, grad_relu]) -> [mm]
+        R_1_b4(ctx, [p_b_weight, p_b_bias, tanh]) -> [tanh, relu_1, t_2]
+        BW_1_b4(ctx, [p_b_weight, p_b_bias, tanh, relu_1, t_2, grad_relu]) -> [mm]
 
         F_2_b4(ctx, [p_c_weight, p_c_bias, y, relu]) -> [mse_loss, relu, y]
         RBW_2_b4(ctx, [p_c_weight, p_c_bias, relu, y, grad_mse_loss]) -> [mm]
@@ -82,8 +89,10 @@ class StagePhases:
         tangents: values whose gradients arrive with every micro-batch.
         returns: values that the stage sends to other stages or to the caller.
         updates: buffers that the forward changes.
-        own_grads: parameters whose gradients the stage computes.
-        sent_grads: received values and copies whose gradients it sends back.
+        own_grads: parameters whose gradients the stage sums; unless sums are exact, also its copies
+            of shared parameters.
+        sent_grads: received values whose gradients it sends back; if sums are exact, also its
+            copies.
         draws: the key of each random draw; `call` is the position in the captured graph.
         device: the device that it was traced for.
         conditions: on the symbols of symbolic sizes, under which it holds; () if there are none.

@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 
 def cut_joint(
-    stage: StageGraph, joint: JointGraph, policy: RematPolicy, device: torch.device
+    stage: StageGraph,
+    joint: JointGraph,
+    policy: RematPolicy,
+    device: torch.device,
+    *,
+    exact: bool = True,
 ) -> StagePhases:
     """Cut one joint graph into F, R, B and W by reachability.
 
@@ -43,6 +48,8 @@ def cut_joint(
         joint: its joint graph.
         policy: chooses what F saves.
         device: the device that it was traced for.
+        exact: whether the stage sends the gradients of its copies of shared parameters to their
+            owners with every micro-batch; False: it sums them itself.
 
     Returns:
         The cut stage, without names of tangents. In its draws, `call` is still a position in the
@@ -70,7 +77,8 @@ def cut_joint(
     rewriter = JointRewriter(forward, backward, saved)
     rewriter.write_placeholders([ctx, *state], received, tangents, written)
     graph = rewriter.write_calls(joint.graph, results[:forward_results], results[forward_results:])
-    own_grads = tuple(names[i] for i in joint.grads if i < len(stage.held))
+    summed = len(stage.held) if exact else count
+    own_grads = tuple(names[i] for i in joint.grads if i < summed)
     awaited = _ancestors(results_of(graph)[forward_results + len(own_grads) :])
     return StagePhases(
         index=stage.index,
@@ -84,7 +92,7 @@ def cut_joint(
         returns=stage.returns,
         updates=tuple(names[i] for i in joint.updates),
         own_grads=own_grads,
-        sent_grads=tuple(names[i] for i in joint.grads if i >= len(stage.held)),
+        sent_grads=tuple(names[i] for i in joint.grads if i >= summed),
         draws=joint.draws,
         device=device,
         conditions=joint.conditions,

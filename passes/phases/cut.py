@@ -62,7 +62,7 @@ def cut_phases(
     gradients = {n: (known[n][0].contiguous(sizes), known[n][1]) for n in differentiated}
     stages: list[StagePhases] = []
     for stage, device in reversed(list(zip(split.stages, request.devices, strict=True))):
-        arriving = _tangents(split, stage, gradients)
+        arriving = _tangents(split, stage, gradients, exact=request.exact)
         tangents = [(kind, i, _arrived(gradients[n], device, sizes)) for kind, i, n in arriving]
         core = _cut_stage(
             request, stage, inputs[stage.index], tangents, sizes, cache, shared, progress
@@ -182,7 +182,7 @@ def _cut_stage(
         *(tuple(inputs), tuple(tangents)),
         *(device.type, request.grad, _autocast(device)),
     )
-    cuts = cache.stages.setdefault((key, policy), [])
+    cuts = cache.stages.setdefault((key, policy, request.exact), [])
     cut = first_that_holds(cuts, sizes)
     if cut is None:
         joints = cache.joints.setdefault(key, [])
@@ -196,7 +196,7 @@ def _cut_stage(
                 shared=shared,
             )
             joints.append(joint)
-        cut = cut_joint(stage, joint, policy, device)
+        cut = cut_joint(stage, joint, policy, device, exact=request.exact)
         cuts.append(cut)
     return cut
 
@@ -213,9 +213,11 @@ def _autocast(device: torch.device) -> Hashable:
 
 
 def _tangents(
-    split: Split, stage: StageGraph, arriving: Mapping[str, Any]
+    split: Split, stage: StageGraph, arriving: Mapping[str, Any], *, exact: bool
 ) -> list[tuple[str, int, str]]:
     """The gradients that `stage` receives: of its results, and of values that later stages use too.
+
+    Unless sums are `exact`, later stages keep their part of a shared parameter's gradient.
 
     Returns:
         For each: "return" or "input", the position of its value among these, the value's name.
@@ -226,7 +228,7 @@ def _tangents(
         if route is None or name not in arriving:
             continue
         last = route.holders[-1] == stage.index
-        if not last or route.output is not None:
+        if route.output is not None if last else exact or route.kind != "parameter":
             result.append(("input", i, name))
     return result
 
@@ -247,6 +249,6 @@ def _with_names_of(
         own_grads=tuple(rename[n] for n in core.own_grads),
         sent_grads=tuple(rename[n] for n in core.sent_grads),
         draws=tuple(
-            d._replace(call=captured.original_position(stage.origins[d.call])) for d in core.draws
+            d._replace(call=captured.call_index(stage.origins[d.call])) for d in core.draws
         ),
     )

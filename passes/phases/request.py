@@ -36,12 +36,15 @@ class PhaseRequest:
     Attributes:
         split: the stages.
         metadata: by micro-batch size, the metadata of every placeholder of the captured graph.
-        lengths: the call's values of the names of lengths.
         devices: one per stage; kernels are chosen for them.
         remat: one policy per stage.
         grad: False for inference: only the forward, traced under no_grad.
         differentiated: names of the outputs that will receive a gradient. Those that are not
             differentiable are ignored; if none remains, all differentiable outputs count.
+        lengths: the call's values of the names of lengths.
+        exact: whether the gradient of a parameter that several stages share goes from stage to
+            stage with every micro-batch, and is summed as in the whole graph. False: each stage
+            sums that of its own copy.
     """
 
     split: Split
@@ -51,6 +54,7 @@ class PhaseRequest:
     grad: bool
     differentiated: frozenset[str]
     lengths: Sizes = field(default_factory=dict)
+    exact: bool = True
 
     def symbols(self, size: int) -> tuple[sympy.Symbol, ...]:
         """The symbols in the metadata for this micro-batch size, `B` first."""

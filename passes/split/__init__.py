@@ -31,6 +31,7 @@ from .allowed_cuts import CutAt
 from .cut import split
 from .follow_cut import EarlierCut
 from .objective import Objective, objective_of
+from .op_costs import OpCosts
 from .replay_plan import PlannedCut, planned_cut_of
 from .stage_estimate import estimate_stages
 from .stage_modules import modules_by_stage
@@ -39,6 +40,7 @@ __all__ = [
     "CutAt",
     "EarlierCut",
     "Objective",
+    "OpCosts",
     "PlannedCut",
     "estimate_stages",
     "modules_by_stage",

@@ -111,7 +111,8 @@ def _check_enough(groups: OpGroups) -> None:
         expected=f"at least {stages} groups of ops that can be in different stages",
         found=f"{len(costs.ops)} ops, {max(0, found - 1)} positions to cut at"
         + f"; none at {', '.join(map(shown, useless))}" * bool(useless),
-        remedy="use fewer devices" + ", or allow cuts at more modules" * restricted,
+        remedy="use fewer devices, or fewer stages on each"
+        + ", or allow cuts at more modules" * restricted,
     )
 
 

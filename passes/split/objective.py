@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autopipe.errors import OptionError
 from autopipe.passes.devices import ADAM_BYTES, Device
@@ -38,6 +38,8 @@ class Objective:
         corrections: by stage and policy, bytes to add to the estimate of a stage's memory, where a
             trace showed that it is too low (negative: too high).
         cut_at: where stages may start.
+        exact: whether a shared parameter's gradient is sent back with every micro-batch; False:
+            once a step.
 
     Raises:
         OptionError: a value out of range, or not one for each stage.
@@ -52,6 +54,7 @@ class Objective:
     times: Mapping[str, CallSeconds] | None = None
     corrections: Mapping[tuple[int, RematPolicy], int] = field(default_factory=dict)
     cut_at: CutAt = ANYWHERE
+    exact: bool = True
 
     def __post_init__(self) -> None:
         K = len(self.devices)
@@ -108,6 +111,7 @@ def objective_of(
     in_flight: Sequence[int] | None = None,
     times: Mapping[str, CallSeconds] | None = None,
     cut_at: CutAt = ANYWHERE,
+    exact: bool = True,
 ) -> Objective:
     """The objective without limits.
 
@@ -118,6 +122,7 @@ def objective_of(
         in_flight: micro-batches per stage; None: 1.
         times: measured times of ops by name; None: those of the devices' models.
         cut_at: where stages may start.
+        exact: see `Objective`.
 
     Raises:
         OptionError: a value out of range, or not one for each stage.
@@ -127,7 +132,8 @@ def objective_of(
     counts = (1,) * K if in_flight is None else tuple(in_flight)
     limits = (None,) * K
     devices = tuple(devices)
-    return Objective(batch, devices, policies, counts, limits, times=times, cut_at=cut_at)
+    more: dict[str, Any] = {"times": times, "cut_at": cut_at, "exact": exact}
+    return Objective(batch, devices, policies, counts, limits, **more)
 
 
 def _are_policies(value: object) -> bool:

@@ -6,15 +6,17 @@ Both estimates of a stage are sums of these: the cost tables for the exact cut o
 Time of a stage: forward and backward of its ops, what its policy recomputes, and the transfers over
 its left boundary: each value that it receives, and the gradient that it sends back for it. (The
 sender is not charged.) A parameter that an earlier stage owns arrives once a step, which is not
-counted, but its gradient is sent back with every micro-batch. Inputs of the model are not counted.
+counted, but its gradient is sent back with every micro-batch; if sums need not be `exact`, once a
+step, too. Inputs of the model are not counted.
 
 Memory of a stage, an estimate for the search (tracing the stage gives the true figure):
 
 - a parameter, and if it is trained its gradient and optimizer state, in the first stage that uses
   it; its value and gradient in each other stage that uses it; buffers and constants in each stage
   that uses them;
-- gradients of a shared parameter that are queued in its first stage to be summed (a parameter
-  counts as shared if its first and last use are farther apart than a stage is long);
+- gradients of a shared parameter that are queued in its first stage to be summed, if they are sent
+  with every micro-batch (a parameter counts as shared if its first and last use are farther apart
+  than a stage is long);
 - for one micro-batch, everything that autograd would save, whether the policy saves or recomputes
   it: the backward needs it all;
 - for each further micro-batch in flight, what the policy saves;
@@ -57,7 +59,8 @@ class IncomingValue:
     Attributes:
         nbytes: its size.
         sent: whether another stage sends it with every micro-batch.
-        has_gradient: whether a gradient is sent back with every micro-batch.
+        has_gradient: whether it gets a gradient.
+        returned: whether the gradient is sent back with every micro-batch.
         read_by_backward: whether some backward reads it.
         is_state: whether it is a parameter, buffer or constant, which the stage has a copy of.
     """
@@ -65,12 +68,13 @@ class IncomingValue:
     nbytes: int
     sent: bool
     has_gradient: bool
+    returned: bool
     read_by_backward: bool
     is_state: bool
 
     def seconds(self, link: Link) -> float:
         """Time of a micro-batch's transfers."""
-        return (self.sent + self.has_gradient) * link.seconds(self.nbytes)
+        return (self.sent + self.returned) * link.seconds(self.nbytes)
 
     def memory(self, policy: RematPolicy, in_flight: int) -> int:
         """Bytes that the stage needs for it: copies, saved micro-batches, or the state's gradient.
@@ -203,10 +207,12 @@ class OpCosts:
         if node not in self._incoming:
             item = self.inputs.get(node.name)
             is_state = item is not None and item.kind is not InputKind.INPUT
+            has_gradient = self.gets_gradient(node) if item is None else is_trained(item)
             self._incoming[node] = IncomingValue(
                 nbytes=self.nbytes(node),
                 sent=item is None,
-                has_gradient=self.gets_gradient(node) if item is None else is_trained(item),
+                has_gradient=has_gradient,
+                returned=has_gradient and (item is None or self.objective.exact),
                 read_by_backward=node in self.read_by_backward,
                 is_state=is_state,
             )
@@ -226,7 +232,7 @@ class OpCosts:
         size = self.at_batch(item.spec.nbytes)
         state = self.at_batch(item.spec.numel) * self.objective.state_bytes
         own = size + (size + state if is_trained(item) else 0)
-        if node not in self.shared_parameters:
+        if not self.objective.exact or node not in self.shared_parameters:
             return own
         # Each other stage has a queued gradient; while one is added, there are two sums.
         return own + self.nbytes(node) * (min(in_flight, self.objective.stages) + 2)

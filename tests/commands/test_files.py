@@ -37,7 +37,7 @@ def test_pages_and_traces_are_written(
     if command == "report":
         assert re.search(r"^<!DOCTYPE html>\n<html lang=\"en\">.*</html>\n$", text, re.DOTALL)
     else:
-        assert len([e for e in json.loads(text)["traceEvents"] if e["ph"] == "X"]) == 18
+        assert len([e for e in json.loads(text)["traceEvents"] if e["ph"] == "X"]) == 24
 
 
 @pytest.mark.parametrize("command", ["report", "trace"])

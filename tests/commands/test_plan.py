@@ -95,7 +95,11 @@ WRONG = {
     "a device": (planning("models.py:with_args", "--devices", "tpu0"), "no such device"),
     "an index": (planning("models.py:with_args", "--devices", "998,999"), "no GPU with this index"),
     "remat": (planning("models.py:with_args", "--remat", "some"), "unknown remat"),
-    "schedule": (planning("models.py:with_args", "--schedule", "zb-v"), "does not execute"),
+    "schedule": (planning("models.py:with_args", "--schedule", "fifo"), "unknown schedule"),
+    "stages per device": (
+        planning("models.py:with_args", "--virtual-stages", "2"),
+        "virtual_stages",
+    ),
     "memory": (planning("models.py:with_args", "--memory", "much"), "16GiB"),
     "device": (planning("models.py:with_args", "--device", "tpu"), "no such device"),
     "output": (planning("models.py:with_args", "-o", "none/plan.json"), "cannot be written"),

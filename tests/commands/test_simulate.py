@@ -35,6 +35,8 @@ def test_simulate_prints_the_chart_and_the_figures(capsys: pytest.CaptureFixture
         ("gpipe --early-recompute", {"early_recompute": True}),
         ("interleaved --virtual-stages 3", {"virtual_stages": 3}),
         ("zb-v --weight 1", {"weight": 1.0}),
+        ("v-half --weight 1", {"weight": 1.0}),
+        ("v-min --weight 1 --early-recompute", {"weight": 1.0, "early_recompute": True}),
     ],
 )
 def test_what_other_schedules_are_told(

@@ -22,6 +22,7 @@ from autopipe.passes.driver import (
 )
 from autopipe.passes.phases import TraceCache
 from autopipe.passes.remat_policies import LADDER
+from autopipe.passes.schedule import schedule_for
 from autopipe.tensor_meta import training_request
 from tests.support.phased import Layers
 from tests.support.programs import CPU, objective_for
@@ -42,7 +43,7 @@ def test_from_a_model_to_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         phased,
         [3, 3],
         [CPU, CPU],
-        kind="gpipe",
+        order=schedule_for("gpipe", 2),
         early_backward=True,
         least_queue=lambda source, to: 2,
         progress=steps.append,

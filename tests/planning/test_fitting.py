@@ -23,7 +23,7 @@ from autopipe.planning.fitting import (
     missing_bytes,
     refine_policies,
 )
-from autopipe.planning.plan_parts import StagePlan, Times
+from autopipe.planning.plan_parts import DeviceTotal, StagePlan, Times
 from tests.support.plans import made_plan
 
 pytestmark = pytest.mark.few(4)
@@ -64,7 +64,8 @@ class Cut:
             stage(s, p, self.nbytes(k, p), self.seconds(k, p))
             for k, (s, p) in enumerate(zip(self.base.stages, remat, strict=True))
         )
-        plan = replace(self.base, stages=stages)
+        totals = tuple(DeviceTotal(0, s.memory_bytes, LIMIT) for s in stages)
+        plan = replace(self.base, stages=stages, totals=totals)
         return Candidate(plan, None, {})  # type: ignore[arg-type]
 
 

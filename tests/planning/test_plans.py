@@ -80,27 +80,27 @@ def test_what_is_saved_is_read_back(plan: Plan, path: Path) -> None:
 
 def test_the_file_is_plain_json_with_a_version(plan: Plan, path: Path) -> None:
     data = json.loads(path.read_text())
-    assert (data["format"], data["version"]) == ("autopipe plan", 4)
+    assert (data["format"], data["version"]) == ("autopipe plan", 6)
     assert [s["first"] for s in data["plan"]["stages"]][1:] == list(plan.starts)
 
 
-VERSION_4 = {
-    "plan": "model training whole graph schedule chunks sizes stages crossings begins repeated"
-    " bound_seconds cut_seconds gather_seconds notes",
+VERSION_6 = {
+    "plan": "model training whole graph schedule actions devices chunks sizes stages totals"
+    " crossings begins repeated bound_seconds cut_seconds gather_seconds notes",
     "stage": "first modules calls device speeds remat parameters flops times parameter_bytes"
     " gradient_bytes optimizer_bytes buffer_bytes lent_bytes activation_bytes saved_bytes in_flight"
     " peak_saved_bytes peak_bytes limit_bytes",
     "times": "forward recompute backward weight receive give_back",
-    "crossing": "name kind looks source targets returned nbytes",
+    "crossing": "name kind looks source targets returned nbytes gradient",
 }
 
 
-def test_the_keys_of_version_4(path: Path) -> None:
+def test_the_keys_of_version_6(path: Path) -> None:
     """Fields may be renamed; the keys and their order in files may not."""
     plan = json.loads(path.read_text())["plan"]
     parts = {"plan": plan, "stage": plan["stages"][0], "crossing": plan["crossings"][0]}
     parts["times"] = parts["stage"]["times"][0]
-    assert {name: " ".join(part) for name, part in parts.items()} == VERSION_4
+    assert {name: " ".join(part) for name, part in parts.items()} == VERSION_6
 
 
 def test_it_says_what_the_stages_are(plan: Plan) -> None:
@@ -251,11 +251,11 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "a pickle": (lambda t: pickle.dumps(print), "not a plan"),
     "no text": (lambda t: b"\xff\xfe\x00", "not a plan"),
     "Python": (lambda t: "__import__('os').system('true')", "JSON"),
-    "another thing": (lambda t: "[1, 2]", "version 4"),
-    "a later version": (edited(lambda d: d.update(version=5)), "version 4"),
-    "a version in words": (edited(lambda d: d.update(version="4")), "version 4"),
+    "another thing": (lambda t: "[1, 2]", "version 5"),
+    "a later version": (edited(lambda d: d.update(version=6)), "version 5"),
+    "a version in words": (edited(lambda d: d.update(version="5")), "version 5"),
     "true for one": (edited(lambda d: d.update(version=True)), "version"),
-    "not a number": (lambda t: t.replace('"version": 4', '"version": NaN'), "finite"),
+    "not a number": (lambda t: t.replace('"version": 6', '"version": NaN'), "finite"),
     "nested": (lambda t: "[" * 100_000, "JSON"),
     "no chunks": (in_plan(chunks=0), "disagree"),
     "a name twice": (lambda t: t.replace('"model"', '"model": "a", "model"', 1), "once"),
@@ -280,7 +280,10 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
         edited(lambda d: d["plan"].update(whole=True, chunks=2, **one_size(d["plan"]))),
         "whole batch",
     ),
-    "several stages on a device": (in_plan(schedule="zb-v"), "several stages"),
+    "several stages on a device": (in_plan(schedule="zb-v"), "3 stages on 3 devices"),
+    "more devices than stages": (in_plan(devices=4), "more devices"),
+    "no devices": (in_plan(devices=0), "more devices"),
+    "a total too few": (in_plan(totals=[]), "totals"),
     "no end of time": (
         lambda t: t.replace('"forward": ', '"forward": 1e999, "x": '),
         "x",

@@ -51,7 +51,7 @@ def test_times_are_those_of_the_work() -> None:
     """Independent truth: the same products, timed here by hand."""
     model, x = Sized(), torch.randn(256, 64)
     (stage,) = phased_of(split_of(model, 1, x), model, 256, ((x,), {}), remat="none").stages
-    (clock,) = measured_timers([CPU], [CPU_CORE])
+    (clock,) = measured_timers([CPU], [CPU], [CPU_CORE])
     found = clock.seconds(stage, 3)
     again = clock.seconds(stage, 3)
     assert found == again, "a stage is timed once"
@@ -76,7 +76,7 @@ def test_a_failure_ends_all_workers() -> None:
 
     x = torch.eye(3).expand(4, 3, 3)
     (stage,) = phased_of(split_of(Inverse(), 1, x), Inverse(), 4, ((x,), {}), remat="none").stages
-    clock = measured_timers([CPU, CPU], [CPU_CORE] * 2)[0]
+    clock = measured_timers([CPU] * 2, [CPU] * 2, [CPU_CORE] * 2)[0]
     try:
         clock.seconds(stage, 3)
     except RuntimeError:
@@ -110,7 +110,7 @@ def test_a_slow_worker_stops_with_the_others(monkeypatch: pytest.MonkeyPatch) ->
     model, x = Sized(), torch.randn(4, 64)
     (stage,) = phased_of(split_of(model, 1, x), model, 4, ((x,), {}), remat="none").stages
     found: list[PhaseSeconds] = []
-    timers = measured_timers([CPU, CPU], [CPU_CORE] * 2)
+    timers = measured_timers([CPU] * 2, [CPU] * 2, [CPU_CORE] * 2)
     assert timers[0] is timers[1]
 
     def measured() -> None:
@@ -175,7 +175,7 @@ def test_random_state_of_the_device_is_left_alone(monkeypatch: pytest.MonkeyPatc
     model, x = Sized(), torch.randn(256, 64)
     (stage,) = phased_of(split_of(model, 1, x), model, 256, ((x,), {}), remat="none").stages
     before = own.get_state()
-    measured_timers([CPU], [CPU_CORE])[0].seconds(stage, 3)
+    measured_timers([CPU], [CPU], [CPU_CORE])[0].seconds(stage, 3)
     assert drawn
     assert torch.equal(own.get_state(), before)
 
@@ -186,7 +186,7 @@ def test_copies_are_timed() -> None:
     An allocator may give back the pages of the copy before (then a copy is as fast as one into
     memory at hand) or fresh ones, which the system clears first: several times slower.
     """
-    (clock,) = measured_timers([CPU], [CPU_CORE])
+    (clock,) = measured_timers([CPU], [CPU], [CPU_CORE])
     nbytes = 32 * 2**20
     found, small = clock.copy_seconds(nbytes), clock.copy_seconds(2**10)
     source = torch.ones(nbytes, dtype=torch.uint8)
@@ -229,7 +229,7 @@ def test_as_many_micro_batches_are_ahead_as_are_in_flight(
             self.functions = own
 
     monkeypatch.setattr(measure._Rounds, "once", watched)
-    (clock,) = measured_timers([CPU], [CPU_CORE])
+    (clock,) = measured_timers([CPU], [CPU], [CPU_CORE])
     clock.seconds(stage, in_flight)
     ahead = min(in_flight, measure.MOST_AHEAD)
     assert len(seen) > measure.LEAST

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
+from autopipe.planning.plan_parts import EACH
 from autopipe.report.stages import BoundaryTensor
 
 BATCH, WIDTH = 6, 4
@@ -57,8 +58,12 @@ def test_boundary_tensors_are_described_in_the_batch_size(pipe: autopipe.Pipelin
 def test_the_plan_has_the_same_tensors(pipe: autopipe.Pipeline) -> None:
     received = {b.name: b for stage in pipe.stages for b in stage.inputs}
     size = max(pipe.plan.sizes)
-    assert {c.name: c for c in pipe.plan.crossings} == {n: b.at(size) for n, b in received.items()}
-    assert all(str(c) == str(received[c.name]) for c in pipe.plan.crossings)
+    for c in pipe.plan.crossings:
+        tensor = received.pop(c.name)
+        assert c == tensor.at(size, gradient=c.gradient)
+        assert str(c) == str(tensor)
+        assert c.gradient == (EACH if c.kind == "parameter" else None)
+    assert not received
 
 
 def test_a_stage_runs_by_hand(pipe: autopipe.Pipeline) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+import autopipe
 from autopipe.runtime import transfer
 from autopipe.runtime.backends import BACKENDS
 from autopipe.runtime.backends.cpu import CpuBackend
 from tests.support.agreement import assert_agrees, pipelined
+from tests.support.early_schedules import Layers, batch
 from tests.support.recording import RecordingBackend
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -95,6 +99,40 @@ def test_on_one_device_the_receiver_waits_for_the_sender() -> None:
     assert source.compute.entries == [("event", sent.ready)]
     assert target.compute.entries == [("wait", sent.ready), ("use", tensor)]
     assert source.copy.entries == target.copy.entries == []
+
+
+@pytest.mark.usefixtures("recorded")
+def test_two_stages_of_one_worker_wait_for_nothing() -> None:
+    worker, tensor = transfer.WorkerDevice(CPU), torch.randn(4, 6)
+    sent = transfer.send(tensor, worker, worker)
+    assert sent == (tensor, None)
+    assert transfer.receive(sent, worker) is tensor
+    assert worker.compute.waited_for() == []
+    assert worker.copy.entries == []
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize("kind", ["interleaved", "zb-v"])
+def test_stages_of_one_device_share_its_worker(
+    kind: str, remat: str, recorded: RecordingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between them a tensor is handed on; each worker has one stream, and one for copies."""
+    own, send = [], transfer.send
+
+    def sending(tensor: Tensor, source: Any, target: Any) -> transfer.SentTensor:
+        sent = send(tensor, source, target)
+        if source is target:
+            own.append(sent.tensor is tensor)
+        return sent
+
+    monkeypatch.setattr(transfer, "send", sending)
+    model, inputs = Layers(4), batch()
+    pipe = autopipe.compile(model, devices=2, chunks=4, schedule=kind, remat=remat)
+    pipe(*inputs).backward()
+    assert len(pipe.stages) == 4
+    assert len(recorded.streams) == 1 + 2 * 2
+    # With interleaved, the next stage is always on the other device.
+    assert own == [True] * (2 * 4 if kind == "zb-v" else 0)
 
 
 @pytest.mark.usefixtures("recorded")

@@ -212,6 +212,35 @@ def test_cores_are_shared_out_if_there_are_enough(
     assert workers.cores_per_worker([CPU] * count) == expected
 
 
+@pytest.mark.parametrize(
+    ("cores", "current", "threads", "expected"),
+    [
+        ({0, 1}, 1, 1, {1}),
+        ({0, 1, 2, 3}, 3, 2, {3, 0}),
+        ({4, 5}, 0, 1, {4}),  # the caller has just been moved
+        ({0}, 0, 1, {0}),
+        ({0, 1}, 0, 3, None),
+    ],
+)
+def test_workers_with_small_operators_share_the_callers_core(
+    machine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: set[int],
+    current: int,
+    threads: int,
+    expected: set[int] | None,
+) -> None:
+    machine(cores, threads)
+    monkeypatch.setattr(workers, "_current_core", lambda: current)
+    found = workers.cores_per_worker([CPU] * 3, shared=True)
+    assert found == (None if expected is None else [expected] * 3)
+    assert workers.cores_per_worker([CPU], shared=True) is None
+
+
+def test_the_system_tells_the_current_core() -> None:
+    assert workers._current_core() in os.sched_getaffinity(0)
+
+
 def test_cores_are_left_alone_where_a_gpu_works(machine: Any) -> None:
     machine({0, 1, 2, 3}, 1)
     assert workers.cores_per_worker([CPU, torch.device("cuda", 0)]) is None

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import autopipe
-from autopipe.passes.schedule import EXECUTED
+from autopipe.passes.schedule import KINDS
 
-EARLY = [kind for kind in EXECUTED if kind != "gpipe"]
+EARLY = [kind for kind in KINDS if kind != "gpipe"]
 """The schedules whose backwards start before all forwards have ended."""
 
 

@@ -314,9 +314,6 @@ CASES: dict[type[errors.AutopipeError], dict[str, str]] = {
             """,
     },
     errors.UnsupportedError: {
-        "A schedule that is not there yet": """\
-            autopipe.compile(nn.Linear(4, 4), devices=1, chunks=2, schedule="zb-v")
-            """,
         "A schedule that needs the loss": """\
             layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
             autopipe.compile(layers, devices=2, chunks=2, schedule="1f1b")(torch.randn(6, 4))

@@ -62,12 +62,12 @@ def traces_once() -> Iterator[None]:
         key = (stage.fingerprint, tuple(inputs), device, _values_of(more))
         return once(key, forward_metadata, stage, inputs, device, **more)
 
-    def cut_once(stage: Any, joint: Any, remat: Any, device: Any) -> Any:
+    def cut_once(stage: Any, joint: Any, remat: Any, device: Any, *, exact: bool) -> Any:
         # Under the names of the first stage with this trace: `phases` gives each its own.
-        key = (id(joint), len(stage.held), len(stage.shared), remat, device)
+        key = (id(joint), len(stage.held), len(stage.shared), remat, device, exact)
         if key not in cuts:
             alive.append(joint)
-            cuts[key] = cut_joint(stage, joint, remat, device)
+            cuts[key] = cut_joint(stage, joint, remat, device, exact=exact)
         return cuts[key]
 
     class Analysis(GradientAnalysis):

@@ -9,15 +9,28 @@ from typing import Any
 from torch import nn
 
 import autopipe
-from autopipe.planning.plan_parts import Crossing, DuplicatedCall, Segment, StagePlan, Times
+from autopipe.planning.plan_parts import (
+    ONCE,
+    Crossing,
+    DeviceTotal,
+    DuplicatedCall,
+    Segment,
+    StagePlan,
+    Times,
+)
 from autopipe.planning.plans import Plan
 
 
 def crossing(
-    name: str, source: int | None, *targets: int, nbytes: int = 1024, kind: str = "activation"
+    name: str,
+    source: int | None,
+    *targets: int,
+    nbytes: int = 1024,
+    kind: str = "activation",
+    gradient: str | None = None,
 ) -> Crossing:
     kind = "input" if source is None else kind
-    return Crossing(name, kind, "float32[B, 16]", source, targets, False, nbytes)
+    return Crossing(name, kind, "float32[B, 16]", source, targets, False, nbytes, gradient)
 
 
 def made_plan(
@@ -41,6 +54,8 @@ def made_plan(
         whole=False,
         graph="0123456789abcdef",
         schedule=facts.pop("schedule", "gpipe"),
+        actions=(),
+        devices=stages,
         chunks=len(sizes),
         sizes=tuple(sizes),
         stages=tuple(
@@ -68,6 +83,14 @@ def made_plan(
             )
             for k in range(stages)
         ),
+        totals=tuple(
+            DeviceTotal(
+                peak_saved_bytes=1000 * (k + 1) * len(sizes),
+                memory_bytes=(4096 + 8192 + 1000 * len(sizes)) * (k + 1) + 100 * k + 2048,
+                limit_bytes=limit,
+            )
+            for k in range(stages)
+        ),
         crossings=tuple(crossings),
         segments=(),
         duplicated=(),
@@ -84,7 +107,8 @@ def made_plan(
 def whole_plan() -> Plan:
     """A plan in which every list has an entry, and every field that may be None a value."""
     sent = [crossing("x", None, 0), crossing("h", 0, 1, 2), crossing("g", 0, 1)]
-    sent += [crossing("k", 1, 2, nbytes=2048), crossing("w", 0, 2, kind="parameter")]
+    sent += [crossing("k", 1, 2, nbytes=2048)]
+    sent += [crossing("w", 0, 2, kind="parameter", gradient=ONCE)]
     plan = made_plan(3, (4, 4, 3), sent, limit=2**30, gather=1e-4, notes=("a note", "another"))
     segments = tuple(Segment(f"call_{i}", i % 3) for i in range(4))
     duplicated = (DuplicatedCall("mask", (0, 2)), DuplicatedCall("table", (1, 2)))

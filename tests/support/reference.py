@@ -72,7 +72,7 @@ class _Keyed(fx.Interpreter):
         super().__init__(captured.graph_module)
         self.seed, self.m = seed, m
         nodes = enumerate(captured.graph_module.graph.nodes)
-        self.positions = {node: captured.original_position(i) for i, node in nodes}
+        self.positions = {node: captured.call_index(i) for i, node in nodes}
 
     def run_node(self, n: fx.Node) -> Any:
         shared = bool(n.meta.get("static"))

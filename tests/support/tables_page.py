@@ -44,13 +44,12 @@ def page() -> str:
         section(
             "Schedules",
             "passes/schedule/kinds.py",
-            ["schedule", "what it does", "stages per device", "runs here"],
+            ["schedule", "what it does", "stages per device"],
             (
                 [
                     f"`{k.name}`",
                     k.summary,
                     f"{k.virtual_stages}" + " (any)" * k.any_virtual_stages,
-                    "yes" if k.runs_here else "simulated only",
                 ]
                 for k in KINDS.values()
             ),

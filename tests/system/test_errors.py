@@ -35,15 +35,16 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no such kind": ({"devices": ["gpu:0"]}, errors.DeviceError, "gpu:0"),
     "meta device": ({"devices": ["meta", "meta"]}, errors.DeviceError, "meta"),
     "unknown schedule": ({"schedule": "pipedream"}, errors.OptionError, "gpipe"),
-    "schedule not run": ({"schedule": "zb-v"}, errors.UnsupportedError, "gpipe"),
+    "unknown schedule": ({"schedule": "fifo"}, errors.OptionError, "gpipe"),
     "unknown remat": ({"remat": "some"}, errors.OptionError, "min-cut"),
     "remat above all": ({"remat": 1.5}, errors.OptionError, "from 0 to 1"),
     "remat of three stages": ({"remat": ["full"] * 3}, errors.OptionError, "values"),
     "memory in words": ({"memory": "much"}, errors.OptionError, "16GiB"),
     "no memory": ({"memory": 0}, errors.OptionError, "above 0"),
     "a memory of bits": ({"memory": "16Gib"}, errors.OptionError, "16GiB"),
-    "backend": ({"backend": "inductor"}, errors.UnsupportedError, "eager"),
     "unknown backend": ({"backend": "jax"}, errors.OptionError, "eager"),
+    "a mode without inductor": ({"mode": "max-autotune"}, errors.OptionError, "inductor"),
+    "unknown mode": ({"backend": "inductor", "mode": "slow"}, errors.OptionError, "autotune"),
     "too many stages": ({"devices": ["cpu"] * 9}, errors.PartitionError, "fewer devices"),
     "in_dims of nothing": ({"in_dims": {"y": 0}}, errors.OptionError, "'y'"),
     "in_dims too large": ({"in_dims": 5}, errors.InputError, "dimension 5"),
@@ -173,15 +174,15 @@ def test_a_backward_that_fails() -> None:
     out = pipe(x, index)
     _, ready = pipe._programs.last
     names = ready.program.backward[0].__globals__
-    original = names["RBW_1_b2"]
+    original = names["BW_1_b2"]
 
     def failing(*_: Any) -> Any:
         raise ArithmeticError("no")
 
-    names["RBW_1_b2"] = failing
+    names["BW_1_b2"] = failing
     with pytest.raises(errors.StageError, match="ArithmeticError: no") as caught:
         out.sum().backward()
-    names["RBW_1_b2"] = original
+    names["BW_1_b2"] = original
     assert caught.value.stage == 1
     assert caught.value.microbatch == 0
     assert all(s.now == 0 for s in pipe.memory.stages)

@@ -171,3 +171,26 @@ def test_a_model_is_captured_again_where_its_parameters_are() -> None:
         args, kwargs = _to("cuda:0", (args, kwargs))
         expected = model.cuda().eval()(*args, **kwargs).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_steps_are_measured_by_events(schedule: Any) -> None:
+    layers = [nn.Linear(256, 256) for _ in range(6)]
+    model, x = nn.Sequential(*layers).cuda(), torch.randn(64, 256, device="cuda")
+
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x).square().mean()
+
+    pipe = autopipe.compile(Scored(), ONE * 2, 4, schedule=schedule)
+    with pipe.profile() as measured:
+        for _ in range(3):
+            pipe(x).backward()
+    assert len(measured.steps) == 3
+    for line in measured.steps:
+        line.verify(measured.found.scheduled)
+        assert line.makespan > 0

@@ -47,6 +47,13 @@ def interrupted(work: Callable[[], object], after: float) -> bool:
     return False
 
 
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that something takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -101,9 +108,8 @@ def test_after_an_interrupt_the_next_step_is_right(place: str, count: int) -> No
     make, start = PLACES[place]
     pipe = make()
     expected = step(ready())
-    begin = time.perf_counter()
-    start(pipe)()
-    seconds = time.perf_counter() - begin
+    # Of several times the shortest, so that most alarms come before the work is done.
+    seconds = min(timed(start(pipe)) for _ in range(1 if place == "capture" else 5))
     instants, came = random.Random(0), 0
     pipe = make()
     for _ in range(count):

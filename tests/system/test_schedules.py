@@ -8,8 +8,15 @@ import pytest
 from torch import Tensor
 
 import autopipe
-from autopipe.passes import driver
-from autopipe.passes.schedule import EXECUTED, Action, Scheduled, schedule
+from autopipe.errors import MemoryLimitError
+from autopipe.passes.schedule import (
+    KINDS,
+    Action,
+    DeviceSchedule,
+    Scheduled,
+    schedule,
+    schedule_for,
+)
 from autopipe.runtime.executor import Run
 from tests.support.early_schedules import EARLY, Layers, WithLoss, assert_same, batch, step
 from tests.support.models import MODELS
@@ -29,9 +36,11 @@ def _once():
 def test_results_are_gpipes_bit_for_bit(name: str, kind: str, remat: str) -> None:
     model, inputs = MODELS[name].make()
     for K, M, samples in ((1, 3, 7), (2, 4, 4), (3, 5, 9)):
-        options = {"devices": K, "chunks": M, "remat": remat, "batch_norm": "micro"}
-        expected = step(WithLoss(model), inputs(samples), schedule="gpipe", **options)
-        assert_same(step(WithLoss(model), inputs(samples), schedule=kind, **options), expected)
+        options = {"chunks": M, "remat": remat, "batch_norm": "micro"}
+        stages = schedule_for(kind, K).stages  # the same cut: another one may sum in another order
+        expected = step(WithLoss(model), inputs(samples), devices=stages, **options)
+        found = step(WithLoss(model), inputs(samples), devices=K, schedule=kind, **options)
+        assert_same(found, expected)
 
 
 def earlier(action: Action) -> list[Action]:
@@ -76,18 +85,19 @@ def test_any_valid_order_gives_the_same_bits(seed: int, monkeypatch: pytest.Monk
     expected = step(Layers(), (batch(), {}), **options)
     planned = mixed(K, M, seed)
     planned.verify()
-    monkeypatch.setattr(driver, "schedule", lambda *args, **kwargs: planned)
+    monkeypatch.setattr(DeviceSchedule, "scheduled", lambda *args, **kwargs: planned)
     assert_same(step(Layers(), (batch(), {}), schedule="1f1b", **options), expected)
 
 
-@pytest.mark.parametrize("kind", EXECUTED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_more_micro_batches_are_in_flight_than_planned(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """min(K - k, M) at stage k with 1f1b and zb-h1 until B, M with gpipe (until W, one more)."""
     K, M = 3, 6
-    now: dict[int, set[int]] = {k: set() for k in range(K)}
-    most = [0] * K
+    planned = schedule(kind, K, M).in_flight()
+    now: dict[int, set[int]] = {k: set() for k in range(len(planned))}
+    most = [0] * len(planned)
     save, pop = Run.save, Run.pop_saved
 
     def saving(run: Run, stage: int, m: int, tensors: list[Tensor]) -> None:
@@ -101,8 +111,7 @@ def test_no_more_micro_batches_are_in_flight_than_planned(
 
     monkeypatch.setattr(Run, "save", saving)
     monkeypatch.setattr(Run, "pop_saved", popping)
-    step(Layers(), (batch(12), {}), devices=K, chunks=M, schedule=kind)
-    planned = schedule(kind, K, M).in_flight()
+    step(Layers(8), (batch(12), {}), devices=K, chunks=M, schedule=kind)
     assert all(0 < found <= limit for found, limit in zip(most, planned, strict=True))
     if kind in ("gpipe", "1f1b"):
         assert most == list(planned)
@@ -110,9 +119,10 @@ def test_no_more_micro_batches_are_in_flight_than_planned(
         assert most == [min(K - k, M) for k in range(K)]
 
 
-@pytest.mark.parametrize("remat", ["full", "none", "min-cut"])
-@pytest.mark.parametrize("kind", EXECUTED)
-def test_the_plan_knows_the_bytes_that_are_saved_at_most(kind: str, remat: str) -> None:
+@pytest.mark.few(24)
+@pytest.mark.parametrize("remat", ["full", "none", "min-cut", 0.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_knows_the_bytes_that_are_saved_at_most(kind: str, remat: str | float) -> None:
     """Also those that are kept for delayed gradients of parameters."""
     model = Layers(8, 6)
     pipe = autopipe.compile(model, devices=4, chunks=16, schedule=kind, remat=remat)
@@ -121,7 +131,25 @@ def test_the_plan_knows_the_bytes_that_are_saved_at_most(kind: str, remat: str) 
     pipe(*batch(32)).backward()
     measured = [stage.peak for stage in pipe.memory.stages]
     assert measured == [stage.peak_saved_bytes for stage in pipe.plan.stages]
+    of_devices = [device.peak for device in pipe.memory.devices]
+    assert of_devices == [total.peak_saved_bytes for total in pipe.plan.totals]
     if kind == "1f1b":
         whole = autopipe.compile(model, devices=4, chunks=16, remat=remat)
         whole(*batch(32)).backward()
         assert measured[0] <= whole.memory.stages[0].peak / 2
+
+
+@pytest.mark.parametrize("kind", ["1f1b", "zb-v"])
+def test_a_limit_is_for_all_stages_of_a_device(kind: str) -> None:
+    """Exactly what a plan needs is enough, for the planned batch alone."""
+    options = {"devices": 2, "chunks": 4, "schedule": kind}
+    plan = autopipe.plan(Layers(8), args=batch(8), **options)
+    needs = [total.memory_bytes for total in plan.totals]
+    pipe = autopipe.compile(Layers(8), memory=needs, **options)
+    pipe(*batch(8)).backward()
+    assert all(t.memory_bytes <= n for t, n in zip(pipe.plan.totals, needs, strict=True))
+    with pytest.raises(MemoryLimitError, match=r"device.* with this batch") as caught:
+        pipe(*batch(64))
+    assert ("do not fit device" in str(caught.value)) == (kind == "zb-v")
+    with pytest.raises(MemoryLimitError):
+        autopipe.plan(Layers(8), args=batch(8), memory=[n // 3 for n in needs], **options)

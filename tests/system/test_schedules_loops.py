@@ -201,12 +201,64 @@ def test_step_captures_the_loss_function(kind: str) -> None:
     torch.testing.assert_close(pipe.eval()(x), model(x))
 
 
+class Dropping(Layers):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        for layer in self.layers:
+            x = F.dropout(torch.tanh(layer(x)), 0.3, self.training)
+        return x
+
+
+def test_a_captured_loss_leaves_random_numbers_as_they_are() -> None:
+    """The target is one more input of the graph, which no key of a draw counts."""
+    found = {}
+    for kind in ("gpipe", "1f1b", "zb-v"):
+        model, (x, labels) = Dropping(8), batch()
+        pipe = autopipe.compile(model, devices=2, chunks=3, schedule=kind, loss_fn=weighted)
+        torch.manual_seed(5)
+        found[kind] = pipe.step(x, target=labels)
+    assert len({float(loss) for loss in found.values()}) == 1
+
+
 def test_a_model_without_a_loss_is_refused() -> None:
     pipe = autopipe.compile(Scores(), devices=2, chunks=3, schedule="1f1b")
     with pytest.raises(UnsupportedError, match="returns no loss") as caught:
         pipe(batch()[0])
     assert "pipe.step" in str(caught.value.remedy)
     assert 'schedule="gpipe"' in str(caught.value.remedy)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("kind", EARLY)
+def test_step_without_its_target(kind: str) -> None:
+    x, labels = batch()
+    pipe = autopipe.compile(Scores(), devices=2, chunks=3, schedule=kind, loss_fn=weighted)
+    with pytest.raises(OptionError, match="without a target") as caught:
+        pipe.step(x)
+    assert type(caught.value.__cause__) is TypeError
+    assert "target=y" in str(caught.value.remedy)
+    loss = pipe.step(x, target=labels)
+    torch.testing.assert_close(loss, weighted(pipe.model(x), labels).detach())
+    plain = autopipe.compile(
+        Scores(), devices=2, chunks=3, schedule=kind, loss_fn=lambda y, _: y.square().mean()
+    )
+    assert plain.step(x).isfinite()
+
+
+@pytest.mark.parametrize("given", ["schedule", "plan", "remat"])
+def test_verify_of_a_model_without_a_loss(given: str) -> None:
+    """With the stages that it has, all forwards first."""
+    x = batch()[0]
+    options: dict[str, Any] = {"devices": 2, "chunks": 3, "schedule": "zb-v"}
+    if given == "remat":
+        options["remat"] = ["full", "none", "min-cut", "full"]
+    if given == "plan":
+        plan = autopipe.plan(Scores(), args=(x,), **options)
+        options = {"plan": plan}
+    found = autopipe.compile(Scores(), loss_fn=weighted, **options).verify(x)
+    assert found.ok
+    assert any("all forwards first" in note for note in found.notes)
+    scored = autopipe.compile(Layers().eval().train(), devices=2, chunks=1, schedule="1f1b")
+    assert not any("no loss" in note for note in scored.verify(*batch()).notes)
 
 
 def test_a_loss_function_that_returns_no_number_is_refused() -> None:

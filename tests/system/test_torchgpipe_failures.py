@@ -165,11 +165,11 @@ def test_in_the_backward_a_skip_goes_with_its_micro_batch(
     held = [sent[skip, 2, m]() is not None for m in range(CHUNKS)]
     assert held == [True] * CHUNKS, "the last stage keeps what it has received"
 
-    def look(self: Run, name: str, gradient: Tensor) -> None:
+    def look(self: Run, name: str, stage: int, gradient: Tensor) -> None:
         if name.endswith("tables_0_weight"):
             m = len(left)  # gradients are accumulated in the order of the micro-batches
             left[m] = m and sent[skip, 2, m - 1]() is not None
-        accumulate(self, name, gradient)
+        accumulate(self, name, stage, gradient)
 
     monkeypatch.setattr(Run, "accumulate", look)
     result.sum().backward()
@@ -237,6 +237,11 @@ def test_a_forward_fails_in_any_stage(stage: int, m: int) -> None:
     assert_agrees(pipe, X, GOOD)
 
 
+def backward_of(stage: int) -> str:
+    """The function of its backward: all but the last stage recompute before."""
+    return f"RBW_{stage}" if stage == STAGES - 1 else f"BW_{stage}"
+
+
 def replace(
     pipe: autopipe.Pipeline, prefix: str, function: Callable[..., Any]
 ) -> Callable[[], Any]:
@@ -260,7 +265,7 @@ def test_a_backward_fails_in_any_stage(stage: int, call: int) -> None:
             raise ArithmeticError("no")
         return original(*args)
 
-    restore = replace(pipe, f"RBW_{stage}", fails)
+    restore = replace(pipe, backward_of(stage), fails)
     loss = pipe(X, GOOD).sum()
     with pytest.raises(StageError, match="ArithmeticError: no") as caught:
         within_the_limit(loss.backward)
@@ -290,8 +295,8 @@ def test_all_stages_fail_at_once_and_one_surfaces(way: str) -> None:
 
     loss = pipe(X, GOOD).sum()
     for stage in range(STAGES):
-        prefix = "F" if way == "forward" else "RBW"
-        restores.append(replace(pipe, f"{prefix}_{stage}", failing(stage)))
+        name = f"F_{stage}" if way == "forward" else backward_of(stage)
+        restores.append(replace(pipe, name, failing(stage)))
     with pytest.raises(StageError, match=r"ArithmeticError: of stage \d") as caught:
         within_the_limit(partial(pipe, X, GOOD) if way == "forward" else loss.backward)
     assert f"of stage {caught.value.stage}" in str(caught.value)
@@ -374,7 +379,7 @@ def test_an_interrupt_while_stages_run(way: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Mailbox, "abort", tells)
     pipe = compiled()
     result = pipe(X, GOOD)
-    restore = replace(pipe, "F_1" if way == "forward" else "RBW_1", interrupts)
+    restore = replace(pipe, "F_1" if way == "forward" else backward_of(1), interrupts)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):

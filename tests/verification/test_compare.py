@@ -206,8 +206,8 @@ def test_it_names_the_stage_of_a_wrong_gradient(monkeypatch: Any) -> None:
     pipe(x)
     accumulate = Run.accumulate
 
-    def doubling(run: Run, name: str, gradient: Tensor) -> None:
-        accumulate(run, name, gradient * 2 if name == "p_3_weight" else gradient)
+    def doubling(run: Run, name: str, stage: int, gradient: Tensor) -> None:
+        accumulate(run, name, stage, gradient * 2 if name == "p_3_weight" else gradient)
 
     monkeypatch.setattr(Run, "accumulate", doubling)
     found = pipe.verify(x)
@@ -233,5 +233,5 @@ def test_an_installed_pipeline_is_compared_with_the_model_itself(monkeypatch: An
     assert pipe.verify(x).ok
     assert model._compiled_call_impl is not None
     accumulate = Run.accumulate
-    monkeypatch.setattr(Run, "accumulate", lambda r, n, g: accumulate(r, n, 2 * g))
+    monkeypatch.setattr(Run, "accumulate", lambda r, n, k, g: accumulate(r, n, k, 2 * g))
     assert not pipe.verify(x).ok

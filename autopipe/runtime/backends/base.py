@@ -130,3 +130,23 @@ class Backend:
         start = time.perf_counter()
         result = run()
         return result, time.perf_counter() - start
+
+    def mark(self, stream: Stream | None) -> Any:
+        """Mark a point in time: when all work now queued in `stream` is done. (Here: now.)
+
+        Args:
+            stream: of a device of this type; None where there are no streams.
+
+        Returns:
+            For `seconds_between`; in this class, seconds on the host's clock.
+        """
+        return time.perf_counter()
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        """Seconds from one mark to another of the same device; waits until both are reached.
+
+        Args:
+            first, second: what `mark` returned.
+        """
+        elapsed: float = second - first
+        return elapsed

@@ -76,3 +76,16 @@ class CudaBackend(Backend):
             end.record()
             end.synchronize()
         return result, float(start.elapsed_time(end)) / 1000
+
+    def mark(self, stream: Any) -> Any:
+        """An event of the GPU's clock, recorded in `stream`."""
+        make: Any = torch.cuda.Event
+        event = make(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        """Seconds of the GPU's clock between two events."""
+        first.synchronize()
+        second.synchronize()
+        return float(first.elapsed_time(second)) / 1000

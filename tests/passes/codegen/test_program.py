@@ -140,11 +140,11 @@ def test_stage_types_show_the_functions_that_are_written() -> None:
         f"{name}(ctx, [{', '.join(e.id for e in f.body[0].targets[0].elts)}])"
         f" -> {ast.unparse(f.body[-1].value)}"
         for name, f in functions(pipe.code).items()
-        if name.startswith(("F_", "RBW_"))
+        if name.startswith(("F_", "R_", "BW_", "RBW_"))
     ]
     shown = re.findall(r"^ +(\w+_\d_b4\(.*)$", StagePhases.__doc__ or "", re.MULTILINE)
     assert shown == written
-    assert len(shown) == 6
+    assert len(shown) == 8
 
 
 # ------------------------------------------------------------------------------- text that runs
@@ -272,14 +272,19 @@ def test_it_calls_methods_of_run_and_of_ctx() -> None:
 
 
 def test_devices_run_their_list_of_actions() -> None:
-    """device_k_way calls way_k once per micro-batch, in the order of the schedule."""
+    """device_k_way calls each action's function, in the order of the schedule.
+
+    Device 0 waits for gradients, and recomputes meanwhile.
+    """
     made = functions(program())
+    backwards = {0: (("recompute", "R"), ("backward", "BW")), 1: (("backward", "RBW"),)}
     for device in (0, 1):
-        for way, phase in (("forward", "F"), ("backward", "RBW")):
+        for way, actions in (("forward", (("forward", "F"),)), ("backward", backwards[device])):
             lines = [ast.unparse(s) for s in made[f"device_{device}_{way}"].body]
             assert lines == [
-                f"{way}_{device}(run, {m}, {phase}_{device}_b{size})"
+                f"{verb}_{device}(run, {m}, {phase}_{device}_b{size})"
                 for m, size in enumerate((3, 2, 2))
+                for verb, phase in actions
             ]
 
 
@@ -293,11 +298,10 @@ def test_identical_stages_share_their_functions() -> None:
     pipe = pipelined(Layers(5), devices=5, chunks=2)
     pipe(torch.randn(4, 6)).sum().backward()
     made = functions(pipe.code)
-    assert sorted(n for n in made if n.startswith(("F", "RBW"))) == [
-        "F_0_b2",
-        "F_1_b2",
-        "RBW_0_b2",
-        "RBW_1_b2",
+    assert sorted(n for n in made if n.startswith(("F", "R", "BW"))) == [
+        *("BW_0_b2", "BW_1_b2"),
+        *("F_0_b2", "F_1_b2"),
+        *("RBW_4_b2", "R_0_b2", "R_1_b2"),  # the last stage does not wait
     ]
     assert {f"forward_{k}" for k in range(5)} <= made.keys()
 

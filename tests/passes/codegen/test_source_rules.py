@@ -235,4 +235,4 @@ def test_a_program_of_many_pieces_passes() -> None:
     pipe = pipelined(Long(), chunks=1)
     pipe(torch.randn(2, 2))
     assert pipe.code.count("\n") > 500
-    assert "RBW_0_b2" in check_source(pipe.code)
+    assert "BW_0_b2" in check_source(pipe.code)

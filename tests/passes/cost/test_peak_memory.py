@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autopipe.passes.cost.peak_memory import stage_peak_bytes
+from autopipe.passes.cost.peak_memory import peak_bytes
 from autopipe.passes.cost.phase_memory import StageBytes
 from autopipe.passes.ir.split import CALLER, Route
 from autopipe.passes.ir.values import TensorSpec
@@ -89,9 +89,9 @@ def test_peaks_by_definition(kind: str, seed: int) -> None:
         forward=[draw.randint(1, 5) for _ in range(K)],
         backward=[draw.randint(1, 9) for _ in range(K)],
     )
-    found = stage_peak_bytes(
+    found = peak_bytes(
         line, K, [2] * M, {(k, 2): n for k, n in nbytes.items()}, routes, queue_capacity
-    )
+    ).stages
     assert list(found) == counted(line, K, M, nbytes, sources)
     assert all(peak > 0 for peak in found)
 
@@ -100,14 +100,14 @@ def test_gpipe_keeps_all_and_1f1b_few() -> None:
     K, M, saved = 4, 8, 100
     nbytes = {(k, 1): StageBytes(saved, saved, saved, saved, {}, {}) for k in range(K)}
     peaks = {
-        kind: stage_peak_bytes(
+        kind: peak_bytes(
             simulate_schedule(schedule(kind, K, M), forward=1, backward=2),
             K,
             [1] * M,
             nbytes,
             {},
             queue_capacity,
-        )
+        ).stages
         for kind in ("gpipe", "1f1b")
     }
     assert peaks["gpipe"] == (M * saved,) * K
@@ -125,4 +125,35 @@ def test_a_gradient_may_come_during_the_forward_of_a_stage_that_its_maker_does_n
     }
     line = simulate_schedule(schedule("gpipe", K, M), forward=[1, 9, 1], backward=1)
     waiting = size * min(queue_capacity(0, 1), M - 1) + size * queue_capacity(2, 1)
-    assert stage_peak_bytes(line, K, [1] * M, nbytes, routes, queue_capacity)[1] == 500 + waiting
+    found = peak_bytes(line, K, [1] * M, nbytes, routes, queue_capacity)
+    assert found.stages[1] == found.devices[1] == 500 + waiting
+
+
+def test_stages_of_one_device_peak_at_different_times() -> None:
+    """Stage 0 holds most before its own backward, stage 3, on the same device, in the middle."""
+    K, M = 2, 4
+    nbytes = {(k, 1): StageBytes(10, 10, 10, 10, {}, {}, 10, 10, 10) for k in range(2 * K)}
+    line = simulate_schedule(schedule("zb-v", K, M), forward=1, backward=1, weight=1)
+    found = peak_bytes(line, 2 * K, [1] * M, nbytes, {}, queue_capacity)
+    for row, peak in zip(line.spans, found.devices, strict=True):
+        counted = 0
+        alive: set[tuple[int, int]] = set()
+        for span in row:
+            alive.add((span.action.stage, span.action.microbatch))
+            counted = max(counted, 10 * len(alive))
+            if "W" in span.action.phase:
+                alive.remove((span.action.stage, span.action.microbatch))
+        assert peak == counted
+    assert found.devices[0] < found.stages[0] + found.stages[3]
+
+
+@pytest.mark.parametrize("M", [1, 3])
+def test_parts_of_a_shared_gradient_are_added_at_the_end(M: int) -> None:
+    """The owner has all its sums, a part that arrives, and with one micro-batch a new total."""
+    routes = {"h": route("h", 0, 1), "w": route("w", 0, 1, kind="parameter")}
+    sums = [{"w": 100, "b": 7}, {"w": 100}]
+    nbytes = {(k, 2): StageBytes(1, 2, 3, 4, {}, {}, sums=sums[k]) for k in range(2)}
+    line = simulate_schedule(schedule("gpipe", 2, M), forward=1, backward=1)
+    found = peak_bytes(line, 2, [2] * M, nbytes, routes, queue_capacity)
+    assert found.stages[0] == found.devices[0] == 107 + 100 * (2 if M == 1 else 1)
+    assert found.stages[1] == found.devices[1] < 10

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autopipe.passes.cost.phase_memory import stage_bytes
-from autopipe.passes.cost.phase_time import PhaseSeconds, phase_seconds, stage_work
+from autopipe.passes.cost.phase_time import (
+    PhaseSeconds,
+    mean_op_seconds,
+    phase_seconds,
+    stage_work,
+)
 from autopipe.passes.devices import H100, L4
 from autopipe.passes.ir.phased import PHASES
 from tests.support.phased import SIZE, every
@@ -102,3 +107,11 @@ def test_what_is_remembered_of_a_graph_goes_with_it() -> None:
     del stage
     gc.collect()
     assert graph() is None
+
+
+def test_the_mean_of_all_ops() -> None:
+    stages = every("gpt2", "none")
+    whole = sum(phase_seconds(stage, L4).total for stage in stages)
+    count = sum(len(stage_work(stage)) for stage in stages)
+    assert mean_op_seconds(stages, L4) == pytest.approx(whole / count)
+    assert mean_op_seconds([], L4) == 0

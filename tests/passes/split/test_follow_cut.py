@@ -53,7 +53,7 @@ def groups_of(pipe: Any) -> OpGroups:
     from autopipe.passes.split import objective_of
 
     annotated = compiled.split.annotated
-    devices = compiled.options.device_models
+    devices = compiled.options.stage_models
     chunks, remat = compiled.options.resolved
     objective = objective_of(devices, 2, remat=remat, in_flight=(chunks,) * len(devices))
     return OpGroups.of(OpCosts(annotated, objective))

@@ -57,3 +57,17 @@ def test_streams_and_timing_on_a_gpu() -> None:
     with BACKEND.fork_rng(gpu):
         torch.rand(3, device=gpu)
     assert torch.equal(torch.cuda.get_rng_state(gpu), state)
+
+
+@pytest.mark.gpu
+def test_marks_are_times_of_the_gpu() -> None:
+    gpu = torch.device("cuda", 0)
+    stream = BACKEND.new_stream(gpu)
+    assert stream is not None
+    with BACKEND.use_device(gpu), BACKEND.use_stream(stream):
+        x = torch.randn(2000, 2000, device=gpu)
+        first = BACKEND.mark(stream)
+        for _ in range(10):
+            x = x @ x
+        second = BACKEND.mark(stream)
+    assert 0 < BACKEND.seconds_between(first, second) == -BACKEND.seconds_between(second, first)
