@@ -55,7 +55,7 @@ def test_a_type_checker_finds_a_wrong_name(tmp_path: Path) -> None:
         "autopipe.compile(nn.Linear(2, 2), 2, 2, remat='none', schedule='gpipe')\n"
         "autopipe.compile(nn.Linear(2, 2), 2, 2, remat=['full', 0.5], batch_norm='micro')\n"
         "autopipe.compile(nn.Linear(2, 2), 2, 2, remat='nome')\n"
-        "autopipe.plan(nn.Linear(2, 2), 2, 2, schedule='1f1b')\n"
+        "autopipe.plan(nn.Linear(2, 2), 2, 2, schedule='1b1f')\n"
     )
     out, _, _ = api.run(["--strict", "--cache-dir", str(tmp_path / "cache"), str(script)])
     assert [line.split(":")[1] for line in out.splitlines() if " error: " in line] == ["5", "6"]

@@ -35,7 +35,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no such kind": ({"devices": ["gpu:0"]}, errors.DeviceError, "gpu:0"),
     "meta device": ({"devices": ["meta", "meta"]}, errors.DeviceError, "meta"),
     "unknown schedule": ({"schedule": "pipedream"}, errors.OptionError, "gpipe"),
-    "unknown schedule": ({"schedule": "fifo"}, errors.OptionError, "gpipe"),
     "unknown remat": ({"remat": "some"}, errors.OptionError, "min-cut"),
     "remat above all": ({"remat": 1.5}, errors.OptionError, "from 0 to 1"),
     "remat of three stages": ({"remat": ["full"] * 3}, errors.OptionError, "values"),

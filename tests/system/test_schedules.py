@@ -112,7 +112,8 @@ def test_no_more_micro_batches_are_in_flight_than_planned(
     monkeypatch.setattr(Run, "save", saving)
     monkeypatch.setattr(Run, "pop_saved", popping)
     step(Layers(8), (batch(12), {}), devices=K, chunks=M, schedule=kind)
-    assert all(0 < found <= limit for found, limit in zip(most, planned, strict=True))
+    assert all(found <= limit for found, limit in zip(most, planned, strict=True))
+    assert sum(found > 0 for found in most) >= len(planned) - 1  # the loss alone saves nothing
     if kind in ("gpipe", "1f1b"):
         assert most == list(planned)
     if kind == "1f1b":
