@@ -24,6 +24,7 @@ from autopipe.passes.inductor import (
     part_key,
 )
 from autopipe.passes.ir import all_hold
+from autopipe.passes.one_at_a_time import one_at_a_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -131,6 +132,7 @@ class PartCompiler:
         self.failures.append(f"phase {part.phase} of stage {part.stage}: {first}")
 
 
+@one_at_a_time()  # torch is patched meanwhile, and another thread's export switches settings
 def _compiled_part(
     part: GraphPart, sizes: Sizes, options: Mapping[str, Any], *, symbolic: bool
 ) -> CompiledPart:

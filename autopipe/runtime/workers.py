@@ -11,6 +11,7 @@ import ctypes
 import os
 import threading
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -157,5 +158,11 @@ def cores_per_worker(
 
 def _current_core() -> int:
     """The core that the calling thread runs on; -1 where the system does not tell."""
-    find = getattr(ctypes.CDLL(None), "sched_getcpu", None)
-    return -1 if find is None else int(find())
+    return int(_core_finder()())
+
+
+@cache
+def _core_finder() -> Callable[[], int]:
+    """The system's function that tells a thread's core, looked up once."""
+    found: Callable[[], int] = getattr(ctypes.CDLL(None), "sched_getcpu", lambda: -1)
+    return found
