@@ -210,12 +210,12 @@ def plan(
     Args:
         model, schedule, remat, memory, profile, in_dims, out_reduce, batch_norm, cut_at, exact: as
             for `compile`.
-        devices: number of stages, or one device for each; a number may exceed what is present.
+        devices: how many there are, or a list of them; a number may exceed what is present.
         chunks: M; None: the number with the shortest predicted step.
         args, kwargs: example inputs, with the batch size to plan for.
         device: device model for speeds and links: a name in `passes.devices.DEVICES` ("h100",
-            "cpu-core"), a `passes.devices.Device`, or a list of one for each stage. None: those of
-            `devices`.
+            "cpu-core"), a `passes.devices.Device`, or a list of one for each of `devices`. None:
+            those of `devices`.
 
     Returns:
         The `Plan`: stages, boundary tensors, times, memory, predicted timeline.

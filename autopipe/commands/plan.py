@@ -37,7 +37,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--devices",
         required=True,
         metavar="N",
-        help="how many stages; or a list: cpu,cpu,cuda:0 or 0,1",
+        help="how many; or a list: cpu,cpu,cuda:0 or 0,1",
     )
     add(
         "--chunks",
@@ -59,7 +59,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--memory", type=_sizes, metavar="SIZE", help="a limit for each device, such as 16GiB; "
         "or a list of one for each: 80GiB,24GiB")  # fmt: skip
     add("--device", metavar="NAME", help=f"whose speeds: {', '.join(DEVICES)}; "
-        "or a list of one for each stage")  # fmt: skip
+        "or a list of one for each device")  # fmt: skip
+    add("--no-exact", action="store_false", dest="exact", help="sum gradients of shared parameters "
+        "where they are made, which rounds otherwise than eager PyTorch")  # fmt: skip
     add("--profile", action="store_true", help="time the model's calls and stages here")
     add("--real", action="store_true", help="call CALLABLE as it is, not under the meta device")
     add("-o", "--output", metavar="FILE", help="save the plan as JSON")
@@ -92,6 +94,7 @@ def _run(options: Namespace) -> None:
         batch_norm=options.batch_norm,
         out_reduce=options.out_reduce,
         cut_at=options.cut_at,
+        exact=options.exact,
     )
     try:
         if options.output is not None:

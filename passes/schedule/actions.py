@@ -164,7 +164,8 @@ class Scheduled:
                 for letter in action.phase:
                     done.setdefault((letter, action.stage), []).append(action.microbatch)
         trains = any(letter != "F" for letter, _ in done)
-        self._verify_visits("FRBW" if trains else "F", done, home)
+        # B before R: who lists no R has one in each B.
+        self._verify_visits("FBRW" if trains else "F", done, home)
         order = list(self.execution_order())
         self._verify_progress(order)
         return order

@@ -48,6 +48,18 @@ def test_it_is_the_plan_of_the_function(models: Path) -> None:
     assert Plan.load("plan.json") == plan
 
 
+def test_sums_of_shared_parameters(models: Path) -> None:
+    scope: dict[str, object] = {}
+    exec(MODELS, scope)
+    plans = {}
+    for exact, options in ((True, ()), (False, ("--no-exact",))):
+        assert main(planning("models.py:tied", *options, "-o", "plan.json")) == 0
+        model, args = scope["tied"]()  # type: ignore[operator]
+        plans[exact] = autopipe.plan(model, ["cpu"] * 2, 4, args=args, exact=exact)
+        assert Plan.load("plan.json") == plans[exact]
+    assert plans[True] != plans[False]  # without exact less is sent
+
+
 def test_a_count_of_devices(models: Path) -> None:
     if torch.cuda.device_count() == 1:
         pytest.skip("a count of two needs no GPU, or two")

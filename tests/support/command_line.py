@@ -36,6 +36,10 @@ def with_kwargs(): return layers(), {"x": x()}
 def with_both(): return layers(), (x(),), {"scale": x()}
 def coupled(): return Coupled(), (x(),)
 def alone(): return layers()
+def tied():
+    model = layers()
+    model[3] = model[0]
+    return model, (x(),)
 def bare(): return layers(), x()
 def fails(): return {}["no such key"]
 def device():

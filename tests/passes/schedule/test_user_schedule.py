@@ -343,3 +343,9 @@ def test_every_way_to_break_a_schedule_is_refused(
 def test_counts_that_are_none(stages: Any, chunks: Any) -> None:
     with pytest.raises(VerifyError, match=r"the number of (stages|micro-batches)"):
         Scheduled("own", stages, chunks, ((Action("F", 0, 0),),)).verify()
+
+
+def test_a_stage_without_backward_is_named_by_what_its_user_left_out() -> None:
+    """Who writes no R is not told of a missing R."""
+    with pytest.raises(OptionError, match=r"B1\.0 is not scheduled on device 1"):
+        scheduled_from_lists("mine", [["F0.0", "BW0.0"], ["F1.0"]])
