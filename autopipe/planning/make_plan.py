@@ -15,6 +15,7 @@ from autopipe.passes.cost import (
     peak_saved_bytes,
     phase_seconds,
     recomputes,
+    shared_messages,
     stage_bytes,
 )
 from autopipe.passes.ir import InputKind, at_batch
@@ -102,7 +103,7 @@ def make_plan(
     K, planned = len(split.stages), planned_cut_of(split)
     distinct = sorted(set(sizes), reverse=True)
     order = options.order
-    nbytes = {(k, s): _stage_bytes(phased[s], k) for k in range(K) for s in distinct}
+    nbytes = {(k, s): _stage_bytes(phased[s], k, options) for k in range(K) for s in distinct}
     early = order.waiting([recomputes(stage) for stage in phased[distinct[0]].stages])
     scheduled = order.scheduled(len(sizes), early_recompute=early)
     in_flight = scheduled.in_flight()
@@ -208,8 +209,9 @@ def _with_peaks(
     return replace(plan, stages=tuple(stages), totals=totals)
 
 
-def _stage_bytes(phased: Phased, k: int) -> StageBytes:
-    nbytes = stage_bytes(phased.stages[k])
+def _stage_bytes(phased: Phased, k: int, options: Options) -> StageBytes:
+    messages = shared_messages(phased, options.stage_devices, k)
+    nbytes = stage_bytes(phased.stages[k], messages)
     if phased.differentiated:
         return nbytes
     # Inference saves nothing.

@@ -16,6 +16,7 @@ Read the files in this order:
     `at_lengths`    the same at other lengths, and as expressions in lengths
     `phase_time`    seconds of F, R, B and W of a traced stage
     `phase_memory`  bytes that one micro-batch occupies at a traced stage
+    `shared_messages` what arrives in one piece of memory
     `peak_memory`   peak bytes of each stage during one training step
 """
 
@@ -27,6 +28,7 @@ from .node_costs import CallSeconds, annotate, call_seconds, recomputed_calls
 from .peak_memory import PeakBytes, peak_bytes, peak_saved_bytes
 from .phase_memory import StageBytes, stage_bytes
 from .phase_time import PhaseSeconds, mean_op_seconds, phase_seconds, recomputes
+from .shared_messages import shared_messages
 from .stage_cost import StageCost, cost_of_stage
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "phase_seconds",
     "recomputed_calls",
     "recomputes",
+    "shared_messages",
     "stage_bytes",
     "stage_costs",
     "tensor_leaves",

@@ -7,6 +7,7 @@ time. Workspaces inside a kernel are unknown.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,9 +19,11 @@ from autopipe.passes.graph import cache_per_graph
 from autopipe.passes.ir import phase_functions
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
     from autopipe.passes.ir import StagePhases
+
+    from .shared_messages import MessageMemory
 
 
 class StageBytes(NamedTuple):
@@ -57,9 +60,24 @@ class StageBytes(NamedTuple):
     sums: Mapping[str, int] = MappingProxyType({})
 
 
-def stage_bytes(stage: StagePhases) -> StageBytes:
-    """Compute what one micro-batch occupies at a traced stage."""
-    found, received, tangents, sums = _stage_bytes(stage)
+_Memory = Mapping[fx.Node, Mapping[Hashable, int]]
+"""For each node, the bytes of each distinct storage of its value."""
+
+_Found = tuple[StageBytes, list[int], list[int], list[int]]
+
+
+def stage_bytes(stage: StagePhases, messages: tuple[MessageMemory | None, ...] = ()) -> StageBytes:
+    """Compute what one micro-batch occupies at a traced stage.
+
+    Args:
+        stage: its graph.
+        messages: the memory of what it receives, as of `shared_messages`; (): each is a tensor of
+            its own. Memory that several messages share is counted for the first of them.
+    """
+    results = _stage_bytes(stage)
+    if messages not in results:
+        results[messages] = _computed_bytes(stage, messages)
+    found, received, tangents, sums = results[messages]
     return found._replace(
         received=dict(zip(stage.receives, received, strict=True)),
         tangents=dict(zip(stage.tangents, tangents, strict=True)),
@@ -68,7 +86,12 @@ def stage_bytes(stage: StagePhases) -> StageBytes:
 
 
 @cache_per_graph
-def _stage_bytes(stage: StagePhases) -> tuple[StageBytes, list[int], list[int], list[int]]:
+def _stage_bytes(stage: StagePhases) -> dict[Any, _Found]:
+    """What was computed for a graph, by the memory of messages."""
+    return {}
+
+
+def _computed_bytes(stage: StagePhases, messages: Sequence[MessageMemory | None]) -> _Found:
     """`StageBytes` without the fields by name; the sizes that belong in `received`, `tangents` and
     `sums`. (Identical stages share a graph, but not their names.)
     """
@@ -80,32 +103,32 @@ def _stage_bytes(stage: StagePhases) -> tuple[StageBytes, list[int], list[int], 
     saved = [by_name[name] for name in stage.saved]
     forward = [n for n in stage.graph.nodes if stage.phase_of.get(n.name) == "F"]
     backward = [n for n in stage.graph.nodes if stage.phase_of.get(n.name, "F") != "F"]
-    ignored = {storage_id(t) for n in state for t in _tensors(n)}
+    memory = _memory_of(stage, set(state), dict(zip(rest, messages, strict=False)))
     forward_results = [*results["returns"], *results["updates"], *saved]
     sent, own = results["sent_grads"], results["own_grads"]
-    sums = sum(_sizes([n for n in own if isinstance(n, fx.Node)], ignored).values())
+    sums = sum(_sizes((n for n in own if isinstance(n, fx.Node)), memory).values())
     _, gradients, weights = phase_functions(stage, ("F", "RB", "W"))
     kept = gradients.results[len(sent) :]
     _, recompute, _ = phase_functions(stage, ("F", "R", "BW"))
     arriving = [*saved, *tangents]
     found = StageBytes(
-        saved=_total(saved, ignored),
-        forward=_peak(forward, received, forward_results, ignored),
-        first_backward=_peak(backward, arriving, [*sent, *own], ignored),
-        backward=sums + _peak(backward, arriving, sent, ignored, set(own)),
+        saved=_total(saved, memory),
+        forward=_peak(forward, received, forward_results, memory),
+        first_backward=_peak(backward, arriving, [*sent, *own], memory),
+        backward=sums + _peak(backward, arriving, sent, memory, set(own)),
         received={},
         tangents={},
-        gradients=sums + _peak(gradients.nodes, arriving, gradients.results, ignored, set(own)),
-        kept=_total(kept, ignored),
-        weights=sums + _peak(weights.nodes, kept, [], ignored, set(own)),
-        recompute=sums + _peak(recompute.nodes, saved, recompute.results, ignored),
-        recomputed=_total(recompute.results, ignored),
+        gradients=sums + _peak(gradients.nodes, arriving, gradients.results, memory, set(own)),
+        kept=_total(kept, memory),
+        weights=sums + _peak(weights.nodes, kept, [], memory, set(own)),
+        recompute=sums + _peak(recompute.nodes, saved, recompute.results, memory),
+        recomputed=_total(recompute.results, memory),
     )
     return (
         found,
-        [_total([node], ignored) for node in received],
-        [_total([node], ignored) for node in tangents],
-        [_total([n] if isinstance(n, fx.Node) else [], ignored) for n in own],
+        _each(received, memory),
+        _each(tangents, memory),
+        [_total([n] if isinstance(n, fx.Node) else [], memory) for n in own],
     )
 
 
@@ -113,7 +136,7 @@ def _peak(
     calls: Sequence[fx.Node],
     inputs: Sequence[fx.Node],
     results: Iterable[Any],
-    ignored: set[Any],
+    memory: _Memory,
     accumulated: Container[fx.Node] = (),
 ) -> int:
     """Return the peak bytes while ops run, if each value is freed after its last use.
@@ -122,16 +145,16 @@ def _peak(
         calls: the ops, in order.
         inputs: values that exist when they begin; also freed after their last use.
         results: values that still exist when they end.
-        ignored: storages that are not counted.
+        memory: what is counted.
         accumulated: gradients that are added to a sum as soon as they are computed. The addition
             allocates a new sum while the old sum and the gradient still exist.
     """
-    sizes = _sizes(inputs, ignored)
+    sizes = _sizes(inputs, memory)
     last = dict.fromkeys(sizes, -1)
     for i, node in enumerate(calls):
         for value in (node, *node.all_input_nodes):
-            last.update(dict.fromkeys(_sizes([value], ignored), i))
-    for storage in _sizes([n for n in results if isinstance(n, fx.Node)], ignored):
+            last.update(dict.fromkeys(_sizes([value], memory), i))
+    for storage in _sizes([n for n in results if isinstance(n, fx.Node)], memory):
         last[storage] = len(calls)
     ending: dict[int, list[Any]] = {}
     for storage, i in last.items():
@@ -141,7 +164,7 @@ def _peak(
     for storage in ending.get(-1, ()):  # inputs that nothing uses
         now -= alive.pop(storage, 0)
     for i, node in enumerate(calls):
-        for storage, nbytes in _sizes([node], ignored).items():
+        for storage, nbytes in _sizes([node], memory).items():
             if storage not in alive:
                 alive[storage] = nbytes
                 now += nbytes
@@ -149,22 +172,61 @@ def _peak(
         for storage in ending.get(i, ()):
             now -= alive.pop(storage, 0)
         if node in accumulated:
-            peak = max(peak, now + 2 * _total([node], ignored))
+            peak = max(peak, now + 2 * _total([node], memory))
     return peak
 
 
-def _total(nodes: Sequence[fx.Node], ignored: set[Any]) -> int:
-    return sum(_sizes(nodes, ignored).values())
+def _total(nodes: Sequence[fx.Node], memory: _Memory) -> int:
+    return sum(_sizes(nodes, memory).values())
 
 
-def _sizes(nodes: Sequence[fx.Node], ignored: set[Any]) -> Mapping[Any, int]:
+def _each(nodes: Sequence[fx.Node], memory: _Memory) -> list[int]:
+    """Bytes of each value; what several share counts for the first."""
+    seen: set[Hashable] = set()
+    found = []
+    for node in nodes:
+        sizes = _sizes([node], memory)
+        found.append(sum(nbytes for storage, nbytes in sizes.items() if storage not in seen))
+        seen.update(sizes)
+    return found
+
+
+def _sizes(nodes: Iterable[fx.Node], memory: _Memory) -> Mapping[Hashable, int]:
     """Return the bytes of each distinct storage of some values."""
-    return {
-        storage: int(t.untyped_storage().nbytes())
-        for n in nodes
-        for t in _tensors(n)
-        if (storage := storage_id(t)) not in ignored
-    }
+    return {storage: nbytes for n in nodes for storage, nbytes in memory[n].items()}
+
+
+def _memory_of(
+    stage: StagePhases, state: Container[fx.Node], messages: Mapping[fx.Node, MessageMemory | None]
+) -> _Memory:
+    """The storages of all values, except those of `state`.
+
+    A recomputed op has the traced value of the op that it repeats, but makes a tensor of its own:
+    it shares a storage only with what it is given.
+    """
+    found: dict[fx.Node, dict[Hashable, int]] = {}
+    identity: dict[fx.Node, dict[int, Hashable]] = {}
+    sizes: dict[Hashable, int] = {}
+    ignored: set[Hashable] = set()
+    for node in stage.graph.nodes:
+        given = {s: key for n in node.all_input_nodes for s, key in identity[n].items()}
+        identity[node], found[node] = {}, {}
+        message = messages.get(node)
+        for tensor in _tensors(node):
+            storage, nbytes = storage_id(tensor), int(tensor.untyped_storage().nbytes())
+            key: Hashable = storage
+            if message is not None:
+                key, nbytes = ("message", message.group), message.nbytes
+            elif storage in given:
+                key = given[storage]
+            elif stage.phase_of.get(node.name) == "R":
+                key = node.name, storage
+            identity[node][storage] = key
+            if node in state:
+                ignored.add(key)
+            if key not in ignored:
+                found[node][key] = sizes.setdefault(key, nbytes)
+    return found
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:
