@@ -262,6 +262,7 @@ class ProgramCache:
             in_flight=in_flight,
             cut_at=cut_at,
             exact=options.exact,
+            homes=options.order.homes,
         )
         return cut_into_stages(
             annotated,

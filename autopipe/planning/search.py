@@ -166,6 +166,7 @@ class Search:
             times=None if self.measured is None else self.measured(max(sizes)),
             cut_at=cut_positions(self.model, self.options.cut_at),
             exact=self.options.exact,
+            homes=self.options.order.homes,
         )
 
     def sizes(self, batch: int, chunks: int) -> tuple[int, ...]:

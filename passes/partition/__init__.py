@@ -15,6 +15,7 @@ Files, in reading order:
 - `device_loads`: times and memory of items on different devices.
 - `stage_reach`: how far a stage can reach within a time and its memory.
 - `hetero_cut`: the exact cut of one order over different devices.
+- `device_balance`: even devices, where each has several stages.
 - `cut_traffic`: few bytes across boundaries among equally good cuts.
 - `order_search`: the search over topological orders, which uses
 - `lower_bounds`: bounds that hold for every cut,
@@ -30,6 +31,7 @@ from .chain_cut import cut_chain, min_bottleneck
 from .cost_graph import CostGraph
 from .cut_traffic import crossing_at
 from .dag import Dag
+from .device_balance import balance_devices
 from .device_loads import BoundaryValue, DeviceLoads, DeviceSpec
 from .hetero_cut import cut_for_devices, has_cut_within
 from .max_flow import Edge, min_cut_source_side
@@ -44,6 +46,7 @@ __all__ = [
     "Edge",
     "Partition",
     "alternative_orders",
+    "balance_devices",
     "crossing_at",
     "cut_chain",
     "cut_for_devices",

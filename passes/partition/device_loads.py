@@ -233,6 +233,16 @@ class DeviceLoads:
             found.append(min(times or excess, key=(times or excess).__getitem__))
         return tuple(found)
 
+    def fits(self, starts: Sequence[int]) -> bool:
+        """Whether every stage of a cut is within the limit of the option that it uses.
+
+        Args:
+            starts: the K - 1 items at which stages 1..K-1 start.
+        """
+        sums = self._stage_sums(self.nbytes, self.copy_bytes, starts)
+        chosen = zip(self.chosen_options(starts), sums, strict=True)
+        return not any(self._excess_bytes(option, size) for option, size in chosen)
+
     def stage_bytes(self, starts: Sequence[int]) -> tuple[int, ...]:
         """Memory of each stage of a cut, in bytes, rounded up.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from autopipe.errors import PartitionError
 from autopipe.passes.partition import (
     alternative_orders,
+    balance_devices,
     crossing_at,
     cut_for_devices,
     has_cut_within,
@@ -99,8 +100,19 @@ def assign_stages(groups: OpGroups) -> StageAssignment:
         raise failed
     least = min(found[0] for found in best)
     _, chosen, ordered = next(found for found in best if found[0] <= least * (1 + SLACK))
-    starts = cut_for_devices(ordered.loads(), _crossing(ordered), SLACK)
+    starts = _cut_evenly(ordered, math.floor(least * (1 + SLACK)))
     return StageAssignment(groups.stage_of(chosen, starts), float(low * loads.unit))
+
+
+def _cut_evenly(ordered: OrderedOps, limit: int) -> tuple[int, ...]:
+    """The cut with the least crossing; where devices have several stages, one that loads them
+    evenly, if it has no stage above the limit."""
+    loads, crossing = ordered.loads(), _crossing(ordered)
+    starts, homes = cut_for_devices(loads, crossing, SLACK), ordered.costs.objective.homes
+    if len(set(homes)) == len(homes):
+        return starts
+    limit = max(limit, *loads.stage_times(starts))
+    return balance_devices(loads, starts, homes, limit=limit, crossing=crossing, near=SLACK)
 
 
 def _largest(loads: DeviceLoads) -> int:

@@ -48,7 +48,8 @@ def split(
         objective: what it is cut for, K stages.
         planned: where to cut. None: find the cut under the objective's limits whose slowest stage
             is fastest or within `SLACK` of that, with the fewest bytes crossing; of these, the one
-            within fewest modules.
+            within fewest modules. Where devices have several stages and that cut loads them
+            unevenly: one that does not, with no slower stage than `SLACK` allows.
         must_fit: raise if the planned cut is not one of this graph; else such a cut is ignored (in
             evaluation mode a model may run other ops than in training).
         earlier: a cut of another capture of the same model, to follow.

@@ -40,6 +40,7 @@ class Objective:
         cut_at: where stages may start.
         exact: whether a shared parameter's gradient is sent back with every micro-batch; False:
             once a step.
+        homes: per stage the index of the device that it shares with others; empty: none does.
 
     Raises:
         OptionError: a value out of range, or not one for each stage.
@@ -55,15 +56,16 @@ class Objective:
     corrections: Mapping[tuple[int, RematPolicy], int] = field(default_factory=dict)
     cut_at: CutAt = ANYWHERE
     exact: bool = True
+    homes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         K = len(self.devices)
         if K < 1 or self.batch < 1:
             found = f"{K} devices, {self.batch} samples"
             raise OptionError("there is no such pipeline", expected="at least one", found=found)
-        for what in ("remat", "in_flight", "limits"):
+        for what in ("remat", "in_flight", "limits", "homes"):
             values = getattr(self, what)
-            if len(values) != K:
+            if len(values) != K and (values or what != "homes"):
                 wanted, found = f"{K} values, one for each stage", f"{len(values)}"
                 raise OptionError(f"`{what}` of a cut", expected=wanted, found=found)
         checks: list[tuple[str, bool, str]] = [
@@ -71,6 +73,7 @@ class Objective:
             ("in_flight", all(n >= 1 for n in self.in_flight), "micro-batches >= 1"),
             ("limits", all(n is None or n >= 0 for n in self.limits), "bytes >= 0 or None"),
             ("state_bytes", self.state_bytes >= 0, "bytes >= 0"),
+            ("homes", all(home >= 0 for home in self.homes), "indices >= 0"),
         ]
         for what, right, wanted in checks:
             if not right:
@@ -112,6 +115,7 @@ def objective_of(
     times: Mapping[str, CallSeconds] | None = None,
     cut_at: CutAt = ANYWHERE,
     exact: bool = True,
+    homes: Sequence[int] = (),
 ) -> Objective:
     """The objective without limits.
 
@@ -122,7 +126,7 @@ def objective_of(
         in_flight: micro-batches per stage; None: 1.
         times: measured times of ops by name; None: those of the devices' models.
         cut_at: where stages may start.
-        exact: see `Objective`.
+        exact, homes: see `Objective`.
 
     Raises:
         OptionError: a value out of range, or not one for each stage.
@@ -133,6 +137,7 @@ def objective_of(
     limits = (None,) * K
     devices = tuple(devices)
     more: dict[str, Any] = {"times": times, "cut_at": cut_at, "exact": exact}
+    more["homes"] = tuple(homes)
     return Objective(batch, devices, policies, counts, limits, **more)
 
 

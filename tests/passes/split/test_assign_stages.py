@@ -19,11 +19,13 @@ import autopipe
 from autopipe.errors import PlanError, VerifyError
 from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.devices import DEFAULT, Device, Link
+from autopipe.passes.ir import Split
 from autopipe.passes.ir.captured import Annotated
 from autopipe.passes.remat_policies import NONE
+from autopipe.passes.split.allowed_cuts import CutAt
 from autopipe.passes.split.assign_stages import SLACK
 from autopipe.passes.split.cut import split
-from autopipe.passes.split.objective import Objective
+from autopipe.passes.split.objective import Objective, objective_of
 from autopipe.passes.split.op_costs import OpCosts
 from autopipe.passes.split.replay_plan import planned_cut_of
 from tests.support.programs import captured_of, run_stages, split_of
@@ -277,3 +279,23 @@ def test_orders_are_searched_for_devices_that_differ() -> None:
     found = split(FOUR, objective).estimates
     assert found.lower_bound <= best
     assert best * (1 - 1e-9) <= found.bottleneck <= 1.1 * best
+
+
+def test_stages_of_a_device_are_balanced_together() -> None:
+    """Twelve layers and a larger head in eight stages of four devices, first and last on the same:
+    the busiest device has less to do than where each stage counts alone, and no stage is slower."""
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(12)]
+    found = annotated(nn.Sequential(*layers, nn.Linear(64, 128)), torch.randn(SIZE, 64))
+    homes = (0, 1, 2, 3, 3, 2, 1, 0)
+    cut_at = CutAt(starts=frozenset(f"{k}" for k in range(1, 13)))
+    alone, together = (
+        split(found, objective_of([DEFAULT] * 8, SIZE, cut_at=cut_at, homes=shared))
+        for shared in ((), homes)
+    )
+
+    def busiest(cut: Split) -> float:
+        seconds = cut.estimates.seconds
+        return max(sum(s for s, h in zip(seconds, homes, strict=True) if h == d) for d in range(4))
+
+    assert busiest(together) <= busiest(alone) * 0.95
+    assert max(together.estimates.seconds) <= max(alone.estimates.seconds) * (1 + SLACK)

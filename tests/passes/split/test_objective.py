@@ -40,6 +40,8 @@ def test_a_stage_without_a_limit_gets_the_policy_that_recomputes_least() -> None
         ({"in_flight": (1, 0)}, "`in_flight`"),
         ({"limits": (None, -1)}, "`limits`"),
         ({"state_bytes": -1}, "`state_bytes`"),
+        ({"homes": (0,)}, "`homes`"),
+        ({"homes": (0, -1)}, "`homes`"),
     ],
 )
 def test_wrong_values_are_refused(change: dict[str, Any], message: str) -> None:
