@@ -21,7 +21,7 @@ last end, after a barrier.
 `speed-up` is over the faster plain side; `of the ideal` is its share of KM/(M+K-1). Then, for each
 schedule of ours, a profile of several steps: `simulated` is `measured.simulated.makespan`, the step
 that the schedule gives with the phases' times of that run; `in profile` and `in rounds` are its
-share of the steps timed there (bar 0.95).
+share of the steps timed there (bar 0.95). `benchmarks.losses` says what is lost in the profile.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from functools import partial
 import autopipe
 from benchmarks.gloo_stages import GlooStages
 from benchmarks.gpipe_layers import torchgpiped
+from benchmarks.losses import losses_of
 from benchmarks.rounds import (
     Side,
     alternate,
@@ -197,7 +198,8 @@ class Comparison:
             simulated, timed = measured.simulated.makespan, statistics.median(steps)
             rounds = self.times[f"ours, {kind}"]
             row = (measured.step_seconds, timed, rounds, simulated / timed, simulated / rounds)
-            yield self.chunks, kind, simulated, *row
+            lost = (f"{part / timed:.1%}" for part in losses_of(measured, timed))
+            yield self.chunks, kind, simulated, *row, *lost
 
 
 def arguments() -> argparse.Namespace:
@@ -238,6 +240,7 @@ def print_tables(rows: list[tuple[object, ...]], predictions: list[tuple[object,
     print(f"\n{table(head, rows)}\n\nsimulated with the measured phases, beside measured, s\n")
     columns = ("M", "schedule", "simulated", "first to last action", "step in profile")
     columns += ("step in rounds", "share in profile", "share in rounds")
+    columns += ("lost: uneven phases", "waiting", "between actions", "outside")
     print(table(columns, predictions), flush=True)
 
 

@@ -56,7 +56,7 @@ def shared_messages(
         *(_gradient_at_sender(phased, devices, name, k) for name in stage.tangents),
     ]
     groups: dict[tuple[int, int], int] = {}
-    found = []
+    found: list[MessageMemory | None] = []
     for one in sent:
         if one is None:
             found.append(None)

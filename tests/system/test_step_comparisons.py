@@ -1,6 +1,7 @@
 """The benchmarks that compare steps: sharing of cores worked out by hand, and the smallest runs.
 
-Covers benchmarks/shared_cores.py, rounds.py, step_cases.py and dispatch.py. No time is judged.
+Covers benchmarks/shared_cores.py, losses.py, rounds.py, step_cases.py and dispatch.py. No time is
+judged.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import autopipe
 from autopipe.passes.schedule import KINDS, Action, schedule
 from autopipe.passes.schedule.simulator import simulate_schedule
 from benchmarks import dispatch
 from benchmarks.four_on_two import BOUNDS, K
+from benchmarks.losses import losses_of
 from benchmarks.rounds import check_gradients, gradients
 from benchmarks.shared_cores import shared_makespan
 from benchmarks.step_cases import accumulation, tiny_case, transformer_case
@@ -47,6 +50,22 @@ def test_three_devices_share_two_cores() -> None:
     four = schedule("gpipe", 3, 4, backward=False)
     # 0-1 F0.0; 1-2 F0.1 F1.0; 2-3.5 F0.2 F1.1 F2.0; 3.5-5 F0.3 F1.2 F2.1; 5-6 F1.3 F2.2; 6-7 F2.3
     assert shared_makespan(four, lambda a: 1.0, unbounded) == pytest.approx(7.0)
+
+
+@pytest.mark.parametrize("kind", ["gpipe", "zb-h1"])
+def test_losses_add_up(kind: str) -> None:
+    """Whatever was measured, and on whichever device."""
+    case = tiny_case(8)
+    pipe = autopipe.compile(case.model, ["cpu"] * 2, 4, schedule=kind, remat="none")
+    with pipe.profile() as measured:
+        for _ in range(3):
+            pipe(case.x, case.target).backward()
+    found = losses_of(measured, 2.0)
+    assert sum(found) == pytest.approx(2.0 - measured.simulated.makespan)
+    assert found.outside == pytest.approx(
+        2.0 - measured.step_seconds + measured.timeline.pause_length
+    )
+    assert found.between >= 0
 
 
 def test_a_full_queue_stops_its_sender() -> None:
