@@ -7,28 +7,28 @@ Out: `Annotated` (a `NodeCost` per op, in the batch size `B`), `CallSeconds`, `S
 
 Read the files in this order:
 
-    `node_costs`    Captured -> Annotated: the cost of every op; seconds of an op on a device
-    `grad_flow`     which values need a gradient and which get one
-    `call_cache`    equal ops are costed once
-    `meta_run`      runs one op and its backward on tensors without memory
-    `op_counter`    counts FLOPs and bytes of dispatched kernels; fits polynomials in `B`
-    `stage_cost`    the sum over a stage's ops, and the bytes of its parameters
-    `at_lengths`    the same at other lengths, and as expressions in lengths
-    `phase_time`    seconds of F, R, B and W of a traced stage
-    `phase_memory`  bytes that one micro-batch occupies at a traced stage
-    `shared_messages` what arrives in one piece of memory
-    `peak_memory`   peak bytes of each stage during one training step
+    `node_costs`      Captured -> Annotated: the cost of every op; seconds of an op on a device
+    `grad_flow`       which values need a gradient and which get one
+    `call_cache`      equal ops are costed once
+    `meta_run`        runs one op and its backward on tensors without memory
+    `op_counter`      counts FLOPs and bytes of dispatched kernels; fits polynomials in `B`
+    `stage_cost`      the sum over a stage's ops, and the bytes of its parameters
+    `at_lengths`      the same at other lengths, and as expressions in lengths
+    `phase_time`      seconds of F, R, B and W of a traced stage
+    `message_memory`  what arrives in one piece of memory
+    `phase_memory`    bytes that one micro-batch occupies at a traced stage
+    `peak_memory`     peak bytes of each stage during one training step
 """
 
 from __future__ import annotations
 
 from .at_lengths import costed_at, stage_costs
+from .message_memory import shared_messages
 from .meta_run import BoundCall, operand_values, tensor_leaves, tensor_operands, work_key
 from .node_costs import CallSeconds, annotate, call_seconds, recomputed_calls
 from .peak_memory import PeakBytes, peak_bytes, peak_saved_bytes
 from .phase_memory import StageBytes, stage_bytes
 from .phase_time import PhaseSeconds, mean_op_seconds, phase_seconds, recomputes
-from .shared_messages import shared_messages
 from .stage_cost import StageCost, cost_of_stage
 
 __all__ = [

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from autopipe.passes.ir import StagePhases
 
-    from .shared_messages import MessageMemory
+    from .message_memory import MessageMemory
 
 
 class StageBytes(NamedTuple):

@@ -76,6 +76,7 @@ def test_the_chosen_schedule_is_the_fastest_of_the_plans() -> None:
     assert chosen.step_seconds < autopipe.plan(Layers(12), **options).step_seconds
 
 
+@pytest.mark.full
 def test_it_runs_what_it_chose() -> None:
     pipe = autopipe.compile(Layers(12), devices=2, chunks=4, schedule="auto")
     pipe(*batch(8)).backward()
@@ -90,6 +91,7 @@ def test_it_runs_what_it_chose() -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.full
 def test_a_limit_leaves_the_schedules_that_keep_less() -> None:
     options = {"devices": 2, "chunks": 16, "args": batch(64), "remat": "none"}
     plans = [autopipe.plan(Layers(12), **options, schedule=s) for s in ("gpipe", "v-min")]

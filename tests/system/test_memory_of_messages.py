@@ -1,6 +1,6 @@
 """Messages between stages that are parts of one tensor: planned bytes are the measured ones.
 
-Covers cost/shared_messages.py.
+Covers cost/message_memory.py.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ def uses_step(pipe: autopipe.Pipeline) -> None:
     pipe.step(*batch(7))
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("kind", EARLY)
 @pytest.mark.parametrize(
     "loop", [accumulates, scales, adds_a_term, keeps_two, skips_backwards, uses_step]
@@ -148,6 +149,7 @@ def test_evaluation_runs_all_forwards_first() -> None:
         torch.testing.assert_close(pipe(x, labels), model(x, labels))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", EARLY)
 def test_a_failure_is_one_error_and_the_next_call_is_right(kind: str) -> None:
     model = Layers()
@@ -185,6 +187,7 @@ def weighted(scores: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(scores, labels, weights, ignore_index=-1, label_smoothing=0.1)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", EARLY)
 def test_step_captures_the_loss_function(kind: str) -> None:
     model, x, labels = Scores(), *batch()

@@ -24,7 +24,7 @@ from tests.support.early_schedules import EARLY
 from tests.support.random_schedules import valid_schedules
 from tests.support.schedule_models import CASES, Stack, floats
 
-pytestmark = pytest.mark.usefixtures("alike_models_once")
+pytestmark = pytest.mark.usefixtures("alike_models_once", "each_stage_cut_alone")
 
 REMAT: tuple[str | float, ...] = ("full", "none", "min-cut", 0.5)
 

@@ -17,7 +17,7 @@ from autopipe.passes.schedule import schedule_for
 from tests.support.early_schedules import EARLY, WithLoss, assert_same, step
 from tests.support.zoo import ZOO
 
-pytestmark = pytest.mark.usefixtures("alike_models_once")
+pytestmark = pytest.mark.usefixtures("alike_models_once", "each_stage_cut_alone")
 
 NAMES = (
     *("GPT-2", "Llama", "Mistral", "Gemma 2", "Phi-3", "OPT", "BLOOM", "Mamba", "Mixtral"),

@@ -405,7 +405,7 @@ def test_a_device_without_its_backwards_is_not_written() -> None:
     model, x = Layers(2), torch.randn(4, 6)
     phased = phased_of(split_of(model, 2, x), model, 2, ((x,), {}))
     missing = dataclasses.replace(planned, devices=(first, second[:2]))
-    with pytest.raises(VerifyError, match=r"R1\.0 is not scheduled"):
+    with pytest.raises(VerifyError, match=r"B1\.0 is not scheduled"):
         codegen(missing, {2: phased}, [2, 2], [CPU, CPU])
 
 
