@@ -74,10 +74,10 @@ def stage_bytes(stage: StagePhases, messages: tuple[MessageMemory | None, ...] =
         messages: the memory of what it receives, as of `shared_messages`; (): each is a tensor of
             its own. Memory that several messages share is counted for the first of them.
     """
-    results = _stage_bytes(stage)
-    if messages not in results:
-        results[messages] = _computed_bytes(stage, messages)
-    found, received, tangents, sums = results[messages]
+    known = _known(stage)
+    if messages not in known:
+        known[messages] = _computed_bytes(stage, messages)
+    found, received, tangents, sums = known[messages]
     return found._replace(
         received=dict(zip(stage.receives, received, strict=True)),
         tangents=dict(zip(stage.tangents, tangents, strict=True)),
@@ -86,7 +86,7 @@ def stage_bytes(stage: StagePhases, messages: tuple[MessageMemory | None, ...] =
 
 
 @cache_per_graph
-def _stage_bytes(stage: StagePhases) -> dict[Any, _Found]:
+def _known(stage: StagePhases) -> dict[Any, _Found]:
     """What was computed for a graph, by the memory of messages."""
     return {}
 

@@ -16,7 +16,7 @@ from .device_loads import DeviceLoads
 MOST_MOVES = 1 << 14
 """Cuts that are tried, over all rounds."""
 
-_Key = tuple[int, int, int]
+_Key = tuple[int, int, int, int]
 
 
 def balance_devices(
@@ -45,15 +45,12 @@ def balance_devices(
     devices, best = 1 + max(homes), tuple(starts)
     now = _key(loads, best, homes, limit, crossing)
     moves_left = MOST_MOVES
-    while now is not None and moves_left > 0:
-        total = sum(loads.stage_times(best))
-        if now[0] * devices <= total * (1 + near):
-            break
+    while moves_left > 0 and now[1] * devices > sum(loads.stage_times(best)) * (1 + near):
         found = best
         for moved in _moved(best, len(crossing) - 1):
             moves_left -= 1
             key = _key(loads, moved, homes, limit, crossing)
-            if key is not None and key < now:
+            if key < now and loads.fits(moved):
                 found, now = moved, key
         if found == best:
             break
@@ -67,15 +64,15 @@ def _key(
     homes: Sequence[int],
     limit: int,
     crossing: Sequence[int],
-) -> _Key | None:
-    """What is to be small, in this order: the busiest device, unevenness, crossing; None: unfit."""
+) -> _Key:
+    """What is to be small, in this order: time above the limit, the busiest device, unevenness, and
+    crossing."""
     times = loads.stage_times(starts)
-    if max(times) > limit or not loads.fits(starts):
-        return None
     busy = [0] * (1 + max(homes))
     for home, time in zip(homes, times, strict=True):
         busy[home] += time
-    return max(busy), sum(time * time for time in busy), sum(crossing[p] for p in starts)
+    above = max(0, max(times) - limit)
+    return above, max(busy), sum(time * time for time in busy), sum(crossing[p] for p in starts)
 
 
 def _moved(starts: tuple[int, ...], items: int) -> Iterator[tuple[int, ...]]:
