@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from autopipe import interrupts
@@ -68,7 +69,8 @@ class Run:
         self._parts: dict[tuple[int, int], int] = {}
         self._workers = self.program.workers
         self._mailbox = Mailbox()
-        self._caller_storages: set[int] = set()
+        # By micro-batch: see `SavedBytesCounter.add`.
+        self._fed: dict[int, dict[int, dict[int, int]]] = {}
         self._caller_streams: dict[torch.device, Stream] = {}
         self._caller_events: list[Event] = []
 
@@ -85,7 +87,8 @@ class Run:
         """
         self.inputs[value, stage, m] = tensor
         for part in plain_parts(tensor):
-            self._caller_storages.add(part.untyped_storage().data_ptr())
+            storage = self._fed.setdefault(m, {}).setdefault(part.untyped_storage().data_ptr(), {})
+            storage[part.data_ptr()] = part.nbytes
 
     def execute(self, direction: str) -> None:
         """Run all micro-batches forward, or all of them backward, or both.
@@ -252,7 +255,7 @@ class Run:
     def _is_kept_anyway(self, address: int) -> bool:
         """Whether the storage at an address is the caller's or the model's."""
         held = (x for tensors in self.state_tensors for t in tensors for x in plain_parts(t))
-        return address in self._caller_storages or any(
+        return any(address in storages for storages in self._fed.values()) or any(
             address == x.untyped_storage().data_ptr() for x in held
         )
 
@@ -271,8 +274,8 @@ class Run:
             stage,
             self.program.sizes[m],
             tensors,
-            self.state_tensors[stage],
-            self._caller_storages,
+            chain.from_iterable(self.state_tensors),
+            self._fed.get(m, {}),
             part,
         )
         self._saved[stage, m] = (tensors, nbytes)

@@ -1,7 +1,7 @@
 """Count the bytes of saved activations per stage while a pipeline runs.
 
 Each storage counts once, and as a whole even if only a view of it is saved. Storages of parameters
-and buffers do not count. Of the caller's batch, only the micro-batch's slice counts.
+and buffers do not count. Of the caller's batch, only the micro-batch counts, as a whole too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -155,7 +155,7 @@ class SavedBytesCounter:
         size: int,
         saved: list[Tensor],
         state: Iterable[Tensor],
-        caller_storages: set[int],
+        caller: Mapping[int, Mapping[int, int]],
         part: int = 0,
     ) -> SavedBytes:
         """Count the saved activations of one micro-batch.
@@ -168,8 +168,9 @@ class SavedBytesCounter:
             stage: the stage that saves.
             size: samples in the micro-batch.
             saved: the tensors.
-            state: parameters, buffers and constants, which do not count.
-            caller_storages: addresses of the storages of the caller's tensors.
+            state: parameters, buffers and constants of all stages, which do not count.
+            caller: the address of each storage of the caller's → the address of each tensor in it
+                that the micro-batch was fed with → its bytes.
             part: 0 after the forward; 1, 2 … after parts of the backward.
 
         Returns:
@@ -182,8 +183,10 @@ class SavedBytesCounter:
             for tensor in (x for t in saved for x in plain_parts(t)):
                 storage = tensor.untyped_storage()
                 address = storage.data_ptr()
-                if address in caller_storages:
-                    sizes[tensor.data_ptr()] = tensor.nbytes
+                if address in caller:
+                    fed = caller[address]
+                    start = max((a for a in fed if a <= tensor.data_ptr()), default=min(fed))
+                    sizes[start] = fed[start]
                 elif address not in not_counted:
                     sizes[address] = storage.nbytes()
             known[key] = sum(sizes.values())

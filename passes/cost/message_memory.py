@@ -1,14 +1,15 @@
-"""Find messages between stages that are parts of one tensor's memory.
+"""Find messages that are parts of larger memory.
 
 Between devices a value is copied, and each copy is a tensor of its own. On one device it is passed
 as it is. So a stage that receives the three parts of a projection (``qkv.chunk(3)``) holds the
-memory of the whole projection, once, and also if it receives only one of the three.
+memory of the whole projection, once, and also if it receives only one of the three. A part of
+another stage's parameter is memory that is there anyway. A part of the caller's micro-batch counts
+as the whole micro-batch.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from autopipe.passes._torch import storage_id
 from autopipe.passes.ir import CALLER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
     import torch
     from torch import fx
@@ -29,7 +30,7 @@ class MessageMemory(NamedTuple):
 
     Attributes:
         group: equal for the messages to a stage that share it.
-        nbytes: of all of it.
+        nbytes: of all of it; 0: of a parameter, a buffer or a constant, which do not count.
     """
 
     group: int
@@ -50,74 +51,103 @@ def shared_messages(
         For each value in `receives`, then for each gradient in `tangents`: its memory; None for a
         tensor of its own.
     """
+    messages = _Messages(phased, devices)
     stage = phased.stages[k]
-    sent = [
-        *(_value_at_sender(phased, devices, name, k) for name in stage.receives),
-        *(_gradient_at_sender(phased, devices, name, k) for name in stage.tangents),
+    found = [
+        *(messages.value(name, k) for name in stage.receives),
+        *(messages.gradient(name, k) for name in stage.tangents),
     ]
-    groups: dict[tuple[int, int], int] = {}
-    found: list[MessageMemory | None] = []
-    for one in sent:
-        if one is None:
-            found.append(None)
-            continue
-        sender, tensor = one
-        group = groups.setdefault((sender, storage_id(tensor)), len(groups))
-        found.append(MessageMemory(group, int(tensor.untyped_storage().nbytes())))
-    return tuple(found)
+    groups: dict[Hashable, int] = {}
+    return tuple(
+        None
+        if memory is None
+        else MessageMemory(groups.setdefault(memory.key, len(groups)), memory.nbytes)
+        for memory in found
+    )
 
 
-def _value_at_sender(
-    phased: Phased, devices: Sequence[torch.device], name: str, k: int
-) -> tuple[int, Tensor] | None:
-    """A value in the stage that computed it, if stage k gets that tensor; None for a copy.
+class _Storage(NamedTuple):
+    """One storage: what tells it from others, and its size."""
 
-    What is a part of the caller's tensors or of a parameter is not a message's memory.
+    key: Hashable
+    nbytes: int
+
+
+_STATE = _Storage("state", 0)
+
+
+class _Messages(NamedTuple):
+    """What values and gradients are parts of, at the stages that receive them.
+
+    None stands for a tensor of its own.
     """
-    route = phased.split.routes[name]
-    if route.source == CALLER:
-        return None
-    way = route.holders[: route.holders.index(k) + 1]
-    if any(devices[a] != devices[b] for a, b in pairwise(way)):
-        return None
-    sender = phased.stages[route.source]
-    tensor = _tensor(sender.results()["returns"][sender.returns.index(name)])
-    if tensor is None:
-        return None
-    arguments = _arguments(sender)
-    held = arguments[: len(sender.state)]
-    if any(storage_id(t) == storage_id(tensor) for t in map(_tensor, held) if t is not None):
-        return None
-    received = arguments[len(sender.state) :]
-    for earlier, node in zip(sender.receives, received, strict=False):
-        other = _tensor(node)
-        if other is not None and storage_id(other) == storage_id(tensor):
-            return _value_at_sender(phased, devices, earlier, sender.index)
-    return sender.index, tensor
+
+    phased: Phased
+    devices: Sequence[torch.device]
+
+    def value(self, name: str, k: int) -> _Storage | None:
+        """A value that stage k receives from the stage that computes it, or from the caller."""
+        source = self.phased.split.routes[name].source
+        if source == CALLER:
+            # The caller's tensors are on the CPU, if they are anywhere without a copy.
+            at_caller = self.devices[k].type == "cpu"
+            return _Storage(("caller", name), self._received(name, k)) if at_caller else None
+        if self.devices[source] != self.devices[k]:
+            return None
+        sender = self.phased.stages[source]
+        return self._at_sender(sender, sender.results()["returns"][sender.returns.index(name)])
+
+    def gradient(self, name: str, k: int) -> _Storage | None:
+        """A gradient that stage k receives from a later holder of its value, or the caller."""
+        route = self.phased.split.routes.get(name)
+        later = None if route is None else route.gradient_from(k)
+        if later is None or self.devices[later] != self.devices[k]:
+            return None
+        sender = self.phased.stages[later]
+        return self._at_sender(
+            sender, sender.results()["sent_grads"][sender.sent_grads.index(name)]
+        )
+
+    def _at_sender(self, sender: StagePhases, result: Any) -> _Storage | None:
+        """What a stage's result is a part of, for a stage on its device."""
+        tensor = _tensor(result)
+        if tensor is None:
+            return None
+        storage = storage_id(tensor)
+        for kind, name, placeholder in _arguments(sender):
+            given = _tensor(placeholder)
+            if given is None or storage_id(given) != storage:
+                continue
+            if kind == "state":
+                return _STATE
+            found = (self.value if kind == "value" else self.gradient)(name, sender.index)
+            return found or _Storage((kind, name, sender.index), _size(given))
+        return _Storage((sender.index, storage), _size(tensor))
+
+    def _received(self, name: str, k: int) -> int:
+        """Bytes of a value at a stage that receives it."""
+        nodes = (
+            n for kind, x, n in _arguments(self.phased.stages[k]) if (kind, x) == ("value", name)
+        )
+        return sum(_size(t) for t in map(_tensor, nodes) if t is not None)
 
 
-def _gradient_at_sender(
-    phased: Phased, devices: Sequence[torch.device], name: str, k: int
-) -> tuple[int, Tensor] | None:
-    """A gradient in the stage that sends it to stage k; None for a copy, or the caller's."""
-    route = phased.split.routes.get(name)
-    later = None if route is None else route.gradient_from(k)
-    if later is None or devices[later] != devices[k]:
-        return None
-    sender = phased.stages[later]
-    tensor = _tensor(sender.results()["sent_grads"][sender.sent_grads.index(name)])
-    if tensor is None:
-        return None
-    arrived = {storage_id(t) for t in map(_tensor, _arguments(sender)) if t is not None}
-    return None if storage_id(tensor) in arrived else (later, tensor)
-
-
-def _arguments(stage: StagePhases) -> list[fx.Node]:
-    """The placeholders of what a stage has and receives: `state`, `receives`, `tangents`."""
+def _arguments(stage: StagePhases) -> Iterator[tuple[str, str, fx.Node]]:
+    """What a stage has and receives: "state", "value" or "gradient", the name, the placeholder."""
     _, *placeholders = [n for n in stage.graph.nodes if n.op == "placeholder"]
-    return placeholders
+    names = [
+        *(("state", name) for name in stage.state),
+        *(("value", name) for name in stage.receives),
+        *(("gradient", name) for name in stage.tangents),
+    ]
+    for (kind, name), node in zip(names, placeholders, strict=True):
+        yield kind, name, node
 
 
-def _tensor(node: fx.Node | None) -> Tensor | None:
+def _tensor(node: Any) -> Tensor | None:
     value = None if node is None else node.meta.get("val")
     return value if isinstance(value, Tensor) else None
+
+
+def _size(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage().nbytes())

@@ -43,8 +43,8 @@ P, Q = Program(), Program()
 
 
 def kept(memory: SavedBytesCounter, saved: list[Tensor], state: list[Tensor], **more: Any) -> int:
-    storages = more.get("storages", set())
-    found = memory.add(more.get("program", P), 0, more.get("size", 2), saved, state, storages)
+    caller = more.get("caller", {})
+    found = memory.add(more.get("program", P), 0, more.get("size", 2), saved, state, caller)
     return found.nbytes
 
 
@@ -53,9 +53,9 @@ def kept(memory: SavedBytesCounter, saved: list[Tensor], state: list[Tensor], **
 
 def test_bytes_are_added_and_taken_away() -> None:
     memory = SavedBytesCounter([0, 1])
-    first = memory.add(P, 0, 2, [torch.zeros(10)], [], set())
-    other = memory.add(P, 1, 2, [torch.zeros(5, dtype=torch.float64)], [], set())
-    again = memory.add(P, 0, 2, [torch.zeros(10)], [], set())
+    first = memory.add(P, 0, 2, [torch.zeros(10)], [], {})
+    other = memory.add(P, 1, 2, [torch.zeros(5, dtype=torch.float64)], [], {})
+    again = memory.add(P, 0, 2, [torch.zeros(10)], [], {})
     assert [x.nbytes for x in (first, other, again)] == [40, 40, 40]
     assert [s.now for s in memory.stages] == [80, 40]
     del first
@@ -78,7 +78,7 @@ def test_a_counter_keeps_no_program_alive() -> None:
 def test_a_new_peak_starts_from_what_is_held() -> None:
     memory = SavedBytesCounter([0])
     kept(memory, [torch.zeros(10)], [])
-    held = memory.add(P, 0, 2, [torch.zeros(10)], [], set())
+    held = memory.add(P, 0, 2, [torch.zeros(10)], [], {})
     assert memory.stages[0].peak == held.nbytes
     memory.reset()
     assert memory.stages[0].peak == 40
@@ -125,8 +125,20 @@ def test_of_the_callers_batch_a_micro_batch_counts_its_part() -> None:
     batch = torch.zeros(8, 6)
     memory = SavedBytesCounter([0])
     part = batch[2:4]
-    storages = {batch.untyped_storage().data_ptr()}
-    assert kept(memory, [part, part.view(-1)], [], storages=storages) == 2 * 6 * 4
+    caller = {batch.untyped_storage().data_ptr(): {part.data_ptr(): part.nbytes}}
+    assert kept(memory, [part, part.view(-1)], [], caller=caller) == 2 * 6 * 4
+    assert kept(memory, [part[:, 3:]], [], caller=caller, size=3) == 2 * 6 * 4
+
+
+def test_two_arguments_may_be_parts_of_one_tensor_of_the_callers() -> None:
+    """Tokens and labels of a language model are often slices of the same rows."""
+    rows = torch.zeros(8, 6)
+    tokens, labels = rows[2:4, :-1], rows[2:4, 1:]
+    fed = {t.data_ptr(): t.nbytes for t in (tokens, labels)}
+    caller = {rows.untyped_storage().data_ptr(): fed}
+    memory = SavedBytesCounter([0])
+    assert kept(memory, [tokens, labels], [], caller=caller) == 2 * 2 * 5 * 4
+    assert kept(memory, [labels[1:]], [], caller=caller, size=3) == 2 * 5 * 4
 
 
 def test_each_size_and_program_is_counted_for_itself() -> None:
