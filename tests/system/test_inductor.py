@@ -208,7 +208,7 @@ def test_a_size_that_changes_is_a_symbol_of_the_compiled_code() -> None:
         for length in (3, 5, 4, 7):
             x = sequences(length=length)
             assert_close(step(pipe, model, x), step(model, model, x))
-    assert len(compiled) == 4  # F and RBW of two stages
+    assert len(compiled) == 5  # F, R and BW of the first stage, F and RBW of the second
     assert all(part.symbols for part in compiled)
 
 
