@@ -1,7 +1,8 @@
 """Count the bytes of saved activations per stage while a pipeline runs.
 
 Each storage counts once, and as a whole even if only a view of it is saved. Storages of parameters
-and buffers do not count. Of the caller's batch, only the micro-batch counts, as a whole too.
+and buffers do not count. Of the caller's batch, only the micro-batch counts, as a whole even
+if only a part of it is saved.
 """
 
 from __future__ import annotations

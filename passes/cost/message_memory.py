@@ -89,7 +89,7 @@ class _Messages(NamedTuple):
         """A value that stage k receives from the stage that computes it, or from the caller."""
         source = self.phased.split.routes[name].source
         if source == CALLER:
-            # The caller's tensors are on the CPU, if they are anywhere without a copy.
+            # A stage on the CPU gets the caller's tensor itself; elsewhere a copy is assumed.
             at_caller = self.devices[k].type == "cpu"
             return _Storage(("caller", name), self._received(name, k)) if at_caller else None
         if self.devices[source] != self.devices[k]:

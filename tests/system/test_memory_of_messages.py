@@ -138,7 +138,7 @@ class PartOfAPassedGradient(Parts):
 
 
 class ManyUses(Parts):
-    """A part of a value goes to two later stages, each of which also uses the whole."""
+    """One part of a value goes to both later stages, another only to the last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ def found_at(kind: type[Parts], devices: str, k: int) -> dict[str, int | None]:
     stage = phased.stages[k]
     names = [*stage.receives, *(f"d{name}" for name in stage.tangents)]
     found = shared_messages(phased, places, k)
-    return {n: x and x.nbytes for n, x in zip(names, found, strict=True)}
+    return {n: None if m is None else m.nbytes for n, m in zip(names, found, strict=True)}
 
 
 PART = BATCH // CHUNKS * LENGTH * WIDTH * 4
