@@ -3,7 +3,8 @@
 Every operator that a worker calls is watched (a dispatch mode on its thread): the storages that it
 makes are that stage's until they are gone. What one stage sends to another is copied, as between
 two devices, and the copy is the receiver's; so is what the caller gives. Parameters and buffers are
-left out; gradients that are summed are in. Workspaces within a kernel are not seen.
+left out, also where a stage sends a part of one: the plans are of one device, on which all stages
+have them. Gradients that are summed are in. Workspaces within a kernel are not seen.
 """
 
 from __future__ import annotations
@@ -28,18 +29,22 @@ class Ledger:
 
     def __init__(self, model: nn.Module) -> None:
         tensors = [*model.parameters(), *model.buffers()]
-        self._ignored = {t.untyped_storage().data_ptr() for t in tensors}
+        self._state = {t.untyped_storage().data_ptr() for t in tensors}
         self._lock = threading.Lock()
         self._known: set[int] = set()
         self.now: Counter[int] = Counter()
         self.peak: Counter[int] = Counter()
+
+    def is_state(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter or a buffer, or a part of one."""
+        return tensor.untyped_storage().data_ptr() in self._state
 
     def hold(self, tensor: Tensor, stage: int) -> None:
         """A storage is a stage's until it is gone; seen again, nothing happens."""
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         with self._lock:
-            if not address or address in self._ignored or address in self._known:
+            if not address or address in self._state or address in self._known:
                 return
             self._known.add(address)
             self.now[stage] += storage.nbytes()
@@ -79,6 +84,8 @@ def watching(model: nn.Module) -> Iterator[Ledger]:
         run([partial(task, k) for k in range(len(tasks))], abort, cores)
 
     def copied(tensor: Tensor, stage: int) -> Tensor:
+        if ledger.is_state(tensor):
+            return tensor
         with _disable_current_modes():
             copy = tensor.clone()
         ledger.hold(copy, stage)
