@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 
 def in_functorch_transform(tensors: Sequence[torch.Tensor]) -> bool:
@@ -111,6 +112,16 @@ def has_tangent(tensor: Tensor) -> bool:
     if forward_ad._current_level < 0:
         return False
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def has_autocast(device: torch.device) -> bool:
+    """Whether `torch.autocast` knows a device's type."""
+    return torch.amp.is_autocast_available(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is off for a device while the context is open."""
+    return torch.autocast(device.type, enabled=False) if has_autocast(device) else nullcontext()
 
 
 def autocast_device_types() -> tuple[str, ...]:

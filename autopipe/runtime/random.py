@@ -221,5 +221,5 @@ def _generator(device: torch.device) -> torch.Generator:
     """The current thread's generator for a device."""
     cache = _generators.by_device
     if device not in cache:
-        cache[device] = torch.Generator(device)
+        cache[device] = backend_of(device).new_generator(device)
     return cache[device]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import sympy
 import torch
 
+from autopipe.passes._torch_modes import has_autocast
 from autopipe.passes.ir import Captured, Phased, Split, StageGraph, StagePhases
 
 from .assign_phases import cut_joint
@@ -208,7 +209,7 @@ def _arrived(value: Located, device: torch.device, sizes: Sizes) -> TensorMeta:
 
 
 def _autocast(device: torch.device) -> Hashable:
-    enabled = torch.is_autocast_enabled(device.type)
+    enabled = has_autocast(device) and torch.is_autocast_enabled(device.type)
     return enabled and torch.get_autocast_dtype(device.type)
 
 

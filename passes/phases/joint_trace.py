@@ -36,6 +36,7 @@ from autopipe.passes._torch import (
     preserve_node_meta,
     to_functional,
 )
+from autopipe.passes._torch_modes import without_autocast
 from autopipe.passes._torch_patches import record_checks_unordered, silent_logs
 
 from .function_constants import inline_constants, watch_constants
@@ -187,7 +188,7 @@ def trace_joint(
             if arriving and wanted:
                 values = {"return": results, "input": leaves}
                 with (
-                    torch.autocast(device.type, enabled=False),
+                    without_autocast(device),
                     torch.autograd.set_multithreading_enabled(False),
                 ):
                     found = _gradients(

@@ -59,4 +59,4 @@ def accelerators() -> tuple[torch.device, ...]:
 
 def autocast_types() -> tuple[str, ...]:
     """The device types for which `torch.autocast` can be on."""
-    return tuple(dict.fromkeys(b.autocast_type for b in BACKENDS.values()))
+    return tuple(dict.fromkeys(t for b in BACKENDS.values() if (t := b.autocast_type)))

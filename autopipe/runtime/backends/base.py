@@ -51,9 +51,9 @@ class Backend:
         self.type = type
 
     @property
-    def autocast_type(self) -> str:
-        """What `torch.autocast` calls these devices."""
-        return self.type
+    def autocast_type(self) -> str | None:
+        """What `torch.autocast` calls these devices; None: it does not know them."""
+        return self.type if torch.amp.is_autocast_available(self.type) else None
 
     # Which devices there are
 
@@ -110,6 +110,10 @@ class Backend:
     def default_generator(self, device: torch.device) -> torch.Generator:
         """The generator that operators draw from when they are given none."""
         return torch.default_generator
+
+    def new_generator(self, device: torch.device) -> torch.Generator:
+        """A generator of random numbers for operators on a device."""
+        return torch.Generator(device)
 
     def fork_rng(self, device: torch.device) -> AbstractContextManager[Any]:
         """Restore the default generators (CPU and `device`) when the context closes."""

@@ -100,8 +100,10 @@ def test_accelerators_are_those_of_the_first_type_present(monkeypatch: pytest.Mo
 
 def test_autocast_types_follow_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert autocast_types() == ("cpu", "cuda")
-    monkeypatch.setitem(BACKENDS, "meta", RecordingBackend("meta"))
-    assert autocast_types() == ("cpu", "cuda", "meta")
+    monkeypatch.setitem(BACKENDS, "xpu", RecordingBackend("xpu"))
+    assert autocast_types() == ("cpu", "cuda", "xpu")
+    monkeypatch.setitem(BACKENDS, "lazy", RecordingBackend("lazy"))  # torch.autocast refuses it
+    assert autocast_types() == ("cpu", "cuda", "xpu")
 
 
 def test_every_type_answers_every_question() -> None:

@@ -1,0 +1,123 @@
+"""The simulated machine: devices, streams, what went wrong, and how long it took."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .blocks import Block
+from .streams import Clock, Event, HostThread, Stream
+
+TYPE = "lazy"
+
+
+class Machine:
+    """Some devices of type "lazy", and a host.
+
+    Args:
+        count: of the devices.
+        cost: operator → the virtual seconds that it takes on a device. Copies between devices cost
+            what `aten._to_copy` costs.
+
+    Attributes:
+        races: a line for each pair of accesses that nothing orders.
+        counts: of kernels, copies, and the host's waits.
+        judge: is told of everything that happens; see `tests.support.simulated.judge`.
+    """
+
+    def __init__(self, count: int = 4, cost: Callable[[Any], float] = lambda op: 0.0) -> None:
+        self.devices = tuple(torch.device(TYPE, k) for k in range(count))
+        self.cost = cost
+        self.lock = threading.RLock()
+        self.races: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.judge: Any = None
+        self._numbers = itertools.count(1)
+        self._blocks = itertools.count(1)
+        self._default: dict[torch.device, Stream] = {}
+        self._thread = HostThread()
+        self._streams: list[Stream] = []
+        for device in self.devices:
+            self._default[device] = self._made(device, f"{device} default")
+
+    def _made(self, device: torch.device, name: str) -> Stream:
+        stream = Stream(self, device, name)
+        self._streams.append(stream)
+        if self.judge is not None:
+            self.judge.stream(stream)
+        return stream
+
+    def next_block(self) -> int:
+        return next(self._blocks)
+
+    def new_stream(self, device: torch.device) -> Stream:
+        """A stream that nothing orders with others."""
+        with self.lock:
+            return self._made(device, f"{device} stream {next(self._numbers)}")
+
+    def default_stream(self, device: torch.device) -> Stream:
+        """The stream on which threads work that have chosen none."""
+        return self._default[device]
+
+    def current_stream(self, device: torch.device) -> Stream:
+        """The stream that the calling thread works on."""
+        return self._thread.streams.get(device) or self._default[device]
+
+    def set_stream(self, device: torch.device, stream: Stream | None) -> Stream | None:
+        """Choose the calling thread's stream on a device; returns the one before."""
+        before = self._thread.streams.pop(device, None)
+        if stream is not None:
+            self._thread.streams[device] = stream
+        return before
+
+    @property
+    def host_clock(self) -> Clock:
+        """What the calling thread is certain of."""
+        return self._thread.clock
+
+    def host_waits(self, event: Event) -> None:
+        """The calling thread waits until a mark is reached."""
+        with self.lock:
+            self._thread.clock.merge(event.clock)
+            self.counts["host waits"] += 1
+            if self.judge is not None:
+                self.judge.host_waits(event)
+
+    def synchronize(self, device: torch.device) -> None:
+        """The calling thread waits for all work of a device."""
+        for stream in [s for s in self._streams if s.device == device]:
+            stream.synchronize()
+
+    def recorded(self, event: Event) -> Event:
+        if self.judge is not None:
+            self.judge.recorded(event)
+        return event
+
+    def waited(self, stream: Stream, event: Event) -> None:
+        if self.judge is not None:
+            self.judge.waited(stream, event)
+
+    def made(self, block: Block, stream: Stream, operator: str) -> None:
+        if self.judge is not None:
+            self.judge.made(block, stream, operator)
+
+    def launched(
+        self, stream: Stream | None, operator: str, tensors: Any, written: set[int]
+    ) -> None:
+        if self.judge is not None and stream is not None:
+            self.judge.launched(stream, operator, tensors, written)
+
+    def race(self, text: str) -> None:
+        """Note what went wrong, once."""
+        if text not in self.races:
+            self.races.append(text)
+
+    @property
+    def makespan(self) -> float:
+        """Virtual seconds until all work queued so far has ended."""
+        return max(stream.time for stream in self._streams)

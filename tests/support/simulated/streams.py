@@ -1,0 +1,104 @@
+"""Streams and events as vector clocks.
+
+A clock says for each stream how many pieces of its work are certain to be done. A stream's clock is
+what is certain when its next piece of work begins.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from .machine import Machine
+
+
+class Clock(dict["Stream", int]):
+    """Stream → how many pieces of its work are certain to be done."""
+
+    def merge(self, other: Mapping[Stream, int]) -> None:
+        """Add what another clock is certain of."""
+        for stream, ticks in other.items():
+            if self.get(stream, 0) < ticks:
+                self[stream] = ticks
+
+    def knows(self, stream: Stream, tick: int) -> bool:
+        """Whether a piece of work is certain to be done."""
+        return self.get(stream, 0) >= tick
+
+
+class Event:
+    """A mark in a stream.
+
+    Attributes:
+        clock: what is certain once the mark is reached.
+        time: virtual seconds at which it is reached.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.clock, self.time = stream, Clock(stream.clock), stream.time
+
+    def synchronize(self) -> None:
+        """The calling thread waits for the mark."""
+        self.stream.machine.host_waits(self)
+
+
+class Stream:
+    """A queue of work on a device.
+
+    Args:
+        machine: where it is.
+        device: its device.
+        name: for messages.
+
+    Attributes:
+        time: virtual seconds at which the work queued so far ends.
+    """
+
+    def __init__(self, machine: Machine, device: torch.device, name: str) -> None:
+        self.machine, self.device, self.name = machine, device, name
+        self.clock = Clock()
+        self.time = 0.0
+        self._ticks = 0
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def tick(self, seconds: float = 0.0) -> int:
+        """Queue a piece of work; returns its number. It begins after the host has queued it."""
+        self.clock.merge(self.machine.host_clock)
+        self._ticks += 1
+        self.clock[self] = self._ticks
+        self.time += seconds
+        return self._ticks
+
+    def record_event(self, event: None = None) -> Event:
+        """A mark after all work queued so far."""
+        with self.machine.lock:
+            return self.machine.recorded(Event(self))
+
+    def wait_event(self, event: Event) -> None:
+        """Later work here begins after the mark."""
+        with self.machine.lock:
+            self.clock.merge(event.clock)
+            self.time = max(self.time, event.time)
+            self.machine.waited(self, event)
+
+    def wait_stream(self, stream: Stream) -> None:
+        """Later work here begins after all work queued in `stream`."""
+        self.wait_event(stream.record_event())
+
+    def synchronize(self) -> None:
+        """The calling thread waits for all work queued so far."""
+        self.record_event().synchronize()
+
+
+class HostThread(threading.local):
+    """What one host thread is certain of, and the streams that it works on."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.streams: dict[torch.device, Stream] = {}
