@@ -82,13 +82,8 @@ class PipelineCall:
         self._execute(run)
         for (k, m), tensors in run.saved.items():
             self._activations.add(self._stages(m)[k].saved, tensors)
-        devices = [self.leaves[i.index].device for i in self.compiled.call_inputs]
-        gathered = results.gather_outputs(
-            self.compiled.split.captured.outputs,
-            run.results,
-            self.sizes,
-            results.output_device(self.compiled.workers[-1].device, devices),
-        )
+        outputs = self.compiled.split.captured.outputs
+        gathered = results.gather_outputs(outputs, run.results, self.sizes)
         self._saved = gathered.saved
         return gathered.values
 
@@ -178,10 +173,7 @@ class PipelineCall:
 
     def _gradients_of(self, run: Run) -> tuple[Tensor | None, ...]:
         """The gradients of `wanted` that a run has found."""
-        found = [
-            results.input_gradient(i, run.results, self.sizes, self.leaves[i.index].device)
-            for i in self.inputs
-        ]
+        found = [results.input_gradient(i, run.results, self.sizes) for i in self.inputs]
         tensors = zip(self.parameters, self.wanted[len(self.inputs) :], strict=True)
         return (*found, *run.gradients.totals({i.name: x.device for i, x in tensors}))
 
@@ -258,8 +250,11 @@ class PipelineCall:
         buffers: dict[str, Tensor] = {}
         held = self._held(ready, before, buffers)
         run = self.make_run(ready.program, held, buffers, self.seed, self.memory, caller_modes)
-        routes = self.compiled.split.routes
-        for item in (i for i in self.compiled.call_inputs if i.name in routes):
+        inputs, split = self.compiled.call_inputs, self.compiled.split
+        last = self.compiled.workers[-1].device
+        run.destinations = results.destinations(split.captured, inputs, self.leaves, last)
+        routes = split.routes
+        for item in (i for i in inputs if i.name in routes):
             parts = self._scattered(item)
             for k in routes[item.name].consumers:
                 for m, part in enumerate(parts):
@@ -280,12 +275,13 @@ class PipelineCall:
         for stage, worker in zip(split.stages, compiled.workers, strict=True):
             tensors = []
             for item in stage.held:
-                tensor = before.get(item.name)
-                if tensor is None:
+                if item.name in before:
+                    tensor = worker.uses(before[item.name])
+                else:
                     tensor = compiled.on(worker, item.kind, item.target)
                     if item.target in changing and ready.program.trains:
                         # Written at the end of the forward, and read again by its recomputation.
-                        tensor = self._buffers[item.name] = tensor.clone()
+                        tensor = self._buffers[item.name] = worker.uses(tensor.clone())
                 if item.name in ready.updates:
                     buffers[item.name] = tensor
                 tensors.append(tensor)

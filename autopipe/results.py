@@ -50,7 +50,6 @@ def gather_outputs(
     outputs: Sequence[Output],
     parts: MutableMapping[tuple[str, int], Tensor],
     sizes: Sequence[int],
-    device: torch.device,
 ) -> GatheredOutputs:
     """Combine the micro-batches' values of each output.
 
@@ -58,12 +57,10 @@ def gather_outputs(
         outputs: of the captured graph.
         parts: (output, micro-batch) → value; the entries are removed.
         sizes: samples per micro-batch.
-        device: where the result is put.
     """
     values, saved = [], []
     for output in outputs:
         own = [parts.pop((output.name, m)) for m in range(len(sizes))]
-        own = [p.to(device, non_blocking=True) for p in own]
         saved.append(output.combine.saved_for_share(own))
         values.append(output.combine.gather(own, sizes))
     return GatheredOutputs(tuple(values), tuple(saved))
@@ -97,7 +94,6 @@ def input_gradient(
     item: Input,
     parts: Mapping[tuple[str, int], Tensor],
     sizes: Sequence[int],
-    device: torch.device,
 ) -> Tensor | None:
     """Combine the micro-batches' gradients of one input of the call.
 
@@ -105,13 +101,12 @@ def input_gradient(
         item: the input.
         parts: ("grad NAME", micro-batch) → gradient; one that is missing is zero.
         sizes: samples per micro-batch.
-        device: the input's device.
 
     Returns:
         The gradient, or None if no micro-batch has one.
     """
     own = [parts.get((f"grad {item.name}", m)) for m in range(len(sizes))]
-    here = [p.to(device) for p in own if p is not None]
+    here = [p for p in own if p is not None]
     combine: Combine = SUM if item.batch_dim is None else Concatenate(item.batch_dim)
     return combine.gather(here, sizes) if here else None
 
@@ -127,6 +122,25 @@ def output_device(last: torch.device, inputs: Sequence[torch.device]) -> torch.d
         The first input's device of the type of `last`; `last` if no input is on such a device.
     """
     return next((d for d in inputs if d.type == last.type), last)
+
+
+def destinations(
+    captured: Captured, inputs: Sequence[Input], leaves: Sequence[Any], last: torch.device
+) -> dict[str, torch.device]:
+    """Where the caller wants the results of workers.
+
+    Args:
+        captured: the model's graph.
+        inputs: the tensors of the call.
+        leaves: the call's flattened inputs.
+        last: the last stage's device.
+
+    Returns:
+        For each output, and each gradient of an input ("grad NAME"), its device.
+    """
+    devices = {f"grad {i.name}": leaves[i.index].device for i in inputs}
+    device = output_device(last, [*devices.values()])
+    return devices | {o.name: device for o in captured.outputs}
 
 
 def example_outputs(

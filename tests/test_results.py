@@ -44,7 +44,7 @@ def parts() -> dict[tuple[str, int], Tensor]:
 def test_outputs_are_gathered_and_their_parts_forgotten() -> None:
     known = parts()
     left = known | {("grad x", 0): torch.ones(1)}
-    gathered = results.gather_outputs(OUTPUTS, left, SIZES, CPU)
+    gathered = results.gather_outputs(OUTPUTS, left, SIZES)
     assert list(left) == [("grad x", 0)]
     y, total, loss, table = gathered.values
     assert torch.equal(y, torch.cat([known["y", m] for m in range(3)]))
@@ -55,7 +55,7 @@ def test_outputs_are_gathered_and_their_parts_forgotten() -> None:
 
 
 def test_gradients_are_shared_where_there_are_any() -> None:
-    saved = results.gather_outputs(OUTPUTS, parts(), SIZES, CPU).saved
+    saved = results.gather_outputs(OUTPUTS, parts(), SIZES).saved
     y, loss = torch.randn(7, 4), torch.randn(())
     shared = results.share_gradients(OUTPUTS, [y, None, loss, None], saved, SIZES)
     assert list(shared) == ["y", "loss"]
@@ -68,10 +68,10 @@ def test_gradients_are_shared_where_there_are_any() -> None:
 def test_gradients_of_an_input(batch_dim: int | None) -> None:
     spec = TensorSpec("x", (sympy.Integer(4), B), torch.float32)
     item = Input(spec, InputKind.INPUT, index=0, batch_dim=batch_dim)
-    assert results.input_gradient(item, {}, SIZES, CPU) is None
+    assert results.input_gradient(item, {}, SIZES) is None
     widths = SIZES if batch_dim == 1 else (7, 7, 7)
     found = {("grad x", m): torch.randn(4, n) for m, n in enumerate(widths)}
-    gradient = results.input_gradient(item, found, SIZES, CPU)
+    gradient = results.input_gradient(item, found, SIZES)
     a, b, c = found.values()
     assert gradient is not None
     assert torch.equal(gradient, a + b + c if batch_dim is None else torch.cat([a, b, c], 1))
@@ -118,7 +118,7 @@ def test_the_result_has_the_models_structure_and_buffers_are_written() -> None:
             captured.outputs, captured.graph_module(*arguments(captured, model, part)), strict=True
         )
     }
-    gathered = results.gather_outputs(captured.outputs, known, SIZES, CPU).values
+    gathered = results.gather_outputs(captured.outputs, known, SIZES).values
     values = results.run_epilogue(captured, gathered, {B: 7}, model.get_buffer)
     assert model.seen == 1.0, "the epilogue reads the buffer and does not write to it"
     found = results.finish(captured, model, gathered, [x], {B: 7})

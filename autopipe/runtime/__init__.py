@@ -6,7 +6,9 @@ It does not use models, graphs or passes. Read in this order:
     `random`      `MicroBatchContext`: `ctx` in generated code; seeded random ops
     `workers`     one thread per worker
     `mailbox`     bounded queues between workers
+    `backpressure`  senders wait for the devices of receivers
     `transfer`    `WorkerDevice`; copies between devices, ordered by events
+    `caller_streams`  the order between workers and the caller's streams
     `backends`    everything that depends on the device type: streams, events, timing
     `microbatch`  sizes of micro-batches; cut a batch, combine results
     `autograd`    the pipeline as one autograd node

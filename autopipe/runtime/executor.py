@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from autopipe import interrupts
 
 from . import transfer, workers
-from .backends import backend_of
+from .backpressure import Backpressure
+from .caller_streams import CallerStreams
 from .failure import stage_error
 from .gradient_sums import GradientSums
 from .mailbox import AbortError, Mailbox
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .backends import Event, Stream
     from .memory import SavedBytes, SavedBytesCounter
     from .program import Program
 
     EnterModes = Callable[[], AbstractContextManager[None]]
+
+
+CALLERS_QUEUE = 2
+"""How many micro-batches of one of the caller's tensors may be on a stage's device at once, besides
+those that are saved."""
 
 
 @dataclass(eq=False)
@@ -52,6 +57,7 @@ class Run:
         inputs: (value, stage, micro-batch) → a tensor from the caller that is not yet received.
         results: (value, micro-batch) → a tensor for the caller.
         gradients: of parameters, summed over the micro-batches so far.
+        destinations: result → the device that the caller wants it on; else it stays where it is.
     """
 
     program: Program
@@ -63,6 +69,7 @@ class Run:
     inputs: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     results: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     gradients: GradientSums = field(default_factory=GradientSums)
+    destinations: Mapping[str, torch.device] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._saved: dict[tuple[int, int], tuple[list[Tensor], SavedBytes | None]] = {}
@@ -71,8 +78,9 @@ class Run:
         self._mailbox = Mailbox()
         # By micro-batch: see `SavedBytesCounter.add`.
         self._fed: dict[int, dict[int, dict[int, int]]] = {}
-        self._caller_streams: dict[torch.device, Stream] = {}
-        self._caller_events: list[Event] = []
+        self._caller = CallerStreams(())
+        self._backpressure = Backpressure()
+        self._returned: list[transfer.SentTensor] = []
 
     # Called by the pipeline
 
@@ -102,19 +110,19 @@ class Run:
         functions = self._functions(direction)
         drivers = self.program.drivers
         self._mailbox = self._new_mailbox()
-        # Workers wait for the caller's queued work, and the caller waits for the workers' work.
-        self._caller_streams = {
-            w.device: stream
-            for w in self._workers
-            if (stream := w.backend.current_stream(w.device)) is not None
-        }
-        self._caller_events = [s.record_event() for s in self._caller_streams.values()]
+        self._backpressure = Backpressure()
+        given = (t.device for t in self.inputs.values())
+        devices = chain((w.device for w in self._workers), given, self.destinations.values())
+        self._caller = CallerStreams(devices)
         enter = self.caller_modes() if len(drivers) > 1 else nullcontext
         tasks = [partial(self._work, f, w, enter) for f, w in zip(functions, drivers, strict=True)]
         cores = workers.cores_per_worker([w.device for w in drivers], self.program.shares_core)
         with interrupts.deferred(), interrupts.waking(self._mailbox.abort):
             try:
-                workers.run_workers(tasks, self._mailbox.abort, cores)
+                try:
+                    workers.run_workers(tasks, self._mailbox.abort, cores)
+                finally:
+                    self._caller.wait_for(dict.fromkeys(self._workers))
             except Exception as error:
                 self.drop()
                 raise stage_error(error, self.program.filename, direction) from error
@@ -124,8 +132,9 @@ class Run:
             if interrupts.is_deferred():  # the workers were aborted
                 self.drop()
                 interrupts.raise_deferred()
-        if self._caller_streams:
-            self._join_caller_streams()
+        self._caller.wait_on_host(self._returned)
+        self._returned.clear()
+        self._caller.use((*self.results.values(), *self.gradients))
 
     def _functions(self, direction: str) -> Sequence[Callable[[Any], None]]:
         """What each driver runs in a direction."""
@@ -151,19 +160,9 @@ class Run:
             return
         backend = worker.backend
         with enter_modes(), backend.use_device(worker.device), backend.use_stream(worker.compute):
-            for event in self._caller_events:
+            for event in self._caller.events(worker.device):
                 worker.compute.wait_event(event)
             function(self)
-
-    def _join_caller_streams(self) -> None:
-        """Let the caller's streams wait for the workers'; record the results' use on them."""
-        for worker in self._workers:
-            if worker.compute is not None:
-                self._caller_streams[worker.device].wait_stream(worker.compute)
-        for tensor in (*self.results.values(), *self.gradients):
-            stream = self._caller_streams.get(tensor.device)
-            if stream is not None:
-                backend_of(tensor.device).record_use(tensor, stream)
 
     @property
     def saved(self) -> dict[tuple[int, int], list[Tensor]]:
@@ -175,6 +174,7 @@ class Run:
         self._saved.clear()
         self.inputs.clear()
         self.results.clear()
+        self._returned.clear()
         self.gradients.clear()
 
     # Called by generated code
@@ -220,9 +220,12 @@ class Run:
         worker = self._workers[stage]
         key = (value, stage, m)
         tensor = self.inputs.pop(key, None)
+        earlier = self._backpressure.mark(key[:2], worker.compute)
         if tensor is None:
             return transfer.receive(self._mailbox.take(key), worker)
-        tensor = transfer.fetch_from_caller(tensor, worker, self._caller_streams)
+        if tensor.device != worker.device:
+            self._backpressure.wait(key[:2], earlier, CALLERS_QUEUE)
+        tensor = transfer.fetch_from_caller(tensor, worker, self._caller.events(tensor.device))
         strides = self.program.strides.get((value, stage, self.program.sizes[m]))
         return tensor if strides is None else transfer.with_strides(tensor, strides)
 
@@ -236,12 +239,15 @@ class Run:
             m: the micro-batch.
             tensor: on the device of `source`.
         """
-        key = (value, to, m)
-        self._mailbox.reserve(key, self.program.queues[value, to])
+        key, capacity = (value, to, m), self.program.queues[value, to]
+        earlier = self._mailbox.reserve(key, capacity)
+        if transfer.is_copied(self._workers[source], self._workers[to]):
+            # The receiver has taken the last message but `capacity`, and marked those before it.
+            self._backpressure.wait(key[:2], earlier, capacity + 1)
         self._mailbox.put(key, self._moved(tensor, source, to))
 
     def return_to_caller(self, value: str, m: int, tensor: Tensor) -> None:
-        """Add a value to the step's results, on the device where it was computed.
+        """Add a value to the step's results, on the device that the caller wants it on.
 
         Args:
             value: its name in generated code.
@@ -250,7 +256,10 @@ class Run:
         """
         if not self.program.trains and len(self.program.sizes) > 1:
             tensor = without_rest(tensor, self._is_kept_anyway)
-        self.results[value, m] = tensor
+        device = self.destinations.get(value, tensor.device)
+        sent = transfer.send_to_caller(tensor, device, self._workers)
+        self._returned.append(sent)
+        self.results[value, m] = sent.tensor
 
     def _is_kept_anyway(self, address: int) -> bool:
         """Whether the storage at an address is the caller's or the model's."""

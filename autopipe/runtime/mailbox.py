@@ -55,12 +55,15 @@ class Mailbox:
         self._waiting = 0
         self._aborted = False
 
-    def reserve(self, key: Key, capacity: int) -> None:
+    def reserve(self, key: Key, capacity: int) -> int:
         """Reserve a slot for a message; waits while the queue has no free one.
 
         Args:
             key: of the message.
             capacity: slots of its queue.
+
+        Returns:
+            How many messages of the queue were sent before it.
 
         Raises:
             AbortError: `abort` was called, before or meanwhile.
@@ -70,6 +73,7 @@ class Mailbox:
         if self._aborted or taken - self._freed.get(queue, 0) >= capacity:
             self._wait(lambda: taken - self._freed.get(queue, 0) < capacity)
         self._reserved[queue] = taken + 1
+        return taken
 
     def put(self, key: Key, message: Any) -> None:
         """Store a message for which a slot was reserved.

@@ -106,7 +106,8 @@ class _RecordedMailbox(Mailbox):
         super().__init__()
         self._run = run
 
-    def reserve(self, key: Key, capacity: int) -> None:
+    def reserve(self, key: Key, capacity: int) -> int:
         with self._run.waiting() as action:
-            super().reserve(key, capacity)
+            earlier = super().reserve(key, capacity)
         action.sent = action.waits[-1][1]
+        return earlier

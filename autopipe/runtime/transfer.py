@@ -1,14 +1,16 @@
 """Move tensors between the devices of workers.
 
-On a device with streams, each worker computes on its own stream. A tensor for another device is
-copied on a second stream, so that the copy overlaps the next micro-batch's work; the receiver's
-stream waits for an event, and the host does not wait. A tensor that crosses streams is recorded on
-both, so that the allocator does not reuse its memory too early. Between CPU workers a tensor is
-passed without a copy. Streams and events of a device type are in its `Backend`.
+On a device with streams, each worker computes on a stream of its own. A copy between two devices
+runs on a `Lane`: streams that nothing but these copies use. So a copy waits only for the tensor
+that it reads, and only the reader waits for the copy; the host waits for neither. A tensor that is
+used on several streams is recorded on them, so that the allocator does not reuse its memory too
+early. Between CPU workers a tensor is passed without a copy. Streams and events of a device type
+are in its `Backend`.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ import torch
 from .backends import backend_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -30,8 +32,58 @@ class SentTensor(NamedTuple):
     ready: Event | None
 
 
+class Lane:
+    """Streams for copies from one device to another.
+
+    ATen copies on the current stream of the source; the result's memory belongs to the current
+    stream of the target, and each of the two streams waits for the other. Were they streams that
+    compute, a copy would wait for work that it does not need, and the other way round.
+
+    Args:
+        source: the device that is read; it may be the host.
+        target: the device that is written; it may be the host.
+    """
+
+    def __init__(self, source: torch.device, target: torch.device) -> None:
+        self._source, self._target = backend_of(source), backend_of(target)
+        self.source, self.target = source, target
+        self.out = self._source.new_stream(source)
+        self.into = self._target.new_stream(target)
+
+    def copy(self, tensor: Tensor, after: Iterable[Event]) -> SentTensor:
+        """Start to copy a tensor.
+
+        Args:
+            tensor: on the lane's source.
+            after: events, on the source, that the copy must wait for.
+
+        Returns:
+            The copy on the lane's target; it may not have ended.
+        """
+        if self.out is not None:
+            for event in after:
+                self.out.wait_event(event)
+        with ExitStack() as stack:
+            for backend, stream in ((self._target, self.into), (self._source, self.out)):
+                if stream is not None:
+                    stack.enter_context(backend.use_stream(stream))
+            # From pinned memory a copy runs by itself; its owner may overwrite it meanwhile.
+            on_its_own = self.out is not None or not tensor.is_pinned()
+            moved = tensor.to(self.target, non_blocking=on_its_own)
+            if self.out is not None:
+                self._source.record_use(tensor, self.out)
+            last = self.out or self.into
+            return SentTensor(moved, None if last is None else last.record_event())
+
+    def streams(self) -> Iterator[tuple[torch.device, Stream]]:
+        """Its streams and their devices."""
+        for device, stream in ((self.source, self.out), (self.target, self.into)):
+            if stream is not None:
+                yield device, stream
+
+
 class WorkerDevice:
-    """The device of one worker, with the worker's streams on it.
+    """The device of one worker, with the worker's streams.
 
     Args:
         device: where the worker computes.
@@ -39,14 +91,42 @@ class WorkerDevice:
     Attributes:
         backend: of the device's type.
         compute: the stream that the worker's operators run on; None without streams.
-        copy: the stream for copies to other devices; None without streams.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.backend = backend_of(device)
         self.compute = self.backend.new_stream(device)
-        self.copy = self.backend.new_stream(device)
+        self._lanes: dict[tuple[torch.device, torch.device], Lane] = {}
+
+    def lane(self, source: torch.device, target: torch.device) -> Lane:
+        """The lane for copies that this worker starts from one device to another."""
+        key = source, target
+        if key not in self._lanes:
+            self._lanes[key] = Lane(source, target)
+        return self._lanes[key]
+
+    def streams(self) -> Iterator[tuple[torch.device, Stream]]:
+        """All streams that the worker uses, and their devices."""
+        if self.compute is not None:
+            yield self.device, self.compute
+        for lane in self._lanes.values():
+            yield from lane.streams()
+
+    def uses(self, tensor: Tensor) -> Tensor:
+        """Keep a tensor's memory until the worker's work on it is done; returns the tensor.
+
+        Args:
+            tensor: on the worker's device, allocated for another stream.
+        """
+        if self.compute is not None:
+            self.backend.record_use(tensor, self.compute)
+        return tensor
+
+
+def is_copied(source: WorkerDevice, target: WorkerDevice) -> bool:
+    """Whether what is sent from one worker to another is a copy, in memory of its own."""
+    return source.device != target.device
 
 
 def send(tensor: Tensor, source: WorkerDevice, target: WorkerDevice) -> SentTensor:
@@ -62,22 +142,11 @@ def send(tensor: Tensor, source: WorkerDevice, target: WorkerDevice) -> SentTens
     """
     if source is target:  # two stages of one worker: one after the other on its stream
         return SentTensor(tensor, None)
-    if source.compute is None:
-        if tensor.device == target.device:
-            return SentTensor(tensor, None)  # `Tensor.to` would let another thread have the GIL
-        moved = tensor.to(target.device, non_blocking=True)
-        if target.compute is None:
-            return SentTensor(moved, None)
-        stream = target.backend.current_stream(target.device)
-        return SentTensor(moved, None if stream is None else stream.record_event())
-    if tensor.device == target.device:
-        return SentTensor(tensor, source.compute.record_event())
-    assert source.copy is not None
-    source.copy.wait_stream(source.compute)
-    with source.backend.use_stream(source.copy):
-        moved = tensor.to(target.device, non_blocking=target.compute is not None)
-        source.backend.record_use(tensor, source.copy)
-        return SentTensor(moved, source.copy.record_event())
+    computed = None if source.compute is None else source.compute.record_event()
+    if tensor.device == target.device:  # `Tensor.to` would let another thread have the GIL
+        return SentTensor(tensor, computed)
+    lane = source.lane(tensor.device, target.device)
+    return lane.copy(tensor, () if computed is None else (computed,))
 
 
 def receive(sent: SentTensor, worker: WorkerDevice) -> Tensor:
@@ -91,43 +160,52 @@ def receive(sent: SentTensor, worker: WorkerDevice) -> Tensor:
         The tensor.
     """
     tensor, ready = sent
-    if worker.compute is not None:
+    if worker.compute is None:
         if ready is not None:
-            worker.compute.wait_event(ready)
-        worker.backend.record_use(tensor, worker.compute)
-    elif ready is not None:
-        ready.synchronize()
-    return tensor
+            ready.synchronize()
+        return tensor
+    if ready is not None:
+        worker.compute.wait_event(ready)
+    return worker.uses(tensor)
 
 
-def fetch_from_caller(
-    tensor: Tensor, worker: WorkerDevice, streams: Mapping[torch.device, Stream]
-) -> Tensor:
+def send_to_caller(
+    tensor: Tensor, device: torch.device, workers: Iterable[WorkerDevice]
+) -> SentTensor:
+    """Start to move a result to the device where the pipeline's caller wants it.
+
+    Args:
+        tensor: computed on the current stream of its device.
+        device: the caller's.
+        workers: of the pipeline; one of them has computed the tensor.
+
+    Returns:
+        The tensor on that device; its copy may not have finished.
+    """
+    if tensor.device == device:
+        return SentTensor(tensor, None)
+    stream = backend_of(tensor.device).current_stream(tensor.device)
+    for worker in workers:
+        if worker.device == tensor.device and worker.compute in (None, stream):
+            after = () if stream is None else (stream.record_event(),)
+            return worker.lane(tensor.device, device).copy(tensor, after)
+    return SentTensor(tensor.to(device), None)  # a number of the host, from another device's stage
+
+
+def fetch_from_caller(tensor: Tensor, worker: WorkerDevice, after: Sequence[Event]) -> Tensor:
     """Move a tensor of the pipeline's caller to a worker.
-
-    The worker's compute stream waits for the caller's work already (`Run.execute`). A copy from one
-    accelerator to another runs on the caller's stream, after that work.
 
     Args:
         tensor: on any device.
-        worker: the one that will read it.
-        streams: by device, the streams that the caller works on.
+        worker: the one that will read it. On its own device it waits for the caller already.
+        after: events on the tensor's device, after which the caller has computed it.
 
     Returns:
         The tensor on the worker's device, safe to read on its compute stream.
     """
-    if worker.compute is None:
-        return tensor if tensor.device == worker.device else tensor.to(worker.device)
     if tensor.device == worker.device:
-        worker.backend.record_use(tensor, worker.compute)
-        return tensor
-    backend = backend_of(tensor.device)
-    stream = streams.get(tensor.device) or backend.default_stream(tensor.device)
-    if stream is None:
-        return tensor.to(worker.device, non_blocking=True)
-    with backend.use_stream(stream):
-        moved = tensor.to(worker.device, non_blocking=True)
-        return receive(SentTensor(moved, stream.record_event()), worker)
+        return worker.uses(tensor)
+    return receive(worker.lane(tensor.device, worker.device).copy(tensor, after), worker)
 
 
 def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

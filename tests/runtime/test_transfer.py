@@ -61,7 +61,6 @@ def test_a_tensor_that_does_not_fit_is_copied(name: str) -> None:
 def test_between_workers_on_the_cpu_nothing_is_copied() -> None:
     worker = transfer.WorkerDevice(CPU)
     assert worker.compute is None
-    assert worker.copy is None
     tensor = torch.randn(4, 6)
     sent = transfer.send(tensor, worker, worker)
     assert sent.ready is None
@@ -98,7 +97,7 @@ def test_on_one_device_the_receiver_waits_for_the_sender() -> None:
     assert transfer.receive(sent, target) is tensor
     assert source.compute.entries == [("event", sent.ready)]
     assert target.compute.entries == [("wait", sent.ready), ("use", tensor)]
-    assert source.copy.entries == target.copy.entries == []
+    assert len(list(source.streams())) == len(list(target.streams())) == 1  # no lane
 
 
 @pytest.mark.usefixtures("recorded")
@@ -108,7 +107,7 @@ def test_two_stages_of_one_worker_wait_for_nothing() -> None:
     assert sent == (tensor, None)
     assert transfer.receive(sent, worker) is tensor
     assert worker.compute.waited_for() == []
-    assert worker.copy.entries == []
+    assert len(list(worker.streams())) == 1
 
 
 @pytest.mark.parametrize("remat", ["full", "none"])
@@ -116,7 +115,7 @@ def test_two_stages_of_one_worker_wait_for_nothing() -> None:
 def test_stages_of_one_device_share_its_worker(
     kind: str, remat: str, recorded: RecordingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between them a tensor is handed on; each worker has one stream, and one for copies."""
+    """Between them a tensor is handed on; each worker has one stream."""
     own, send = [], transfer.send
 
     def sending(tensor: Tensor, source: Any, target: Any) -> transfer.SentTensor:
@@ -130,23 +129,26 @@ def test_stages_of_one_device_share_its_worker(
     pipe = autopipe.compile(model, devices=2, chunks=4, schedule=kind, remat=remat)
     pipe(*inputs).backward()
     assert len(pipe.stages) == 4
-    assert len(recorded.streams) == 1 + 2 * 2
+    assert len(recorded.streams) == 1 + 2
     # With interleaved, the next stage is always on the other device.
     assert own == [True] * (2 * 4 if kind == "zb-v" else 0)
 
 
 @pytest.mark.usefixtures("recorded")
-def test_a_copy_goes_behind_the_work_of_its_sender() -> None:
+def test_a_copy_has_streams_of_its_own_on_both_devices() -> None:
     source, target = transfer.WorkerDevice(CPU), transfer.WorkerDevice(META)
     tensor = torch.randn(4, 6)
     sent = transfer.send(tensor, source, target)
-    (computed,) = [e for what, e in source.compute.entries if what == "event"]
-    kinds = [what for what, _ in source.copy.entries]
-    assert kinds == ["wait", "use", "event"]
-    assert source.copy.entries == [("wait", computed), ("use", tensor), ("event", sent.ready)]
+    ((_, computed),) = source.compute.entries
+    lane = source.lane(CPU, META)
+    assert lane.out.entries == [("wait", computed), ("use", tensor), ("event", sent.ready)]
+    assert lane.into.entries == []  # ATen waits for it, and lets it wait
+    assert [s for _, s in source.streams()] == [source.compute, lane.out, lane.into]
     found = transfer.receive(sent, target)
     assert found.is_meta
     assert target.compute.entries == [("wait", sent.ready), ("use", found)]
+    transfer.send(tensor, source, target)
+    assert [s for _, s in source.streams()] == [source.compute, lane.out, lane.into]
 
 
 def test_the_host_waits_for_what_a_device_with_streams_sends(
@@ -158,16 +160,17 @@ def test_the_host_waits_for_what_a_device_with_streams_sends(
     source = transfer.WorkerDevice(CPU)
     found = transfer.receive(transfer.send(torch.randn(4, 6), source, host), host)
     assert found.is_meta
-    assert backend.log == [("host waits", source.copy.name)]
+    assert backend.log == [("host waits", source.lane(CPU, META).out.name)]
 
 
-def test_a_host_sends_to_the_receivers_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_sends_on_a_stream_of_the_receivers_device(monkeypatch: pytest.MonkeyPatch) -> None:
     host = transfer.WorkerDevice(CPU)
     backend = RecordingBackend("meta")
     monkeypatch.setitem(BACKENDS, "meta", backend)
     target = transfer.WorkerDevice(META)
     sent = transfer.send(torch.randn(4, 6), host, target)
-    assert backend.streams["default"].entries == [("event", sent.ready)]
+    assert host.lane(CPU, META).into.entries == [("event", sent.ready)]
+    assert backend.streams["default"].entries == []
     found = transfer.receive(sent, target)
     assert target.compute.entries == [("wait", sent.ready), ("use", found)]
 
@@ -176,20 +179,38 @@ def test_the_callers_tensors(recorded: RecordingBackend, monkeypatch: pytest.Mon
     here, there = transfer.WorkerDevice(CPU), transfer.WorkerDevice(META)
     tensor, caller = torch.randn(4, 6), recorded.new_stream(CPU)
     # On the worker's device: used as it is.
-    assert transfer.fetch_from_caller(tensor, here, {CPU: caller}) is tensor
+    assert transfer.fetch_from_caller(tensor, here, ()) is tensor
     assert here.compute.entries == [("use", tensor)]
-    # On another one: copied on the caller's stream, or else on the default one.
-    for streams, stream in (({CPU: caller}, caller), ({}, recorded.streams["default"])):
-        there.compute.entries.clear()
-        found = transfer.fetch_from_caller(tensor, there, streams)
-        assert found.is_meta
-        ((_, event),) = stream.entries
-        assert there.compute.entries == [("wait", event), ("use", found)]
-    # On a device without streams: copied on the worker's stream.
+    # On another one: copied behind the caller's work there, and nothing of the caller's waits.
+    computed = caller.record_event()
+    found = transfer.fetch_from_caller(tensor, there, [computed])
+    assert found.is_meta
+    wait, used, (_, ready) = there.lane(CPU, META).out.entries
+    assert (wait, used) == (("wait", computed), ("use", tensor))
+    assert there.compute.entries == [("wait", ready), ("use", found)]
+    assert caller.entries == [("event", computed)]
+    # On a device without streams: copied on a stream of the worker's device.
     monkeypatch.setitem(BACKENDS, "cpu", CpuBackend())
-    there.compute.entries.clear()
-    assert transfer.fetch_from_caller(tensor, there, {}).is_meta
-    assert there.compute.entries == []
+    other = transfer.WorkerDevice(META)
+    assert transfer.fetch_from_caller(tensor, other, ()).is_meta
+    ((_, ready),) = other.lane(CPU, META).into.entries
+    assert other.compute.entries[0] == ("wait", ready)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_results_leave_behind_the_work_of_their_stage() -> None:
+    first, second = transfer.WorkerDevice(CPU), transfer.WorkerDevice(CPU)
+    tensor = torch.randn(4, 6)
+    assert transfer.send_to_caller(tensor, CPU, [first, second]) == (tensor, None)
+    with second.backend.use_stream(second.compute):
+        sent = transfer.send_to_caller(tensor, META, [first, second])
+    assert sent.tensor.is_meta
+    ((_, computed),) = second.compute.entries
+    lane = second.lane(CPU, META)
+    assert lane.out.entries == [("wait", computed), ("use", tensor), ("event", sent.ready)]
+    assert first.compute.entries == []
+    # A tensor that no worker has computed, such as a number of the host.
+    assert transfer.send_to_caller(tensor, META, []).ready is None
 
 
 # ------------------------------------------------------------------------------- in a pipeline

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CudaBackend(Backend):
-    """Each worker computes on its own stream and copies to other devices on a second one."""
+    """Each worker computes on its own stream; copies to and from other devices have others."""
 
     def __init__(self) -> None:
         super().__init__("cuda")

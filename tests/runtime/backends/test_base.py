@@ -47,7 +47,7 @@ def test_a_pipeline_runs_through_a_registered_type(
     assert torch.equal(found, expected)
     assert len(others) == len(gradients) == 5
     assert all(torch.equal(a, b) for a, b in zip(others, gradients, strict=True))
-    computes = [f"stream {2 * k}" for k in range(devices)]
+    computes = [f"stream {k}" for k in range(devices)]
     # The caller waits for every worker after the forward and after the backward.
     assert backend.streams["default"].waited_for() == computes * 2
     for k, name in enumerate(computes):
@@ -56,8 +56,8 @@ def test_a_pipeline_runs_through_a_registered_type(
         expected_waits = ["default"] + (others_ * 3 if k == 1 else [])
         expected_waits += ["default"] + (others_ * 3 if k == 0 else [])
         assert backend.streams[name].waited_for() == expected_waits
-        # Between workers on one device nothing is copied.
-        assert backend.streams[f"stream {2 * k + 1}"].entries == []
+    # Between workers on one device nothing is copied.
+    assert len(backend.streams) == 1 + devices
 
 
 def test_what_the_caller_reads_is_recorded_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ certain to have happened before it. So one run finds every pair of accesses that
 whatever order the threads happened to run in:
 
 - a read or write that is not ordered after the last write, or a write after the last reads;
-- memory freed while a stream that is not ordered before the allocator's may still use it
+- memory that is freed, and used again, while another stream may still use it
   (`Tensor.record_stream` was not called);
 - memory of the host that is read before an asynchronous copy into it is known to have ended.
 
@@ -20,7 +20,10 @@ Read in this order:
     `blocks`    memory and who uses it
     `machine`   the devices, the races found, the virtual time
     `tensors`   `SimulatedTensor`, and how operators and copies run
+    `fakes`     fake tensors of simulated ones, for captures
     `backend`   the `Backend` that autopipe's runtime uses, and `simulated`, which registers it
+    `engine`    a backward on the streams that autograd's engine takes for GPUs
+    `nets`      small models for tests
 """
 
 from __future__ import annotations

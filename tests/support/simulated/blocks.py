@@ -22,6 +22,8 @@ class Block:
     def __init__(self, machine: Machine, owner: Stream | None, what: str) -> None:
         self.machine, self.owner, self.what = machine, owner, what
         self.number = machine.next_block()
+        if owner is not None:
+            allocate_again(owner)
         self._write: tuple[Stream, int, str] | None = None
         self._reads: dict[Stream, tuple[int, str]] = {}
         self.recorded: set[Stream] = set()
@@ -56,25 +58,30 @@ class Block:
             self._reads[by] = tick, operator
 
     def __del__(self) -> None:
-        with self.machine.lock:
-            self._free()
+        """Give the memory back.
 
-    def _free(self) -> None:
-        """Give the memory back: its owner's next work may overwrite it.
-
-        Memory of the host waits by itself for the copies that use it.
+        The allocator may use it again for the owner's next work, but for streams that were
+        recorded, which it waits for. Memory of the host waits by itself for copies that use it.
         """
         if self.owner is None:
             return
-        uses = {s: (n, name) for s, (n, name) in self._reads.items()}
-        if self._write is not None:
-            stream, n, name = self._write
-            uses.setdefault(stream, (n, name))
-        clock = Clock(self.owner.clock)
-        for stream, (n, name) in uses.items():
-            if stream is self.owner or stream in self.recorded or clock.knows(stream, n):
-                continue
-            self.machine.race(
-                f"memory of {self.what} of {self.owner} is freed while {name} on {stream} may"
-                " still use it, which was not recorded"
-            )
+        with self.machine.lock:
+            uses = {s: use for s, use in self._reads.items() if s not in self.recorded}
+            if self._write is not None and self._write[0] not in self.recorded:
+                stream, tick, operator = self._write
+                uses.setdefault(stream, (tick, operator))
+            uses.pop(self.owner, None)
+            if uses:
+                self.owner.freed.append((self.what, uses))
+
+
+def allocate_again(owner: Stream) -> None:
+    """Check that the owner's next work comes after all uses of the memory that it may get."""
+    for what, uses in owner.freed:
+        for stream, (tick, operator) in uses.items():
+            if not owner.clock.knows(stream, tick):
+                owner.machine.race(
+                    f"memory of {what} of {owner} is freed, and may be used again, while {operator}"
+                    f" on {stream} may still use it, which was not recorded"
+                )
+    owner.freed.clear()

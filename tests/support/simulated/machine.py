@@ -27,6 +27,9 @@ class Machine:
     Attributes:
         races: a line for each pair of accesses that nothing orders.
         counts: of kernels, copies, and the host's waits.
+        host: the calling thread.
+        host_knows: what some thread has waited for. What one thread queues comes after what it has
+            waited for itself; memory of the host that one has waited for is given to others.
         judge: is told of everything that happens; see `tests.support.simulated.judge`.
     """
 
@@ -40,7 +43,8 @@ class Machine:
         self._numbers = itertools.count(1)
         self._blocks = itertools.count(1)
         self._default: dict[torch.device, Stream] = {}
-        self._thread = HostThread()
+        self.host = HostThread()
+        self.host_knows = Clock()
         self._streams: list[Stream] = []
         for device in self.devices:
             self._default[device] = self._made(device, f"{device} default")
@@ -66,24 +70,21 @@ class Machine:
 
     def current_stream(self, device: torch.device) -> Stream:
         """The stream that the calling thread works on."""
-        return self._thread.streams.get(device) or self._default[device]
+        return self.host.streams.get(device) or self._default[device]
 
     def set_stream(self, device: torch.device, stream: Stream | None) -> Stream | None:
         """Choose the calling thread's stream on a device; returns the one before."""
-        before = self._thread.streams.pop(device, None)
+        before = self.host.streams.pop(device, None)
         if stream is not None:
-            self._thread.streams[device] = stream
+            self.host.streams[device] = stream
         return before
-
-    @property
-    def host_clock(self) -> Clock:
-        """What the calling thread is certain of."""
-        return self._thread.clock
 
     def host_waits(self, event: Event) -> None:
         """The calling thread waits until a mark is reached."""
         with self.lock:
-            self._thread.clock.merge(event.clock)
+            self.host.clock.merge(event.clock)
+            self.host_knows.merge(event.clock)
+            self.host.time = max(self.host.time, event.time)
             self.counts["host waits"] += 1
             if self.judge is not None:
                 self.judge.host_waits(event)
@@ -116,6 +117,14 @@ class Machine:
         """Note what went wrong, once."""
         if text not in self.races:
             self.races.append(text)
+
+    def rest(self) -> None:
+        """Wait for everything; virtual time begins anew."""
+        for device in self.devices:
+            self.synchronize(device)
+        for stream in self._streams:
+            stream.time = stream.busy = 0.0
+        self.host.time = 0.0
 
     @property
     def makespan(self) -> float:

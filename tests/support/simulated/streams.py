@@ -56,12 +56,15 @@ class Stream:
 
     Attributes:
         time: virtual seconds at which the work queued so far ends.
+        busy: virtual seconds of that work.
+        freed: memory that was allocated for it and is free, but for those who may still use it.
     """
 
     def __init__(self, machine: Machine, device: torch.device, name: str) -> None:
         self.machine, self.device, self.name = machine, device, name
         self.clock = Clock()
-        self.time = 0.0
+        self.time = self.busy = 0.0
+        self.freed: list[tuple[str, dict[Stream, tuple[int, str]]]] = []
         self._ticks = 0
 
     def __repr__(self) -> str:
@@ -69,10 +72,12 @@ class Stream:
 
     def tick(self, seconds: float = 0.0) -> int:
         """Queue a piece of work; returns its number. It begins after the host has queued it."""
-        self.clock.merge(self.machine.host_clock)
+        host = self.machine.host
+        self.clock.merge(host.clock)
         self._ticks += 1
         self.clock[self] = self._ticks
-        self.time += seconds
+        self.time = max(self.time, host.time) + seconds
+        self.busy += seconds
         return self._ticks
 
     def record_event(self, event: None = None) -> Event:
@@ -97,8 +102,13 @@ class Stream:
 
 
 class HostThread(threading.local):
-    """What one host thread is certain of, and the streams that it works on."""
+    """What one host thread is certain of, and the streams that it works on.
+
+    Attributes:
+        time: virtual seconds at which it goes on; only waiting takes time.
+    """
 
     def __init__(self) -> None:
         self.clock = Clock()
+        self.time = 0.0
         self.streams: dict[torch.device, Stream] = {}

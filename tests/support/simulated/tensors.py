@@ -163,7 +163,7 @@ def _access(
     """Queue one operator in a stream, or run it on the host, and check what it reads and writes."""
     name = str(func)
     if stream is None:
-        tick, clock = 0, machine.host_clock
+        tick, clock = 0, machine.host_knows
     else:
         tick, clock = stream.tick(machine.cost(func)), stream.clock
         machine.counts["kernels"] += 1
