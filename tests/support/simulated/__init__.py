@@ -24,6 +24,10 @@ Read in this order:
     `backend`   the `Backend` that autopipe's runtime uses, and `simulated`, which registers it
     `engine`    a backward on the streams that autograd's engine takes for GPUs
     `nets`      small models for tests
+    `pairs`     a pipeline on simulated devices beside the same one on CPU workers
+    `failing`   a step that fails in the middle
+    `judge`     a second opinion, by the engine of torch's CUDA sanitizer
+    `mutants`   copies of the runtime's functions in which something that orders work is missing
 """
 
 from __future__ import annotations

@@ -79,16 +79,19 @@ def move(tensor: Tensor, device: torch.device) -> None:
 
 @contextmanager
 def simulated(
-    monkeypatch: pytest.MonkeyPatch, count: int = 4, cost: Callable[[Any], float] = lambda op: 0.0
+    monkeypatch: pytest.MonkeyPatch,
+    count: int = 4,
+    cost: Callable[[Any], float] = lambda op: 0.0,
+    judge: Any = None,
 ) -> Iterator[Machine]:
     """A machine with simulated devices, for as long as the context is open.
 
     Args:
         monkeypatch: of the test.
         count: of the devices.
-        cost: as for `Machine`.
+        cost, judge: as for `Machine`.
     """
-    machine = Machine(count, cost)
+    machine = Machine(count, cost, judge)
     monkeypatch.setattr(compiled, "move", move)
     allow_fakes(monkeypatch)
     kinds = (*call_signature.KINDS_OF_TENSORS, SimulatedTensor)

@@ -17,13 +17,17 @@ class Block:
         machine: where it is.
         owner: the stream for which it was allocated; None: memory of the host.
         what: the operator that made it, for messages.
+        nbytes: its size.
     """
 
-    def __init__(self, machine: Machine, owner: Stream | None, what: str) -> None:
+    def __init__(self, machine: Machine, owner: Stream | None, what: str, nbytes: int = 0) -> None:
         self.machine, self.owner, self.what = machine, owner, what
         self.number = machine.next_block()
+        self.nbytes = nbytes
         if owner is not None:
             allocate_again(owner)
+            owner.memory.reclaim(machine.host_knows)
+            owner.memory.take(nbytes)
         self._write: tuple[Stream, int, str] | None = None
         self._reads: dict[Stream, tuple[int, str]] = {}
         self.recorded: set[Stream] = set()
@@ -66,13 +70,16 @@ class Block:
         if self.owner is None:
             return
         with self.machine.lock:
-            uses = {s: use for s, use in self._reads.items() if s not in self.recorded}
-            if self._write is not None and self._write[0] not in self.recorded:
+            uses = dict(self._reads)
+            if self._write is not None:
                 stream, tick, operator = self._write
                 uses.setdefault(stream, (tick, operator))
             uses.pop(self.owner, None)
-            if uses:
-                self.owner.freed.append((self.what, uses))
+            recorded = {s: tick for s, (tick, _) in uses.items() if s in self.recorded}
+            self.owner.memory.give(self.nbytes, recorded, self.machine.host_knows)
+            others = {s: use for s, use in uses.items() if s not in self.recorded}
+            if others:
+                self.owner.freed.append((self.what, others))
 
 
 def allocate_again(owner: Stream) -> None:

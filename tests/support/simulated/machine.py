@@ -23,6 +23,7 @@ class Machine:
         count: of the devices.
         cost: operator → the virtual seconds that it takes on a device. Copies between devices cost
             what `aten._to_copy` costs.
+        judge: is told of everything that happens; see `tests.support.simulated.judge`.
 
     Attributes:
         races: a line for each pair of accesses that nothing orders.
@@ -30,16 +31,17 @@ class Machine:
         host: the calling thread.
         host_knows: what some thread has waited for. What one thread queues comes after what it has
             waited for itself; memory of the host that one has waited for is given to others.
-        judge: is told of everything that happens; see `tests.support.simulated.judge`.
     """
 
-    def __init__(self, count: int = 4, cost: Callable[[Any], float] = lambda op: 0.0) -> None:
+    def __init__(
+        self, count: int = 4, cost: Callable[[Any], float] = lambda op: 0.0, judge: Any = None
+    ) -> None:
         self.devices = tuple(torch.device(TYPE, k) for k in range(count))
         self.cost = cost
         self.lock = threading.RLock()
         self.races: list[str] = []
         self.counts: Counter[str] = Counter()
-        self.judge: Any = None
+        self.judge = judge
         self._numbers = itertools.count(1)
         self._blocks = itertools.count(1)
         self._default: dict[torch.device, Stream] = {}
@@ -124,7 +126,18 @@ class Machine:
             self.synchronize(device)
         for stream in self._streams:
             stream.time = stream.busy = 0.0
+            stream.memory.reclaim(self.host_knows)
+            stream.memory.peak = stream.memory.now
         self.host.time = 0.0
+
+    def forget(self) -> None:
+        """Wait for everything, and forget what went wrong."""
+        self.rest()
+        self.races.clear()
+        if self.judge is not None:
+            self.judge.errors.clear()
+        for stream in self._streams:
+            stream.freed.clear()
 
     @property
     def makespan(self) -> float:

@@ -30,6 +30,42 @@ class Clock(dict["Stream", int]):
         return self.get(stream, 0) >= tick
 
 
+class Memory:
+    """The allocator's memory for one stream, in bytes.
+
+    What is freed while another stream uses it waits until the host knows that it is not used any
+    more. A real host asks; here it knows only what it has waited for, as if devices were slow.
+
+    Attributes:
+        now: in use, or waiting.
+        peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._waiting: list[tuple[int, dict[Stream, int]]] = []
+
+    def take(self, nbytes: int) -> None:
+        """Allocate."""
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+    def give(self, nbytes: int, uses: dict[Stream, int], host: Clock) -> None:
+        """Free what streams have used."""
+        self._waiting.append((nbytes, uses))
+        self.reclaim(host)
+
+    def reclaim(self, host: Clock) -> None:
+        """Take back what the host knows to be unused."""
+        left = []
+        for nbytes, uses in self._waiting:
+            if all(host.knows(stream, tick) for stream, tick in uses.items()):
+                self.now -= nbytes
+            else:
+                left.append((nbytes, uses))
+        self._waiting = left
+
+
 class Event:
     """A mark in a stream.
 
@@ -58,6 +94,7 @@ class Stream:
         time: virtual seconds at which the work queued so far ends.
         busy: virtual seconds of that work.
         freed: memory that was allocated for it and is free, but for those who may still use it.
+        memory: how much was allocated for it.
     """
 
     def __init__(self, machine: Machine, device: torch.device, name: str) -> None:
@@ -65,6 +102,7 @@ class Stream:
         self.clock = Clock()
         self.time = self.busy = 0.0
         self.freed: list[tuple[str, dict[Stream, tuple[int, str]]]] = []
+        self.memory = Memory()
         self._ticks = 0
 
     def __repr__(self) -> str:

@@ -144,7 +144,9 @@ def _run_on(
         if storage not in blocks:
             if stream is None:
                 return value
-            block = blocks[storage] = Block(machine, stream, str(func))
+            block = blocks[storage] = Block(
+                machine, stream, str(func), value.untyped_storage().nbytes()
+            )
             tick = stream.clock[stream]
             block.access(stream.clock, stream, tick, str(func), True)
             machine.made(block, stream, str(func))
@@ -194,7 +196,9 @@ def _to_copy(
             stream.wait_stream(machine.current_stream(target))
         _access(machine, stream, aten._to_copy.default, inputs, set())
         if target != CPU:
-            block = Block(machine, machine.current_stream(target), f"a copy from {source}")
+            block = Block(
+                machine, machine.current_stream(target), f"a copy from {source}", copy.nbytes
+            )
         elif not blocking:
             block = Block(machine, None, f"a copy from {source}")
         if block is not None:

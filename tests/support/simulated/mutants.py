@@ -1,0 +1,147 @@
+"""Changed copies of the runtime's functions: in each, one thing that orders work is missing.
+
+A mutant is found by reading the source, so a wait that is added tomorrow has its mutant, too.
+
+- a statement that waits, or records a use, is left out;
+- a recorded event is one that was reached long ago;
+- work stays on the current stream where it should go to another;
+- a copy that the host has to wait for is not waited for.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import copy
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from .streams import Clock
+
+MODULES = (
+    "autopipe.runtime.transfer",
+    "autopipe.runtime.caller_streams",
+    "autopipe.runtime.backpressure",
+    "autopipe.runtime.executor",
+    "autopipe.compiled",
+    "autopipe.pipeline_call",
+)
+STATEMENTS = {
+    *("wait_event", "wait_stream", "record_use", "synchronize", "wait_for", "wait_on_host"),
+    *("uses", "use", "wait"),
+}
+"""Methods whose call is left out, or replaced by its argument where its result is used."""
+
+RECEIVERS = {"backpressure", "_backpressure", "ready", "marks", "caller", "_caller", "worker"}
+"""For `wait`, `use` and `uses`, which other objects have too."""
+
+
+class Reached:
+    """An event that was reached before anything happened."""
+
+    clock = Clock()
+    time = 0.0
+    stream = None
+
+    def synchronize(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed function.
+
+    Attributes:
+        name: module, line and what was changed.
+        owner: the module or class that has the function.
+        attribute: its name there.
+        function: the changed one.
+    """
+
+    name: str
+    owner: Any
+    attribute: str
+    function: Any
+
+
+def mutants() -> Iterator[Mutant]:
+    """All mutants of the runtime."""
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for owner, attribute, function in _functions(module):
+            yield from _of_function(module, owner, attribute, function)
+
+
+def _functions(module: ModuleType) -> Iterator[tuple[Any, str, Any]]:
+    for attribute, value in vars(module).items():
+        if getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isfunction(value):
+            yield module, attribute, value
+        elif inspect.isclass(value):
+            for name, method in vars(value).items():
+                if inspect.isfunction(method) and method.__code__.co_filename == module.__file__:
+                    yield value, name, method
+
+
+def _of_function(module: ModuleType, owner: Any, attribute: str, function: Any) -> Iterator[Mutant]:
+    source = textwrap.dedent(inspect.getsource(function))
+    first = function.__code__.co_firstlineno
+    tree = ast.parse(source)
+    count = sum(1 for node in ast.walk(tree) if _change(node) is not None)
+    for i in range(count):
+        changer = _Changer(i)
+        changed = ast.fix_missing_locations(changer.visit(copy.deepcopy(tree)))
+        code = compile(
+            changed, "<mutant>", "exec", __future__.annotations.compiler_flag, dont_inherit=True
+        )
+        names: dict[str, Any] = {}
+        scope = {**vars(module), "Reached": Reached, "nullcontext": nullcontext}
+        exec(code, scope, names)
+        line = first + changer.line - 1
+        yield Mutant(
+            f"{module.__name__.rpartition('.')[2]}:{line} {changer.text}",
+            *(owner, attribute, names[attribute]),
+        )
+
+
+def _change(node: ast.AST) -> ast.AST | None:
+    """What a node becomes in its mutant; None: it has none."""
+    if isinstance(node, ast.keyword) and node.arg == "non_blocking":
+        return ast.keyword("non_blocking", ast.Constant(True))
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return None
+    method, receiver = node.func.attr, node.func.value
+    name = getattr(receiver, "attr", getattr(receiver, "id", ""))
+    if method == "record_event":
+        return ast.Call(ast.Name("Reached", ast.Load()), [], [])
+    if method == "use_stream":
+        return ast.Call(ast.Name("nullcontext", ast.Load()), [], [])
+    if method not in STATEMENTS:
+        return None
+    if method in ("wait", "use", "uses", "wait_for", "wait_on_host") and name not in RECEIVERS:
+        return None
+    return node.args[0] if method == "uses" else ast.Constant(None)
+
+
+class _Changer(ast.NodeTransformer):
+    """Changes the i-th node that has a mutant, in the order of `ast.walk`."""
+
+    def __init__(self, index: int) -> None:
+        self._left = index
+        self.line, self.text = 0, ""
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Module):
+            found = [n for n in ast.walk(node) if _change(n) is not None][self._left]
+            self.line, self.text = found.lineno, ast.unparse(found)  # type: ignore[attr-defined]
+            self._target = found
+        if node is self._target:
+            return _change(node)
+        return self.generic_visit(node)
