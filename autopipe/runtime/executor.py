@@ -112,9 +112,10 @@ class Run:
         enter = self.caller_modes() if len(drivers) > 1 else nullcontext
         tasks = [partial(self._work, f, w, enter) for f, w in zip(functions, drivers, strict=True)]
         cores = workers.cores_per_worker([w.device for w in drivers], self.program.shares_core)
+        kept = [w.thread for w in drivers]
         with interrupts.deferred(), interrupts.waking(self._mailbox.abort):
             try:
-                workers.run_workers(tasks, self._mailbox.abort, cores)
+                workers.run_workers(tasks, self._mailbox.abort, cores, kept)
             except Exception as error:
                 self.drop()
                 raise stage_error(error, self.program.filename, direction) from error

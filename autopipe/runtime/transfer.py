@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .backends import backend_of
+from .worker_threads import KeptThread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +32,7 @@ class SentTensor(NamedTuple):
 
 
 class WorkerDevice:
-    """The device of one worker, with the worker's streams on it.
+    """The device of one worker, with the worker's streams on it, and its thread.
 
     Args:
         device: where the worker computes.
@@ -40,6 +41,7 @@ class WorkerDevice:
         backend: of the device's type.
         compute: the stream that the worker's operators run on; None without streams.
         copy: the stream for copies to other devices; None without streams.
+        thread: keeps the worker's thread from step to step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,6 +49,7 @@ class WorkerDevice:
         self.backend = backend_of(device)
         self.compute = self.backend.new_stream(device)
         self.copy = self.backend.new_stream(device)
+        self.thread = KeptThread()
 
 
 def send(tensor: Tensor, source: WorkerDevice, target: WorkerDevice) -> SentTensor:
