@@ -80,7 +80,8 @@ class WorkerThread:
 
     def __init__(self, name: str) -> None:
         self._thread = _Thread(name)
-        weakref.finalize(self, self._thread.end).atexit = False  # `_end_threads` does that
+        # The callback is no Python code, so no signal handler can raise in it.
+        self._thread.owner = weakref.ref(self, self._thread.inbox.put)
         self._thread.start()
 
     @property
@@ -151,17 +152,19 @@ class _Thread(threading.Thread):
     """Runs what it finds in its inbox.
 
     Attributes:
-        inbox: jobs; None ends the thread.
+        inbox: jobs; whatever else is in it ends the thread.
+        owner: who puts itself into the inbox when it is dropped.
         is_ending: whether jobs in the inbox may come too late.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
-        self.inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self.inbox: SimpleQueue[object] = SimpleQueue()
+        self.owner: weakref.ref[WorkerThread] | None = None
         self.is_ending = False
 
     def run(self) -> None:
-        while (job := self.inbox.get()) is not None:
+        while isinstance(job := self.inbox.get(), Job):
             job.run()
             del job
 
@@ -177,7 +180,7 @@ def _end_threads() -> None:
 
     A thread whose job takes longer is left to itself. It is a daemon: the process does not wait.
     """
-    threads = [t for t in threading.enumerate() if isinstance(t, _Thread)]
+    threads = [t for t in threading.enumerate() if isinstance(t, _Thread) and t.is_alive()]
     for thread in threads:
         thread.end()
     deadline = time.monotonic() + AT_EXIT_SECONDS

@@ -65,18 +65,11 @@ def run_workers(
     except BaseException as error:  # the system allows no more threads, or an interrupt
         failures.append(error)
         stop = True
-    while True:
-        try:
-            if stop:
-                abort()
-                for job in jobs:
-                    job.cancel()  # a thread may not have got it
-            for job in jobs:
-                job.wait()
-            break
-        except BaseException as error:  # Ctrl-C in the caller: end the workers, and go on waiting
-            failures.insert(0, error)
-            stop = True
+    try:
+        _wait(jobs, abort, failures, stop)
+    except BaseException:  # Ctrl-C once more, just where the last one is dealt with: do not wait
+        abort()
+        raise
     if failures or kept is None:
         while threads:
             threads.pop().end()
@@ -89,6 +82,31 @@ def run_workers(
             raise first
         finally:
             del first
+
+
+def _wait(
+    jobs: Sequence[Job], abort: Callable[[], None], failures: list[BaseException], stop: bool
+) -> None:
+    """Wait until all jobs have ended.
+
+    Args:
+        jobs: of all workers.
+        abort: see `run_workers`.
+        failures: an exception that interrupts the caller becomes the first.
+        stop: whether to abort them at once, and to cancel those that have not begun.
+    """
+    while True:
+        try:
+            if stop:
+                abort()
+                for job in jobs:
+                    job.cancel()  # a thread may not have got it
+            for job in jobs:
+                job.wait()
+            return
+        except BaseException as error:  # Ctrl-C in the caller: end the workers, and go on waiting
+            failures.insert(0, error)
+            stop = True
 
 
 def _work(

@@ -7,8 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Collection
+from types import FrameType
 
 from autopipe.runtime import worker_threads
+from autopipe.runtime import workers as runtime_workers
 
 LIMIT = 10.0
 """Seconds within which a thread must end that has nothing to do."""
@@ -29,13 +31,15 @@ def busy_threads(before: Collection[threading.Thread] = ()) -> list[threading.Th
     return [
         t
         for t in threading.enumerate()
-        if t not in before and not (t in workers() and _waits(frames.get(t.ident or 0)))
+        if t not in before and (t not in workers() or _works(frames.get(t.ident or 0)))
     ]
 
 
-def _waits(frame: object) -> bool:
-    """Whether a worker runs none of a step's code: it is in its own loop."""
-    return frame is None or frame.f_code.co_filename == worker_threads.__file__  # type: ignore[attr-defined]
+def _works(frame: FrameType | None) -> bool:
+    """Whether a worker runs a task: it neither waits for one nor just ends."""
+    return frame is not None and (
+        frame.f_code.co_filename == runtime_workers.__file__ or _works(frame.f_back)
+    )
 
 
 def threads_left(before: Collection[threading.Thread]) -> list[str]:
@@ -45,7 +49,7 @@ def threads_left(before: Collection[threading.Thread]) -> list[str]:
         before: threads that do not count.
     """
     gc.collect()
-    found = [t for t in threading.enumerate() if t not in before]
+    found = [t for t in threading.enumerate() if t not in before and t.is_alive()]
     deadline = time.monotonic() + LIMIT
     for thread in found:
         thread.join(max(0.0, deadline - time.monotonic()))
