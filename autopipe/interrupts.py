@@ -33,11 +33,13 @@ class _State:
         depth: number of `deferred` contexts that are active.
         pending: the exception of the last handler that raised.
         wake: called when a handler has raised; ends what the main thread waits for.
+        is_waking: whether `wake` runs, which must not end half-way.
     """
 
     depth = 0
     pending: BaseException | None = None
     wake: Callable[[], None] | None = None
+    is_waking = False
 
 
 class _Deferring:
@@ -53,7 +55,7 @@ class _Deferring:
         self.leaving = False
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        again = _State.pending is not None
+        again = _State.pending is not None and not _State.is_waking
         try:
             self.original(signum, frame)
         except BaseException as error:
@@ -61,16 +63,20 @@ class _Deferring:
                 _State.depth == 0 and not self.leaving
             ) or again:  # whoever asks twice does not want to wait
                 raise
+            waking, _State.is_waking = _State.is_waking, True
             _State.pending = error
-            if _State.wake is not None:
-                _State.wake()
+            try:
+                if _State.wake is not None and not waking:
+                    _State.wake()
+            finally:
+                _State.is_waking = waking
 
 
 class deferred:  # noqa: N801 (used like a function)
     """Context manager: exceptions of signal handlers wait for `raise_deferred`, or for its end.
 
     It does nothing in other threads: Python runs signal handlers in the main thread. A second
-    exception, while one is waiting, is raised immediately.
+    exception, while one is waiting, is raised immediately, unless `wake` of `waking` runs just now.
     """
 
     def __enter__(self) -> Self:

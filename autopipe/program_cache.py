@@ -17,6 +17,7 @@ the first, so that parameters stay where they are. At most `cache_size` generate
 from __future__ import annotations
 
 import logging
+import weakref
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ from autopipe.planning.make_plan import planned_cut
 from autopipe.progress import Progress
 from autopipe.runtime import microbatch
 from autopipe.runtime.transfer import WorkerDevice
+from autopipe.runtime.worker_threads import end_threads
 from autopipe.varying import Fixed, Varying, varying, warn_of_fixed
 
 if TYPE_CHECKING:
@@ -69,13 +71,15 @@ class ProgramCache:
         options: checked; options left open are chosen on the first call in each mode.
 
     Attributes:
-        workers: one per device.
+        workers: one per device. Their threads end with this object.
         log: why and when the model was captured.
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model = model
         self.workers = tuple(WorkerDevice(d) for d in options.devices)
+        # A loss that the user keeps refers to programs, and so to workers: it keeps no thread.
+        weakref.finalize(self, end_threads, [w.thread for w in self.workers]).atexit = False
         self.log = CaptureLog()
         self._options = options
         self._models = CompiledModels(model, options.cache_size)

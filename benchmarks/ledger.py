@@ -76,12 +76,12 @@ def watching(model: nn.Module) -> Iterator[Ledger]:
     ledger = Ledger(model)
     run = workers.run_workers
 
-    def watched(tasks: Sequence[Callable[[], None]], abort: Callable[[], None], cores: Any) -> None:
+    def watched(tasks: Sequence[Callable[[], None]], abort: Callable[[], None], *more: Any) -> None:
         def task(stage: int) -> None:
             with _Watch(ledger, stage):
                 tasks[stage]()
 
-        run([partial(task, k) for k in range(len(tasks))], abort, cores)
+        run([partial(task, k) for k in range(len(tasks))], abort, *more)
 
     def copied(tensor: Tensor, stage: int) -> Tensor:
         if ledger.is_state(tensor):

@@ -126,6 +126,22 @@ def test_what_the_main_thread_waits_for_is_woken() -> None:
             assert woken.is_set()
 
 
+def test_a_second_interrupt_does_not_cut_short_what_wakes() -> None:
+    """It would leave others waiting; after that, it is not deferred."""
+    ended = []
+
+    def wake() -> None:
+        interrupt()
+        ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt), deferred(), waking(wake):
+        interrupt()
+        assert ended == [True]
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert ended == [True]
+
+
 def test_other_threads_defer_nothing() -> None:
     seen = []
 

@@ -4,7 +4,9 @@ It does not use models, graphs or passes. Read in this order:
 
     `executor`    `Program` and `Run`: the methods that generated code calls
     `random`      `MicroBatchContext`: `ctx` in generated code; seeded random ops
-    `workers`     one thread per worker
+    `workers`     run the workers of a step at the same time, one thread each
+    `worker_threads`  threads that are kept from step to step
+    `thread_settings`  what a thread takes over from its caller
     `mailbox`     bounded queues between workers
     `backpressure`  senders wait for the devices of receivers
     `transfer`    `WorkerDevice`; copies between devices, ordered by events

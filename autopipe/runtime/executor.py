@@ -117,10 +117,11 @@ class Run:
         enter = self.caller_modes() if len(drivers) > 1 else nullcontext
         tasks = [partial(self._work, f, w, enter) for f, w in zip(functions, drivers, strict=True)]
         cores = workers.cores_per_worker([w.device for w in drivers], self.program.shares_core)
+        kept = [w.thread for w in drivers]
         with interrupts.deferred(), interrupts.waking(self._mailbox.abort):
             try:
                 try:
-                    workers.run_workers(tasks, self._mailbox.abort, cores)
+                    workers.run_workers(tasks, self._mailbox.abort, cores, kept)
                 finally:
                     self._caller.wait_for(dict.fromkeys(self._workers))
             except Exception as error:

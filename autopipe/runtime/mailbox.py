@@ -53,7 +53,7 @@ class Mailbox:
         self._freed: dict[Queue, int] = {}  # likewise: written by its receiver
         self._changed = threading.Condition()
         self._waiting = 0
-        self._aborted = False
+        self._aborted = self._all_know = False
 
     def reserve(self, key: Key, capacity: int) -> int:
         """Reserve a slot for a message; waits while the queue has no free one.
@@ -127,7 +127,10 @@ class Mailbox:
 
     def abort(self) -> None:
         """Drop all messages and wake all workers; every later call raises `AbortError`."""
+        if self._all_know:  # an interrupt of this call could leave the lock taken
+            return
         self._aborted = True
         self._messages.clear()
         with self._changed:
             self._changed.notify_all()
+        self._all_know = True

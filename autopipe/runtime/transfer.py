@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .backends import backend_of
+from .worker_threads import KeptThread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -83,7 +84,7 @@ class Lane:
 
 
 class WorkerDevice:
-    """The device of one worker, with the worker's streams.
+    """The device of one worker, with the worker's streams and its thread.
 
     Args:
         device: where the worker computes.
@@ -91,12 +92,14 @@ class WorkerDevice:
     Attributes:
         backend: of the device's type.
         compute: the stream that the worker's operators run on; None without streams.
+        thread: keeps the worker's thread from step to step.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.backend = backend_of(device)
         self.compute = self.backend.new_stream(device)
+        self.thread = KeptThread()
         self._lanes: dict[tuple[torch.device, torch.device], Lane] = {}
 
     def lane(self, source: torch.device, target: torch.device) -> Lane:
@@ -110,7 +113,7 @@ class WorkerDevice:
         """All streams that the worker uses, and their devices."""
         if self.compute is not None:
             yield self.device, self.compute
-        for lane in self._lanes.values():
+        for lane in [*self._lanes.values()]:  # another call may add one
             yield from lane.streams()
 
     def uses(self, tensor: Tensor) -> Tensor:

@@ -1,38 +1,46 @@
-"""One thread per worker, started for each forward and each backward.
+"""Run the workers of a forward, a backward or a step: one thread each, all at the same time.
 
-Starting a thread costs less than 0.1 ms. In exchange, no thread outlives a step: there is nothing
-to shut down, copy or pickle, and an exception leaves no thread behind. A single worker runs in the
-caller's thread.
+A pipeline's workers keep their threads from step to step (`worker_threads`): what ATen keeps per
+thread, such as plans of cuDNN and workspaces of cuBLAS, serves all steps. A step that fails ends
+its threads, so nothing that it left in them reaches another step; the next one makes new ones. A
+single worker runs in the caller's thread.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from .backends import autocast_types
 from .mailbox import AbortError
+from .thread_settings import ThreadSettings, traced
+from .worker_threads import Job, KeptThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from .worker_threads import WorkerThread
+
 
 def run_workers(
-    tasks: Sequence[Callable[[], None]], abort: Callable[[], None], cores: Sequence[set[int]] | None
+    tasks: Sequence[Callable[[], None]],
+    abort: Callable[[], None],
+    cores: Sequence[set[int]] | None,
+    kept: Sequence[KeptThread] | None = None,
 ) -> None:
     """Run tasks at the same time and wait for all of them.
 
     Args:
         tasks: one per worker.
-        abort: called when a task fails, or the caller is interrupted; must make all other tasks
-            end soon.
-        cores: CPU cores for each worker; None: the operating system decides.
+        abort: called when a task fails, or the caller is interrupted, perhaps more than once; must
+            make all other tasks end soon, and raise nothing.
+        cores: CPU cores for each worker; None: those of the caller.
+        kept: of each worker, what keeps its thread; None: the threads end with this call.
 
     Raises:
         The exception of the task that failed first; or the one that interrupted the caller, once
@@ -43,46 +51,30 @@ def run_workers(
             tasks[0]()
         return
     failures: list[BaseException] = []
-    threads_per_call = torch.get_num_threads()
-
-    def work(index: int, latch: _Latch) -> None:
-        try:
-            if cores is not None:
-                os.sched_setaffinity(0, cores[index])
-            # OpenMP's setting is per thread. It splits sums, so results depend on it.
-            torch.set_num_threads(threads_per_call)
-            with _plain_execution():
-                tasks[index]()
-        except AbortError:
-            pass
-        except BaseException as error:
-            failures.append(error)
-            abort()
-        finally:
-            latch.open()
-
-    running: list[tuple[threading.Thread, _Latch]] = []
+    places = [KeptThread() for _ in tasks] if kept is None else kept
+    jobs = []
+    for i, task in enumerate(tasks):
+        settings = ThreadSettings.of_caller(None if cores is None else cores[i])
+        jobs.append(Job(partial(_work, task, settings, failures, abort)))
+    threads: list[WorkerThread] = []
+    stop = False
     try:
-        for i in range(len(tasks)):
-            latch = _Latch()
-            name = f"autopipe-worker-{i}"
-            thread = threading.Thread(target=work, args=(i, latch), name=name, daemon=True)
-            running.append((thread, latch))
-            thread.start()
-    except BaseException as error:
-        if isinstance(error, RuntimeError):  # the system allows no more threads
-            running.pop()
+        for i, job in enumerate(jobs):
+            threads.append(places[i].take(f"autopipe-worker-{i}"))
+            threads[i].run(job)
+    except BaseException as error:  # the system allows no more threads, or an interrupt
         failures.append(error)
+        stop = True
+    try:
+        _wait(jobs, abort, failures, stop)
+    except BaseException:  # Ctrl-C once more, just where the last one is dealt with: do not wait
         abort()
-    while running:
-        try:
-            thread, latch = running[-1]
-            latch.wait()
-            thread.join()
-            running.pop()
-        except BaseException as error:  # Ctrl-C in the caller: end the workers, and go on waiting
-            failures.insert(0, error)
-            abort()
+        raise
+    if failures or kept is None:
+        while threads:
+            threads.pop().end()
+    while threads:
+        places[len(threads) - 1].give_back(threads.pop())
     if failures:
         first = failures[0]
         failures.clear()  # the frames of the exceptions refer to the list
@@ -92,25 +84,47 @@ def run_workers(
             del first
 
 
-class _Latch:
-    """Tells the caller that a worker has ended.
+def _wait(
+    jobs: Sequence[Job], abort: Callable[[], None], failures: list[BaseException], stop: bool
+) -> None:
+    """Wait until all jobs have ended.
 
-    (An interrupted `Thread.join` of CPython 3.11 takes a running thread for one that has ended.)
+    Args:
+        jobs: of all workers.
+        abort: see `run_workers`.
+        failures: an exception that interrupts the caller becomes the first.
+        stop: whether to abort them at once, and to cancel those that have not begun.
     """
+    while True:
+        try:
+            if stop:
+                abort()
+                for job in jobs:
+                    job.cancel()  # a thread may not have got it
+            for job in jobs:
+                job.wait()
+            return
+        except BaseException as error:  # Ctrl-C in the caller: end the workers, and go on waiting
+            failures.insert(0, error)
+            stop = True
 
-    def __init__(self) -> None:
-        self._is_open = False
-        self._lock = threading.Lock()
-        self._lock.acquire()
 
-    def open(self) -> None:
-        self._is_open = True
-        self._lock.release()
-
-    def wait(self) -> None:
-        """Wait until it is open. It can be called again if an exception interrupted it."""
-        while not self._is_open:
-            self._lock.acquire(timeout=60)
+def _work(
+    task: Callable[[], None],
+    settings: ThreadSettings,
+    failures: list[BaseException],
+    abort: Callable[[], None],
+) -> None:
+    """Run a worker's task, in the worker's thread, as if the thread were new."""
+    try:
+        settings.apply()
+        with traced(), _plain_execution():
+            settings.variables.run(task)
+    except AbortError:
+        pass
+    except BaseException as error:
+        failures.append(error)
+        abort()
 
 
 @contextmanager

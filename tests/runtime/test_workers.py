@@ -1,4 +1,4 @@
-"""One thread per device for the length of a program: failures, leftovers, cores.
+"""One thread per worker, all at the same time: failures, leftovers, cores.
 
 No test sleeps: tasks wait for one another through events.
 """
@@ -6,6 +6,7 @@ No test sleeps: tasks wait for one another through events.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ import torch
 
 from autopipe.runtime import workers
 from autopipe.runtime.mailbox import AbortError, Mailbox
+from autopipe.runtime.worker_threads import KeptThread, end_threads
+from tests.support.worker_threads import threads_left
 
 LIMIT = 10.0
 CPU = torch.device("cpu")
@@ -165,6 +168,135 @@ def test_an_interrupted_caller_takes_its_workers_down() -> None:
         signal.signal(signal.SIGINT, handler)
         aborted.set()
     assert told
+
+
+# ------------------------------------------------------------------------------- kept threads
+
+
+@pytest.fixture
+def kept() -> Iterator[list[KeptThread]]:
+    before = set(threading.enumerate())
+    made = [KeptThread() for _ in range(3)]
+    yield made
+    end_threads(made)
+    assert threads_left(before) == []
+
+
+def threads_of(kept: list[KeptThread]) -> dict[int, threading.Thread]:
+    """The threads that run the tasks of a call."""
+    seen: dict[int, threading.Thread] = {}
+
+    def task(index: int) -> None:
+        seen[index] = threading.current_thread()
+
+    tasks = [lambda i=i: task(i) for i in range(len(kept))]  # type: ignore[misc]
+    workers.run_workers(tasks, nothing, None, kept)
+    return seen
+
+
+def test_a_worker_keeps_its_thread(kept: list[KeptThread]) -> None:
+    first = threads_of(kept)
+    assert len(set(first.values())) == 3
+    assert threads_of(kept) == first
+    some = threads_of(kept[1:])  # a program in which the first one has nothing to do
+    assert some == {0: first[1], 1: first[2]}
+
+
+def test_a_call_that_fails_ends_its_threads(kept: list[KeptThread]) -> None:
+    first = threads_of(kept)
+
+    def fails() -> None:
+        raise ValueError("here")
+
+    for _ in range(3):
+        with pytest.raises(ValueError, match="here"):
+            workers.run_workers([nothing, fails, nothing], nothing, None, kept)
+        assert not any(t.is_alive() for t in first.values())
+        first = threads_of(kept)
+        assert threads_of(kept) == first
+
+
+def test_a_call_that_is_aborted_keeps_them(kept: list[KeptThread]) -> None:
+    first = threads_of(kept)
+
+    def stops() -> None:
+        raise AbortError
+
+    workers.run_workers([stops] * 3, nothing, None, kept)
+    assert threads_of(kept) == first
+
+
+def test_a_call_within_a_worker_has_other_threads(kept: list[KeptThread]) -> None:
+    inner: dict[int, threading.Thread] = {}
+    outer: list[threading.Thread] = []
+    barrier = threading.Barrier(3)
+
+    def task(index: int) -> None:
+        outer.append(threading.current_thread())
+        barrier.wait(LIMIT)
+        if index == 1:
+            inner.update(threads_of(kept))
+        barrier.wait(LIMIT)
+
+    workers.run_workers([lambda i=i: task(i) for i in range(3)], nothing, None, kept)  # type: ignore[misc]
+    assert len({*outer, *inner.values()}) == 6
+    assert len(set(threads_of(kept).values())) == 3
+
+
+def test_no_more_threads(kept: list[KeptThread], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks that have begun are aborted, the others do not run; the next call is as usual."""
+    start, aborted, ran = threading.Thread.start, threading.Event(), list[int]()
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "autopipe-worker-2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def task(index: int) -> None:
+        ran.append(index)
+        assert aborted.wait(LIMIT)
+
+    tasks = [lambda i=i: task(i) for i in range(3)]  # type: ignore[misc]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for places in (kept, None):
+            aborted.clear()
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                workers.run_workers(tasks, aborted.set, None, places)
+            assert aborted.is_set()
+    assert 2 not in ran
+    assert len(threads_of(kept)) == 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+@pytest.mark.parametrize("count", [50, pytest.param(5000, marks=pytest.mark.full)])
+def test_an_interrupt_at_any_instant(kept: list[KeptThread], count: int) -> None:
+    """Also while tasks are handed over: what was handed over ends, and the next call is right."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals go to the main thread")
+    instants, came = random.Random(0), 0
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(count):
+            begun, ended = [], []  # type: ignore[var-annotated]
+
+            def task(begun: list[int] = begun, ended: list[int] = ended) -> None:
+                begun.append(1)
+                ended.append(1)
+
+            try:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-6, instants.random() * 4e-4))
+                workers.run_workers([task] * 3, nothing, None, kept)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                assert len(ended) == 3
+            except KeyboardInterrupt:
+                came += 1
+            assert len(begun) == len(ended)
+            assert len(set(threads_of(kept).values())) == 3
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert came > 0
 
 
 # ------------------------------------------------------------------------------- cores

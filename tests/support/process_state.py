@@ -6,7 +6,6 @@ import logging
 import random
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,8 @@ import numpy
 import torch
 from torch import Tensor, fx
 from torch.overrides import _get_current_function_mode_stack
+
+from tests.support.worker_threads import busy_threads
 
 PATCHED: tuple[tuple[Any, str], ...] = (
     *((torch.autograd.Function, name) for name in ("apply",)),
@@ -54,7 +55,7 @@ def process_state() -> dict[str, Any]:
         "profiler": sys.getprofile(),
         "tracer": sys.gettrace(),
         "handlers": [signal.getsignal(s) for s in signals],
-        "threads": [t.name for t in threading.enumerate()],
+        "threads": [t.name for t in busy_threads()],
     }
 
 

@@ -17,6 +17,7 @@ import autopipe
 from autopipe.interrupts import deferred, is_deferred, raise_deferred, raise_interrupt
 from tests.support.models import gpt2
 from tests.support.process_state import differences, process_state
+from tests.support.worker_threads import threads_left
 
 if threading.current_thread() is not threading.main_thread():
     pytest.skip("signals go to the main thread", allow_module_level=True)
@@ -106,6 +107,7 @@ PLACES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Callable[
 @pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.full)])
 def test_after_an_interrupt_the_next_step_is_right(place: str, count: int) -> None:
     make, start = PLACES[place]
+    threads = set(threading.enumerate())
     pipe = make()
     expected = step(ready())
     # Of several times the shortest, so that most alarms come before the work is done.
@@ -121,6 +123,8 @@ def test_after_an_interrupt_the_next_step_is_right(place: str, count: int) -> No
         for found, right in zip(step(pipe), expected, strict=True):
             torch.testing.assert_close(found, right, rtol=0, atol=0)
     assert came > 0
+    del pipe, work
+    assert threads_left(threads) == []
 
 
 def test_a_capture_of_many_layers_reacts_soon() -> None:

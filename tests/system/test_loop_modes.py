@@ -21,6 +21,7 @@ import autopipe
 from autopipe import errors
 from tests.support.agreement import assert_close, pipelined
 from tests.support.loops import Net, alike, assert_same_state, ids, loss_of, net
+from tests.support.worker_threads import busy_threads, threads_left
 
 pytestmark = [pytest.mark.few(1), pytest.mark.usefixtures("alike_models_once")]
 
@@ -254,7 +255,7 @@ def refuse(*_: Any) -> Tensor:
 
 @pytest.mark.parametrize("where", ["between forward and backward", "in loss_fn of step"])
 def test_an_exception_in_the_users_loss(where: str) -> None:
-    """Nothing is kept of that step, no thread stays, and the next one is as if it had not been."""
+    """Nothing of that step is kept or works on, and the next one is as if it had not been."""
     functions = [refuse, F.mse_loss]
     model = net()
     reference = copy.deepcopy(model)
@@ -262,7 +263,7 @@ def test_an_exception_in_the_users_loss(where: str) -> None:
     target = torch.zeros(7, 5, 11, dtype=torch.double)
     threads = set(threading.enumerate())
 
-    def step() -> None:
+    def step(pipe: autopipe.Pipeline = pipe) -> None:
         if where == "in loss_fn of step":
             pipe.step(ids(), target=target)
         else:
@@ -277,12 +278,14 @@ def test_an_exception_in_the_users_loss(where: str) -> None:
         gc.collect()
         assert [r() for r in seen if r() is not None] == []
         assert [s.now for s in pipe.memory.stages] == [0, 0]
-        assert set(threading.enumerate()) == threads
+        assert busy_threads(threads) == []
         assert all(p.grad is None for p in model.parameters())
     functions.pop(0)
     step()
     F.mse_loss(reference(ids()), target).backward()
     assert_same_state(pipe, reference)
+    del pipe, step
+    assert threads_left(threads) == []
 
 
 def test_an_exception_in_a_parameters_hook() -> None:

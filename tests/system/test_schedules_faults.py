@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import autopipe
 from autopipe.errors import StageError
 from autopipe.passes.schedule import KINDS
+from tests.support.worker_threads import busy_threads, threads_left
 
 KINDS_OF_ALL = (*KINDS, "own")
 LAYERS, DEVICES, CHUNKS, BATCH = 6, 3, 4, 8
@@ -138,10 +139,18 @@ def within_the_limit(function: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_stays() -> Iterator[None]:
+def _nothing_works_on() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    assert set(threading.enumerate()) <= before
+    assert busy_threads(before) == []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_end_with_their_pipelines() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    compiled.cache_clear()
+    assert threads_left(before) == []
 
 
 def a_step(pipe: autopipe.Pipeline, index: Tensor = GOOD, flags: Tensor = CALM) -> None:

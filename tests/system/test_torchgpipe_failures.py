@@ -13,7 +13,7 @@ import gc
 import signal
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from autopipe.errors import StageError
 from autopipe.runtime.executor import Run
 from autopipe.runtime.mailbox import Mailbox
 from tests.support.agreement import assert_agrees
+from tests.support.worker_threads import busy_threads, threads_left
 
 pytestmark = pytest.mark.few(3)
 
@@ -100,10 +101,18 @@ def within_the_limit(function: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_stays() -> Any:
+def _nothing_works_on() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    assert set(threading.enumerate()) <= before
+    assert busy_threads(before) == []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_end_with_their_pipelines() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    compiled.cache_clear()
+    assert threads_left(before) == []
 
 
 # ------------------------------------------------------------------------------- lifetimes
