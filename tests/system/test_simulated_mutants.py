@@ -95,6 +95,7 @@ def laboratory() -> Iterator[tuple[Machine, list[Scenario]]]:
                 training(machine, "tied", two, "cpu", "side"),
                 training(machine, "norms", ["cpu", *two], "pinned", "forward on side"),
                 training(machine, "skip and mask", ["lazy:0"] * 2, "lazy:0", "side"),
+                training(machine, "chain", two, "pinned", "default"),
                 timed(machine),
                 failing(machine, two, "lazy:5"),
                 failing(machine, host_last, "lazy:0"),
