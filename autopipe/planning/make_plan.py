@@ -21,6 +21,7 @@ from autopipe.passes.cost import (
 from autopipe.passes.ir import InputKind, at_batch
 from autopipe.passes.schedule import is_own, queue_sizes
 from autopipe.passes.split import PlannedCut, modules_by_stage, planned_cut_of
+from autopipe.planning.plan_notes import notes_of
 from autopipe.planning.plan_parts import (
     EACH,
     ONCE,
@@ -141,7 +142,7 @@ def make_plan(
         bound_seconds=split.estimates.lower_bound,
         cut_seconds=split.estimates.bottleneck,
         gather_seconds=_gather_seconds(split, sizes, timers),
-        notes=split.captured.notes,
+        notes=notes_of(split, options),
     )
     capacity = _queue_capacity(split, phased[distinct[0]], scheduled)
     peaks = peak_bytes(plan.timeline, K, sizes, nbytes, split.routes, capacity)

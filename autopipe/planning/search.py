@@ -144,6 +144,7 @@ class Search:
         request = training_request(
             *(self.model, split, self.leaves, sizes, options.stage_devices, remat),
             exact=options.exact,
+            kernels=options.stage_kernels,
         )
         phased = phases_by_size(request, self.traces)
         timers = self.timers if self.timers_of is None else self.timers_of(split, phased, sizes)
