@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopipe.passes._torch import flop_registry
 from autopipe.passes.graph import cache_per_graph, memory_owner
 from autopipe.passes.ir import PHASES
 
-from .op_counter import distinct_bytes, touches_memory, work_kind
+from .op_counter import counted_flops, distinct_bytes, touches_memory, work_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -108,8 +107,7 @@ def _work(node: fx.Node) -> CallWork | None:
     args, kwargs = fx.map_arg((args, node.kwargs), lambda n: n.meta.get("val"))
     result = node.meta.get("val")
     read, written = _tensors((args, kwargs)), _tensors(result)
-    formula = flop_registry.get(getattr(target, "overloadpacket", None))
-    flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+    flops = counted_flops(target, args, kwargs, result)
     moved = (
         sum(map(distinct_bytes, [*read, *written])) if touches_memory(target, read, written) else 0
     )

@@ -192,6 +192,8 @@ def test_grouped_queries_save_one_key_for_two(
     found = plan(Grouped().to(BF16), device, args=(x,))
     attention = f"_scaled_dot_product_{kernel}_attention"
     assert kernels(traced[0].stages[0]) == {attention: 1, f"{attention}_backward": 1}
+    # the projections, and two products of attention for each of four heads, causal ones whole
+    assert found.stages[0].flops == 2 * T * D * 2 * D + 2 * 2 * B * 4 * S * S * 16
     # x, q, k, v, the result; the log-sum-exp of four heads
     assert found.stages[0].saved_bytes == T * D * 2 * 4 + 4 * B * 4 * S + philox
 
