@@ -126,7 +126,9 @@ class Device:
         memory_bytes: memory size.
         link: connection to another device of the same kind.
         fractions: the fractions of these peaks that are reached.
-        launch_seconds: overhead of each op.
+        launch_seconds: overhead of each op on the device.
+        call_seconds: in which one process calls an operator (a view, too), from any thread: its
+            devices share it. 0: `launch_seconds` contains it.
         tf32: whether fp32 products may use TF32 (torch's default: they may not).
         compute_capability: of a CUDA device, major and minor: plans go by the kernels that torch
             takes there (`autopipe.passes.kernels`). None: by those of the device that traces.
@@ -143,6 +145,7 @@ class Device:
     link: Link
     fractions: Fractions
     launch_seconds: float
+    call_seconds: float = 0.0
     tf32: bool = False
     compute_capability: tuple[int, int] | None = None
     names_in_torch: tuple[str, ...] = ()
@@ -182,6 +185,8 @@ class Device:
         return max(computing, moving) + self.launch_seconds
 
 
+CALL = 7e-6
+"""140,000 operator calls a second, by 1 to 8 threads of one process (CPython 3.11)."""
 _GPU = Fractions(matmul=0.7, convolution=0.5, attention=0.5, bandwidth=0.8)
 
 H100 = Device(
@@ -194,6 +199,7 @@ H100 = Device(
     link=Link(450, 10e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    call_seconds=CALL,
     compute_capability=(9, 0),
     names_in_torch=("h100",),
 )
@@ -214,6 +220,7 @@ A100 = Device(
     link=Link(300, 10e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    call_seconds=CALL,
     compute_capability=(8, 0),
     names_in_torch=("a100",),
 )
@@ -227,6 +234,7 @@ L4 = Device(
     link=Link(32, 20e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    call_seconds=CALL,
     compute_capability=(8, 9),
     names_in_torch=("l4",),
 )
@@ -240,6 +248,7 @@ RTX4090 = Device(
     link=Link(32, 20e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    call_seconds=CALL,
     compute_capability=(8, 9),
     names_in_torch=("rtx 4090", "rtx4090"),
 )

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import Annotated, Phased, Split
     from autopipe.passes.remat_policies import RematPolicy
     from autopipe.passes.split import Objective
-    from autopipe.planning.make_plan import StageTimer
+    from autopipe.planning.stage_timers import StageTimer
 
     TimersOf = Callable[
         [Split, Mapping[int, Phased], Sequence[int]], tuple[StageTimer, ...]
