@@ -121,6 +121,9 @@ def _call_as_planned(
         return call_as_cuda(node.target, args, kwargs, kernels)
 
     dtype = planned_autocast(device)
+    if "autocast" in node.meta:  # a region of the model's own, whatever is active around it
+        _, dtype, enabled, _ = node.meta["autocast"]
+        dtype = (dtype or torch.get_autocast_dtype("cuda")) if enabled else None
     if dtype is not None:
         args, kwargs = cast_as_cuda(node.target, args, kwargs, dtype)
     with without_autocast(device):

@@ -158,6 +158,27 @@ def test_gpt2_under_autocast(dropout: float) -> None:
     assert found.stages[0].saved_bytes == autocast_bytes(kernel, dropout)
 
 
+class Regions(nn.Module):
+    """A product inside of a region without autocast, and one outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside = nn.Linear(D, D, False), nn.Linear(D, D, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y = self.inside(x)
+        return self.outside(y).softmax(-1)
+
+
+def test_regions_of_the_model_s_own() -> None:
+    """Saved: x and the softmax's result in fp32, the second product's input in bf16, and the bf16
+    copy of its weight."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = plan(Regions(), H100, args=(torch.zeros(2 * B, S, D),))
+    assert found.stages[0].saved_bytes == T * D * (4 + 4 + 2) + D * D * 2
+
+
 @pytest.mark.parametrize("remat", ["full", "min-cut", 0.5])
 def test_with_rematerialization(remat: Any) -> None:
     """Recomputed kernels are CUDA's, too: less is saved, and the forward takes as long."""

@@ -38,8 +38,10 @@ def test_a_plan_made_elsewhere_has_the_gpu_s_kernels(name: str) -> None:
         assert table == counted(here, [device], None)
         runs = that_runs(here, device)
     assert table.calls == runs.calls
-    # what cuDNN reserves for a batch norm is not known to a plan
-    assert table.saved == runs.saved or "images" in name
+    # What cuDNN reserves for a batch norm is not known to a plan; a kernel without dropout may
+    # leave out the seed and offset.
+    attention = sum(n for op, n in table.calls.items() if op.endswith("attention"))
+    assert abs(table.saved - runs.saved) <= 24 * attention or "images" in name
 
 
 @pytest.mark.few(1)
