@@ -244,7 +244,10 @@ def plan(
     args, kwargs = examples(args, kwargs)
     leaves, spec = flatten(args, kwargs)
     dims, batch = batch_of(in_dims, module, args, kwargs)
-    annotated = capture_with_costs(options.capture_request(module, leaves, spec, dims))
+    # One cost per op: of mixed devices, those of the first GPU.
+    kernels = next(filter(None, options.stage_kernels), None)
+    request = options.capture_request(module, leaves, spec, dims)
+    annotated = capture_with_costs(request, kernels=kernels)
     return choose(module, annotated, leaves, batch, options).plan
 
 

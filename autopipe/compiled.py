@@ -15,7 +15,8 @@ from autopipe.passes.cost import costed_at
 from autopipe.passes.ir import B, InputKind
 from autopipe.passes.phases import concrete, least_samples
 from autopipe.planning.fitting import misfits, missing_bytes
-from autopipe.planning.make_plan import make_plan, modeled_timers
+from autopipe.planning.make_plan import make_plan
+from autopipe.planning.stage_timers import modeled_timers
 from autopipe.progress import silent
 from autopipe.runtime import microbatch
 from autopipe.tensor_meta import input_metadata, usual_outputs
@@ -236,7 +237,7 @@ class CompiledModel:
 
     def _plan(self, program: CompiledProgram, split: Split) -> Plan:
         options, sizes = self.options, program.key.sizes
-        timers = modeled_timers(options.stage_models)
+        timers = modeled_timers(options.stage_models, eager=options.mode is None)
         phased = {s: concrete(cut, program.sizes(s)) for s, cut in program.lowered.phased.items()}
         plan = make_plan(self.model, split, phased, sizes, options, timers)
         given = options.plan

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from autopipe.passes.devices import Device
+    from autopipe.passes.kernels import Capability
     from autopipe.passes.remat_policies import RematPolicy
     from autopipe.passes.schedule import DeviceSchedule
     from autopipe.planning.plans import Plan
@@ -128,6 +129,14 @@ class Options:
     def stage_models(self) -> tuple[Device, ...]:
         """The device model of each stage."""
         return self.by_stage(self.models or models_of(self.devices))
+
+    @property
+    def stage_kernels(self) -> tuple[Capability | None, ...]:
+        """For each stage the compute capability of the GPU whose kernels a plan goes by; None: by
+        those of its torch device."""
+        own = self.models is None or self.profile is not False
+        pairs = zip(self.stage_devices, self.stage_models, strict=True)
+        return tuple(None if own or d.type == "cuda" else m.compute_capability for d, m in pairs)
 
     @property
     def resolved(self) -> ResolvedOptions:

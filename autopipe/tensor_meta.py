@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from autopipe.passes.ir import Captured, Input, Sizes, Split
+    from autopipe.passes.kernels import Capability
     from autopipe.passes.remat_policies import RematPolicy
 
 
@@ -102,6 +103,7 @@ def training_request(
     remat: Sequence[RematPolicy],
     *,
     exact: bool = True,
+    kernels: Sequence[Capability | None] = (),
 ) -> PhaseRequest:
     """Build the request to trace a split program in training, with gradients of the usual outputs.
 
@@ -112,7 +114,7 @@ def training_request(
         sizes: samples in each micro-batch.
         devices: one per stage.
         remat: one policy per stage.
-        exact: see `PhaseRequest`.
+        exact, kernels: see `PhaseRequest`.
     """
     captured = split.captured
     state = state_metadata(captured, lambda item: captured.tensor_of(model, item))
@@ -124,4 +126,5 @@ def training_request(
         grad=True,
         differentiated=usual_outputs(captured),
         exact=exact,
+        kernels=tuple(kernels),
     )

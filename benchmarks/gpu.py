@@ -14,6 +14,7 @@
 | actions | what an action costs the host |
 | simulated | throughput on 2, 4, 8 devices, simulated from phases measured here |
 | predictions | planned with `profile=True` and run, predicted beside measured |
+| kernels | operators and saved bytes of plans made elsewhere, beside those that run here |
 | inductor-one-stage, inductor-four-stages | with `backend="inductor"` |
 
 GPT-2 has 24 layers, d 1024, 16 heads, sequence 1024, batch 8, and bfloat16 weights without
@@ -33,7 +34,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import gpu_predictions, gpu_steps, overhead
+from benchmarks import gpu_kernels, gpu_predictions, gpu_steps, overhead
 from benchmarks.gpu_setting import Setting
 
 
@@ -58,6 +59,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "actions": gpu_steps.actions,
     "simulated": gpu_predictions.simulated,
     "predictions": gpu_predictions.predictions,
+    "kernels": gpu_kernels.kernels,
     "inductor-one-stage": gpu_steps.inductor_one_stage,
     "inductor-four-stages": gpu_steps.inductor_four_stages,
 }

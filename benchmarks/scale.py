@@ -31,7 +31,8 @@ from autopipe.passes.cost.node_costs import annotate
 from autopipe.passes.cost.stage_cost import cost_of_stage
 from autopipe.passes.driver import cut_into_stages, phases_by_size
 from autopipe.passes.split.objective import objective_of
-from autopipe.planning.make_plan import make_plan, modeled_timers
+from autopipe.planning.make_plan import make_plan
+from autopipe.planning.stage_timers import modeled_timers
 from autopipe.tensor_meta import training_request
 from benchmarks.models import gpt2
 from benchmarks.transformer_l import on_meta

@@ -20,6 +20,7 @@ Sources:
     l4        NVIDIA L4 Tensor Core GPU data sheet; PCIe Gen4 x16, 64 GB/s in both
     rtx4090   NVIDIA Ada GPU Architecture white paper, appendix A, GeForce RTX 4090 (tensor cores
               with fp32 accumulation); PCIe Gen4 x16
+              (compute capabilities: NVIDIA, CUDA C++ Programming Guide, table of GPUs)
     cpu-core  no data sheet: one core of an AMD EPYC (family 26), `python -m benchmarks.costs cpu`;
               its memory is one core's share of a typical server
 
@@ -125,8 +126,12 @@ class Device:
         memory_bytes: memory size.
         link: connection to another device of the same kind.
         fractions: the fractions of these peaks that are reached.
-        launch_seconds: overhead of each op.
+        launch_seconds: overhead of each op on the device.
+        call_seconds: in which one process calls an operator (a view, too), from any thread: its
+            devices share it. 0: `launch_seconds` contains it.
         tf32: whether fp32 products may use TF32 (torch's default: they may not).
+        compute_capability: of a CUDA device, major and minor: plans go by the kernels that torch
+            takes there (`autopipe.passes.kernels`). None: by those of the device that traces.
         names_in_torch: parts of `torch.cuda.get_device_name` by which such a GPU is recognized, in
             lower case; empty for a device that is no GPU. Whole words count: "l4" is not in "L40S".
     """
@@ -140,7 +145,9 @@ class Device:
     link: Link
     fractions: Fractions
     launch_seconds: float
+    call_seconds: float = 0.0
     tf32: bool = False
+    compute_capability: tuple[int, int] | None = None
     names_in_torch: tuple[str, ...] = ()
 
     def peak_flops(self, precision: str) -> float:
@@ -178,6 +185,8 @@ class Device:
         return max(computing, moving) + self.launch_seconds
 
 
+CALL = 7e-6
+"""140,000 operator calls a second, by 1 to 8 threads of one process (CPython 3.11)."""
 _GPU = Fractions(matmul=0.7, convolution=0.5, attention=0.5, bandwidth=0.8)
 
 H100 = Device(
@@ -190,6 +199,8 @@ H100 = Device(
     link=Link(450, 10e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    call_seconds=CALL,
+    compute_capability=(9, 0),
     names_in_torch=("h100",),
 )
 H200 = replace(
@@ -209,6 +220,8 @@ A100 = Device(
     link=Link(300, 10e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    call_seconds=CALL,
+    compute_capability=(8, 0),
     names_in_torch=("a100",),
 )
 L4 = Device(
@@ -221,6 +234,8 @@ L4 = Device(
     link=Link(32, 20e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    call_seconds=CALL,
+    compute_capability=(8, 9),
     names_in_torch=("l4",),
 )
 RTX4090 = Device(
@@ -233,6 +248,8 @@ RTX4090 = Device(
     link=Link(32, 20e-6),
     fractions=_GPU,
     launch_seconds=5e-6,
+    call_seconds=CALL,
+    compute_capability=(8, 9),
     names_in_torch=("rtx 4090", "rtx4090"),
 )
 CPU_CORE = Device(

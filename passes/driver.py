@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autopipe.errors import printable
+from autopipe.errors import printable, require
 from autopipe.interrupts import raise_deferred
 from autopipe.passes.capture import capture
 from autopipe.passes.cost import annotate, recomputes
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from autopipe.passes.capture import CaptureRequest
     from autopipe.passes.ir import Annotated, Phased, Split
+    from autopipe.passes.kernels import Capability
     from autopipe.passes.phases import PhaseRequest
     from autopipe.passes.schedule import DeviceSchedule
     from autopipe.passes.split import EarlierCut, Objective
@@ -53,13 +54,16 @@ _dumped = itertools.count(1)
 @interruptible_traces()
 @lazy_graph_code()
 def capture_with_costs(
-    request: CaptureRequest, progress: Callable[[str], None] = lambda text: None
+    request: CaptureRequest,
+    progress: Callable[[str], None] = lambda text: None,
+    kernels: Capability | None = None,
 ) -> Annotated:
     """Capture a model and cost its ops.
 
     Args:
         request: the model, its example inputs, and how micro-batches will be used.
         progress: is called with the name of each step.
+        kernels: see `annotate`.
 
     Raises:
         AutopipeError: as `capture` does.
@@ -69,7 +73,7 @@ def capture_with_costs(
     _dump("captured", captured)
     raise_deferred()
     progress("costing")
-    annotated = annotate(captured)
+    annotated = annotate(captured, kernels)
     _dump("annotated", annotated)
     return annotated
 
@@ -180,9 +184,15 @@ def lower_to_code(
         least_queue: (sending stage, receiving stage) -> messages that a queue holds at least.
         parted: whether functions consist of parts that another compiler may compile.
         progress: is called with the name of the step.
+
+    Raises:
+        VerifyError: the stages were traced for a plan of another device.
     """
     for cut in phased.values():
         _dump("phased", cut)
+        for stage in cut.stages:
+            what = f"stage {stage.index} was traced for a plan, with another device's kernels"
+            require(stage.kernels is None, what, found=str(stage.kernels))
     backward = any(cut.differentiated for cut in phased.values())
     stages = zip(*(cut.stages for cut in phased.values()), strict=True)
     early = order.waiting([any(map(recomputes, same)) for same in stages])

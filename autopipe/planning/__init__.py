@@ -5,6 +5,8 @@ Read in this order:
     `plan_parts`       the parts of a plan: stages, times, segments
     `plan_data`        the data of a plan, and values computed from them
     `plans`            `Plan`: a plan that can be checked, printed, saved and loaded
+    `plan_notes`       what a plan says in words
+    `stage_timers`     who gives the times of a stage
     `make_plan`        a split program and its phases → a plan
     `fitting`          the policies with which a cut fits its memory limits
     `estimate_errors`  correct estimates by traces

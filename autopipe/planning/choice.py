@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autopipe.errors import MemoryLimitError, UnsupportedError
 from autopipe.passes.cost import CallSeconds
-from autopipe.planning.make_plan import make_plan, modeled_timers
+from autopipe.planning.make_plan import make_plan
 from autopipe.planning.measured_costs import MeasuredCosts, check_model
 from autopipe.planning.profile_cache import Timing
 from autopipe.planning.profile_calls import device_name, profile
@@ -20,6 +20,7 @@ from autopipe.planning.profile_stages import measured_timers
 from autopipe.planning.remedies import remedies
 from autopipe.planning.schedules import fastest, schedules_to_try, why_not_early, with_note
 from autopipe.planning.search import Search
+from autopipe.planning.stage_timers import modeled_timers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +130,7 @@ def _search(
     if not isinstance(taken, bool):
         check_model(taken, annotated, models)
         costs = MeasuredCosts(taken, annotated, models[0])
-        timers = modeled_timers(models)
+        timers = modeled_timers(models, eager=options.mode is None)
         return Search(
             *(model, annotated, leaves, options, models, timers),
             costs.seconds,
@@ -137,7 +138,7 @@ def _search(
             costs.timers,
         )
     if not taken:
-        timers = modeled_timers(models)
+        timers = modeled_timers(models, eager=options.mode is None)
         return Search(model, annotated, leaves, options, models, timers, None, progress)
     kinds = sorted({device_name(device) for device in options.devices})
     if len(kinds) > 1:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from autopipe.passes.codegen import stage_messages
 from autopipe.passes.cost import (
     PeakBytes,
-    PhaseSeconds,
     StageBytes,
     cost_of_stage,
+    operator_calls,
     peak_bytes,
     peak_saved_bytes,
-    phase_seconds,
     recomputes,
     shared_messages,
     stage_bytes,
@@ -21,6 +20,7 @@ from autopipe.passes.cost import (
 from autopipe.passes.ir import InputKind, at_batch
 from autopipe.passes.schedule import is_own, queue_sizes
 from autopipe.passes.split import PlannedCut, modules_by_stage, planned_cut_of
+from autopipe.planning.plan_notes import notes_of
 from autopipe.planning.plan_parts import (
     EACH,
     ONCE,
@@ -41,45 +41,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autopipe.options import Options
-    from autopipe.passes.devices import Device, Link
     from autopipe.passes.ir import Phased, Route, Split, StageGraph, StagePhases
     from autopipe.passes.schedule import DeviceSchedule, Scheduled
-
-
-class StageTimer(NamedTuple):
-    """Gives the times of a traced stage's phases: by a device model, or measured.
-
-    Attributes:
-        name: of the device model, or "measured on" a device.
-        link: the link over which the stage receives.
-        seconds: returns the seconds of a stage's phases for one micro-batch, given the number of
-            micro-batches in flight.
-        copy_seconds: returns the seconds that copying a number of bytes takes.
-    """
-
-    name: str
-    link: Link
-    seconds: Callable[[StagePhases, int], PhaseSeconds]
-    copy_seconds: Callable[[int], float]
-
-
-def modeled_timers(models: Sequence[Device]) -> tuple[StageTimer, ...]:
-    """Return a timer for each stage that computes times from a device model.
-
-    Args:
-        models: one per stage.
-    """
-
-    def timer(model: Device) -> StageTimer:
-        return StageTimer(
-            model.name,
-            model.link,
-            lambda stage, in_flight: phase_seconds(stage, model),
-            lambda nbytes: model.seconds(0, 2 * nbytes, "memory", "fp32"),
-        )
-
-    timers = {id(model): timer(model) for model in models}
-    return tuple(timers[id(model)] for model in models)
+    from autopipe.planning.stage_timers import StageTimer
 
 
 def make_plan(
@@ -141,7 +105,7 @@ def make_plan(
         bound_seconds=split.estimates.lower_bound,
         cut_seconds=split.estimates.bottleneck,
         gather_seconds=_gather_seconds(split, sizes, timers),
-        notes=split.captured.notes,
+        notes=notes_of(split, options),
     )
     capacity = _queue_capacity(split, phased[distinct[0]], scheduled)
     peaks = peak_bytes(plan.timeline, K, sizes, nbytes, split.routes, capacity)
@@ -278,7 +242,8 @@ def _times(split: Split, cut: Phased, k: int, timer: StageTimer, in_flight: int)
         nbytes = [at_batch(r.spec.nbytes, cut.size) for r in routes]
         return timer.link.seconds(sum(nbytes)) if nbytes else 0.0
 
-    return Times(*seconds, receive=over(received), send_gradients=over(returned))
+    issue = timer.call_seconds * operator_calls(cut.stages[k])
+    return Times(*seconds, over(received), over(returned), issue)
 
 
 def _gather_seconds(split: Split, sizes: Sequence[int], timers: Sequence[StageTimer]) -> float:

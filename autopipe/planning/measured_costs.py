@@ -23,7 +23,7 @@ from autopipe.passes.cost import CallSeconds, PhaseSeconds, call_seconds, phase_
 from autopipe.passes.remat_policies import DEFAULT, parse_policy
 from autopipe.passes.split import OpCosts, objective_of
 
-from .make_plan import StageTimer, modeled_timers
+from .stage_timers import StageTimer, modeled_timers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -125,7 +125,7 @@ class MeasuredCosts:
             forward = sum(times[node.name].forward for node in ops)
             rest = sum(whole[node] for node in ops) - forward
             scaled = _Scaled(self.device, phased[size].stages[k], forward, rest)
-            timers.append(timer._replace(name=NAME, seconds=scaled.seconds))
+            timers.append(timer._replace(name=NAME, seconds=scaled.seconds, call_seconds=0.0))
         return tuple(timers)
 
     def _estimates(self, size: int) -> dict[str, CallSeconds]:

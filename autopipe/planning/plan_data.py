@@ -139,8 +139,27 @@ class PlanData:
 
     @property
     def step_seconds(self) -> float:
-        """Predicted time of one training step, without the optimizer's."""
-        return self.timeline.makespan + self.gather_seconds
+        """Predicted time of one training step, without the optimizer's.
+
+        It is that of the devices, or of the process that issues their work, whichever is longer.
+        """
+        return max(self.timeline.makespan, self.issue_seconds) + self.gather_seconds
+
+    @cached_property
+    def issue_seconds(self) -> float:
+        """Time in which one process issues all operator calls of a step; 0: not known."""
+        distinct = sorted(set(self.sizes), reverse=True)
+        count = Counter(self.sizes)
+        return sum(
+            count[size] * stage.times[i].issue
+            for stage in self.stages
+            for i, size in enumerate(distinct)
+        )
+
+    @property
+    def launch_bound(self) -> bool:
+        """Whether issuing the operator calls takes longer than the devices need for them."""
+        return self.issue_seconds > self.timeline.makespan
 
     @property
     def balance(self) -> float:
@@ -162,7 +181,16 @@ class PlanData:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What to change where devices are idle: stages with little work beside the largest."""
+        """What to change where devices are idle, or wait for the process that issues their work."""
+        bound = (
+            "the step is bound by launches: one process issues the operator calls of all devices;"
+            ' use larger micro-batches (fewer chunks), backend="inductor", or several processes'
+        )
+        return (*self._idle_advice, *((bound,) if self.launch_bound else ()))
+
+    @property
+    def _idle_advice(self) -> tuple[str, ...]:
+        """What to change where stages have little work beside the largest."""
         most = max(self.device_seconds)
         idle_devices = [d for d, s in enumerate(self.device_seconds) if s < IDLE * most]
         idle = [k for k, home in enumerate(self.order.homes) if home in idle_devices]

@@ -96,6 +96,8 @@ class Times:
             phase, `backward` is the time of both.
         receive: from the end of the previous stage's forward until its results have arrived.
         send_gradients: the same for their gradients, to the previous stage.
+        issue: in which the host's process issues its operator calls; 0 where that is not known. The
+            stages of all devices share the process.
     """
 
     forward: float
@@ -104,6 +106,7 @@ class Times:
     weight: float
     receive: float
     send_gradients: float = field(metadata=json_name("give_back"))
+    issue: float = 0.0
 
     @property
     def work(self) -> float:

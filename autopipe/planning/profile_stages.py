@@ -24,8 +24,8 @@ import torch
 from autopipe.passes.codegen import HEADER, stage_function
 from autopipe.passes.cost import PhaseSeconds, phase_seconds
 from autopipe.passes.ir import phase_functions
-from autopipe.planning.make_plan import StageTimer
 from autopipe.planning.profile_calls import device_name, filled
+from autopipe.planning.stage_timers import StageTimer
 from autopipe.runtime import workers
 from autopipe.runtime.backends import backend_of
 from autopipe.runtime.load import load_source

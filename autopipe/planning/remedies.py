@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from autopipe.errors import PartitionError
 from autopipe.passes.phases import least_samples
 from autopipe.passes.remat_policies import LADDER
-from autopipe.planning.make_plan import modeled_timers
 from autopipe.planning.search import chunk_counts
+from autopipe.planning.stage_timers import modeled_timers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from autopipe.passes.ir import Annotated, Phased, Split
     from autopipe.passes.remat_policies import RematPolicy
     from autopipe.passes.split import Objective
-    from autopipe.planning.make_plan import StageTimer
+    from autopipe.planning.stage_timers import StageTimer
 
     TimersOf = Callable[
         [Split, Mapping[int, Phased], Sequence[int]], tuple[StageTimer, ...]
@@ -144,6 +144,7 @@ class Search:
         request = training_request(
             *(self.model, split, self.leaves, sizes, options.stage_devices, remat),
             exact=options.exact,
+            kernels=options.stage_kernels,
         )
         phased = phases_by_size(request, self.traces)
         timers = self.timers if self.timers_of is None else self.timers_of(split, phased, sizes)

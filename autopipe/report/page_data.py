@@ -166,7 +166,8 @@ def crossing_ends(crossing: Crossing) -> tuple[str, str]:
 def with_chunks(plan: Plan, chunks: int) -> Plan:
     """The same cut and batch with another number of micro-batches.
 
-    Times are assumed to be proportional to samples; all micro-batches take the mean time.
+    Times are assumed to be proportional to samples; all micro-batches take the mean time. Issuing
+    the calls of a micro-batch takes the same time for any size.
 
     Args:
         plan: the plan to change.
@@ -176,11 +177,13 @@ def with_chunks(plan: Plan, chunks: int) -> Plan:
     chunks = min(chunks, batch)
     few, more = divmod(batch, chunks)
     factor = batch / chunks / max(plan.sizes)
+
+    def scaled(times: Times) -> Times:
+        found = Times(*(t * factor for t in vars(times).values()))
+        return dataclasses.replace(found, issue=times.issue)
+
     stages = tuple(
-        dataclasses.replace(
-            stage, times=(Times(*(t * factor for t in vars(stage.times[0]).values())),)
-        )
-        for stage in plan.stages
+        dataclasses.replace(stage, times=(scaled(stage.times[0]),)) for stage in plan.stages
     )
     sizes = (few + 1,) * more + (few,) * (chunks - more)
     if more:

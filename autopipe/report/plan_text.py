@@ -34,6 +34,7 @@ def plan_text(plan: PlanData) -> str:
         *_stage_lines(plan),
         *(_device_lines(plan) if several else ()),
         *_prediction_lines(plan),
+        *_issue_lines(plan),
         *_crossing_lines(plan),
         *(f"advice: {advice}" for advice in plan.advice),
         *(f"note: {note}" for note in plan.notes),
@@ -91,6 +92,15 @@ def _prediction_lines(plan: PlanData) -> Iterator[str]:
         f" bubble {plan.timeline.bubble:.1%}"
         f" (times: {', '.join(dict.fromkeys(s.speeds for s in plan.stages))})"
     )
+
+
+def _issue_lines(plan: PlanData) -> Iterator[str]:
+    """What the process does that all devices share, if that is known."""
+    if plan.issue_seconds:
+        devices = format_seconds(plan.timeline.makespan, plan.digits)
+        issued = format_seconds(plan.issue_seconds, plan.digits)
+        bound = f", the devices only {devices}: bound by launches" if plan.launch_bound else ""
+        yield f"issuing the step's operator calls takes the process {issued}{bound}"
 
 
 def _crossing_lines(plan: PlanData) -> Iterator[str]:

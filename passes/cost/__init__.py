@@ -28,7 +28,13 @@ from .meta_run import BoundCall, operand_values, tensor_leaves, tensor_operands,
 from .node_costs import CallSeconds, annotate, call_seconds, recomputed_calls
 from .peak_memory import PeakBytes, peak_bytes, peak_saved_bytes
 from .phase_memory import StageBytes, stage_bytes
-from .phase_time import PhaseSeconds, mean_op_seconds, phase_seconds, recomputes
+from .phase_time import (
+    PhaseSeconds,
+    mean_op_seconds,
+    operator_calls,
+    phase_seconds,
+    recomputes,
+)
 from .stage_cost import StageCost, cost_of_stage
 
 __all__ = [
@@ -44,6 +50,7 @@ __all__ = [
     "costed_at",
     "mean_op_seconds",
     "operand_values",
+    "operator_calls",
     "peak_bytes",
     "peak_saved_bytes",
     "phase_seconds",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from torch import fx
 
+    from autopipe.passes.kernels import Capability
+
 Flags = tuple[bool, ...]
 """One boolean per tensor of a value: whether it needs a gradient, or gets one."""
 
@@ -35,6 +37,7 @@ class DistinctCall:
     Attributes:
         node: one of the graph's nodes with this op.
         operands_need_grad: for each tensor operand, for each of its tensors.
+        kernels: the compute capability of the planned CUDA device that it is costed for, or None.
         is_fused: whether it runs on fake CPU tensors, for which torch chooses fused kernels.
         memory_call: the object whose run gives the memory: this one, or for attention its fused
             variant.
@@ -42,11 +45,16 @@ class DistinctCall:
     """
 
     def __init__(
-        self, node: fx.Node, operands_need_grad: tuple[Flags, ...], *, fused: bool = False
+        self,
+        node: fx.Node,
+        operands_need_grad: tuple[Flags, ...],
+        *,
+        fused: bool = False,
+        kernels: Capability | None = None,
     ) -> None:
         self.node = node
         self.operands_need_grad = operands_need_grad
-        self.is_fused = fused
+        self.is_fused, self.kernels = fused, kernels
         self.memory_call = self
         self.failed = False
         self._runs: dict[int, MetaRun] = {}
@@ -54,17 +62,22 @@ class DistinctCall:
         self._costs: dict[Flags, NodeCost] = {}
 
     @classmethod
-    def first_run(cls, node: fx.Node, operands_need_grad: tuple[Flags, ...]) -> DistinctCall:
+    def first_run(
+        cls,
+        node: fx.Node,
+        operands_need_grad: tuple[Flags, ...],
+        kernels: Capability | None = None,
+    ) -> DistinctCall:
         """Run an op for the first time and note whether it can run without memory.
 
         It runs on meta tensors, or else on fake CPU tensors (a custom autograd.Function may create
         CPU tensors).
         """
         for fused in (False, True):
-            call = cls(node, operands_need_grad, fused=fused)
+            call = cls(node, operands_need_grad, fused=fused, kernels=kernels)
             try:
                 call.run(PROBE_BATCHES[0])
-                if node.target in ATTENTION:
+                if node.target in ATTENTION and kernels is None:
                     call.memory_call = cls(node, operands_need_grad, fused=True)
                     call.memory_call.run(PROBE_BATCHES[0])
                 return call
@@ -77,7 +90,9 @@ class DistinctCall:
         if batch not in self._runs:
             raise_interrupt()
             self._runs[batch] = run_forward(
-                self.node, batch, self.operands_need_grad, fused=self.is_fused
+                *(self.node, batch, self.operands_need_grad),
+                fused=self.is_fused,
+                kernels=self.kernels,
             )
         return self._runs[batch]
 

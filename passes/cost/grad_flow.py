@@ -28,6 +28,8 @@ from .op_counter import PROBE_BATCHES
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
+    from autopipe.passes.kernels import Capability
+
 
 class GradientAnalysis:
     """The gradients of one captured graph.
@@ -39,8 +41,8 @@ class GradientAnalysis:
         gradient_count: for each value, the number of gradients that are summed for it.
     """
 
-    def __init__(self, captured: Captured) -> None:
-        self.captured = captured
+    def __init__(self, captured: Captured, kernels: Capability | None = None) -> None:
+        self.captured, self._kernels = captured, kernels
         self.call_of: dict[fx.Node, DistinctCall] = {}
         self.flows: dict[fx.Node, GradFlow] = {}
         self.saved_storages: set[int] = set()
@@ -98,7 +100,7 @@ class GradientAnalysis:
         )
         key = self._key(node, needs)
         if key not in self._distinct:
-            self._distinct[key] = DistinctCall.first_run(node, needs)
+            self._distinct[key] = DistinctCall.first_run(node, needs, self._kernels)
         self.call_of[node] = call = self._distinct[key]
         for n in written_arguments(node):
             self._last_writer.update(dict.fromkeys(_storages(n), node))

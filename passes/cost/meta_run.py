@@ -7,7 +7,8 @@ saves.
 
 The kernels of fused attention depend on the device. Its FLOPs are those of its plain kernels, which
 run on meta tensors (two products forward, four backward; a fused backward on a GPU recomputes one
-more). Its memory is that of a fused kernel, since every device has one: the CPU's is used.
+more). Its memory is that of a fused kernel, since every device has one: the CPU's is used. A plan
+for a CUDA device that is not here costs CUDA's kernels, by name (`autopipe.passes.kernels`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from autopipe.passes._torch import storage_id
 from autopipe.passes._torch_modes import detached_unseen, saved_tensors_seen
 from autopipe.passes.graph import is_size, static_fake_mode, symbolic_size
 from autopipe.passes.ir import B, GradFlow, at_batch
+from autopipe.passes.kernels import call_as_cuda
 
 from .op_counter import OpCounter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from autopipe.passes.kernels import Capability
 
 aten = torch.ops.aten
 
@@ -181,7 +185,12 @@ class MetaBackward:
 
 
 def run_forward(
-    node: fx.Node, batch: int, operands_need_grad: Sequence[Sequence[bool]], *, fused: bool = False
+    node: fx.Node,
+    batch: int,
+    operands_need_grad: Sequence[Sequence[bool]],
+    *,
+    fused: bool = False,
+    kernels: Capability | None = None,
 ) -> MetaRun:
     """Run an op at one batch size.
 
@@ -190,6 +199,8 @@ def run_forward(
         batch: samples.
         operands_need_grad: for each tensor operand, for each of its tensors.
         fused: run on fake CPU tensors instead of meta tensors, so that fused kernels are chosen.
+        kernels: the compute capability of the CUDA device whose kernels are called; None: those of
+            meta tensors.
 
     Raises:
         Exception: any kind, from an operator that has no kernel for such tensors.
@@ -222,7 +233,7 @@ def run_forward(
             return detached_unseen(x)
 
         with saved_tensors_seen(pack), OpCounter() as counter:
-            results = tensor_leaves(call.target(*args, **kwargs))
+            results = tensor_leaves(call_as_cuda(call.target, args, kwargs, kernels))
         created = {storage_id(x) for x in results if x is not None} - set(owner)
         inner = [n for s, n in saved.items() if s not in owner and s not in created]
         return MetaRun(

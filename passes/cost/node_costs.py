@@ -31,21 +31,24 @@ if TYPE_CHECKING:
 
     from autopipe.passes.devices import Device
     from autopipe.passes.ir import GradFlow
+    from autopipe.passes.kernels import Capability
 
 ZERO_COST = NodeCost()
 """The cost of nodes that run no operator: sizes, and Python functions."""
 
 
-def annotate(captured: Captured) -> Annotated:
+def annotate(captured: Captured, kernels: Capability | None = None) -> Annotated:
     """Compute the cost of every op of a captured graph.
 
     Args:
         captured: the graph; it is not changed.
+        kernels: the compute capability of a CUDA device whose kernels are costed; None: kernels
+            that do not depend on the device.
 
     Returns:
         `Annotated`, with a `NodeCost` per op, whose only symbol is `B`.
     """
-    gradients = GradientAnalysis(captured)
+    gradients = GradientAnalysis(captured, kernels)
     with torch.random.fork_rng(devices=[]):  # a custom Function may draw numbers
         gradients.run()
     calls = [n for n in captured.graph_module.graph.nodes if n.op == "call_function"]

@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import sympy
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -43,13 +44,43 @@ class OpCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += int(formula(*args, **kwargs, out_val=result))
+        self.flops += counted_flops(func, args, kwargs, result)
         read, written = _tensors((args, kwargs)), _tensors(result)
         if touches_memory(func, read, written):
             self.moved_bytes += sum(map(distinct_bytes, [*read, *written]))
         return result
+
+
+def counted_flops(target: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Count the FLOPs of an operator by torch's formula; 0 if it has none.
+
+    Args:
+        target: the operator, or another function.
+        args, kwargs: its arguments.
+        result: what it returned.
+    """
+    packet: Any = getattr(target, "overloadpacket", None)
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return 0
+    if packet.__name__.startswith("_scaled_dot_product"):
+        args = _with_all_heads(args, 1 if packet.__name__.endswith("_backward") else 0)
+    return int(formula(*args, **kwargs, out_val=result))
+
+
+def _with_all_heads(args: Sequence[Any], first: int) -> Sequence[Any]:
+    """The arguments of attention with a key and a value for each query; the query is the `first`.
+
+    Before torch 2.13 the formulas knew no grouped queries. (They read shapes only.)
+    """
+    heads = args[first].shape[1]
+    if args[first + 1].shape[1] == heads:
+        return args
+    full = (
+        torch.empty((x.shape[0], heads, *x.shape[2:]), dtype=x.dtype, device="meta")
+        for x in args[first + 1 : first + 3]
+    )
+    return (*args[: first + 1], *full, *args[first + 3 :])
 
 
 def touches_memory(target: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> bool:

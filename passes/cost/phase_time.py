@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autopipe.passes._torch import flop_registry
 from autopipe.passes.graph import cache_per_graph, memory_owner
 from autopipe.passes.ir import PHASES
 
-from .op_counter import distinct_bytes, touches_memory, work_kind
+from .op_counter import counted_flops, distinct_bytes, touches_memory, work_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -78,6 +77,17 @@ def mean_op_seconds(stages: Iterable[StagePhases], device: Device) -> float:
 
 
 @cache_per_graph
+def operator_calls(stage: StagePhases) -> int:
+    """Count the operators that a micro-batch calls at a traced stage, in all phases, views too.
+
+    Each parameter gradient is added to a sum by one more call.
+    """
+    named = (n for n in stage.graph.nodes if n.name in stage.phase_of)
+    calls = [n for n in named if n.op == "call_method" or hasattr(n.target, "_schema")]
+    return len(calls) + len(stage.own_grads)
+
+
+@cache_per_graph
 def recomputes(stage: StagePhases) -> bool:
     """Whether R of a traced stage computes anything; views and sizes cost nothing."""
     again = (n for n in stage.graph.nodes if stage.phase_of.get(n.name) == "R")
@@ -108,8 +118,7 @@ def _work(node: fx.Node) -> CallWork | None:
     args, kwargs = fx.map_arg((args, node.kwargs), lambda n: n.meta.get("val"))
     result = node.meta.get("val")
     read, written = _tensors((args, kwargs)), _tensors(result)
-    formula = flop_registry.get(getattr(target, "overloadpacket", None))
-    flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+    flops = counted_flops(target, args, kwargs, result)
     moved = (
         sum(map(distinct_bytes, [*read, *written])) if touches_memory(target, read, written) else 0
     )

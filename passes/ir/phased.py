@@ -96,6 +96,8 @@ class StagePhases:
         draws: the key of each random draw; `call` is the position in the captured graph.
         device: the device that it was traced for.
         conditions: on the symbols of symbolic sizes, under which it holds; () if there are none.
+        kernels: the compute capability of the CUDA device that a plan is for and whose kernels are
+            in the graph, which then cannot run; None: the kernels of `device`.
     """
 
     index: int
@@ -112,6 +114,7 @@ class StagePhases:
     draws: tuple[RandomDraw, ...]
     device: torch.device
     conditions: tuple[sympy.Basic, ...] = ()
+    kernels: tuple[int, int] | None = None
 
     @property
     def labels(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 
 from autopipe.passes._torch_modes import has_autocast
 from autopipe.passes.ir import Captured, Phased, Split, StageGraph, StagePhases
+from autopipe.passes.kernels import planned_autocast
 
 from .assign_phases import cut_joint
 from .batch_norm import check_batch_norms
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from autopipe.passes.ir import Sizes
+    from autopipe.passes.kernels import Capability
 
     from .request import PhaseRequest, TraceCache
 
@@ -141,13 +143,20 @@ def _results_of(
 ) -> ForwardMetadata:
     """The metadata of a stage's results, with the symbols of its inputs."""
     sizes, device, grad = request.sizes(size), request.devices[stage.index], request.grad
+    kernels = request.kernels_of(stage.index)
 
     def run(inputs: Sequence[TensorMeta]) -> ForwardMetadata:
-        key: Hashable = (stage.fingerprint, tuple(inputs), device.type, grad, _autocast(device))
+        key: Hashable = (stage.fingerprint, tuple(inputs), grad, *_kernels(device, kernels))
         traced = cache.results.setdefault(key, [])
         found = first_that_holds(traced, sizes)
         if found is None:
-            found = forward_metadata(stage, inputs, device, grad=grad, example=sizes, shared=shared)
+            found = forward_metadata(
+                *(stage, inputs, device),
+                grad=grad,
+                example=sizes,
+                shared=shared,
+                kernels=kernels,
+            )
             traced.append(found)
         return found
 
@@ -178,10 +187,11 @@ def _cut_stage(
 ) -> StagePhases:
     """Trace a stage and cut its joint graph, unless an identical stage is in the cache."""
     device, policy = request.devices[stage.index], request.remat[stage.index]
+    kernels = request.kernels_of(stage.index)
     key: Hashable = (
         *(stage.fingerprint, len(stage.held), len(stage.shared)),
         *(tuple(inputs), tuple(tangents)),
-        *(device.type, request.grad, _autocast(device)),
+        *(request.grad, *_kernels(device, kernels)),
     )
     cuts = cache.stages.setdefault((key, policy, request.exact), [])
     cut = first_that_holds(cuts, sizes)
@@ -195,9 +205,11 @@ def _cut_stage(
                 grad=request.grad,
                 example=sizes,
                 shared=shared,
+                kernels=kernels,
             )
             joints.append(joint)
         cut = cut_joint(stage, joint, policy, device, exact=request.exact)
+        cut = dataclasses.replace(cut, kernels=kernels)
         cuts.append(cut)
     return cut
 
@@ -208,9 +220,12 @@ def _arrived(value: Located, device: torch.device, sizes: Sizes) -> TensorMeta:
     return meta if source == device else meta.after_copy(sizes)
 
 
-def _autocast(device: torch.device) -> Hashable:
+def _kernels(device: torch.device, kernels: Capability | None) -> tuple[Hashable, ...]:
+    """What the choice of kernels depends on: device type, planned device, autocast."""
+    if kernels is not None:
+        return (device.type, kernels, planned_autocast(device))
     enabled = has_autocast(device) and torch.is_autocast_enabled(device.type)
-    return enabled and torch.get_autocast_dtype(device.type)
+    return (device.type, None, enabled and torch.get_autocast_dtype(device.type))
 
 
 def _tangents(

@@ -38,6 +38,7 @@ from autopipe.passes._torch import (
 )
 from autopipe.passes._torch_modes import without_autocast
 from autopipe.passes._torch_patches import record_checks_unordered, silent_logs
+from autopipe.passes.kernels import correct_results
 
 from .function_constants import inline_constants, watch_constants
 from .lower_random import lower_joint_graph
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     import sympy
 
     from autopipe.passes.ir import RandomDraw, Sizes, StageGraph
+    from autopipe.passes.kernels import Capability
 
 aten = torch.ops.aten
 
@@ -104,6 +106,7 @@ def forward_metadata(
     grad: bool,
     example: Sizes = NO_SIZES,
     shared: SharedSymbols | None = None,
+    kernels: Capability | None = None,
 ) -> ForwardMetadata:
     """Compute the metadata of a stage's results without tracing it.
 
@@ -114,6 +117,7 @@ def forward_metadata(
         grad: whether gradients are recorded.
         example: values of the symbols in `inputs`.
         shared: with which other traces the symbols are shared.
+        kernels: see `trace_joint`.
     """
     sizes = TraceSizes(inputs, example, shared)
     with (
@@ -130,7 +134,7 @@ def forward_metadata(
                 to_functional(x).requires_grad_(meta.requires_grad)
                 for x, meta in zip(plain, inputs, strict=True)
             ]
-            results = run_on_device(stage, leaves, device)
+            results = run_on_device(stage, leaves, device, kernels)
             found = tuple(
                 TensorMeta.of(from_functional(r))._replace(requires_grad=grad and r.requires_grad)
                 for r in results
@@ -147,6 +151,7 @@ def trace_joint(
     grad: bool,
     example: Sizes = NO_SIZES,
     shared: SharedSymbols | None = None,
+    kernels: Capability | None = None,
 ) -> JointGraph:
     """Trace a stage.
 
@@ -159,6 +164,8 @@ def trace_joint(
         grad: False traces the forward alone, under no_grad.
         example: values of the symbols in the metadata.
         shared: with which other traces the symbols are shared.
+        kernels: the compute capability of the CUDA device whose kernels are traced, for a plan; the
+            graph cannot run. None: the kernels of `device`.
 
     Returns:
         The joint graph, with its random ops replaced by keyed draws.
@@ -183,7 +190,7 @@ def trace_joint(
                 for i, x in enumerate(outer)
             ]
             with torch.set_grad_enabled(grad):
-                results = run_on_device(stage, leaves, device)
+                results = run_on_device(stage, leaves, device, kernels)
             gradients: list[tuple[int, Tensor | None]] = []
             if arriving and wanted:
                 values = {"return": results, "input": leaves}
@@ -212,6 +219,7 @@ def trace_joint(
     calls = enumerate(stage.graph_module.graph.nodes)
     static = {position for position, node in calls if node.meta.get("static")}
     draws = lower_joint_graph(module.graph, static)
+    correct_results(module.graph, kernels)
     conditions = sizes.conditions()
     lower_sizes(module.graph)
     return JointGraph(module.graph, tuple(updates), tuple(grads), draws, conditions)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from autopipe.passes.ir import Phased, Sizes, Split, StagePhases
+    from autopipe.passes.kernels import Capability
     from autopipe.passes.remat_policies import RematPolicy
 
     from .joint_trace import Conditions, ForwardMetadata, JointGraph
@@ -45,6 +46,10 @@ class PhaseRequest:
         exact: whether the gradient of a parameter that several stages share goes from stage to
             stage with every micro-batch, and is summed as in the whole graph. False: each stage
             sums that of its own copy.
+        kernels: for each stage the compute capability of the CUDA device that it is planned for and
+            whose kernels it is traced with, though it is traced on another device; None: it is
+            traced with the kernels of its own device. (): None for all. A trace with another
+            device's kernels never runs.
     """
 
     split: Split
@@ -55,6 +60,11 @@ class PhaseRequest:
     differentiated: frozenset[str]
     lengths: Sizes = field(default_factory=dict)
     exact: bool = True
+    kernels: tuple[Capability | None, ...] = ()
+
+    def kernels_of(self, stage: int) -> Capability | None:
+        """The compute capability whose kernels a stage is traced with; None: its device's own."""
+        return self.kernels[stage] if self.kernels else None
 
     def symbols(self, size: int) -> tuple[sympy.Symbol, ...]:
         """The symbols in the metadata for this micro-batch size, `B` first."""

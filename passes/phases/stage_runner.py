@@ -21,8 +21,9 @@ from autopipe.passes._torch import (
     from_functional,
     set_traced_call,
 )
-from autopipe.passes._torch_modes import autocast_device_types
+from autopipe.passes._torch_modes import autocast_device_types, without_autocast
 from autopipe.passes.graph import source_line
+from autopipe.passes.kernels import call_as_cuda, cast_as_cuda, is_substituted, planned_autocast
 
 from .upsample_sizes import with_output_size
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from autopipe.passes.ir import StageGraph
+    from autopipe.passes.kernels import Capability
 
 aten = torch.ops.aten
 
@@ -47,6 +49,7 @@ def run_stage(
     device: torch.device,
     around: Callable[[int, fx.Node], AbstractContextManager[Any]],
     computed: Callable[[int, fx.Node, Any], None] = lambda position, node, value: None,
+    kernels: Capability | None = None,
 ) -> list[Tensor]:
     """Run a stage graph, op by op.
 
@@ -56,6 +59,8 @@ def run_stage(
         device: where it runs.
         around: (position in the graph, op) → the context that the op runs in.
         computed: called with position, op and result after each op.
+        kernels: the compute capability of a CUDA device to trace as for, on tensors of another
+            device; None: ops call the kernels of `device`.
 
     Returns:
         Its results.
@@ -73,15 +78,20 @@ def run_stage(
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             with around(position, node), _region(node, device):
-                env[node] = _call(
-                    node, _replace_devices(args, device), _on_device(node, kwargs, device)
-                )
+                args, kwargs = _replace_devices(args, device), _on_device(node, kwargs, device)
+                if kernels is None:
+                    env[node] = _call(node, node.target, args, kwargs)
+                else:
+                    env[node] = _call_as_planned(node, args, kwargs, device, kernels)
             computed(position, node, env[node])
     raise AssertionError("a graph without output")
 
 
 def run_on_device(
-    stage: StageGraph, inputs: Sequence[Tensor], device: torch.device
+    stage: StageGraph,
+    inputs: Sequence[Tensor],
+    device: torch.device,
+    kernels: Capability | None = None,
 ) -> list[Tensor]:
     """Run a stage graph on the tensors of a trace; attribute what is recorded to the graph's ops.
 
@@ -99,11 +109,29 @@ def run_on_device(
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 _attribute_backward(tensor.grad_fn, origin, attributed)
 
-    return run_stage(stage, inputs, device, around, computed)
+    return run_stage(stage, inputs, device, around, computed, kernels)
 
 
-def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    target: Any = node.target
+def _call_as_planned(
+    node: fx.Node, args: Any, kwargs: Any, device: torch.device, kernels: Capability
+) -> Any:
+    """Call an op as the CUDA device does that it is planned for; autocast is CUDA's, too."""
+
+    def substitute(*args: Any, **kwargs: Any) -> Any:
+        return call_as_cuda(node.target, args, kwargs, kernels)
+
+    dtype = planned_autocast(device)
+    if "autocast" in node.meta:  # a region of the model's own, whatever is active around it
+        _, dtype, enabled, _ = node.meta["autocast"]
+        dtype = (dtype or torch.get_autocast_dtype("cuda")) if enabled else None
+    if dtype is not None:
+        args, kwargs = cast_as_cuda(node.target, args, kwargs, dtype)
+    with without_autocast(device):
+        target = substitute if is_substituted(node.target) else node.target
+        return _call(node, target, args, kwargs)
+
+
+def _call(node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
     if getattr(target, "overloadpacket", None) is aten.randint_like:
         # torch's Python function has no gradient, but the overload would require one.
         args = pytree.tree_map_only(Tensor, Tensor.detach, args)

@@ -71,9 +71,9 @@ def traces_once() -> Iterator[None]:
         return cuts[key]
 
     class Analysis(GradientAnalysis):
-        def __init__(self, captured: Any) -> None:
-            super().__init__(captured)
-            self._distinct = CALLS[_modes()]
+        def __init__(self, captured: Any, kernels: Any = None) -> None:
+            super().__init__(captured, kernels)
+            self._distinct = CALLS[_modes(), kernels]
             if len(self._distinct) >= MOST_CALLS:
                 self._distinct.clear()
 
@@ -94,7 +94,7 @@ def pure_passes_once(*, alike: bool = False) -> Iterator[None]:
     those.
     """
     captures: dict[Any, Any] = {}
-    costs: dict[int, Any] = {}
+    costs: dict[Any, Any] = {}
     alive: list[Any] = []  # so that nothing else has the id of what is here
     capture, annotate = driver.capture, driver.annotate
 
@@ -111,11 +111,12 @@ def pure_passes_once(*, alike: bool = False) -> Iterator[None]:
             captures[key] = capture(request)
         return captures[key]
 
-    def annotate_once(captured: Any) -> Any:
-        if id(captured) not in costs:
+    def annotate_once(captured: Any, kernels: Any = None) -> Any:
+        key = id(captured), kernels
+        if key not in costs:
             alive.append(captured)
-            costs[id(captured)] = annotate(captured)
-        return costs[id(captured)]
+            costs[key] = annotate(captured, kernels)
+        return costs[key]
 
     with pytest.MonkeyPatch.context() as patch, traces_once():
         patch.setattr(driver, "capture", capture_once)
@@ -124,8 +125,8 @@ def pure_passes_once(*, alike: bool = False) -> Iterator[None]:
 
 
 def _values_of(more: dict[str, Any]) -> Hashable:
-    """Whether gradients are recorded, and an example of symbolic sizes."""
-    return more["grad"], tuple(more["example"].items())
+    """Whether gradients are recorded, an example of symbolic sizes, and whose kernels."""
+    return more["grad"], tuple(more["example"].items()), more["kernels"]
 
 
 def _modes() -> Hashable:

@@ -12,6 +12,7 @@ from autopipe.formatting import format_bytes
 from autopipe.passes.capture.frontends import FRONTENDS
 from autopipe.passes.devices import DEVICES
 from autopipe.passes.ir.combine import REDUCTIONS
+from autopipe.passes.kernels.table import SUBSTITUTES
 from autopipe.passes.remat_policies import PARAMETERIZED, POLICIES
 from autopipe.passes.schedule.kinds import KINDS
 from autopipe.report.columns import STAGE_COLUMNS
@@ -76,6 +77,15 @@ def page() -> str:
                     format_bytes(d.memory_bytes),
                 ]
                 for d in DEVICES.values()
+            ),
+        ),
+        section(
+            "Kernels of planned GPUs",
+            "passes/kernels/table.py",
+            ["operator", "what a plan for a GPU counts, wherever it is made"],
+            (
+                [f"`{op.overloadpacket.__name__}`", first_line(function)]
+                for op, function in SUBSTITUTES.items()
             ),
         ),
         section(

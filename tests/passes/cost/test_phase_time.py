@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from autopipe.passes.cost.op_counter import counted_flops
 from autopipe.passes.cost.phase_memory import stage_bytes
 from autopipe.passes.cost.phase_time import (
     PhaseSeconds,
@@ -115,3 +117,30 @@ def test_the_mean_of_all_ops() -> None:
     count = sum(len(stage_work(stage)) for stage in stages)
     assert mean_op_seconds(stages, L4) == pytest.approx(whole / count)
     assert mean_op_seconds([], L4) == 0
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_every_query_of_a_group_counts(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: two products forward, five backward, each of 2 · 40 · 40 · 16 FLOPs a query head.
+
+    torch's formulas refused grouped queries before 2.13, as the ones here do.
+    """
+    aten = torch.ops.aten
+    for packet in (aten._scaled_dot_product_flash_attention,
+                   aten._scaled_dot_product_flash_attention_backward):  # fmt: skip
+        formula = flop_registry[packet]
+
+        def strict(*args: Any, formula: Any = formula, **kwargs: Any) -> Any:
+            shapes = [x.shape[1] for x in args if isinstance(x, Tensor) and x.dim() == 4]
+            assert len(set(shapes)) == 1
+            return formula(*args, **kwargs)
+
+        monkeypatch.setitem(flop_registry, packet, strict)
+    q, k, v, sums = (torch.empty(2, n, 40, 16, device="meta") for n in (4, heads, heads, 4))
+    one = 2 * 4 * 2 * 40 * 40 * 16
+    forward = aten._scaled_dot_product_flash_attention.default
+    assert counted_flops(forward, (q, k, v), {}, None) == 2 * one
+    backward = aten._scaled_dot_product_flash_attention_backward.default
+    rest = (sums[..., 0], None, None, 40, 40, 0.0, False, None, None)
+    assert counted_flops(backward, (q, q, k, v, q, *rest), {}, None) == 5 * one
+    assert counted_flops(aten.gelu.default, (q,), {}, q) == 0
