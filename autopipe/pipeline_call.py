@@ -12,9 +12,11 @@ from autopipe.call_guards import refuse_transforms, restore_autocast
 from autopipe.caller_modes import caller_modes
 from autopipe.errors import StageError
 from autopipe.higher_derivatives import differentiable_gradients
+from autopipe.passes._torch_modes import is_profiled
 from autopipe.passes.ir import InputKind
 from autopipe.runtime import microbatch
 from autopipe.runtime.executor import Run
+from autopipe.runtime.labelled_run import LabelledRun
 from autopipe.runtime.random import step_seed
 from autopipe.version_watch import VersionWatch
 
@@ -40,7 +42,7 @@ class PipelineCall:
 
     Attributes:
         wanted: the tensors whose gradients `backward` returns, in its order.
-        make_run: makes the runs of its programs; a profile makes runs that are recorded.
+        make_run: makes the runs of its programs; `Pipeline.profile` makes runs that are recorded.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class PipelineCall:
         self.parameters = [i for i, tensor in tensors if tensor.requires_grad]
         self.wanted: list[Tensor] = [leaves[i.index] for i in self.inputs]
         self.wanted += [tensor for _, tensor in tensors if tensor.requires_grad]
-        self.make_run: Callable[..., Run] = Run
+        self.make_run: Callable[..., Run] = LabelledRun if is_profiled() else Run
         self.run: Run | None = None
         self._saved: tuple[Any, ...] = ()  # for `share_gradients`
         self._state = VersionWatch()  # what the forward read

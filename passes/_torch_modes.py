@@ -54,6 +54,11 @@ def backward_hooks_of_all() -> list[dict[int, Any]]:
     return [module_hooks._global_backward_pre_hooks, module_hooks._global_backward_hooks]
 
 
+def is_profiled() -> bool:
+    """Whether a `torch.profiler.profile` is open, in any thread, or NVTX ranges are emitted."""
+    return torch.autograd.profiler._is_profiler_enabled
+
+
 def dispatch_modes() -> list[TorchDispatchMode]:
     """The active `TorchDispatchMode`s of users, outermost first."""
     found: list[Any] = _get_current_dispatch_mode_stack()

@@ -19,6 +19,8 @@ It does not use models, graphs or passes. Read in this order:
     `load`        load generated source code as Python functions
     `recording`   when the actions of a run started, waited and ended
     `recorded_run`  a `Run` that records them
+    `labelled_run`  a `Run` whose actions have names in torch's profiler
+    `actions`     how these two wrap generated functions
 
 In: a `Program` (functions of generated code, with sizes, devices and strides), tensors.
 Out: results, gradients, updated buffers; or a `StageError`.

@@ -1,19 +1,14 @@
-"""`RecordedRun`: a `Run` that records when each action starts, waits and ends.
-
-The generated functions of a program stay as they are. A recorded run calls copies of the drivers'
-functions, whose names for stages' functions (``forward_0``) lead to functions that record. So a run
-that is not recorded pays nothing.
-"""
+"""`RecordedRun`: a `Run` that records when each action starts, waits and ends."""
 
 from __future__ import annotations
 
-import re
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .actions import with_wrapped_actions
 from .executor import Run
 from .mailbox import Mailbox
 from .recording import RecordedAction, StepRecording
@@ -26,9 +21,6 @@ if TYPE_CHECKING:
     from .mailbox import Key
     from .recording import Clock
     from .transfer import WorkerDevice
-
-ACTION = re.compile(r"^(forward|recompute|gradients|weights|backward)_\d+$")
-"""Name of the generated function that runs one action."""
 
 
 @dataclass(eq=False)
@@ -55,20 +47,13 @@ class RecordedRun(Run):
         rows, drivers = self.recording.rows, self.program.drivers
         rows += [[] for _ in range(len(rows), len(drivers))]
         functions = zip(super()._functions(direction), drivers, rows, strict=True)
-        return [self._recorded(f, self.clocks[w], row) for f, w, row in functions]
-
-    def _recorded(
-        self, driver: Callable[[Any], None], clock: Clock, row: list[RecordedAction]
-    ) -> Callable[[Any], None]:
-        """A copy of a driver's function that calls functions that record."""
-        assert isinstance(driver, FunctionType)
-        names = dict(driver.__globals__)
-        for name in filter(ACTION.match, driver.__code__.co_names):
-            names[name] = self._action(name, names[name], clock, row)
-        return FunctionType(driver.__code__, names, driver.__name__)
+        return [
+            with_wrapped_actions(f, partial(self._action, self.clocks[w], row))
+            for f, w, row in functions
+        ]
 
     def _action(
-        self, name: str, function: Callable[..., None], clock: Clock, row: list[RecordedAction]
+        self, clock: Clock, row: list[RecordedAction], name: str, function: Callable[..., None]
     ) -> Callable[..., None]:
         def recorded(run: Run, m: int, compute: Any) -> None:
             action = self._thread.action = RecordedAction(name, m, clock, clock.mark())
