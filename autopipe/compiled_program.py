@@ -70,6 +70,24 @@ class CompiledProgram:
         """The values of all symbols in a micro-batch, or in a whole batch, of one size."""
         return {B: size, **dict(self.key.lengths)}
 
+    def described(self, name: str) -> str:
+        """Name a value of generated code for the user.
+
+        Args:
+            name: in generated code.
+
+        Returns:
+            A parameter, buffer or input by its own name; another value by that of its node.
+        """
+        phased = self.lowered.phased[self.key.sizes[0]]
+        for stage in phased.stages:
+            name = stage.labels.get(name, name)
+        known = {i.name: i for i in phased.split.captured.inputs}
+        if name not in known:
+            return name
+        item = known[name]
+        return f"{item.kind} {item.target or item.name}"
+
     @cached_property
     def updates(self) -> frozenset[str]:
         """Names of the buffers that the forward writes to."""

@@ -254,10 +254,14 @@ class StageError(AutopipeError, RuntimeError):
         phase: str | None,
         node: str | None = None,
         source: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
         remedy: str | None = None,
     ) -> None:
         """Store the facts, see `AutopipeError`, and the attributes."""
-        super().__init__(problem, node=node, source=source, remedy=remedy)
+        super().__init__(
+            problem, node=node, source=source, expected=expected, found=found, remedy=remedy
+        )
         self.stage = stage
         self.microbatch = microbatch
         self.phase = phase

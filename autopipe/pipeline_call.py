@@ -12,6 +12,7 @@ from autopipe.call_guards import refuse_transforms, restore_autocast
 from autopipe.caller_modes import caller_modes
 from autopipe.errors import StageError
 from autopipe.higher_derivatives import differentiable_gradients
+from autopipe.out_of_memory import explained_out_of_memory
 from autopipe.passes._torch_modes import is_profiled
 from autopipe.passes.ir import InputKind
 from autopipe.runtime import microbatch
@@ -22,6 +23,7 @@ from autopipe.version_watch import VersionWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -81,13 +83,18 @@ class PipelineCall:
                 self._state.add([*compress(stage.state, kept)], [*compress(tensors, kept)])
             inputs = self.compiled.call_inputs
             self._state.add([i.name for i in inputs], [self.leaves[i.index] for i in inputs])
-        self._execute(run)
+        with self._explained():
+            self._execute(run)
         for (k, m), tensors in run.saved.items():
             self._activations.add(self._stages(m)[k].saved, tensors)
         outputs = self.compiled.split.captured.outputs
         gathered = results.gather_outputs(outputs, run.results, self.sizes)
         self._saved = gathered.saved
         return gathered.values
+
+    def _explained(self) -> AbstractContextManager[None]:
+        """Explain a lack of memory by the plan of what runs in the context."""
+        return explained_out_of_memory(lambda: self.compiled.plan(self.ready))
 
     def _execute(self, run: Run) -> None:
         run.execute("forward")
@@ -112,7 +119,7 @@ class PipelineCall:
                 "backward through the same call a second time: its saved values are gone",
                 remedy="call the pipeline again, or add the losses up and call backward once",
             )
-        with interrupts.deferred():
+        with interrupts.deferred(), self._explained():
             if torch.is_grad_enabled():  # create_graph=True
                 return self._differentiable_backward(gradients)
             found = self._run_backward(run, gradients)
@@ -214,20 +221,10 @@ class PipelineCall:
         if name is not None:
             raise _backward_error(
                 "a tensor was changed in place between forward and backward, which reads it",
-                node=self._described(name),
+                node=self.ready.described(name),
                 remedy="call backward before optimizer.step() and before the batch or a buffer is"
                 " overwritten, or pass a copy of it",
             )
-
-    def _described(self, name: str) -> str:
-        """A parameter, buffer or input by its own name; another value by that of its node."""
-        for stage in self._stages():
-            name = stage.labels.get(name, name)
-        known = {i.name: i for i in self.compiled.split.captured.inputs}
-        if name not in known:
-            return name
-        item = known[name]
-        return f"{item.kind} {item.target or item.name}"
 
     def _release(self) -> None:
         """Free what a second backward would need: the caller may keep the loss for long."""

@@ -34,7 +34,7 @@ LAYERS = (
     | {"option_names", "torch_version"},
     {"report", "planning", "profile", "options", "option_parsing", "batch_dims", "cut_positions"}
     | {"beside_plan", "schedule_option"}
-    | {"parameters", "placement", "results", "tensor_meta", "version_watch"},
+    | {"out_of_memory", "parameters", "placement", "results", "tensor_meta", "version_watch"},
     {"call_guards", "call_numbers", "call_signature", "caller_modes", "model_state_key"}
     | {"module_proxy", "valid_calls", "varying"}
     | {

@@ -126,7 +126,7 @@ class Run:
                     self._caller.wait_for(dict.fromkeys(self._workers))
             except Exception as error:
                 self.drop()
-                raise stage_error(error, self.program.filename, direction) from error
+                raise stage_error(error, self.program.filename, direction, self._workers) from error
             except BaseException:
                 self.drop()
                 raise

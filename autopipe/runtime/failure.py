@@ -7,10 +7,15 @@ import re
 import traceback
 from typing import TYPE_CHECKING
 
+import torch
+
 from autopipe.errors import AutopipeError, StageError, describe, text_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
+
+    from .transfer import WorkerDevice
 
 NODE = re.compile(r"^\s+(\w+)(?::\s*\".*?\")? = ")
 """A line of generated code that computes a node; group 1: its name."""
@@ -30,13 +35,24 @@ DTYPES = (
 )
 
 
-def stage_error(error: Exception, filename: str, direction: str) -> Exception:
+ASYNCHRONOUS = (
+    "the device reports an error some time after the kernel that failed, which may be one of any"
+    " stage, or one before this call: run again{}, and the error names the op; after an error of"
+    " this kind the device cannot be used: restart the process"
+)
+"""What to do about a failed kernel, such as one that found an index out of range."""
+
+
+def stage_error(
+    error: Exception, filename: str, direction: str, workers: Sequence[WorkerDevice] = ()
+) -> Exception:
     """Describe where in a generated program an exception was raised.
 
     Args:
         error: the exception. Its frames are cleared, so that they do not keep tensors alive.
         filename: of the generated program.
         direction: "forward" or "backward".
+        workers: of the stages.
 
     Returns:
         A `StageError` with stage, micro-batch, phase, node and source line as far as the traceback
@@ -66,8 +82,18 @@ def stage_error(error: Exception, filename: str, direction: str) -> Exception:
         phase=phase,
         node=node,
         source=source,
-        remedy=(DTYPES if DTYPE.search(text_of(error)) else "")
-        + "the original exception is the cause of this one; the pipeline can be called again",
+        remedy=_remedy(error, workers),
+    )
+
+
+def _remedy(error: Exception, workers: Sequence[WorkerDevice]) -> str:
+    """What the user can do about an exception."""
+    if isinstance(error, torch.AcceleratorError):
+        variables = filter(None, (w.backend.blocking_launches for w in workers))
+        return ASYNCHRONOUS.format("".join(f" with {v}" for v in dict.fromkeys(variables)))
+    dtypes = DTYPES if DTYPE.search(text_of(error)) else ""
+    return (
+        f"{dtypes}the original exception is the cause of this one; the pipeline can be called again"
     )
 
 

@@ -55,6 +55,11 @@ class Backend:
         """What `torch.autocast` calls these devices; None: it does not know them."""
         return self.type if torch.amp.is_autocast_available(self.type) else None
 
+    @property
+    def blocking_launches(self) -> str | None:
+        """What to set in the environment so that an error is reported by the op that failed."""
+        return None
+
     # Which devices there are
 
     def devices(self) -> tuple[torch.device, ...]:

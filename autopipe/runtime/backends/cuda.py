@@ -23,6 +23,10 @@ class CudaBackend(Backend):
     def __init__(self) -> None:
         super().__init__("cuda")
 
+    @property
+    def blocking_launches(self) -> str:
+        return "AMD_SERIALIZE_KERNEL=3" if torch.version.hip else "CUDA_LAUNCH_BLOCKING=1"
+
     def devices(self) -> tuple[torch.device, ...]:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return tuple(torch.device("cuda", i) for i in range(count))
