@@ -151,13 +151,13 @@ class CompiledModel:
         if tensor.device == worker.device:
             return tensor.detach()
         if kind is not InputKind.CONSTANT:  # `.data` may change it without changing its version
-            return worker.uses(tensor.detach().to(worker.device))
+            return tensor.detach().to(worker.device)
         key = (target, worker.device)
         cached = self._copies.get(key)
         if cached is None or cached[0] != tensor._version or cached[1] is not tensor:
             copy = tensor.detach().to(worker.device)
             cached = self._copies[key] = (tensor._version, tensor, copy)
-        return worker.uses(cached[2])
+        return cached[2]
 
     def is_traced(self, inputs: CallInputs) -> bool:
         """Whether the stages need not be traced for a call, under the current modes.

@@ -149,7 +149,9 @@ class PipelineCall:
         self._refuse_changes(None)
         run.drop()
         self.ready = ready
+        callers = run.caller
         self.run = run = self._new_run(ready, self._buffers)
+        run.caller = callers
         run.execute("forward")
         run.results.clear()
         return run
@@ -274,13 +276,12 @@ class PipelineCall:
         for stage, worker in zip(split.stages, compiled.workers, strict=True):
             tensors = []
             for item in stage.held:
-                if item.name in before:
-                    tensor = worker.uses(before[item.name])
-                else:
+                tensor = before.get(item.name)
+                if tensor is None:
                     tensor = compiled.on(worker, item.kind, item.target)
                     if item.target in changing and ready.program.trains:
                         # Written at the end of the forward, and read again by its recomputation.
-                        tensor = self._buffers[item.name] = worker.uses(tensor.clone())
+                        tensor = self._buffers[item.name] = tensor.clone()
                 if item.name in ready.updates:
                     buffers[item.name] = tensor
                 tensors.append(tensor)

@@ -23,11 +23,17 @@ class CallerStreams:
     backward in a thread of its own. It takes for granted that gradients from or for another device
     than that of the pipeline's result are computed on that device's default stream.
 
+    The streams of an earlier run of the same step wait, too: what the caller allocated on them for
+    the forward is freed when the backward is over, whatever stream it is called on.
+
     Args:
         devices: of the workers and of the caller's tensors.
+        earlier: of the earlier run.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(
+        self, devices: Iterable[torch.device], earlier: CallerStreams | None = None
+    ) -> None:
         self._streams: dict[torch.device, list[Stream]] = {}
         for device in dict.fromkeys(devices):
             backend = backend_of(device)
@@ -38,6 +44,10 @@ class CallerStreams:
         self._events = {
             d: [s.record_event() for s in streams] for d, streams in self._streams.items()
         }
+        self._waiting = dict(self._streams)
+        for device, streams in ({} if earlier is None else earlier._waiting).items():
+            own = self._waiting.get(device, [])
+            self._waiting[device] = own + [s for s in streams if s not in own]
 
     def events(self, device: torch.device) -> Sequence[Event]:
         """What the caller had queued on a device when the run began."""
@@ -47,7 +57,7 @@ class CallerStreams:
         """Let the caller's later work wait for all that workers have queued."""
         for worker in workers:
             for device, stream in worker.streams():
-                for own in self._streams.get(device, ()):
+                for own in self._waiting.get(device, ()):
                     own.wait_stream(stream)
 
     def wait_on_host(self, results: Iterable[SentTensor]) -> None:

@@ -57,6 +57,7 @@ class Run:
         inputs: (value, stage, micro-batch) → a tensor from the caller that is not yet received.
         results: (value, micro-batch) → a tensor for the caller.
         gradients: of parameters, summed over the micro-batches so far.
+        caller: the streams of those who have called `execute`.
         destinations: result → the device that the caller wants it on; else it stays where it is.
     """
 
@@ -76,9 +77,8 @@ class Run:
         self._parts: dict[tuple[int, int], int] = {}
         self._workers = self.program.workers
         self._mailbox = Mailbox()
-        # By micro-batch: see `SavedBytesCounter.add`.
-        self._fed: dict[int, dict[int, dict[int, int]]] = {}
-        self._caller = CallerStreams(())
+        self._fed: dict[int, dict[int, dict[int, int]]] = {}  # see `SavedBytesCounter.add`
+        self.caller = CallerStreams(())
         self._backpressure = Backpressure()
         self._returned: list[transfer.SentTensor] = []
 
@@ -111,19 +111,19 @@ class Run:
         drivers = self.program.drivers
         self._mailbox = self._new_mailbox()
         self._backpressure = Backpressure()
-        given = (t.device for t in self.inputs.values())
-        devices = chain((w.device for w in self._workers), given, self.destinations.values())
-        self._caller = CallerStreams(devices)
+        given = [x.device for x in self.inputs.values()]
+        devices = [*(w.device for w in self._workers), *given, *self.destinations.values()]
+        self.caller = CallerStreams(devices, self.caller)
         enter = self.caller_modes() if len(drivers) > 1 else nullcontext
         tasks = [partial(self._work, f, w, enter) for f, w in zip(functions, drivers, strict=True)]
         cores = workers.cores_per_worker([w.device for w in drivers], self.program.shares_core)
-        kept = [w.thread for w in drivers]
         with interrupts.deferred(), interrupts.waking(self._mailbox.abort):
             try:
                 try:
+                    kept = [w.thread for w in drivers]
                     workers.run_workers(tasks, self._mailbox.abort, cores, kept)
                 finally:
-                    self._caller.wait_for(dict.fromkeys(self._workers))
+                    self.caller.wait_for(dict.fromkeys(self._workers))
             except Exception as error:
                 self.drop()
                 raise stage_error(error, self.program.filename, direction, self._workers) from error
@@ -133,9 +133,9 @@ class Run:
             if interrupts.is_deferred():  # the workers were aborted
                 self.drop()
                 interrupts.raise_deferred()
-        self._caller.wait_on_host(self._returned)
+        self.caller.wait_on_host(self._returned)
         self._returned.clear()
-        self._caller.use((*self.results.values(), *self.gradients))
+        self.caller.use((*self.results.values(), *self.gradients))
 
     def _functions(self, direction: str) -> Sequence[Callable[[Any], None]]:
         """What each driver runs in a direction."""
@@ -161,7 +161,7 @@ class Run:
             return
         backend = worker.backend
         with enter_modes(), backend.use_device(worker.device), backend.use_stream(worker.compute):
-            for event in self._caller.events(worker.device):
+            for event in self.caller.events(worker.device):
                 worker.compute.wait_event(event)
             function(self)
 
@@ -226,7 +226,7 @@ class Run:
             return transfer.receive(self._mailbox.take(key), worker)
         if tensor.device != worker.device:
             self._backpressure.wait(key[:2], earlier, CALLERS_QUEUE)
-        tensor = transfer.fetch_from_caller(tensor, worker, self._caller.events(tensor.device))
+        tensor = transfer.fetch_from_caller(tensor, worker, self.caller.events(tensor.device))
         strides = self.program.strides.get((value, stage, self.program.sizes[m]))
         return tensor if strides is None else transfer.with_strides(tensor, strides)
 

@@ -116,16 +116,6 @@ class WorkerDevice:
         for lane in [*self._lanes.values()]:  # another call may add one
             yield from lane.streams()
 
-    def uses(self, tensor: Tensor) -> Tensor:
-        """Keep a tensor's memory until the worker's work on it is done; returns the tensor.
-
-        Args:
-            tensor: on the worker's device, allocated for another stream.
-        """
-        if self.compute is not None:
-            self.backend.record_use(tensor, self.compute)
-        return tensor
-
 
 def is_copied(source: WorkerDevice, target: WorkerDevice) -> bool:
     """Whether what is sent from one worker to another is a copy, in memory of its own."""
@@ -169,7 +159,8 @@ def receive(sent: SentTensor, worker: WorkerDevice) -> Tensor:
         return tensor
     if ready is not None:
         worker.compute.wait_event(ready)
-    return worker.uses(tensor)
+    worker.backend.record_use(tensor, worker.compute)
+    return tensor
 
 
 def send_to_caller(
@@ -200,14 +191,15 @@ def fetch_from_caller(tensor: Tensor, worker: WorkerDevice, after: Sequence[Even
 
     Args:
         tensor: on any device.
-        worker: the one that will read it. On its own device it waits for the caller already.
+        worker: the one that will read it. On its own device it waits for the caller already, who
+            waits for it before the tensor can be freed.
         after: events on the tensor's device, after which the caller has computed it.
 
     Returns:
         The tensor on the worker's device, safe to read on its compute stream.
     """
     if tensor.device == worker.device:
-        return worker.uses(tensor)
+        return tensor
     return receive(worker.lane(tensor.device, worker.device).copy(tensor, after), worker)
 
 

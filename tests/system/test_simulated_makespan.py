@@ -54,7 +54,7 @@ def limit(machine: Machine, pipe: autopipe.Pipeline, copies: float) -> float:
 def test_streams_wait_for_nothing_else(
     kind: str, place: str, copies: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cost(op: Any) -> float:
+    def cost(op: Any, device: torch.device) -> float:
         return 1.0 if op in PRODUCTS else copies if op is aten._to_copy.default else 0.0
 
     with simulated(monkeypatch, K, cost) as machine:

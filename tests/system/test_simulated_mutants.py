@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import autopipe
 from tests.support.simulated import Machine, simulated
+from tests.support.simulated.engine import on_streams, run_backward
 from tests.support.simulated.failing import fail_and_go_on
 from tests.support.simulated.judge import Judge
-from tests.support.simulated.mutants import Mutant, mutants
-from tests.support.simulated.nets import NETS
-from tests.support.simulated.pairs import CHUNKS, WIDTH, Pair
+from tests.support.simulated.mutants import mutants
+from tests.support.simulated.nets import NETS, MaskFirst
+from tests.support.simulated.pairs import BATCH, CHUNKS, WIDTH, Pair, placed
 
 aten = torch.ops.aten
 Scenario = Callable[[pytest.MonkeyPatch], list[str]]
@@ -31,12 +33,19 @@ MESSAGE = 2 * WIDTH * 4
 """Bytes of what a stage sends for a micro-batch of two samples."""
 
 
-def cost(op: Any) -> float:
-    return 1.0 if op in (aten.addmm.default, aten.mm.default) else 0.0
+SLOW = "lazy:2"
 
 
-def training(machine: Machine, net: str, devices: list[str], place: str, streams: str) -> Scenario:
-    pair = Pair(machine, net, devices)
+def cost(op: Any, device: torch.device) -> float:
+    if op not in (aten.addmm.default, aten.mm.default):
+        return 0.0
+    return 2.0 if str(device) == SLOW else 1.0
+
+
+def training(
+    machine: Machine, net: str, devices: list[str], place: str, streams: str, **options: Any
+) -> Scenario:
+    pair = Pair(machine, net, devices, **options)
 
     def run(patch: pytest.MonkeyPatch) -> list[str]:
         for _ in range(2):
@@ -46,9 +55,72 @@ def training(machine: Machine, net: str, devices: list[str], place: str, streams
     return run
 
 
-def failing(machine: Machine, devices: list[str], place: str) -> Scenario:
+def inference(machine: Machine, devices: list[str]) -> Scenario:
+    """The caller overwrites pinned tensors as soon as the call returns."""
+    pipe = autopipe.compile(NETS["chain"](WIDTH), devices, CHUNKS)
+
     def run(patch: pytest.MonkeyPatch) -> list[str]:
-        pipe = autopipe.compile(NETS["skip and mask"](WIDTH), devices, CHUNKS)
+        inputs = [placed(machine, torch.ones(BATCH, WIDTH), "pinned") for _ in range(2)]
+        with torch.no_grad():
+            pipe(*inputs)
+            for tensor in inputs:
+                tensor.zero_()
+        return []
+
+    return run
+
+
+class Several(nn.Module):
+    """Two results, a constant, and a batch norm behind a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.norm = nn.BatchNorm1d(WIDTH)
+        for layer in (*self.layers[1:], self.norm):
+            layer.requires_grad_(False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        first = x = torch.relu(self.layers[0](x))
+        for layer in self.layers[1:]:
+            x = torch.relu(layer(x))
+        constant = torch.tensor([0.5] * WIDTH, device=x.device)
+        return first * 2, self.norm(x) * constant * mask
+
+
+def dropped(machine: Machine) -> Scenario:
+    """The caller drops its tensors after the forward, and the pipeline after the backward.
+
+    The second backward is of another output than the first, so its forward runs again.
+    """
+
+    def run(patch: pytest.MonkeyPatch) -> list[str]:
+        pipe = autopipe.compile(Several(), ["lazy:0", "lazy:1"], CHUNKS)
+        streams = machine.side_streams
+        for output in (1, 1, 0, 1):
+            with on_streams(machine, streams):
+                x = torch.ones(BATCH, WIDTH).to("lazy:0")
+                mask = torch.ones(BATCH, WIDTH).to("lazy:1")
+                loss = pipe(x, mask)[output].sum()
+                del x, mask
+                run_backward(machine, loss, streams, patch)
+                del loss
+                for device in machine.devices:
+                    torch.zeros(1, device=device)
+        del pipe
+        gc.collect()
+        with on_streams(machine, streams):
+            for device in machine.devices:
+                torch.zeros(1, device=device)
+        return []
+
+    return run
+
+
+def failing(machine: Machine, devices: list[str], place: str) -> Scenario:
+    pipe = autopipe.compile(NETS["skip and mask"](WIDTH), devices, CHUNKS)
+
+    def run(patch: pytest.MonkeyPatch) -> list[str]:
         for direction in ("forward", "backward"):
             fail_and_go_on(machine, pipe, place, direction, patch)
         return []
@@ -56,9 +128,9 @@ def failing(machine: Machine, devices: list[str], place: str) -> Scenario:
     return run
 
 
-def timed(machine: Machine) -> Scenario:
+def timed(machine: Machine, devices: list[str]) -> Scenario:
     """Many micro-batches: how long they take, and how much memory messages take."""
-    pipe = autopipe.compile(NETS["chain"](WIDTH), ["lazy:0", "lazy:1", "lazy:2"], MICRO_BATCHES)
+    pipe = autopipe.compile(MaskFirst(WIDTH), devices, MICRO_BATCHES)
     x, mask = torch.ones(2 * MICRO_BATCHES, WIDTH), torch.ones(2 * MICRO_BATCHES, WIDTH)
 
     def run(patch: pytest.MonkeyPatch) -> list[str]:
@@ -84,23 +156,28 @@ def laboratory() -> Iterator[tuple[Machine, list[Scenario]]]:
     """A machine, and scenarios on it, of which the ones that find most come first."""
     patch = pytest.MonkeyPatch()
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), simulated(patch, 6, cost, Judge()) as machine:
+    with warnings.catch_warnings(), simulated(patch, 6, cost, Judge(patch)) as machine:
         warnings.simplefilter("ignore")
         two, host_last = ["lazy:0", "lazy:1"], ["lazy:0", "lazy:1", "cpu"]
-        yield (
-            machine,
-            [
-                training(machine, "skip and mask", two, "lazy:5", "forward on side"),
-                training(machine, "outputs", host_last, "lazy:0", "side"),
-                training(machine, "tied", two, "cpu", "side"),
-                training(machine, "norms", ["cpu", *two], "pinned", "forward on side"),
-                training(machine, "skip and mask", ["lazy:0"] * 2, "lazy:0", "side"),
-                training(machine, "chain", two, "pinned", "default"),
-                timed(machine),
-                failing(machine, two, "lazy:5"),
-                failing(machine, host_last, "lazy:0"),
-            ],
-        )
+        scenarios = [
+            training(machine, "skip and mask", two, "lazy:5", "forward on side"),
+            training(machine, "outputs", host_last, "lazy:0", "side"),
+            training(machine, "tied", two, "cpu", "side"),
+            training(machine, "norms", ["cpu", *two], "pinned", "forward on side"),
+            training(machine, "skip and mask", ["lazy:0"] * 2, "lazy:0", "side"),
+            training(machine, "chain", two, "pinned", "default"),
+            training(machine, "tied", two, "cpu", "forward on side", frozen=True),
+            inference(machine, two),
+            dropped(machine),
+            timed(machine, ["lazy:0"]),
+            timed(machine, ["lazy:0", "lazy:1", SLOW]),
+            failing(machine, two, "lazy:5"),
+            failing(machine, host_last, "lazy:0"),
+        ]
+        gc.collect()
+        gc.freeze()  # collections need not look at what is there for good
+        yield machine, scenarios
+        gc.unfreeze()
     logging.disable(logging.NOTSET)
     patch.undo()
 
@@ -124,10 +201,32 @@ def test_the_runtime_as_it_is_has_no_fault(laboratory: tuple[Machine, list[Scena
         assert faults(machine, scenario) == []
 
 
-@pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name) for m in mutants()])
+MUTANTS = {mutant.name: mutant for mutant in mutants()}
+WAITS = [name for name in MUTANTS if "wait_event" in name]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.few(6)
 def test_nothing_can_be_left_out(
-    mutant: Mutant, laboratory: tuple[Machine, list[Scenario]], monkeypatch: pytest.MonkeyPatch
+    name: str, laboratory: tuple[Machine, list[Scenario]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine, scenarios = laboratory
+    mutant = MUTANTS[name]
     monkeypatch.setattr(mutant.owner, mutant.attribute, mutant.function)
     assert any(faults(machine, scenario) for scenario in scenarios)
+
+
+@pytest.mark.parametrize("name", WAITS)
+@pytest.mark.few(1)
+def test_the_sanitizer_of_torch_sees_a_missing_wait_too(
+    name: str, laboratory: tuple[Machine, list[Scenario]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, scenarios = laboratory
+    mutant = MUTANTS[name]
+    monkeypatch.setattr(mutant.owner, mutant.attribute, mutant.function)
+    seen = False
+    for scenario in scenarios[:4]:
+        scenario(monkeypatch)
+        seen = seen or bool(machine.races and machine.judge.errors)
+        machine.forget()
+    assert seen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from autopipe import call_signature, compiled
 from autopipe.runtime.backends import BACKENDS, Backend
 
 from .fakes import allow_fakes
-from .machine import TYPE, Machine
+from .machine import TYPE, Cost, Machine
 from .streams import Stream
 from .tensors import SimulatedTensor, Simulation
 
@@ -81,7 +81,7 @@ def move(tensor: Tensor, device: torch.device) -> None:
 def simulated(
     monkeypatch: pytest.MonkeyPatch,
     count: int = 4,
-    cost: Callable[[Any], float] = lambda op: 0.0,
+    cost: Cost = lambda op, device: 0.0,
     judge: Any = None,
 ) -> Iterator[Machine]:
     """A machine with simulated devices, for as long as the context is open.

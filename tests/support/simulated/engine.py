@@ -66,8 +66,10 @@ def run_backward(
                 defaults[gradient.device].wait_stream(of_forward[gradient.device])
         with on_streams(machine, defaults):
             found = original(ctx, *gradients)
+        reached = {g.device for g in found if g is not None}
         for other, stream in defaults.items():
-            of_forward[other].wait_stream(stream)
+            if other in reached:
+                of_forward[other].wait_stream(stream)
         return found
 
     def engine() -> None:

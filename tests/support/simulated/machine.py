@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from .streams import Clock, Event, HostThread, Stream
 
 TYPE = "lazy"
 
+Cost = Callable[[Any, torch.device], float]
+
 
 class Machine:
     """Some devices of type "lazy", and a host.
 
     Args:
         count: of the devices.
-        cost: operator → the virtual seconds that it takes on a device. Copies between devices cost
+        cost: operator and device → the virtual seconds that it takes. Copies between devices cost
             what `aten._to_copy` costs.
         judge: is told of everything that happens; see `tests.support.simulated.judge`.
 
@@ -29,12 +32,13 @@ class Machine:
         races: a line for each pair of accesses that nothing orders.
         counts: of kernels, copies, and the host's waits.
         host: the calling thread.
+        rests: how often virtual time has begun anew.
         host_knows: what some thread has waited for. What one thread queues comes after what it has
             waited for itself; memory of the host that one has waited for is given to others.
     """
 
     def __init__(
-        self, count: int = 4, cost: Callable[[Any], float] = lambda op: 0.0, judge: Any = None
+        self, count: int = 4, cost: Cost = lambda op, device: 0.0, judge: Any = None
     ) -> None:
         self.devices = tuple(torch.device(TYPE, k) for k in range(count))
         self.cost = cost
@@ -45,7 +49,8 @@ class Machine:
         self._numbers = itertools.count(1)
         self._blocks = itertools.count(1)
         self._default: dict[torch.device, Stream] = {}
-        self.host = HostThread()
+        self.rests = 0
+        self.host = HostThread(self)
         self.host_knows = Clock()
         self._streams: list[Stream] = []
         for device in self.devices:
@@ -65,6 +70,11 @@ class Machine:
         """A stream that nothing orders with others."""
         with self.lock:
             return self._made(device, f"{device} stream {next(self._numbers)}")
+
+    @cached_property
+    def side_streams(self) -> dict[torch.device, Stream]:
+        """A stream on each device for callers that do not work on the default ones."""
+        return {d: self.new_stream(d) for d in self.devices}
 
     def default_stream(self, device: torch.device) -> Stream:
         """The stream on which threads work that have chosen none."""
@@ -128,7 +138,7 @@ class Machine:
             stream.time = stream.busy = 0.0
             stream.memory.reclaim(self.host_knows)
             stream.memory.peak = stream.memory.now
-        self.host.time = 0.0
+        self.rests += 1
 
     def forget(self) -> None:
         """Wait for everything, and forget what went wrong."""

@@ -5,7 +5,8 @@ A mutant is found by reading the source, so a wait that is added tomorrow has it
 - a statement that waits, or records a use, is left out;
 - a recorded event is one that was reached long ago;
 - work stays on the current stream where it should go to another;
-- a copy that the host has to wait for is not waited for.
+- a copy that the host has to wait for is not waited for;
+- the streams of the forward's caller are forgotten in the backward.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ MODULES = (
 )
 STATEMENTS = {
     *("wait_event", "wait_stream", "record_use", "synchronize", "wait_for", "wait_on_host"),
-    *("uses", "use", "wait"),
+    *("use", "wait"),
 }
 """Methods whose call is left out, or replaced by its argument where its result is used."""
 
-RECEIVERS = {"backpressure", "_backpressure", "ready", "marks", "caller", "_caller", "worker"}
-"""For `wait`, `use` and `uses`, which other objects have too."""
+RECEIVERS = {"backpressure", "_backpressure", "ready", "marks", "caller"}
+"""For `wait` and `use`, which other objects have too."""
 
 
 class Reached:
@@ -115,7 +116,11 @@ def _change(node: ast.AST) -> ast.AST | None:
     """What a node becomes in its mutant; None: it has none."""
     if isinstance(node, ast.keyword) and node.arg == "non_blocking":
         return ast.keyword("non_blocking", ast.Constant(True))
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+    if not isinstance(node, ast.Call):
+        return None
+    if isinstance(node.func, ast.Name) and node.func.id == "CallerStreams" and node.args[1:]:
+        return ast.Call(node.func, node.args[:1], [])
+    if not isinstance(node.func, ast.Attribute):
         return None
     method, receiver = node.func.attr, node.func.value
     name = getattr(receiver, "attr", getattr(receiver, "id", ""))
@@ -125,9 +130,9 @@ def _change(node: ast.AST) -> ast.AST | None:
         return ast.Call(ast.Name("nullcontext", ast.Load()), [], [])
     if method not in STATEMENTS:
         return None
-    if method in ("wait", "use", "uses", "wait_for", "wait_on_host") and name not in RECEIVERS:
+    if method in ("wait", "use", "wait_for", "wait_on_host") and name not in RECEIVERS:
         return None
-    return node.args[0] if method == "uses" else ast.Constant(None)
+    return ast.Constant(None)
 
 
 class _Changer(ast.NodeTransformer):

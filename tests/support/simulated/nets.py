@@ -21,6 +21,16 @@ class Chain(nn.Module):
         return x * mask
 
 
+class MaskFirst(Chain):
+    """The last layers read nothing of the caller's."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x * mask
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
 class SkipAndMask(Chain):
     """Every layer reads the mask, and the last the input."""
 

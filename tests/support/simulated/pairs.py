@@ -48,7 +48,7 @@ def callers_streams(machine: Machine, streams: str) -> Iterator[None]:
     if streams == "default":
         yield
         return
-    side = {d: machine.new_stream(d) for d in machine.devices}
+    side = machine.side_streams
     before = current(machine)
     for device, stream in side.items():
         stream.wait_stream(before[device])
@@ -65,16 +65,28 @@ class Pair:
         machine: the devices.
         net: one of `NETS`.
         devices: of the stages.
+        frozen: only the first layer is trained, so later devices get no gradients.
         options: of `autopipe.compile`.
     """
 
-    def __init__(self, machine: Machine, net: str, devices: Sequence[str], **options: Any) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        net: str,
+        devices: Sequence[str],
+        *,
+        frozen: bool = False,
+        **options: Any,
+    ) -> None:
         self.machine, self._steps = machine, 0
         self.pipes, self._optimizers = [], []
         for workers in (["cpu"] * len(devices), devices):
             torch.manual_seed(0)
             model = NETS[net](WIDTH)
-            self._optimizers.append(torch.optim.SGD(model.parameters(), 0.1))
+            trained, *others = model.named_parameters()
+            for _, parameter in others if frozen else ():
+                parameter.requires_grad_(False)
+            self._optimizers.append(torch.optim.SGD([trained[1], *(p for _, p in others)], 0.1))
             self.pipes.append(autopipe.compile(model, workers, CHUNKS, **options))
 
     def call(self, pipe: autopipe.Pipeline, x: Tensor, mask: Tensor) -> Tensor:
@@ -102,12 +114,18 @@ class Pair:
                 run_backward(machine, loss, of_forward, monkeypatch)
         if streams != "side":
             run_backward(machine, loss, of_forward, monkeypatch)
+        of_forward = {d: s for d, s in of_forward.items() if streams != "default"}
+        with on_streams(machine, of_forward):  # their memory may be used again
+            for device in machine.devices:
+                torch.zeros(1, device=device)
         found += [
             ("loss", host(loss), expected.detach()),
             ("gradient of x", host(ours[0].grad), host(x.grad)),
         ]
         truth = dict(self.pipes[0].named_parameters())
         for name, parameter in self.pipes[1].named_parameters():
+            if parameter.grad is None:
+                continue
             found.append((f"gradient of {name}", host(parameter.grad), host(truth[name].grad)))
         with torch.no_grad():
             for tensor in ours:  # the caller uses them for something else

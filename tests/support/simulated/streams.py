@@ -142,11 +142,21 @@ class Stream:
 class HostThread(threading.local):
     """What one host thread is certain of, and the streams that it works on.
 
-    Attributes:
-        time: virtual seconds at which it goes on; only waiting takes time.
+    Args:
+        machine: whose virtual time may begin anew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, machine: Machine) -> None:
         self.clock = Clock()
-        self.time = 0.0
+        self._machine = machine
+        self._time, self._rests = 0.0, machine.rests
         self.streams: dict[torch.device, Stream] = {}
+
+    @property
+    def time(self) -> float:
+        """Virtual seconds at which the thread goes on; only waiting takes time."""
+        return self._time if self._rests == self._machine.rests else 0.0
+
+    @time.setter
+    def time(self, seconds: float) -> None:
+        self._time, self._rests = seconds, self._machine.rests

@@ -167,7 +167,7 @@ def _access(
     if stream is None:
         tick, clock = 0, machine.host_knows
     else:
-        tick, clock = stream.tick(machine.cost(func)), stream.clock
+        tick, clock = stream.tick(machine.cost(func, stream.device)), stream.clock
         machine.counts["kernels"] += 1
     written = {id(x.block) for x in tensors if id(x) in changed}
     for block in {id(x.block): x.block for x in tensors}.values():
