@@ -1,5 +1,7 @@
 """No false waits: on simulated devices a step takes as long as its computations allow.
 
+    pytest -s -m "full or not full" tests/system/test_simulated_makespan.py    prints the times
+
 Every matrix product takes a second of virtual time, a copy none or a part of one. Of K stages that
 take f(k) seconds for a micro-batch, M micro-batches take at least sum f + (M - 1) max f seconds in
 one direction (GPipe, arXiv 1811.06965, section 2.3, without the stages being equal).
@@ -64,13 +66,15 @@ def test_streams_wait_for_nothing_else(
         pipe(x, mask).sum().backward()
         machine.rest()
         result = pipe(x, mask)
-        took = machine.makespan
-        least = limit(machine, pipe, copies)
-        # The first copy, of the caller's tensors, is not hidden by anything.
-        assert least <= took <= 1.03 * least + copies
+        check(machine, pipe, f"{kind}, inputs on {place}, forward", copies)
         machine.rest()
         result.sum().backward()
-        took = machine.makespan
-        least = limit(machine, pipe, copies)
-        assert least <= took <= 1.03 * least + copies
+        check(machine, pipe, f"{kind}, inputs on {place}, backward", copies)
         assert machine.races == []
+
+
+def check(machine: Machine, pipe: autopipe.Pipeline, what: str, copies: float) -> None:
+    """It took no longer than the limit allows; the first copy is hidden by nothing."""
+    took, least = machine.makespan, limit(machine, pipe, copies)
+    print(f"{what}, copies {copies}: {took:g} of {least:g} ({took / least:.3f})")
+    assert least <= took <= 1.03 * least + copies
