@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from autopipe.errors import CaptureError, text_of
+from autopipe.passes._torch import FakeTensor
 from autopipe.passes.graph import user_source_line
 
 from .failures import reason_for
@@ -116,7 +117,7 @@ def weights_of_own_class(model: nn.Module) -> dict[str, type]:
     Returns:
         Qualified name → class.
     """
-    plain = (Tensor, nn.Parameter, nn.Buffer)
+    plain = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)  # fakes stand for tensors elsewhere
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {name: type(t) for name, t in tensors if type(t) not in plain}
 

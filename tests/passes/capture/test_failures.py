@@ -177,3 +177,35 @@ def test_a_forward_that_prints_is_warned_of() -> None:
     with warnings.catch_warnings():  # it is said once
         warnings.simplefilter("error")
         pipe(X)
+
+
+class WithWeights(nn.Module):
+    """Its forward fails, or not."""
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.compute = nn.Linear(4, 4), compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self.layer(x))
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("compute", "problem"),
+    [
+        (lambda y: y + y.numpy().sum(), "gives a tensor to NumPy"),
+        (lambda y: y @ torch.ones(3, 3, device=y.device), "does not accept these shapes"),
+    ],
+    ids=["numpy", "shapes"],
+)
+def test_weights_on_another_device_do_not_hide_the_reason(
+    compute: Callable[[Tensor], Tensor],
+    problem: str,
+    place: str,
+) -> None:
+    """Fakes take the place of weights on meta, and of those on another device than the call's."""
+    with torch.device(place):
+        model, x = WithWeights(compute), torch.ones(6, 4)
+    with pytest.raises(CaptureError, match=problem):
+        autopipe.plan(model, ["cpu"] * 2, 2, args=(x,))
