@@ -208,7 +208,7 @@ def test_a_device_with_streams_is_marked_in_its_streams(monkeypatch: pytest.Monk
     pipe = piped("1f1b")
     with pipe.profile() as measured:
         pipe(X, Y).backward()
-    assert marked == {"stream 0", "stream 2"}  # those that the workers compute on
+    assert marked == {"stream 0", "stream 1"}  # those that the workers compute on
     assert len(measured.steps) == 1
 
 

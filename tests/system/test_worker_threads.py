@@ -35,6 +35,9 @@ class OpError(Exception):
     """What the user's operator raises."""
 
 
+BEFORE: set[threading.Thread] = set()
+"""Threads that other tests' pipelines still keep."""
+
 HOOK: list[Callable[[Tensor], object]] = []
 """What the operator below calls first."""
 
@@ -75,10 +78,11 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def _no_thread_outlives_its_pipeline() -> Iterator[None]:
     HOOK.clear()
-    before = set(threading.enumerate())
+    BEFORE.clear()
+    BEFORE.update(threading.enumerate())
     yield
     HOOK.clear()
-    assert threads_left(before) == []
+    assert threads_left(BEFORE) == []
 
 
 @pytest.fixture
@@ -97,6 +101,11 @@ def idents(monkeypatch: pytest.MonkeyPatch) -> Idents:
     monkeypatch.setattr(Run, "execute", executing)
     monkeypatch.setattr(Run, "_work", working)
     return found
+
+
+def own_workers() -> list[threading.Thread]:
+    """The threads of the test's pipelines."""
+    return [t for t in workers() if t not in BEFORE]
 
 
 def compiled(**options: Any) -> autopipe.Pipeline:
@@ -159,9 +168,9 @@ def test_no_thread_before_the_first_step_nor_for_one_stage() -> None:
     pipe, single = compiled(), autopipe.compile(Net(), devices=1, chunks=2)
     pipe.capture(X)
     step(single)
-    assert workers() == []
+    assert own_workers() == []
     step(pipe)
-    assert len(workers()) == 2
+    assert len(own_workers()) == 2
     assert busy_threads([threading.current_thread()]) == []
 
 
@@ -202,12 +211,12 @@ def test_threads_end_with_their_pipeline_without_a_collection() -> None:
     try:
         pipe = compiled()
         step(pipe)
-        threads = workers()
+        threads = own_workers()
         assert len(threads) == 2
         del pipe
         for thread in threads:
             thread.join(LIMIT)
-        assert workers() == []
+        assert own_workers() == []
     finally:
         gc.enable()
 
@@ -224,13 +233,13 @@ def test_a_pipeline_that_is_dropped_after_a_failure(way: str) -> None:
     HOOK.append(fails)
     with pytest.raises(StageError):
         pipe(X) if way == "forward" else loss.backward()
-    assert workers() == []
+    assert own_workers() == []
     HOOK.clear()
     assert same(step(pipe), right)
     HOOK.append(fails)
     with pytest.raises(StageError):
         pipe(X)
-    threads = {threading.current_thread()}
+    threads = BEFORE
     del pipe, loss
     assert threads_left(threads) == []
 
@@ -245,14 +254,14 @@ def test_a_pipeline_that_is_dropped_in_the_middle_of_a_step() -> None:
 
     holder = [compiled()]
     step(holder[0])
-    before = {threading.current_thread()}
+    before = BEFORE
     HOOK.append(waits)
     user = threading.Thread(target=lambda: holder.pop()(X), daemon=True)
     user.start()
     assert begun.wait(LIMIT)
     assert holder == []
     gc.collect()
-    assert len(workers()) == 2
+    assert len(own_workers()) == 2
     end.set()
     user.join(LIMIT)
     assert threads_left(before) == []
@@ -262,7 +271,7 @@ def test_a_loss_that_outlives_its_pipeline() -> None:
     """Its backward runs, and it keeps no thread, neither before nor after."""
     pipe = compiled()
     right = step(pipe)
-    model, before = pipe.model, {threading.current_thread()}
+    model, before = pipe.model, BEFORE
     loss, other = pipe(X).mean(), pipe(X).mean()
     del pipe
     assert threads_left(before) == []
@@ -278,9 +287,9 @@ def test_copies_have_threads_of_their_own(how: str, idents: Idents) -> None:
     pipe = compiled()
     right = step(pipe)
     other = copy.deepcopy(pipe) if how == "deepcopy" else pickle.loads(pickle.dumps(pipe))
-    assert len(workers()) == 2
+    assert len(own_workers()) == 2
     assert same(step(other), right)
-    assert len(workers()) == 4
+    assert len(own_workers()) == 4
     assert set(idents[0].values()).isdisjoint(idents[-1].values())
     del pipe
     assert same(step(other), right)
@@ -312,7 +321,7 @@ def test_two_threads_call_one_pipeline(idents: Idents) -> None:
     assert not both.broken
     HOOK.clear()
     assert torch.equal(pipe(X), right)
-    assert threads_left({threading.current_thread(), *pipeline_threads(idents)}) == []
+    assert threads_left({*BEFORE, *pipeline_threads(idents)}) == []
 
 
 def pipeline_threads(idents: Idents) -> list[threading.Thread]:
@@ -338,7 +347,7 @@ def test_a_pipeline_that_is_called_within_its_own_worker(idents: Idents) -> None
     assert nested == [True, True]
     HOOK.clear()
     assert same(step(pipe), right)
-    assert threads_left({threading.current_thread(), *pipeline_threads(idents)}) == []
+    assert threads_left({*BEFORE, *pipeline_threads(idents)}) == []
 
 
 # ------------------------------------------------------------------------------- processes
