@@ -26,6 +26,7 @@ from autopipe import Plan
 from autopipe.errors import AutopipeError, OptionError, PlanError, VerifyError
 from autopipe.passes.remat_policies import policy_options
 from autopipe.passes.schedule.kinds import KINDS
+from autopipe.planning.plans import VERSION
 from tests.support.agreement import assert_agrees
 
 pytestmark = [pytest.mark.few(2), pytest.mark.usefixtures("alike_models_once")]
@@ -251,11 +252,11 @@ HOSTILE: dict[str, tuple[Callable[[str], str | bytes], str]] = {
     "a pickle": (lambda t: pickle.dumps(print), "not a plan"),
     "no text": (lambda t: b"\xff\xfe\x00", "not a plan"),
     "Python": (lambda t: "__import__('os').system('true')", "JSON"),
-    "another thing": (lambda t: "[1, 2]", "version 6"),
-    "a later version": (edited(lambda d: d.update(version=7)), "version 6"),
-    "a version in words": (edited(lambda d: d.update(version="6")), "version 6"),
+    "another thing": (lambda t: "[1, 2]", f"version {VERSION}"),
+    "a later version": (edited(lambda d: d.update(version=VERSION + 1)), f"version {VERSION}"),
+    "a version in words": (edited(lambda d: d.update(version=str(VERSION))), f"version {VERSION}"),
     "true for one": (edited(lambda d: d.update(version=True)), "version"),
-    "not a number": (lambda t: t.replace('"version": 6', '"version": NaN'), "finite"),
+    "not a number": (lambda t: t.replace(f'"version": {VERSION}', '"version": NaN'), "finite"),
     "nested": (lambda t: "[" * 100_000, "JSON"),
     "no chunks": (in_plan(chunks=0), "disagree"),
     "a name twice": (lambda t: t.replace('"model"', '"model": "a", "model"', 1), "once"),
