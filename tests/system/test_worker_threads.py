@@ -171,7 +171,7 @@ def test_no_thread_before_the_first_step_nor_for_one_stage() -> None:
     assert own_workers() == []
     step(pipe)
     assert len(own_workers()) == 2
-    assert busy_threads([threading.current_thread()]) == []
+    assert busy_threads(BEFORE) == []
 
 
 def counts() -> tuple[int, int, int]:
