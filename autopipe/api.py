@@ -117,7 +117,9 @@ def compile(
             bits of eager PyTorch. "inductor": torch's compiler; each phase of each different stage
             is compiled once, when the program is made. Numbers are equal up to rounding. Random
             draws and sums of gradients stay as they are. A phase that inductor cannot compile runs
-            eagerly, after a warning.
+            eagerly, after a warning. "cudagraphs": ATen operators with the same bits, captured in
+            the second step as CUDA graphs, so that each phase is one launch. What cannot be
+            captured runs eagerly; `Pipeline.explain` says why.
         dynamic: sizes besides the batch that change from call to call, by argument and dimension,
             with a name or None: ``{"input_ids": {1: "length"}}``. They are symbolic from the first
             capture on. Without it, a size that changes costs one more capture, and is symbolic

@@ -237,7 +237,7 @@ class CompiledModel:
 
     def _plan(self, program: CompiledProgram, split: Split) -> Plan:
         options, sizes = self.options, program.key.sizes
-        timers = modeled_timers(options.stage_models, eager=options.mode is None)
+        timers = modeled_timers(options.stage_models, options.backend)
         phased = {s: concrete(cut, program.sizes(s)) for s, cut in program.lowered.phased.items()}
         plan = make_plan(self.model, split, phased, sizes, options, timers)
         given = options.plan

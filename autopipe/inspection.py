@@ -65,10 +65,19 @@ class InspectedProxy(ModuleProxy):
         return compiled.plan(program)
 
     def explain(self) -> str:
-        """The plan as a table: stages, and the tensors sent between them; number of captures."""
+        """The plan as a table: stages, and the tensors sent between them; number of captures.
+
+        With a backend other than "eager" also the phases that it cannot run, and why. (CUDA graphs
+        are captured in the second step.)
+        """
         count = self._programs.log.count
         captures = f"captures: {count}; autopipe.explain_captures(pipe) says why"
-        return f"{self.plan}\n{captures}"
+        compiled, _ = self._programs.last
+        eager = [
+            f"runs eagerly, not by {self.options.backend}: {reason}"
+            for reason in compiled.programs.fallbacks
+        ]
+        return "\n".join((str(self.plan), captures, *eager))
 
     def profile(self) -> AbstractContextManager[Measured]:
         """Measure the steps that run while the context is open.

@@ -36,7 +36,7 @@ BatchNorm = Literal["deferred", "micro"]
 OutReduce = Literal["mean", "sum"]
 """`out_reduce`."""
 
-Backend = Literal["eager", "inductor"]
+Backend = Literal["eager", "inductor", "cudagraphs"]
 """`backend`."""
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]

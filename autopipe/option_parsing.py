@@ -212,7 +212,7 @@ def _parse_device(value: bool | str | torch.device) -> torch.device:
     raise DeviceError("no such device here", expected=f'"cpu"{here}', found=shown(str(value)))
 
 
-BACKENDS = ("eager", "inductor")
+BACKENDS = ("eager", "inductor", "cudagraphs")
 
 
 def check_backend(backend: Any, mode: Any) -> None:

@@ -63,6 +63,7 @@ class Options:
         models: a device model for each device; None: those of `devices`.
         cut_at: as the user wrote it; see `cut_positions`.
         mode: how inductor compiles the phases; None: they run eagerly.
+        backend: what runs the phases.
         exact: whether sums of shared parameters' gradients have eager PyTorch's bits.
     """
 
@@ -82,12 +83,8 @@ class Options:
     cache_size: int = 32
     cut_at: Any = None
     mode: str | None = None
+    backend: str = "eager"
     exact: bool = True
-
-    @property
-    def backend(self) -> str:
-        """What runs the phases."""
-        return "eager" if self.mode is None else "inductor"
 
     @property
     def needs_planning(self) -> bool:
@@ -270,6 +267,7 @@ def parse_options(
         cache_size=cache_size,
         cut_at=cut_at,
         mode=mode or "default" if backend == "inductor" else None,
+        backend=backend,
         exact=exact,
     )
     return options if plan is None else options.planned(plan)

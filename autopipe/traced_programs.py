@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autopipe.compiled_parts import PartCompiler
 from autopipe.compiled_program import CompiledProgram
+from autopipe.graphed_stages import StageGrapher
 from autopipe.passes.cost import mean_op_seconds
 from autopipe.passes.devices import CPU_CORE
 from autopipe.passes.driver import lower_to_code
@@ -82,6 +83,7 @@ class TracedPrograms:
         self._programs: OrderedDict[ProgramKey, tuple[CompiledProgram, Hashable]] = OrderedDict()
         self._code: dict[Hashable, _Code] = {}
         self._compiler = None if options.mode is None else PartCompiler(options.mode)
+        self._grapher = StageGrapher(workers) if options.backend == "cudagraphs" else None
         self.seconds, self.generated = 0.0, 0
 
     def program(
@@ -123,6 +125,13 @@ class TracedPrograms:
         self._programs[key] = _program(self._code[code_key], phased, key, self._workers), code_key
         if len(self._programs) > MANY_SHAPES:
             self._programs.popitem(last=False)
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What the backend cannot run, and why: it runs eagerly."""
+        failed = () if self._compiler is None else self._compiler.failures
+        without_graphs = () if self._grapher is None else self._grapher.reasons
+        return (*failed, *without_graphs)
 
     def forget(self, code_key: Hashable) -> None:
         """Free a program's code, and the traces that no other program uses.
@@ -173,6 +182,8 @@ class TracedPrograms:
         names, filename = load_source(lowered.generated.source)
         compiler = self._compiler
         parts = () if compiler is None else compiler.bind(lowered.generated.parts, names)
+        if self._grapher is not None:
+            self._grapher.bind(next(iter(phased.values())), names)
         return _Code(tuple(phased[s] for s in key.sizes), lowered, names, filename, parts)
 
 

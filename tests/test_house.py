@@ -41,6 +41,7 @@ LAYERS = (
         "compiled",
         "compiled_models",
         "compiled_parts",
+        "graphed_stages",
         "compiled_program",
         "lengths",
         "traced_programs",

@@ -130,7 +130,7 @@ def _search(
     if not isinstance(taken, bool):
         check_model(taken, annotated, models)
         costs = MeasuredCosts(taken, annotated, models[0])
-        timers = modeled_timers(models, eager=options.mode is None)
+        timers = modeled_timers(models, options.backend)
         return Search(
             *(model, annotated, leaves, options, models, timers),
             costs.seconds,
@@ -138,7 +138,7 @@ def _search(
             costs.timers,
         )
     if not taken:
-        timers = modeled_timers(models, eager=options.mode is None)
+        timers = modeled_timers(models, options.backend)
         return Search(model, annotated, leaves, options, models, timers, None, progress)
     kinds = sorted({device_name(device) for device in options.devices})
     if len(kinds) > 1:

@@ -10,7 +10,6 @@ from autopipe.passes.cost import (
     PeakBytes,
     StageBytes,
     cost_of_stage,
-    operator_calls,
     peak_bytes,
     peak_saved_bytes,
     recomputes,
@@ -242,7 +241,7 @@ def _times(split: Split, cut: Phased, k: int, timer: StageTimer, in_flight: int)
         nbytes = [at_batch(r.spec.nbytes, cut.size) for r in routes]
         return timer.link.seconds(sum(nbytes)) if nbytes else 0.0
 
-    issue = timer.call_seconds * operator_calls(cut.stages[k])
+    issue = timer.call_seconds * timer.calls(cut.stages[k])
     return Times(*seconds, over(received), over(returned), issue)
 
 

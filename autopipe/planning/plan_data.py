@@ -184,7 +184,7 @@ class PlanData:
         """What to change where devices are idle, or wait for the process that issues their work."""
         bound = (
             "the step is bound by launches: one process issues the operator calls of all devices;"
-            ' use larger micro-batches (fewer chunks), backend="inductor", or several processes'
+            ' use larger micro-batches (fewer chunks), backend="cudagraphs", or several processes'
         )
         return (*self._idle_advice, *((bound,) if self.launch_bound else ()))
 

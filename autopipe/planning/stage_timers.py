@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from autopipe.passes.cost import PhaseSeconds, phase_seconds
+from autopipe.passes.cost import PhaseSeconds, operator_calls, phase_seconds, replayed_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ class StageTimer(NamedTuple):
         copy_seconds: returns the seconds that copying a number of bytes takes.
         call_seconds: in which the host's process issues an operator call of the stage; 0 where
             times contain it, or nothing is known of it.
+        calls: returns how many calls a micro-batch makes at a stage.
     """
 
     name: str
@@ -31,15 +32,15 @@ class StageTimer(NamedTuple):
     seconds: Callable[[StagePhases, int], PhaseSeconds]
     copy_seconds: Callable[[int], float]
     call_seconds: float = 0.0
+    calls: Callable[[StagePhases], int] = operator_calls
 
 
-def modeled_timers(models: Sequence[Device], *, eager: bool = True) -> tuple[StageTimer, ...]:
+def modeled_timers(models: Sequence[Device], backend: str = "eager") -> tuple[StageTimer, ...]:
     """Return a timer for each stage that computes times from a device model.
 
     Args:
         models: one per stage.
-        eager: whether each operator is called by itself; False: phases are compiled, and nothing is
-            known of their calls.
+        backend: what runs the phases; nothing is known of the calls of "inductor".
     """
 
     def timer(model: Device) -> StageTimer:
@@ -48,7 +49,8 @@ def modeled_timers(models: Sequence[Device], *, eager: bool = True) -> tuple[Sta
             model.link,
             lambda stage, in_flight: phase_seconds(stage, model),
             lambda nbytes: model.seconds(0, 2 * nbytes, "memory", "fp32"),
-            model.call_seconds if eager else 0.0,
+            0.0 if backend == "inductor" else model.call_seconds,
+            replayed_calls if backend == "cudagraphs" else operator_calls,
         )
 
     timers = {id(model): timer(model) for model in models}

@@ -3,6 +3,7 @@
 It does not use models, graphs or passes. Read in this order:
 
     `executor`    `Program` and `Run`: the methods that generated code calls
+    `graphs`      phases that are captured once and replayed
     `random`      `MicroBatchContext`: `ctx` in generated code; seeded random ops
     `workers`     run the workers of a step at the same time, one thread each
     `worker_threads`  threads that are kept from step to step

@@ -40,6 +40,25 @@ class GradientSums:
             self._sums[key] = total + gradient
             self._own.add(key)
 
+    def has(self, parameter: str, stage: int) -> bool:
+        """Whether there is a sum.
+
+        Args:
+            parameter, stage: as for `add`.
+        """
+        return (parameter, stage) in self._sums
+
+    def put(self, parameter: str, stage: int, total: Tensor) -> None:
+        """Set a sum.
+
+        Args:
+            parameter, stage: as for `add`.
+            total: nobody else uses it for as long as gradients are added.
+        """
+        key = parameter, stage
+        self._sums[key] = total
+        self._own.add(key)
+
     def totals(self, devices: Mapping[str, torch.device]) -> list[Tensor | None]:
         """Return the gradients of parameters, when all micro-batches have been added.
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_default_generator_lock = threading.Lock()
+default_generator_lock = threading.Lock()
+"""Held by whoever uses a default generator for a draw."""
 
 
 def step_seed() -> int:
@@ -82,6 +83,11 @@ class MicroBatchContext:
         assert self._add is not None, "only a backward computes gradients"
         self._add(index, gradient)
 
+    def seed(self, index: int) -> int:
+        """The seed of the stage's draw `index`: a position in `draws`."""
+        call, nth, shared = self._draws[index]
+        return derive_seed(self._seed, call, nth, 0 if shared else self._microbatch)
+
     def draw(self, index: int, op: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a random op with the seed of the stage's draw `index`.
 
@@ -93,15 +99,13 @@ class MicroBatchContext:
         Returns:
             What the op returns. The default generators do not change.
         """
-        device = _device(args, kwargs)
-        call, nth, shared = self._draws[index]
-        seed = derive_seed(self._seed, call, nth, 0 if shared else self._microbatch)
-        keyed = _with_generator(op)
+        device, seed = _device(args, kwargs), self.seed(index)
+        keyed = keyed_call(op)
         if keyed is not None:
             generator = _generator(device)
             generator.manual_seed(seed)
             return keyed(generator, args, kwargs)
-        with _default_generator_lock:  # the op can use the process's default generator only
+        with default_generator_lock:  # the op can use the process's default generator only
             default = backend_of(device).default_generator(device)
             state = default.get_state()
             try:
@@ -118,7 +122,7 @@ class MicroBatchContext:
             UnsupportedError: it does.
         """
         device = _device(args, kwargs)
-        return call_watched(op, device, _default_generator_lock, args, kwargs)
+        return call_watched(op, device, default_generator_lock, args, kwargs)
 
     @staticmethod
     def with_grad(op: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +164,7 @@ def _device(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device:
 
 
 @dataclass(frozen=True, slots=True)
-class _WithGenerator:
+class KeyedCall:
     """How an op is called with a generator.
 
     Attributes:
@@ -185,7 +189,7 @@ class _WithGenerator:
 
 
 @functools.cache
-def _with_generator(op: Any) -> _WithGenerator | None:
+def keyed_call(op: Any) -> KeyedCall | None:
     """How `op` is called with a generator, or None if that is impossible.
 
     The operator is `op` itself, or an overload whose other arguments are the same.
@@ -198,7 +202,7 @@ def _with_generator(op: Any) -> _WithGenerator | None:
         if at is None:
             continue
         if overload is op or arguments[:at] + arguments[at + 1 :] == own:
-            return _WithGenerator(overload, arguments[at][0], at, int(overload is op))
+            return KeyedCall(overload, arguments[at][0], at, int(overload is op))
     return None
 
 

@@ -11,6 +11,7 @@ are in its `Backend`.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .backends import Event, Stream
+    from .backends import Event, GraphPool, Stream
 
 
 class SentTensor(NamedTuple):
@@ -108,6 +109,11 @@ class WorkerDevice:
         if key not in self._lanes:
             self._lanes[key] = Lane(source, target)
         return self._lanes[key]
+
+    @cached_property
+    def graph_pool(self) -> GraphPool | None:
+        """What captures graphs of its phases; None: its device has no graphs."""
+        return self.backend.new_graph_pool(self.device)
 
     def streams(self) -> Iterator[tuple[torch.device, Stream]]:
         """All streams that the worker uses, and their devices."""

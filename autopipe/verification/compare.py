@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-SLACK = {"eager": 1.0, "inductor": 10.0}
+SLACK = {"eager": 1.0, "cudagraphs": 1.0, "inductor": 10.0}
 """By backend: what the tolerance by dtype is multiplied by. Fused kernels round at other places."""
 
 
@@ -52,7 +52,7 @@ class Verification:
             in `Pipeline.captured`.
         source: the model's line of `node`.
         notes: how both runs differ from an ordinary step.
-        backend: what ran the pipeline's phases: "eager" or "inductor".
+        backend: what ran the pipeline's phases: "eager", "inductor" or "cudagraphs".
     """
 
     differences: tuple[Difference, ...]

@@ -34,6 +34,7 @@ from .phase_time import (
     operator_calls,
     phase_seconds,
     recomputes,
+    replayed_calls,
 )
 from .stage_cost import StageCost, cost_of_stage
 
@@ -56,6 +57,7 @@ __all__ = [
     "phase_seconds",
     "recomputed_calls",
     "recomputes",
+    "replayed_calls",
     "shared_messages",
     "stage_bytes",
     "stage_costs",

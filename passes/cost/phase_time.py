@@ -88,6 +88,18 @@ def operator_calls(stage: StagePhases) -> int:
 
 
 @cache_per_graph
+def replayed_calls(stage: StagePhases) -> int:
+    """Count what a micro-batch calls at a traced stage whose phases are CUDA graphs.
+
+    Each phase is one call. What it receives is copied in, what it sends is copied out; the seed and
+    the offset of each draw are written before a replay.
+    """
+    phases = {stage.phase_of[n.name] for n in stage.graph.nodes if n.name in stage.phase_of}
+    copied = (stage.receives, stage.tangents, stage.returns, stage.sent_grads)
+    return len(phases) + sum(map(len, copied)) + 2 * len(stage.draws)
+
+
+@cache_per_graph
 def recomputes(stage: StagePhases) -> bool:
     """Whether R of a traced stage computes anything; views and sizes cost nothing."""
     again = (n for n in stage.graph.nodes if stage.phase_of.get(n.name) == "R")

@@ -87,7 +87,7 @@ def test_where_nothing_is_known_of_calls() -> None:
     here = plan(None)
     assert here.issue_seconds == 0
     assert "issuing" not in str(here)
-    eager, compiled = (modeled_timers([H100], eager=eager)[0] for eager in (True, False))
+    eager, compiled = (modeled_timers([H100], b)[0] for b in ("eager", "inductor"))
     assert (eager.call_seconds, compiled.call_seconds) == (CALL, 0.0)
 
 

@@ -6,14 +6,14 @@ Read in this order:
 
     `base`  the interface, and the behaviour of a device type without streams
     `cpu`   workers on the host's cores
-    `cuda`  NVIDIA and AMD GPUs, through torch.cuda
+    `cuda`  NVIDIA and AMD GPUs, through torch.cuda; their graphs in `cuda_graphs`
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .base import Backend, Event, Stream
+from .base import Backend, Event, Graph, GraphPool, Stream
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 
@@ -24,6 +24,8 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "Event",
+    "Graph",
+    "GraphPool",
     "Stream",
     "accelerators",
     "autocast_types",

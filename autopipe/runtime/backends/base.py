@@ -36,6 +36,37 @@ class Stream(Protocol):
         """Make later work wait for all work that is now queued in `stream`."""
 
 
+class Graph(Protocol):
+    """Work that is captured once and replayed: the part of `torch.cuda.CUDAGraph` that is used."""
+
+    def register_generator_state(self, generator: Any) -> None:
+        """Let captured operators draw from a generator, in its state at each replay.
+
+        Args:
+            generator: of the device; registered before the capture.
+        """
+
+    def replay(self) -> None:
+        """Queue the captured work in the calling thread's current stream."""
+
+
+class GraphPool(Protocol):
+    """Makes graphs whose temporary memory is the same: they run one after the other."""
+
+    def new_graph(self) -> Any:
+        """A graph that has captured nothing."""
+
+    def capturing(self, graph: Any) -> AbstractContextManager[Any]:
+        """Capture the calling thread's operators while the context is open; they do not run."""
+
+    def drawing_from(self, generator: torch.Generator) -> AbstractContextManager[Any]:
+        """While capturing, let operators that take no generator draw from one that is registered.
+
+        Args:
+            generator: registered with the graph.
+        """
+
+
 class Backend:
     """The devices of one type.
 
@@ -109,6 +140,12 @@ class Backend:
 
     def synchronize(self, device: torch.device) -> None:
         """Block the calling thread until a device has done all its work."""
+
+    # Graphs
+
+    def new_graph_pool(self, device: torch.device) -> GraphPool | None:
+        """What captures the graphs of one worker; None: this type has no graphs."""
+        return None
 
     # Random numbers
 

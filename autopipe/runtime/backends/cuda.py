@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .base import Backend
+from .cuda_graphs import CudaGraphPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .base import Stream, T
+    from .base import GraphPool, Stream, T
 
 
 class CudaBackend(Backend):
@@ -58,6 +59,9 @@ class CudaBackend(Backend):
 
     def synchronize(self, device: torch.device) -> None:
         torch.cuda.synchronize(device)
+
+    def new_graph_pool(self, device: torch.device) -> GraphPool:
+        return CudaGraphPool(device)
 
     def default_generator(self, device: torch.device) -> torch.Generator:
         index = torch.cuda.current_device() if device.index is None else device.index

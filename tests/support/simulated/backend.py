@@ -14,6 +14,7 @@ from autopipe import call_signature, compiled
 from autopipe.runtime.backends import BACKENDS, Backend
 
 from .fakes import allow_fakes
+from .graphs import SimulatedGraphPool
 from .machine import TYPE, Cost, Machine
 from .streams import Stream
 from .tensors import SimulatedTensor, Simulation
@@ -55,6 +56,12 @@ class SimulatedBackend(Backend):
 
     def record_use(self, tensor: Tensor, stream: Any) -> None:
         tensor.record_stream(stream)
+
+    def new_graph_pool(self, device: torch.device) -> SimulatedGraphPool:
+        return SimulatedGraphPool(self.machine, device)
+
+    def new_generator(self, device: torch.device) -> torch.Generator:
+        return torch.Generator()
 
     def synchronize(self, device: torch.device) -> None:
         self.machine.synchronize(device)

@@ -32,6 +32,7 @@ class Machine:
         races: a line for each pair of accesses that nothing orders.
         counts: of kernels, copies, and the host's waits.
         host: the calling thread.
+        capturing: stream → the graph that it captures.
         rests: how often virtual time has begun anew.
         host_knows: what some thread has waited for. What one thread queues comes after what it has
             waited for itself; memory of the host that one has waited for is given to others.
@@ -46,6 +47,7 @@ class Machine:
         self.races: list[str] = []
         self.counts: Counter[str] = Counter()
         self.judge = judge
+        self.capturing: dict[Any, Any] = {}
         self._numbers = itertools.count(1)
         self._blocks = itertools.count(1)
         self._default: dict[torch.device, Stream] = {}

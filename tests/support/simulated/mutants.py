@@ -7,6 +7,9 @@ A mutant is found by reading the source, so a wait that is added tomorrow has it
 - work stays on the current stream where it should go to another;
 - a copy that the host has to wait for is not waited for;
 - the streams of the forward's caller are forgotten in the backward.
+
+Of what replays graphs: what is copied, zeroed, seeded or handed over is not; what is checked is
+taken as right.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import copy
 import importlib
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -38,6 +41,16 @@ STATEMENTS = {
     *("use", "wait"),
 }
 """Methods whose call is left out, or replaced by its argument where its result is used."""
+
+GRAPH_MODULES = tuple(
+    f"autopipe.runtime.graphs.{name}"
+    for name in ("phase_graph", "stage_state", "kept_sums", "slots", "stage_graphs")
+)
+LEFT_OUT = {
+    *("copy_", "zero_", "manual_seed", "register_generator_state", "refresh", "hand_over"),
+    *("give_back", "clear"),
+}
+TAKEN_AS_RIGHT = {"claim", "is_as_before", "owns", "has"}
 
 RECEIVERS = {"backpressure", "_backpressure", "ready", "marks", "caller"}
 """For `wait` and `use`, which other objects have too."""
@@ -72,11 +85,24 @@ class Mutant:
 
 
 def mutants() -> Iterator[Mutant]:
-    """All mutants of the runtime."""
-    for name in MODULES:
+    """All mutants of the runtime without graphs."""
+    yield from _mutants(MODULES, _change)
+
+
+def graph_mutants() -> Iterator[Mutant]:
+    """All mutants of what captures and replays graphs."""
+    yield from _mutants(GRAPH_MODULES, _graph_change)
+
+
+Change = Callable[[ast.AST], ast.AST | None]
+"""What a node becomes in its mutant; None: it has none."""
+
+
+def _mutants(modules: Iterable[str], change: Change) -> Iterator[Mutant]:
+    for name in modules:
         module = importlib.import_module(name)
         for owner, attribute, function in _functions(module):
-            yield from _of_function(module, owner, attribute, function)
+            yield from _of_function(module, owner, attribute, function, change)
 
 
 def _functions(module: ModuleType) -> Iterator[tuple[Any, str, Any]]:
@@ -91,13 +117,15 @@ def _functions(module: ModuleType) -> Iterator[tuple[Any, str, Any]]:
                     yield value, name, method
 
 
-def _of_function(module: ModuleType, owner: Any, attribute: str, function: Any) -> Iterator[Mutant]:
+def _of_function(
+    module: ModuleType, owner: Any, attribute: str, function: Any, change: Change
+) -> Iterator[Mutant]:
     source = textwrap.dedent(inspect.getsource(function))
     first = function.__code__.co_firstlineno
     tree = ast.parse(source)
-    count = sum(1 for node in ast.walk(tree) if _change(node) is not None)
+    count = sum(1 for node in ast.walk(tree) if change(node) is not None)
     for i in range(count):
-        changer = _Changer(i)
+        changer = _Changer(i, change)
         changed = ast.fix_missing_locations(changer.visit(copy.deepcopy(tree)))
         code = compile(
             changed, "<mutant>", "exec", __future__.annotations.compiler_flag, dont_inherit=True
@@ -113,7 +141,6 @@ def _of_function(module: ModuleType, owner: Any, attribute: str, function: Any) 
 
 
 def _change(node: ast.AST) -> ast.AST | None:
-    """What a node becomes in its mutant; None: it has none."""
     if isinstance(node, ast.keyword) and node.arg == "non_blocking":
         return ast.keyword("non_blocking", ast.Constant(True))
     if not isinstance(node, ast.Call):
@@ -135,18 +162,33 @@ def _change(node: ast.AST) -> ast.AST | None:
     return ast.Constant(None)
 
 
+def _graph_change(node: ast.AST) -> ast.AST | None:
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return None
+    method, receiver = node.func.attr, node.func.value
+    if method in LEFT_OUT:
+        return ast.Constant(None)
+    if method in TAKEN_AS_RIGHT:
+        return ast.Constant(True)
+    if method == "clone":
+        return receiver
+    if method == "drawing_from":
+        return ast.Call(ast.Name("nullcontext", ast.Load()), [], [])
+    return None
+
+
 class _Changer(ast.NodeTransformer):
     """Changes the i-th node that has a mutant, in the order of `ast.walk`."""
 
-    def __init__(self, index: int) -> None:
-        self._left = index
+    def __init__(self, index: int, change: Change) -> None:
+        self._left, self._change = index, change
         self.line, self.text = 0, ""
 
     def visit(self, node: ast.AST) -> Any:
         if isinstance(node, ast.Module):
-            found = [n for n in ast.walk(node) if _change(n) is not None][self._left]
+            found = [n for n in ast.walk(node) if self._change(n) is not None][self._left]
             self.line, self.text = found.lineno, ast.unparse(found)  # type: ignore[attr-defined]
             self._target = found
         if node is self._target:
-            return _change(node)
+            return self._change(node)
         return self.generic_visit(node)

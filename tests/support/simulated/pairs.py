@@ -19,6 +19,8 @@ from .tensors import SimulatedTensor, pinned
 
 BATCH, WIDTH, CHUNKS = 8, 8, 4
 
+LEARNING_RATE = 1e-3
+
 Found = list[tuple[str, Tensor, Tensor]]
 """What it is, ours, the truth."""
 
@@ -40,6 +42,16 @@ def total(result: Any) -> Tensor:
     """One number of a net's result."""
     values = result if isinstance(result, tuple) else (result,)
     return torch.stack([v.sum() for v in values]).sum()
+
+
+def replace_values(parameter: Tensor, factor: float) -> None:
+    """Give a parameter other memory, with its values times a factor (``parameter.data = ...``)."""
+    values = parameter.detach() * factor
+    if isinstance(parameter, SimulatedTensor):
+        assert isinstance(values, SimulatedTensor)
+        parameter.values, parameter.block = values.values, values.block
+    else:
+        parameter.data = values
 
 
 @contextmanager
@@ -86,7 +98,8 @@ class Pair:
             trained, *others = model.named_parameters()
             for _, parameter in others if frozen else ():
                 parameter.requires_grad_(False)
-            self._optimizers.append(torch.optim.SGD([trained[1], *(p for _, p in others)], 0.1))
+            parameters = [trained[1], *(p for _, p in others)]
+            self._optimizers.append(torch.optim.SGD(parameters, LEARNING_RATE))
             self.pipes.append(autopipe.compile(model, workers, CHUNKS, **options))
 
     def call(self, pipe: autopipe.Pipeline, x: Tensor, mask: Tensor) -> Tensor:
@@ -105,6 +118,7 @@ class Pair:
         self._steps += 1
         x, mask = torch.randn(BATCH, WIDTH), (torch.rand(BATCH, WIDTH) > 0.3).float()
         expected = self.call(self.pipes[0], x.requires_grad_(), mask)
+        assert expected != 0  # with too large steps all units die, and every gradient is right
         expected.backward()
         with callers_streams(machine, "default" if streams == "default" else "side"):
             ours = [placed(machine, t.detach(), place) for t in (x, mask)]

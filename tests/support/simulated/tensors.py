@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .blocks import Block
+from .graphs import CaptureFailedError
 from .machine import TYPE, Machine
 from .streams import Stream
 
@@ -124,9 +125,11 @@ def _run_on(
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors = [x for x in leaves if isinstance(x, SimulatedTensor)]
     changed = _changed(func, args, kwargs)
-    if changed or not _is_view(func):
+    if stream in machine.capturing:
+        return machine.capturing[stream].record(func, args, kwargs, changed)
+    if changed or not is_view(func):
         _access(machine, stream, func, tensors, changed)
-    plain = [x.values if isinstance(x, SimulatedTensor) else _on_cpu(x) for x in leaves]
+    plain = [x.values if isinstance(x, SimulatedTensor) else on_cpu(x) for x in leaves]
     plain_args, plain_kwargs = pytree.tree_unflatten(plain, spec)
     with _disable_current_modes():
         found = func(*plain_args, **plain_kwargs)
@@ -189,6 +192,12 @@ def _to_copy(
         if source == CPU and target == CPU:
             _access(machine, None, aten._to_copy.default, inputs, set())
             return copy  # type: ignore[no-any-return]
+        for device in {source, target} - {CPU}:
+            graph = machine.capturing.get(machine.current_stream(device))
+            if graph is not None and source != target:
+                raise CaptureFailedError(f"a copy from {source} to {target} is captured")
+            if graph is not None:
+                return graph.record(aten._to_copy.default, (tensor,), options, set())
         machine.counts["copies" if source != target else "casts"] += 1
         on = target if source == CPU else source
         stream, block = machine.current_stream(on), None
@@ -222,11 +231,11 @@ def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[in
     return found
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
     """Whether an operator reads no memory: its results are views."""
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None for r in returns)
 
 
-def _on_cpu(value: Any) -> Any:
+def on_cpu(value: Any) -> Any:
     return CPU if isinstance(value, torch.device) else value
