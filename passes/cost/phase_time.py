@@ -91,10 +91,11 @@ def operator_calls(stage: StagePhases) -> int:
 def replayed_calls(stage: StagePhases) -> int:
     """Count what a micro-batch calls at a traced stage whose phases are CUDA graphs.
 
-    Each phase is one call. What it receives is copied in, what it sends is copied out; the seed and
-    the offset of each draw are written before a replay.
+    F and R are one call each, and so are B and W together. What they receive is copied in, what
+    they send is copied out; the seed and the offset of each draw are written before a replay.
     """
-    phases = {stage.phase_of[n.name] for n in stage.graph.nodes if n.name in stage.phase_of}
+    named = (stage.phase_of[n.name] for n in stage.graph.nodes if n.name in stage.phase_of)
+    phases = {"B" if phase == "W" else phase for phase in named}
     copied = (stage.receives, stage.tangents, stage.returns, stage.sent_grads)
     return len(phases) + sum(map(len, copied)) + 2 * len(stage.draws)
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
+from autopipe.passes.cost import replayed_calls
+from autopipe.passes.devices import CALL
 from tests.support.simulated import Machine, simulated
 from tests.support.simulated.engine import current, run_backward
 from tests.support.simulated.failing import fail_and_go_on
@@ -109,6 +111,26 @@ def test_a_step_is_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
                 counts[backend] = machine.counts["kernels"] - before
     # By micro-batch: 6 layers of 2 operators and a product; one graph, 2 copies in, 1 out.
     assert counts["eager"] - counts["cudagraphs"] == CHUNKS * ((6 * 2 + 1) - (1 + 2 + 1))
+
+
+def test_a_plan_counts_the_launches_of_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, calls = [], []
+    for chunks in (2, 4):
+        with simulated(monkeypatch, 6) as machine:
+            pipe = autopipe.compile(NETS["loss"](WIDTH), ["lazy:0"], chunks, remat="none", **GRAPHS)
+            x = torch.ones(BATCH, WIDTH, device="lazy:0")
+            for _ in range(3):
+                before = machine.counts["kernels"]
+                run_backward(machine, pipe(x, x), current(machine), monkeypatch)
+                counts.append(machine.counts["kernels"] - before)
+            program = pipe._programs.last[1]
+            (stage,) = program.lowered.phased[BATCH // chunks].stages
+            calls.append(replayed_calls(stage))
+            assert pipe.plan.issue_seconds == pytest.approx(chunks * calls[-1] * CALL)
+    assert calls[0] == calls[1]
+    # Outside of stages, each of two further losses is weighted and added, and so is its gradient.
+    outside = 3
+    assert counts[5] - counts[2] == 2 * (calls[0] + outside)
 
 
 class Model(nn.Module):
