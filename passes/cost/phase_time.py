@@ -94,10 +94,10 @@ def replayed_calls(stage: StagePhases) -> int:
     F and R are one call each, and so are B and W together. What they receive is copied in, what
     they send is copied out; the seed and the offset of each draw are written before a replay.
     """
-    named = (stage.phase_of[n.name] for n in stage.graph.nodes if n.name in stage.phase_of)
-    phases = {"B" if phase == "W" else phase for phase in named}
+    named = {stage.phase_of[n.name] for n in stage.graph.nodes if n.name in stage.phase_of}
+    phases = 1 + recomputes(stage) + (not named.isdisjoint("BW"))
     copied = (stage.receives, stage.tangents, stage.returns, stage.sent_grads)
-    return len(phases) + sum(map(len, copied)) + 2 * len(stage.draws)
+    return phases + sum(map(len, copied)) + 2 * len(stage.draws)
 
 
 @cache_per_graph
