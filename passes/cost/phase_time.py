@@ -91,7 +91,8 @@ def operator_calls(stage: StagePhases) -> int:
 def replayed_calls(stage: StagePhases) -> int:
     """Count what a micro-batch calls at a traced stage whose phases are CUDA graphs.
 
-    F and R are one call each, and so are B and W together. What they receive is copied in, what
+    F and R are one call each (where R does not wait for other devices, it is one with the rest),
+    and so are B and W together. What they receive is copied in, what
     they send is copied out; the seed and the offset of each draw are written before a replay.
     """
     named = {stage.phase_of[n.name] for n in stage.graph.nodes if n.name in stage.phase_of}
