@@ -251,6 +251,19 @@ def test_two_forwards_before_their_backwards(monkeypatch: pytest.MonkeyPatch) ->
         assert machine.races == []
 
 
+def test_the_first_backward_is_that_of_a_later_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward is a graph by then; it runs eagerly on what that has saved."""
+    with simulated(monkeypatch, 6) as machine:
+        pair = Pair(machine, "skip and mask", ["lazy:0", "lazy:1"], **GRAPHS)
+        x = torch.ones(BATCH, WIDTH, device="lazy:0")
+        total(pair.pipes[1](x.clone().requires_grad_(), x))
+        gc.collect()
+        for replays in (2 * CHUNKS, 5 * CHUNKS, 5 * CHUNKS):  # without and with R0, BW0, RBW1
+            before = machine.counts["replays"]
+            check(machine, pair.step(monkeypatch, "lazy:0", "default"))
+            assert machine.counts["replays"] - before == replays
+
+
 def test_forwards_without_a_backward_give_their_slots_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+@cache
+def capture_stream(device: torch.device) -> Any:
+    """The stream of a device on which graphs are captured, in turn.
+
+    Nothing else may run on it, or it would be captured, too. Torch has 32 streams for each device
+    and priority and gives them to all who ask; nobody else asks for this priority here.
+    """
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
 class CudaGraphPool:
-    """Captures graphs of one worker on a stream of its own.
+    """Captures graphs of one worker.
 
     What another thread may launch meanwhile, on any other stream, is not captured. Memory of the
     pool is used by replays only, which the worker queues in one stream: so graphs may be replayed
@@ -24,7 +35,6 @@ class CudaGraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._handle = torch.cuda.graph_pool_handle()
 
     def new_graph(self) -> Any:
@@ -32,11 +42,10 @@ class CudaGraphPool:
 
     @contextmanager
     def capturing(self, graph: Any) -> Iterator[None]:
-        """Capture; only what the calling thread does can spoil it ("thread_local").
-
-        (`torch.cuda.graph` would also synchronize the device and empty the allocator's cache.)
-        """
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        """Capture; only what the calling thread does can spoil it ("thread_local")."""
+        torch.cuda.empty_cache()  # the pool needs memory of its own, and a capture cannot free any
+        stream = capture_stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
             graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
             try:
                 yield

@@ -60,15 +60,24 @@ class _Phase:
     Attributes:
         first: the run that showed what it does.
         seen: what that was.
+        threads: the threads, by their identifiers, in which it has run eagerly.
     """
 
     first: weakref.ref[Run] | None = None
     seen: Observed = field(default_factory=Observed)
 
-    @property
-    def can_be_captured(self) -> bool:
-        """Whether nothing is known to prevent it. (An empty graph is none.)"""
-        return self.seen.obstacle is None and self.seen.computes
+    threads: set[int] = field(default_factory=set)
+
+    def may_be_replayed(self, run: Run) -> bool:
+        """Whether a later run than the first may replay it, or capture it in the calling thread.
+
+        A capture cannot make what libraries keep per thread (a cuBLAS handle): the thread has run
+        the phase before.
+        """
+        if self.first is None or self.first() is run:
+            return False
+        known = self.seen.obstacle is None and self.seen.computes  # an empty graph is none
+        return known and threading.get_ident() in self.threads
 
 
 class StageGraphs:
@@ -137,12 +146,9 @@ class StageGraphs:
         phase = self._phases.setdefault((compute.__name__, size), _Phase())
         sent = self._stage.sent.get(kind, 0)
         with self._lock:
-            state = run.state(self._stage.index)
-            self._use_state(run, state)
-            if phase.first is None:
-                return self._observed(phase, run, compute, ctx, arguments)
-            if phase.can_be_captured and phase.first() is not run:
-                slot = self._slots.of(run, m)
+            self._use_state(run, run.state(self._stage.index))
+            slot = self._slots.of(run, m)
+            if phase.may_be_replayed(run):
                 if kind == "forward":
                     slot = self._slots.take(run, m, size)
                 if slot is not None:
@@ -151,10 +157,16 @@ class StageGraphs:
                         return results
                     if kind == "forward":
                         self._slots.give_back(run, m)
-            slot = self._slots.of(run, m)
-        results = compute(ctx, arguments)
+                        slot = None
+        if slot is None:
+            return self._eagerly(phase, run, compute, ctx, arguments)
+        # In a graph, seeds of attention are on the device, which eager kernels expect on the host.
+        for i, device in enumerate(phase.seen.devices):
+            if arguments[i].device != device:
+                arguments[i] = arguments[i].to(device)
+        results = self._eagerly(phase, run, compute, ctx, arguments)
         # What is sent may be memory of the slot: a saved value, or a view of one.
-        return results if slot is None else [*map(copied, results[:sent]), *results[sent:]]
+        return [*map(copied, results[:sent]), *results[sent:]]
 
     def _use_state(self, run: Run, state: Sequence[Tensor]) -> None:
         """Forget graphs that read parameters or buffers where they are no more."""
@@ -166,7 +178,7 @@ class StageGraphs:
                 self._worker.compute.record_event().synchronize()  # replays that still run
             self._slots.clear()
 
-    def _observed(
+    def _eagerly(
         self,
         phase: _Phase,
         run: Run,
@@ -174,13 +186,16 @@ class StageGraphs:
         ctx: MicroBatchContext,
         arguments: list[Tensor],
     ) -> Sequence[Any]:
-        """Run a phase eagerly for the first time, and look at what it does."""
-        observer = OpObserver(phase.seen, self._worker.device, arguments)
-        with self._watch_ops(observer):
-            results = compute(ObservingContext(ctx, phase.seen), arguments)
-        phase.first = weakref.ref(run)
-        if phase.seen.obstacle is not None:
-            self._explain(compute, phase.seen.obstacle)
+        """Run a phase without a graph; look at what it does when it is the first time."""
+        phase.threads.add(threading.get_ident())
+        if phase.first is not None:
+            return compute(ctx, arguments)
+        seen = Observed(devices=[x.device for x in arguments])
+        with self._watch_ops(OpObserver(seen, self._worker.device, arguments)):
+            results = compute(ObservingContext(ctx, seen), arguments)
+        phase.seen, phase.first = seen, weakref.ref(run)
+        if seen.obstacle is not None:
+            self._explain(compute, seen.obstacle)
         return results
 
     def _replayed(

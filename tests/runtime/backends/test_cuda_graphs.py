@@ -31,7 +31,8 @@ class FakeGraph:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> CudaGraphPool:
     fake = cuda_graphs.torch.cuda
-    monkeypatch.setattr(fake, "Stream", lambda device: "a stream")
+    monkeypatch.setattr(cuda_graphs, "capture_stream", lambda device: f"a stream of {device}")
+    monkeypatch.setattr(fake, "empty_cache", lambda: None)
     monkeypatch.setattr(fake, "graph_pool_handle", lambda: "a pool")
     monkeypatch.setattr(fake, "device", lambda device: nullcontext())
     monkeypatch.setattr(fake, "stream", lambda stream: nullcontext())
