@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .machine import TYPE
 from .tensors import CPU, SimulatedTensor
@@ -31,7 +32,8 @@ def _made(self: Any, mode: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> An
     known = self._get_memo(tensor)
     if known is not None:
         return known
-    values = tensor.values.detach()
+    with _disable_current_modes():  # or a mode of fakes would make one here, with fixed sizes
+        values = tensor.values.detach()
     if isinstance(tensor, nn.Parameter):
         values = nn.Parameter(values, tensor.requires_grad)
     else:
