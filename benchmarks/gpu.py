@@ -41,6 +41,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -218,8 +219,11 @@ def run(command: list[str], limit: float, log: Log) -> int:
     Returns:
         Its exit status.
     """
+    killed = (
+        ["timeout", "--kill-after=5", str(limit + GRACE / 2)] if shutil.which("timeout") else []
+    )
     process = subprocess.Popen(
-        ["timeout", "--kill-after=5", str(limit + GRACE / 2), *command, "--limit", str(limit)],
+        [*killed, *command, "--limit", str(limit)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
