@@ -65,7 +65,13 @@ from benchmarks import (
 from benchmarks.gpu_setting import Setting
 
 START, GRACE = 15, 20
-"""Seconds until a process works on the GPU; that it has to end after its limit."""
+"""Seconds until a process works on the GPU; that it may take for its imports beside its limit."""
+
+
+PROGRESS = "autopipe: "
+"""How the lines begin that say how far a capture is."""
+VERDICT = "failed: "
+"""How the last line of a part begins."""
 
 
 class Part(NamedTuple):
@@ -143,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             PARTS[name].run(setting)
         print(f"== {name}: {time.perf_counter() - start:.0f} s", flush=True)
     print(f"\nrefused: {'; '.join(setting.refused) or 'nothing'}")
-    print(f"failed: {'; '.join(setting.failed) or 'nothing'}", flush=True)
+    print(f"{VERDICT}{'; '.join(setting.failed) or 'nothing'}", flush=True)
     return 1 if setting.failed else 0
 
 
@@ -159,7 +165,8 @@ class Log:
         self.path = folder / "gpu.log"
 
     def __call__(self, text: str) -> None:
-        print(text, flush=True)
+        if not text.startswith(PROGRESS):  # in the file only
+            print(text, flush=True)
         with self.path.open("a") as file:
             file.write(text + "\n")
 
@@ -188,8 +195,9 @@ def apart(
     end = time.monotonic() + 60 * minutes
     expected = sum(PARTS[name].seconds + START for name in names)
     log(f"{len(names)} parts, about {expected / 60:.0f} minutes, of which there are {minutes:g}")
-    failed: list[str] = []
+    rows: list[str] = []
     left: list[str] = []
+    failed = False
     for name in names:
         rest, part = end - time.monotonic(), PARTS[name]
         if rest < part.seconds + START:
@@ -198,17 +206,17 @@ def apart(
         limit = min(part.limit, rest - GRACE)
         log(f"\n=== {name}: about {part.seconds} s, at most {limit:.0f}; {rest:.0f} s are left")
         start = time.monotonic()
-        status = run(command(name), limit, log)
-        log(f"=== {name}: {time.monotonic() - start:.0f} s with its start, status {status}")
-        if status:
-            failed.append(name)
-    log(f"\nparts that failed: {', '.join(failed) or 'none'}")
+        status, verdict = run(command(name), limit, log)
+        failed |= status != 0
+        rows.append(f"{name:20} {time.monotonic() - start:4.0f} s  {verdict or f'status {status}'}")
+        log(f"=== {rows[-1]}")
+    log("\n" + "\n".join(rows))
     if left:
         log(f"no time was left for: python -m benchmarks.gpu --part {' '.join(left)}")
     return 1 if failed or left else 0
 
 
-def run(command: list[str], limit: float, log: Log) -> int:
+def run(command: list[str], limit: float, log: Log) -> tuple[int, str]:
     """Run a command, and keep what it prints.
 
     Args:
@@ -217,22 +225,22 @@ def run(command: list[str], limit: float, log: Log) -> int:
         log: for what it prints.
 
     Returns:
-        Its exit status.
+        Its exit status, and the last line that says what failed; empty if there is none.
     """
-    killed = (
-        ["timeout", "--kill-after=5", str(limit + GRACE / 2)] if shutil.which("timeout") else []
-    )
+    killed = ["timeout", "--kill-after=5", str(limit + GRACE)]
     process = subprocess.Popen(
-        [*killed, *command, "--limit", str(limit)],
+        [*(killed if shutil.which("timeout") else ()), *command, "--limit", str(limit)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
     )
     assert process.stdout is not None
+    verdict = ""
     for line in process.stdout:
         log(line.rstrip("\n"))
-    return process.wait()
+        verdict = line.strip() if line.startswith(VERDICT) else verdict
+    return process.wait(), verdict
 
 
 if __name__ == "__main__":

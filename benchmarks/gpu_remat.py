@@ -22,7 +22,7 @@ BATCH, CHUNKS = 8, 8
 
 def remat(setting: Setting) -> None:
     """Step time and peak memory, beside plain gradient accumulation."""
-    sizes = "8 layers, d 32" if setting.tiny else "12 layers, d 1024, 16 heads, sequence 1024"
+    sizes = "2 layers, d 32" if setting.tiny else "12 layers, d 1024, 16 heads, sequence 1024"
     print(f"GPT-2, {sizes}, bfloat16 weights, batch {BATCH}, M={CHUNKS}, no optimizer")
     model, inputs = setting.gpt2(layers=12)
     batch = inputs(BATCH)

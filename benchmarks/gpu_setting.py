@@ -69,12 +69,15 @@ class Setting:
         )
 
     def gpt2(
-        self, layers: int = 24, sequence: int = 1024
+        self, layers: int = 24, sequence: int = 1024, tiny: int = 2
     ) -> tuple[nn.Module, Callable[[int], Batch]]:
-        """GPT-2 with d 1024, 16 heads, weights in bfloat16; and its batches by batch size."""
-        shape = (
-            (min(layers, 8), 32, 2, 16, 128) if self.tiny else (layers, 1024, 16, sequence, 50257)
-        )
+        """GPT-2 with d 1024, 16 heads, weights in bfloat16; and its batches by batch size.
+
+        Args:
+            layers, sequence: its size.
+            tiny: how many layers it has where sizes are tiny.
+        """
+        shape = (tiny, 32, 2, 16, 128) if self.tiny else (layers, 1024, 16, sequence, 50257)
         model, inputs = gpt2(*shape)
         self.card.place(model.to(torch.bfloat16))
         return model, lambda batch: {n: self.card.put(x) for n, x in inputs(batch).items()}

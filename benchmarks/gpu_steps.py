@@ -15,7 +15,7 @@ SCHEDULES = ("gpipe", "1f1b", "zb-h1")
 
 
 def heading(setting: Setting) -> None:
-    sizes = "8 layers, d 32" if setting.tiny else "24 layers, d 1024, 16 heads, sequence 1024"
+    sizes = "2 layers, d 32" if setting.tiny else "24 layers, d 1024, 16 heads, sequence 1024"
     print(f"GPT-2, {sizes}, bfloat16 weights without autocast, batch {BATCH}, no optimizer")
 
 

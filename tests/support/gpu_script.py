@@ -115,7 +115,7 @@ class SimulatedCard(Card):
 class SimulatedSetting(Setting):
     """GPT-2 is a transformer that reads no attributes of its inputs."""
 
-    def gpt2(self, layers: int = 24, sequence: int = 1024) -> Any:
+    def gpt2(self, layers: int = 24, sequence: int = 1024, tiny: int = 2) -> Any:
         model = self.card.place(Language())
 
         def inputs(batch: int) -> dict[str, Tensor]:
