@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import gpu, gpu_device
-from benchmarks.gpu_device import Card, failing_receive, refused
+from benchmarks.gpu_device import Card, refused
 from benchmarks.gpu_setting import Setting
 from benchmarks.models import transformer
 from tests.support.simulated import Machine, pinned, simulated
@@ -46,28 +46,18 @@ class SimulatedCard(Card):
     Attributes:
         machine, monkeypatch: of the test.
         naps: how often a stream has slept.
-        leak: bytes that are never given back, for each synchronization.
     """
 
     has_streams = True
     machine: Machine
     monkeypatch: pytest.MonkeyPatch
     naps = 0
-    leak = 0
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.syncs = 0
-
-    def synchronize(self) -> None:
-        self.syncs += 1
-        super().synchronize()
 
     def allocated(self) -> int:
         streams = [s for s in self.machine._streams if s.device == self.device]
         for stream in streams:
             stream.memory.reclaim(self.machine.host_knows)
-        return sum(s.memory.now for s in streams) + self.leak * self.syncs
+        return sum(s.memory.now for s in streams)
 
     def peak(self, run: Callable[[], None]) -> float:
         self.machine.rest()
@@ -87,9 +77,6 @@ class SimulatedCard(Card):
     def waits_are_errors(self) -> Iterator[None]:
         with mock.patch.object(self.machine, "host_waits", refused):
             yield
-
-    def short_of_memory(self) -> Any:
-        return failing_receive(torch.OutOfMemoryError("out of memory, as asked"))
 
     def races(self) -> list[str]:
         found = [*self.machine.races]
