@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -57,17 +58,19 @@ def _pytest(
     if setting.card.is_gpu and importlib.util.find_spec("xdist"):
         command += ["-n", str(PROCESSES)]
     limit = None if setting.end is None else max(1.0, setting.end - time.monotonic() - 10)
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=limit,
-        )
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        status, output = 124, error.stdout or b""
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its workers, too: they may hang on the GPU
+        output, _ = process.communicate()
+    status = process.returncode
     text = output.decode(errors="replace")
     print(text[-20_000:], flush=True)
     setting.check(what, faults_of_tests(status, text, setting.card.is_gpu))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import time
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 
 import autopipe
 from autopipe.errors import StageError
+from benchmarks import gpu_tests
 from benchmarks.gpu_device import CudaCard
 from benchmarks.gpu_failures import faults_of_memory
 from benchmarks.gpu_setting import Setting
@@ -92,3 +96,25 @@ def test_out_of_memory_of_the_cpu_is_as_asked() -> None:
         pipe(x)
     assert faults_of_memory(caught.value, 2) == []
     pipe(x)
+
+
+@pytest.mark.full
+def test_tests_that_hang_are_ended_and_what_they_printed_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "test_hangs.py"
+    file.write_text(
+        "import pytest, threading\n\n"
+        "@pytest.mark.gpu\n"
+        "def test_hangs():\n"
+        "    print('hangs', flush=True)\n"
+        "    threading.Event().wait()\n"
+    )
+    monkeypatch.setattr(gpu_tests, "FILES", (str(file),))
+    setting = Setting(torch.device("cpu"), end=time.monotonic() + 25)  # 10 s before it they end
+    with mock.patch.dict("os.environ", {"PYTEST_ADDOPTS": "-c /dev/null -s"}):
+        gpu_tests.tests(setting)
+    assert setting.failed == ["tests"]
+    printed = capsys.readouterr().out
+    assert "hangs" in printed
+    assert "pytest ended with -9" in printed
