@@ -27,7 +27,6 @@ import autopipe
 from autopipe.passes.devices import H100, Device
 from autopipe.passes.ir import Phased
 from autopipe.planning import search
-from autopipe.runtime.backends import backend_of
 from benchmarks.gpu_setting import Setting
 from benchmarks.models import gpt2
 from tests.support.reference import over_chunks
@@ -188,7 +187,7 @@ def model_of(setting: Setting) -> Device | None:
 def kernels(setting: Setting) -> None:
     """Compare each case; on a CPU with the CPU's own trace."""
     device, planned = setting.device, model_of(setting)
-    backend_of(device).synchronize(device)
+    setting.card.synchronize()
     differ = []
     for name, make in CASES.items():
         with setting.guarded(f"kernels: {name}"):

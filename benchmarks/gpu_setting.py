@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
+import platform
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import autopipe
-from autopipe.runtime.backends import backend_of
+from autopipe.errors import OptionError
+from benchmarks.gpu_device import CARDS, Card
 from benchmarks.models import gpt2
 
 Step = Callable[[], None]
@@ -29,12 +33,23 @@ class Setting:
     Attributes:
         device: of all stages.
         tiny: sizes that show that a part works, and measure nothing.
+        folder: for files.
         failed: what failed so far.
+        refused: what autopipe refused, as options that it does not have here.
+        end: `time.monotonic` at which the process ends by force; None: never.
     """
 
     device: torch.device
     tiny: bool = False
+    folder: Path = Path("gpu_results")
     failed: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    end: float | None = None
+
+    @cached_property
+    def card(self) -> Card:
+        """What can be asked of the device."""
+        return CARDS[self.device.type](self.device)
 
     @property
     def rounds(self) -> int:
@@ -47,36 +62,56 @@ class Setting:
     @property
     def name(self) -> str:
         """The device, and torch."""
-        name = backend_of(self.device).name(self.device)
-        return f"{name}, torch {torch.__version__}" + (", tiny sizes" if self.tiny else "")
+        name = self.card.backend.name(self.device)
+        python = platform.python_version()
+        return f"{name}, Python {python}, torch {torch.__version__}" + (
+            ", tiny sizes" if self.tiny else ""
+        )
 
     def gpt2(
-        self, layers: int = 24, sequence: int = 1024
+        self, layers: int = 24, sequence: int = 1024, tiny: int = 2
     ) -> tuple[nn.Module, Callable[[int], Batch]]:
-        """GPT-2 with d 1024, 16 heads, weights in bfloat16; and its batches by batch size."""
-        shape = (8, 32, 2, 16, 128) if self.tiny else (layers, 1024, 16, sequence, 50257)
+        """GPT-2 with d 1024, 16 heads, weights in bfloat16; and its batches by batch size.
+
+        Args:
+            layers, sequence: its size.
+            tiny: how many layers it has where sizes are tiny.
+        """
+        shape = (tiny, 32, 2, 16, 128) if self.tiny else (layers, 1024, 16, sequence, 50257)
         model, inputs = gpt2(*shape)
-        model.to(self.device, torch.bfloat16)
-        return model, lambda batch: {n: x.to(self.device) for n, x in inputs(batch).items()}
+        self.card.place(model.to(torch.bfloat16))
+        return model, lambda batch: {n: self.card.put(x) for n, x in inputs(batch).items()}
 
     @contextmanager
     def guarded(self, what: str) -> Iterator[None]:
         """Print what fails, and go on."""
         try:
             yield
+        except OptionError as error:
+            self.refused.append(what)
+            print(f"{what}: refused: {error}", flush=True)
         except Exception as error:
             self.failed.append(what)
-            print(f"{what}: FAILED: {type(error).__name__}: {str(error)[:500]}", flush=True)
-            print("    " + traceback.format_exc(limit=-3).strip().replace("\n", "\n    "))
+            print(f"{what}: FAILED: {type(error).__name__}: {str(error)[:800]}", flush=True)
+            lines = traceback.format_exc(limit=-6).strip().splitlines()
+            print("    " + "\n    ".join(lines[-60:]), flush=True)
         finally:
             self.free()
+
+    def check(self, what: str, faults: Sequence[str]) -> None:
+        """Print what a check has found; it is a failure if that is anything."""
+        print(f"{what}: {'; '.join(faults) or 'ok'}", flush=True)
+        if faults:
+            self.failed.append(what)
 
     def free(self) -> None:
         """Forget compiled code, and memory that nothing uses."""
         torch._dynamo.reset()
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        try:
+            self.card.empty_cache()
+        except RuntimeError as error:  # a GPU after an error of a kernel
+            print(f"cannot free memory: {str(error).splitlines()[0]}", flush=True)
 
     def seconds(self, step: Step) -> float:
         """The median step; the device has finished before and after."""
@@ -85,25 +120,17 @@ class Setting:
         return statistics.median(self.once(step) for _ in range(self.rounds))
 
     def once(self, step: Step) -> float:
-        backend = backend_of(self.device)
-        backend.synchronize(self.device)
+        self.card.synchronize()
         start = time.perf_counter()
         step()
-        backend.synchronize(self.device)
+        self.card.synchronize()
         return time.perf_counter() - start
 
     def peak(self, step: Step) -> float:
         """GiB allocated at most during one step, after a warm-up step; nan on a CPU."""
         step()
         gc.collect()
-        if self.device.type != "cuda":
-            step()
-            return float("nan")
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**30
+        return self.card.peak(step) / 2**30
 
     def row(self, what: str, make: Callable[[], Step]) -> None:
         """Print a line about one kind of step: how long it takes, how much it allocates."""
@@ -118,6 +145,19 @@ class Setting:
                 f"   first step after {first:.0f} s",
                 flush=True,
             )
+
+
+class Small(nn.Module):
+    """Layers that take no time, so that what is measured is how they are called."""
+
+    def __init__(self, count: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
 
 
 def training(module: Callable[..., Any], model: nn.Module, batch: Batch) -> Step:

@@ -6,17 +6,16 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import autopipe
-from benchmarks.gpu_setting import Setting, Step, pipelined, training
+from benchmarks.gpu_setting import Setting, Small, Step, pipelined, training
 
 BATCH, CHUNKS, STAGES = 8, 8, 4
 SCHEDULES = ("gpipe", "1f1b", "zb-h1")
 
 
 def heading(setting: Setting) -> None:
-    sizes = "8 layers, d 32" if setting.tiny else "24 layers, d 1024, 16 heads, sequence 1024"
+    sizes = "2 layers, d 32" if setting.tiny else "24 layers, d 1024, 16 heads, sequence 1024"
     print(f"GPT-2, {sizes}, bfloat16 weights without autocast, batch {BATCH}, no optimizer")
 
 
@@ -71,55 +70,6 @@ def _steps(setting: Setting, backend: Any, cases: list[tuple[int, int, str]]) ->
             return training(pipe, model, batch)
 
         setting.row(what, make)
-
-
-def memory(setting: Setting) -> None:
-    """Peak memory and step time by rematerialization, beside plain gradient accumulation."""
-    heading(setting)
-    model, inputs = setting.gpt2()
-    batch = inputs(BATCH)
-
-    def accumulate() -> None:
-        model.zero_grad(set_to_none=True)
-        for chunk in range(CHUNKS):
-            part = {name: x[chunk : chunk + 1] for name, x in batch.items()}
-            (model(**part).loss / CHUNKS).backward()
-
-    setting.row("plain, micro-batches one after the other", lambda: accumulate)
-    for stages in (1, STAGES):
-        for kind in SCHEDULES if stages > 1 else SCHEDULES[:1]:
-            for remat in ("none", "full", "min-cut"):
-                pipes: list[autopipe.Pipeline] = []
-
-                def make(
-                    stages: int = stages,
-                    kind: str = kind,
-                    remat: str = remat,
-                    pipes: list[autopipe.Pipeline] = pipes,
-                ) -> Step:
-                    pipe = pipelined(
-                        setting, model, batch, stages, CHUNKS, schedule=kind, remat=remat
-                    )
-                    pipes.append(pipe)
-                    return training(pipe, model, batch)
-
-                setting.row(f"{stages} stages, {kind}, remat {remat}", make)
-                for pipe in pipes:
-                    saved = " + ".join(f"{s.peak / 2**30:.2f}" for s in pipe.memory.stages)
-                    print(f"    of which saved by stages {saved} GiB")
-
-
-class Small(nn.Module):
-    """Layers that take no time, so that what is measured is how they are called."""
-
-    def __init__(self, count: int = 4) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(count))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x.square().mean()
 
 
 def actions(setting: Setting) -> None:

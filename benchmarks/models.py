@@ -151,3 +151,47 @@ def swin(size: int = 64, width: int = 48) -> tuple[nn.Module, Calls]:
         return (), {"pixel_values": pixels, "labels": torch.randint(0, 10, (batch,))}
 
     return SwinForImageClassification(config).train(), inputs
+
+
+class Bottleneck(nn.Module):
+    """A block of ResNet-50 (He et al. 2015): 1×1, 3×3, 1×1, and what was added."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            nn.Conv2d(width, width, 3, stride, padding=1, bias=False),
+            *(nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)),
+        )
+        self.short: nn.Module = nn.Identity()
+        if stride > 1 or inputs != 4 * width:
+            self.short = nn.Sequential(
+                nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.short(x))
+
+
+class ResNet(nn.Module):
+    """ResNet-50's shape by default; returns the loss."""
+
+    def __init__(
+        self, blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, classes: int = 1000
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, width, 7, 2, padding=3, bias=False),
+            *(nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)),
+        ]
+        inputs = width
+        for i, count in enumerate(blocks):
+            for j in range(count):
+                layers.append(Bottleneck(inputs, width << i, 2 if i and not j else 1))
+                inputs = 4 * width << i
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.layers(images), labels)
