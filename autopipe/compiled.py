@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from autopipe.call_guards import autocast_state, plain_autograd, restore_autocast
 from autopipe.compiled_program import ProgramKey
 from autopipe.errors import DeviceError, MemoryLimitError
+from autopipe.loss_factor import LossFactor
 from autopipe.parameters import move, parameter
 from autopipe.passes.cost import costed_at
 from autopipe.passes.ir import B, InputKind
@@ -78,7 +79,7 @@ class CompiledModel:
         updated = {target for target, _ in captured.updates}  # at the end of the forward
         self._updated = frozenset(i.name for i in captured.inputs if i.target in updated)
         self.expected = usual_outputs(captured)
-        self.loss_factor = 1.0
+        self.loss_factor = LossFactor()
         self.seeds: dict[frozenset[str], LossSeeds] = {}
         self.calls = ValidCalls(captured, inputs, numbers)
         stages = TracedStages(split, options, workers, traces, self._tensor)

@@ -8,12 +8,12 @@ by it, and the next call starts with it.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from autopipe import results
+from autopipe.loss_factor import common_factor, multiplied
 from autopipe.passes.graph import warn_at_user_line
 from autopipe.passes.loss_seeds import LossSeeds, loss_seeds
 from autopipe.passes.one_at_a_time import one_at_a_time
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     from autopipe.passes.ir import Sizes
     from autopipe.runtime.executor import Run
-
-AGREE = 1e-5
-"""The largest relative difference between factors that are the same but for rounding."""
 
 
 class StepCall(PipelineCall):
@@ -66,20 +63,30 @@ class StepCall(PipelineCall):
         pattern = self._pattern(gradients)
         if not pattern:
             return (None,) * len(self.wanted)
-        factor = common_factor(self._given, gradients)
+        loss, fixed = self.compiled.loss_factor, self._seeds.in_common
+        factor: float | Tensor | None = loss.ratio(self._given, gradients)
         if factor is None:
-            warn_at_user_line(
-                "the backward is not that of the model's loss: the step runs again, all forwards"
-                f' first; call backward on that loss, or use schedule="{DEFAULT_KIND}"'
-            )
-            ready = self.compiled.program_for_outputs(self.ready, pattern, early=False)
-            return self._after_forward(self._run_again(run, ready), gradients)
-        found = self._gradients_of(run)
-        if factor == 1:
-            return found
-        if not self._seeds.in_common and math.isfinite(factor) and factor != 0:
-            self.compiled.loss_factor *= factor
-        return tuple(None if g is None else g * factor for g in found)
+            factor = common_factor(self._given, gradients)
+            if factor is None:
+                return self._run_another(run, pattern, gradients)
+            loss.settle(factor, always_one=fixed)
+        if isinstance(factor, float) and factor == 1:
+            return self._gradients_of(run)
+        found, count = self._gradients_of(run), len(self.inputs)
+        # With several micro-batches, gradients of parameters are sums, which nobody else has.
+        alone = len(self.sizes) > 1
+        return multiplied(found[:count], found[count:], factor, in_place=alone)
+
+    def _run_another(
+        self, run: Run, pattern: frozenset[str], gradients: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """Run the step again, for other gradients than it began with."""
+        warn_at_user_line(
+            "the backward is not that of the model's loss: the step runs again, all forwards"
+            f' first; call backward on that loss, or use schedule="{DEFAULT_KIND}"'
+        )
+        ready = self.compiled.program_for_outputs(self.ready, pattern, early=False)
+        return self._after_forward(self._run_again(run, ready), gradients)
 
     def _loss_seeds(self) -> LossSeeds:
         """How the first gradients are computed; found out once."""
@@ -109,10 +116,11 @@ class StepCall(PipelineCall):
         if seeds.in_common:
             found = [torch.ones_like(x) for x in wanted]
         else:
+            factor = self.compiled.loss_factor.for_next_step()
             with torch.enable_grad():
                 finals = self._evaluate([*leaves.values()])
                 losses = [finals[i] for i in seeds.losses]
-                ones = [torch.full_like(x, self.compiled.loss_factor) for x in losses]
+                ones = [torch.full_like(x, factor) for x in losses]
                 found = list(torch.autograd.grad(losses, wanted, ones))
         given = dict(zip(seeds.outputs, found, strict=True))
         return [given.get(n) for n in leaves]
@@ -137,33 +145,3 @@ class StepCall(PipelineCall):
             name: rules[name].gather([p[at].to(self._device) for p in parts], self.sizes)
             for at, name in enumerate(seeds.known)
         }
-
-
-def common_factor(given: Sequence[Tensor | None], arrived: Sequence[Tensor | None]) -> float | None:
-    """By what factor some gradients are larger than others; None: there is no such factor.
-
-    Args:
-        given: gradients of the outputs; None if an output has none.
-        arrived: likewise; what is asked about.
-    """
-    factors: list[float] = []
-    for one, other in zip(given, arrived, strict=True):
-        if one is None or other is None:
-            rest = other if one is None else one
-            if rest is not None and rest.any():
-                return None
-        elif torch.equal(one, other):
-            factors += [1.0] if one.any() else []
-        else:
-            if not other.isfinite().all():  # a scale that overflows; an optimizer skips the step
-                return math.nan
-            before, after = one.double(), other.double()
-            where = before != 0
-            if after[~where].any() or not where.any():
-                return None
-            ratios = after[where] / before[where]
-            factors += [ratios.min().item(), ratios.max().item()]
-    least, most = min(factors, default=1.0), max(factors, default=1.0)
-    if least == most:
-        return least
-    return least if abs(most - least) <= AGREE * max(abs(most), abs(least)) else None

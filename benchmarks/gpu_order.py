@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import autopipe
-from autopipe import step_call
 from benchmarks.gpu_device import Card, refused, slow_stages
 from benchmarks.gpu_setting import Setting, Step, pipelined, training
 
@@ -23,10 +21,6 @@ SCHEDULES = ("gpipe", "1f1b", "zb-h1")
 PLACES = ("cpu", "pinned", "device")
 STREAMS = ("default", "side", "forward on side")
 CHUNKS = 4
-KNOWN = "common_factor"
-"""A function of autopipe that waits: the backward of an early schedule compares the gradient that
-arrives with the one that it has begun with."""
-
 Found = dict[str, Tensor]
 """What a step gives, in the host's memory."""
 
@@ -58,10 +52,6 @@ def sync(setting: Setting) -> None:
                 for _ in range(2):
                     step()
                 faults = waits(card, step)
-                if any(KNOWN in fault for fault in faults):
-                    print(f"{what}: the backward compares its gradient ({KNOWN}), as is known")
-                    with mock.patch.object(step_call, KNOWN, return_value=1.0):
-                        faults = waits(card, step)
                 setting.check(what, faults)
 
 

@@ -19,7 +19,15 @@ FILE_LINES, FUNCTION_LINES = 300, 60  # a function's docstring is not counted
 
 FLOORS = (
     {"devices", "one_at_a_time", "partition", "remat_policies", "schedule"},
-    {"_torch", "_torch_inductor", "_torch_modes", "_torch_patches", "_torch_sizes", "ops"},
+    {
+        "_torch",
+        "_torch_foreach",
+        "_torch_inductor",
+        "_torch_modes",
+        "_torch_patches",
+        "_torch_sizes",
+        "ops",
+    },
     {"ir", "kernels"},
     {"graph"},
     {"batch", "codegen", "cost", "loss_seeds", "phases", "python_state"},
@@ -34,7 +42,15 @@ LAYERS = (
     | {"option_names", "torch_version"},
     {"report", "planning", "profile", "options", "option_parsing", "batch_dims", "cut_positions"}
     | {"beside_plan", "schedule_option"}
-    | {"out_of_memory", "parameters", "placement", "results", "tensor_meta", "version_watch"},
+    | {
+        "loss_factor",
+        "out_of_memory",
+        "parameters",
+        "placement",
+        "results",
+        "tensor_meta",
+        "version_watch",
+    },
     {"call_guards", "call_numbers", "call_signature", "caller_modes", "model_state_key"}
     | {"module_proxy", "valid_calls", "varying"}
     | {

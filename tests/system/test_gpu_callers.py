@@ -88,15 +88,7 @@ def test_a_step_returns_before_the_device_has_finished(setting: Setting) -> None
     assert blocked(setting.card, lambda: pipe(*inputs).sum().backward()) == []
 
 
-COMPARES = pytest.mark.xfail(
-    strict=True,
-    reason="step_call.common_factor compares the gradient of the loss on the host, in each step",
-)
-
-
-@pytest.mark.parametrize(
-    "schedule", [s if s == "gpipe" else pytest.param(s, marks=COMPARES) for s in SCHEDULES]
-)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_operator_makes_the_host_wait(setting: Setting, schedule: str) -> None:
     model, inputs = setting.gpt2(layers=2)
     batch = inputs(CHUNKS)

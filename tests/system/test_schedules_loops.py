@@ -80,7 +80,7 @@ def test_a_loss_scale_is_used_from_the_second_step_on() -> None:
     for _ in range(2):
         (pipe(*batch()) * 1024).backward()
     (compiled, _) = pipe._programs.last
-    assert compiled.loss_factor == 1024
+    assert compiled.loss_factor.value == 1024
 
 
 class TwoLosses(Layers):

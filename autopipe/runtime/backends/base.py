@@ -22,6 +22,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Block the calling thread until the stream has reached the mark."""
 
+    def query(self) -> bool:
+        """Whether the stream has reached the mark."""
+
 
 class Stream(Protocol):
     """A queue of work on a device: the part of `torch.Stream` that the runtime uses."""

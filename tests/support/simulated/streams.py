@@ -81,6 +81,11 @@ class Event:
         """The calling thread waits for the mark."""
         self.stream.machine.host_waits(self)
 
+    def query(self) -> bool:
+        """Whether some thread of the host has waited for the mark, or for what comes after it."""
+        known = self.stream.machine.host_knows
+        return all(known.knows(stream, tick) for stream, tick in self.clock.items())
+
 
 class Stream:
     """A queue of work on a device.

@@ -137,7 +137,7 @@ def _run_on(
 
     def wrapped(value: Any) -> Any:
         if not isinstance(value, Tensor):
-            if stream is not None:  # a number: the host waits for it
+            if stream is not None and value is not None:  # a number: the host waits for it
                 stream.synchronize()
             return value
         same = [x for x in tensors if x.values is value]

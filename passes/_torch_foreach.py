@@ -1,0 +1,33 @@
+"""Operators on lists of tensors, few kernels for all: private names of torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def multiply_all_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply tensors in place by a factor; the host does not wait for any device.
+
+    Args:
+        tensors: on any devices.
+        factor: a number, or a scalar on some device.
+    """
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype, tensor.layout), []).append(tensor)
+    for (device, dtype, layout), group in groups.items():
+        by = factor
+        if isinstance(by, torch.Tensor):
+            by = by.to(device, dtype, non_blocking=True)
+        if layout is torch.strided:
+            torch._foreach_mul_(group, by)
+        else:
+            for tensor in group:
+                tensor.mul_(by)
