@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -107,43 +107,47 @@ class Run:
         Raises:
             StageError: a stage failed; everything saved has been dropped.
         """
-        functions = self._functions(direction)
-        drivers = self.program.drivers
         self._mailbox = self._new_mailbox()
         self._backpressure = Backpressure()
+        with interrupts.deferred(), interrupts.waking(self._mailbox.abort):
+            try:
+                self._execute(direction)
+            except BaseException as error:
+                self.drop()
+                if not isinstance(error, Exception):
+                    raise
+                raise stage_error(error, self.program.filename, direction, self._workers) from error
+            if interrupts.is_deferred():  # the workers were aborted
+                self.drop()
+                interrupts.raise_deferred()
+
+    def _execute(self, direction: str) -> None:
+        """Run the drivers, and order them with the caller's streams.
+
+        Whatever touches a device here may report the error of an earlier kernel.
+        """
+        functions, drivers = self._functions(direction), self.program.drivers
         given = [x.device for x in self.inputs.values()]
         devices = [*(w.device for w in self._workers), *given, *self.destinations.values()]
         self.caller = CallerStreams(devices, self.caller)
         enter = self.caller_modes() if len(drivers) > 1 else nullcontext
         tasks = [partial(self._work, f, w, enter) for f, w in zip(functions, drivers, strict=True)]
         cores = workers.cores_per_worker([w.device for w in drivers], self.program.shares_core)
-        with interrupts.deferred(), interrupts.waking(self._mailbox.abort):
-            try:
-                try:
-                    kept = [w.thread for w in drivers]
-                    workers.run_workers(tasks, self._mailbox.abort, cores, kept)
-                finally:
-                    self.caller.wait_for(dict.fromkeys(self._workers))
-            except Exception as error:
-                self.drop()
-                raise stage_error(error, self.program.filename, direction, self._workers) from error
-            except BaseException:
-                self.drop()
-                raise
-            if interrupts.is_deferred():  # the workers were aborted
-                self.drop()
-                interrupts.raise_deferred()
+        try:
+            workers.run_workers(tasks, self._mailbox.abort, cores, [w.thread for w in drivers])
+        except BaseException:
+            with suppress(Exception):  # after a kernel that failed, nothing can be queued
+                self.caller.wait_for(dict.fromkeys(self._workers))
+            raise
+        self.caller.wait_for(dict.fromkeys(self._workers))
         self.caller.wait_on_host(self._returned)
         self._returned.clear()
         self.caller.use((*self.results.values(), *self.gradients))
 
     def _functions(self, direction: str) -> Sequence[Callable[[Any], None]]:
-        """What each driver runs in a direction."""
-        return {
-            "forward": self.program.forward,
-            "backward": self.program.backward,
-            "step": self.program.step,
-        }[direction]
+        """What each driver runs in a direction: an attribute of the program."""
+        found: Sequence[Callable[[Any], None]] = getattr(self.program, direction)
+        return found
 
     def _new_mailbox(self) -> Mailbox:
         return Mailbox()
