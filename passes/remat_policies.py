@@ -2,8 +2,8 @@
 
     none      save everything that the backward reads, as autograd does
     full      save only what the stage received; the backward recomputes the rest (GPipe, sec. 2.3)
-    offload   save as "none", but on the host: what F saves is copied to pinned memory there, and back
-              before the backward (PipeOffload, arXiv 2503.01328); nothing is recomputed
+    offload   save as "none", but on the host: what F saves is copied there, and back before the
+              backward (PipeOffload, arXiv 2503.01328); nothing is recomputed
     min-cut   save what functorch's min-cut partitioner selects: results of matrix products, mostly;
               the backward recomputes cheap ops
     0.0..1.0  save a fraction of what min-cut saves beyond the received values: functorch's memory

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from autopipe.planning.plan_parts import Crossing, StagePlan
 
-FORMAT, VERSION = "autopipe plan", 7
+FORMAT, VERSION = "autopipe plan", 8
 
 MOST_STAGES = 1024
 """Stages of a plan in a file."""

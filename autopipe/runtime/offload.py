@@ -150,7 +150,7 @@ class HostCopies:
         for i, x in enumerate(tensors):
             address = next((p.untyped_storage().data_ptr() for p in plain_parts(x)), 0)
             if address in copies:
-                views[i] = _View(address, x.dtype, x.shape, x.stride(), x.storage_offset())
+                views[i] = _View(address, x.dtype, x.shape, x.stride(), int(x.storage_offset()))
                 kept[i] = copies[address].tensor
         return Offloaded(kept, views, copies, nbytes)
 

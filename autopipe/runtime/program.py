@@ -29,7 +29,7 @@ class Program:
         filename: the name under which `linecache` has the source.
         symbols: per micro-batch size, the values of the symbolic sizes in the code, in its order.
         queues: (value, receiving stage) → messages that may be in transit at once.
-        offloaded: (micro-batch size, stage) → which of its saved tensors may be offloaded, by index.
+        offloaded: (micro-batch size, stage) → indices of the saved tensors that may be offloaded.
         least_offloaded: bytes of the smallest that is.
         shares_core: whether CPU workers are faster on one core: see `cores_per_worker`.
     """

@@ -66,8 +66,10 @@ class Lane:
         Returns:
             The copy on the lane's target; it may not have ended.
         """
-        for event in after:
-            (self.out or self.into).wait_event(event)
+        first = self.out or self.into
+        if first is not None:
+            for event in after:
+                first.wait_event(event)
         with ExitStack() as stack:
             for backend, stream in ((self._target, self.into), (self._source, self.out)):
                 if stream is not None:

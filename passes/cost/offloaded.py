@@ -2,7 +2,7 @@
 
 What a stage receives from the caller or from a stage on its device, or passes to one, stays on the
 device: others may keep it, so that a copy would free nothing, and the caller may write to it.
-Parameters, buffers and constants are there anyway. A storage is offloaded as a whole, or not at all.
+Parameters, buffers and constants are there anyway. A storage is offloaded as a whole or not at all.
 """
 
 from __future__ import annotations

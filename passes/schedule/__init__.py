@@ -31,7 +31,7 @@ from .clock import clock_table
 from .csv_format import read_schedule, write_schedule
 from .device_schedule import DeviceSchedule
 from .kinds import DEFAULT_KIND, KINDS
-from .offloads import Offload, offloads
+from .offloads import Move, Offload, called_moves, memory_moves, offloads
 from .queues import Queue, StageMessages, queue_sizes
 from .schedule_kind import ScheduleKind
 from .simulator import simulate, simulate_actions
@@ -44,6 +44,7 @@ __all__ = [
     "KINDS",
     "Action",
     "DeviceSchedule",
+    "Move",
     "Offload",
     "Queue",
     "ScheduleKind",
@@ -51,9 +52,11 @@ __all__ = [
     "Span",
     "StageMessages",
     "Timeline",
+    "called_moves",
     "check_unit",
     "clock_table",
     "is_own",
+    "memory_moves",
     "offloads",
     "queue_sizes",
     "read_schedule",
