@@ -211,6 +211,8 @@ def _verify_stage(stage: StagePlan, where: str, distinct: int) -> None:
     for name, value in facts:
         if isinstance(value, (int, float)):
             require(value >= 0, f"{name} is negative", found=str(value))
+    within = stage.offloaded_bytes <= stage.saved_bytes
+    require(within, f"{where} offloads more than it saves", found=str(stage.offloaded_bytes))
     policies = f"one of {', '.join(policy_options())}"
     known = parse_policy(stage.remat) is not None
     problem = f"{where}.remat is an unknown policy"

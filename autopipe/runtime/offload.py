@@ -113,6 +113,25 @@ class Offloaded(NamedTuple):
     nbytes: int
 
 
+def replaced(
+    tensors: Sequence[Tensor], copies: Mapping[int, SentTensor], nbytes: int
+) -> Offloaded:
+    """Replace the tensors whose storages were copied.
+
+    Args:
+        tensors: what was saved.
+        copies: by address of a storage, its bytes on the host.
+        nbytes: of all of them.
+    """
+    kept, views = [*tensors], {}
+    for i, x in enumerate(tensors):
+        address = next((p.untyped_storage().data_ptr() for p in plain_parts(x)), 0)
+        if address in copies:
+            views[i] = _View(address, x.dtype, x.shape, x.stride(), int(x.storage_offset()))
+            kept[i] = copies[address].tensor
+    return Offloaded(kept, views, copies, nbytes)
+
+
 class HostCopies:
     """The copies to and from the host that one worker starts in one run.
 
@@ -142,17 +161,11 @@ class HostCopies:
             return Offloaded([*tensors], {}, {}, nbytes)
         out, _ = worker.host_lanes
         self._reached = computed = worker.compute.record_event()
-        copies = {a: out.copy(_bytes(one), (computed,)) for a, one in leaving.items()}
+        copies = {a: out.copy(all_bytes(one), (computed,)) for a, one in leaving.items()}
         if self._left is not None:
             self._left.synchronize()
         self._left = [*copies.values()][-1].ready
-        kept, views = [*tensors], {}
-        for i, x in enumerate(tensors):
-            address = next((p.untyped_storage().data_ptr() for p in plain_parts(x)), 0)
-            if address in copies:
-                views[i] = _View(address, x.dtype, x.shape, x.stride(), int(x.storage_offset()))
-                kept[i] = copies[address].tensor
-        return Offloaded(kept, views, copies, nbytes)
+        return replaced(tensors, copies, nbytes)
 
     def fetch(self, offloaded: Offloaded) -> Offloaded:
         """Start to copy what was offloaded back to the device.
@@ -189,7 +202,11 @@ class HostCopies:
         return tensors
 
 
-def _bytes(leaving: Leaving) -> Tensor:
-    """All bytes of a storage, as a tensor of one dimension."""
+def all_bytes(leaving: Leaving) -> Tensor:
+    """All bytes of a storage, as a tensor of one dimension.
+
+    Args:
+        leaving: the storage.
+    """
     count = leaving.nbytes // leaving.tensor.itemsize
     return leaving.tensor.as_strided((count,), (1,), 0).view(torch.uint8)
