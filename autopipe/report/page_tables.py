@@ -28,7 +28,7 @@ def stage_table(facts: PageData) -> str:
     caption = (
         f"Stages. Counts, times and bytes are those of a micro-batch of {max(facts.plan.sizes)}; "
         "saves: how many micro-batches are kept at once, and what one keeps from forward to "
-        "backward."
+        "backward; offloads: what of that waits in the host's memory, and how long a copy takes."
     )
     return html_table(caption, STAGE_COLUMNS, stage_rows(facts.plan))
 

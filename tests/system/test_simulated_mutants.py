@@ -165,7 +165,8 @@ def offloading(machine: Machine) -> Scenario:
         (worker,) = pipe._programs.last[1].program.workers
         set_of_one = next(iter(pipe.memory.stages[0].per_microbatch.values()))
         into = worker.host_lanes[1].into
-        assert into is not None and worker.compute is not None
+        assert into is not None
+        assert worker.compute is not None
         found = ["fetched tensors fill a device"] * (into.memory.peak > 3 * set_of_one)
         most = 4 * set_of_one + worker.compute.memory.now  # gradients; they live on
         return found + ["saved tensors fill a device"] * (worker.compute.memory.peak > most)
