@@ -81,7 +81,7 @@ def _is_lazy(tensor: Tensor) -> bool:
     return tensor.is_conj() or tensor.is_neg()
 
 
-class _View(NamedTuple):
+class _SavedPart(NamedTuple):
     """A saved tensor as a part of a storage.
 
     Attributes:
@@ -108,14 +108,12 @@ class Offloaded(NamedTuple):
     """
 
     tensors: list[Tensor]
-    views: Mapping[int, _View]
+    views: Mapping[int, _SavedPart]
     copies: Mapping[int, SentTensor]
     nbytes: int
 
 
-def replaced(
-    tensors: Sequence[Tensor], copies: Mapping[int, SentTensor], nbytes: int
-) -> Offloaded:
+def replaced(tensors: Sequence[Tensor], copies: Mapping[int, SentTensor], nbytes: int) -> Offloaded:
     """Replace the tensors whose storages were copied.
 
     Args:
@@ -127,7 +125,7 @@ def replaced(
     for i, x in enumerate(tensors):
         address = next((p.untyped_storage().data_ptr() for p in plain_parts(x)), 0)
         if address in copies:
-            views[i] = _View(address, x.dtype, x.shape, x.stride(), int(x.storage_offset()))
+            views[i] = _SavedPart(address, x.dtype, x.shape, x.stride(), int(x.storage_offset()))
             kept[i] = copies[address].tensor
     return Offloaded(kept, views, copies, nbytes)
 

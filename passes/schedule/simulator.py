@@ -20,7 +20,7 @@ from autopipe.errors import OptionError, shown
 
 from .actions import Scheduled, dependencies
 from .build import check_size, find_kind, schedule
-from .offloads import Copy, DeviceCopies, Offload
+from .offloading import Copy, DeviceCopies, Offload
 from .timeline import Span, Timeline
 
 Times = float | Sequence[float]

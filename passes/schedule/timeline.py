@@ -11,7 +11,7 @@ from itertools import pairwise
 from autopipe.errors import OptionError, VerifyError
 
 from .actions import Action, Scheduled
-from .offloads import HostCopy
+from .offloading import HostCopy
 
 _COLUMNS = 88  # of the chart; 100 with the label
 
