@@ -136,8 +136,9 @@ def test_a_copy_back_starts_when_the_device_has_got_to_its_call(
         assert into.time == machine.makespan - 2 * backward
 
 
-DEEP = {"gpipe": 0.6, "1f1b": 0.85}
-"""Of the memory of remat "none", what a device needs at most; 1F1B keeps fewer micro-batches."""
+DEEP = {"gpipe": 0.6, "1f1b": 0.97}
+"""Of the memory of remat "none", what device 0 needs at most. With 1F1B and four micro-batches in
+flight little is left to free."""
 
 
 @pytest.mark.few(3)
