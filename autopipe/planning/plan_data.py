@@ -153,6 +153,11 @@ class PlanData:
         stages = {k for k, s in enumerate(self.stages) if s.remat in offloading}
         return offloads(scheduled, stages) if stages else ()
 
+    @cached_property
+    def offload_counts(self) -> Counter[int]:
+        """Stage → how many of its micro-batches wait on the host in a step."""
+        return Counter(c.stage for row in self.timeline.copies for c in row if c.out)
+
     @property
     def recomputes_early(self) -> tuple[int, ...]:
         """The stages that recompute while they wait for a gradient from another device."""

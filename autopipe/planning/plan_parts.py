@@ -154,8 +154,8 @@ class StagePlan:
         shared_copy_bytes: of its copies of parameters that other stages own.
         activation_bytes: new memory that its forward allocates.
         saved_bytes: saved by one micro-batch from forward to backward.
-        offloaded_bytes: the part of these that is on the host meanwhile, where the schedule has
-            time for it.
+        offloaded_bytes: the part of these that is on the host meanwhile, of micro-batches that the
+            schedule gives time to.
         in_flight: number of micro-batches whose tensors are saved at once, at most.
         peak_saved_bytes: saved by all of them, on the device.
         peak_bytes: peak of the memory that a step uses beyond `static_bytes`: saved tensors, queued

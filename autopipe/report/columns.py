@@ -104,10 +104,11 @@ def _some_offload(rows: Sequence[StageRow]) -> bool:
 
 
 def _offloaded(row: StageRow) -> str:
-    """Bytes of a micro-batch that wait on the host, and how long a copy of them takes."""
+    """Micro-batches that wait on the host, bytes of each, and how long a copy of them takes."""
     seconds = row.stage.times[0].offload
     time = f" in {row.seconds(seconds)}" if seconds else ""
-    return f"{format_bytes(row.stage.offloaded_bytes)}{time}"
+    count = row.plan.offload_counts[row.index]
+    return f"{count} × {format_bytes(row.stage.offloaded_bytes)}{time}" if count else "-"
 
 
 def _sent_in_total(row: StageRow) -> str:
