@@ -24,10 +24,10 @@ Schedule = Literal[
 OwnSchedule: TypeAlias = "Scheduled | Callable[[int, int], Sequence[Sequence[Any]]]"
 """`schedule`: a user's own, or a function from K and M to lists of actions."""
 
-Remat = Literal["full", "none", "min-cut", "auto"]
+Remat = Literal["full", "none", "min-cut", "offload", "auto"]
 """`remat`: the policies with a name, or "auto". (A number is a policy too.)"""
 
-StageRemat = Literal["full", "none", "min-cut"]
+StageRemat = Literal["full", "none", "min-cut", "offload"]
 """`remat` of one stage in a list."""
 
 BatchNorm = Literal["deferred", "micro"]

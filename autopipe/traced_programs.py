@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from autopipe.compiled_parts import PartCompiler
 from autopipe.compiled_program import CompiledProgram
 from autopipe.graphed_stages import StageGrapher
-from autopipe.passes.cost import mean_op_seconds
+from autopipe.passes.cost import least_offloaded, leaving_values, mean_op_seconds
 from autopipe.passes.devices import CPU_CORE
 from autopipe.passes.driver import lower_to_code
 from autopipe.passes.ir import B
@@ -196,7 +196,7 @@ def _program(
     code: _Code, phased: dict[int, Phased], key: ProgramKey, workers: tuple[WorkerDevice, ...]
 ) -> CompiledProgram:
     """A program with what it needs for the sizes of one key."""
-    generated = code.lowered.generated
+    generated, devices = code.lowered.generated, [w.device for w in workers]
     sizes = {size: {B: size, **dict(key.lengths)} for size in phased}
     program = Program(
         forward=tuple(code.names[n] for n in generated.forward),
@@ -214,6 +214,12 @@ def _program(
         symbols={s: tuple(sizes[s][x] for x in cut.symbols) for s, cut in phased.items()},
         filename=code.filename,
         queues={(q.value, q.to): size for q, size in code.lowered.queues.items()},
+        offloaded={
+            (size, k): leaving_values(cut, devices, k)
+            for size, cut in phased.items()
+            for k in range(len(cut.stages))
+        },
+        least_offloaded=least_offloaded(next(iter(phased.values()))),
         shares_core=all(map(_is_small, phased.values())),
     )
     lowered = code.lowered.with_phases(phased)

@@ -23,6 +23,9 @@ Sources:
               (compute capabilities: NVIDIA, CUDA C++ Programming Guide, table of GPUs)
     cpu-core  no data sheet: one core of an AMD EPYC (family 26), `python -m benchmarks.costs cpu`;
               its memory is one core's share of a typical server
+    host_link PCI Express Base Specification: Gen5 x16 has 63 GB/s in each direction (data sheets of
+              H100 and H200: 128 in both), Gen4 x16 31.5. No data sheet says what copies of pinned
+              memory reach: 55 and 25 are assumptions
 
 Link latencies and launch overheads are assumptions too (no data sheet gives them): a copy between
 devices and a kernel launch from Python take a few microseconds each.
@@ -134,6 +137,7 @@ class Device:
             takes there (`autopipe.passes.kernels`). None: by those of the device that traces.
         names_in_torch: parts of `torch.cuda.get_device_name` by which such a GPU is recognized, in
             lower case; empty for a device that is no GPU. Whole words count: "l4" is not in "L40S".
+        host_link: connection to the host's memory, pinned; None: its memory is the host's.
     """
 
     name: str
@@ -149,6 +153,7 @@ class Device:
     tf32: bool = False
     compute_capability: tuple[int, int] | None = None
     names_in_torch: tuple[str, ...] = ()
+    host_link: Link | None = None
 
     def peak_flops(self, precision: str) -> float:
         """Return the peak FLOP/s of products in a precision of `PRECISIONS`."""
@@ -202,6 +207,7 @@ H100 = Device(
     call_seconds=CALL,
     compute_capability=(9, 0),
     names_in_torch=("h100",),
+    host_link=Link(55, 10e-6),
 )
 H200 = replace(
     H100,
@@ -210,21 +216,20 @@ H200 = replace(
     memory_bytes=141 * 10**9,
     names_in_torch=("h200",),
 )
-A100 = Device(
+A100 = replace(
+    H100,
     name="a100-80gb",
     fp32_flops=19.5e12,
     tf32_flops=156e12,
     half_flops=312e12,
     gbytes_per_second=2039,
-    memory_bytes=80 * 10**9,
     link=Link(300, 10e-6),
-    fractions=_GPU,
-    launch_seconds=5e-6,
-    call_seconds=CALL,
     compute_capability=(8, 0),
     names_in_torch=("a100",),
+    host_link=Link(25, 10e-6),
 )
-L4 = Device(
+L4 = replace(
+    A100,
     name="l4",
     fp32_flops=30.3e12,
     tf32_flops=60e12,
@@ -232,24 +237,16 @@ L4 = Device(
     gbytes_per_second=300,
     memory_bytes=24 * 10**9,
     link=Link(32, 20e-6),
-    fractions=_GPU,
-    launch_seconds=5e-6,
-    call_seconds=CALL,
     compute_capability=(8, 9),
     names_in_torch=("l4",),
 )
-RTX4090 = Device(
+RTX4090 = replace(
+    L4,
     name="rtx4090",
     fp32_flops=82.6e12,
     tf32_flops=82.6e12,
     half_flops=165.2e12,
     gbytes_per_second=1008,
-    memory_bytes=24 * 10**9,
-    link=Link(32, 20e-6),
-    fractions=_GPU,
-    launch_seconds=5e-6,
-    call_seconds=CALL,
-    compute_capability=(8, 9),
     names_in_torch=("rtx 4090", "rtx4090"),
 )
 CPU_CORE = Device(

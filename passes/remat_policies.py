@@ -2,6 +2,8 @@
 
     none      save everything that the backward reads, as autograd does
     full      save only what the stage received; the backward recomputes the rest (GPipe, sec. 2.3)
+    offload   save as "none", but on the host: what F saves is copied there, and back before the
+              backward (PipeOffload, arXiv 2503.01328); nothing is recomputed
     min-cut   save what functorch's min-cut partitioner selects: results of matrix products, mostly;
               the backward recomputes cheap ops
     0.0..1.0  save a fraction of what min-cut saves beyond the received values: functorch's memory
@@ -78,6 +80,11 @@ class RematPolicy(ABC):
         return True
 
     @property
+    def least_offloaded(self) -> int | None:
+        """The size in bytes from which saved tensors leave the device; None: they stay there."""
+        return None
+
+    @property
     def min_cut_share(self) -> float | None:
         """The fraction of min-cut's saved values that this policy saves.
 
@@ -120,6 +127,24 @@ class SaveAll(RematPolicy):
         return float(op.autograd_bytes)
 
     def recomputed_share(self, op: OpEstimate) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class SaveOnHost(SaveAll):
+    """Nothing is recomputed; what is saved waits in the host's memory.
+
+    Attributes:
+        least: `least_offloaded`. 256 KiB take 5 µs over PCIe Gen5 x16, as long as to launch a copy.
+    """
+
+    least: int = 2**18
+
+    @property
+    def least_offloaded(self) -> int:
+        return self.least
+
+    def saved_bytes(self, op: OpEstimate) -> float:
         return 0.0
 
 
@@ -185,9 +210,10 @@ class SaveFraction(RematPolicy):
 
 FULL = SaveReceived("full", 2.0)
 NONE = SaveAll("none", 0.0)
+OFFLOAD = SaveOnHost("offload", 0.5)
 MIN_CUT = SaveMinCut("min-cut", 1.0)
 
-POLICIES: tuple[RematPolicy, ...] = (FULL, NONE, MIN_CUT)
+POLICIES: tuple[RematPolicy, ...] = (FULL, NONE, MIN_CUT, OFFLOAD)
 """The policies that have a name."""
 
 DEFAULT = FULL
@@ -236,16 +262,18 @@ PARAMETERIZED: tuple[PolicyParser, ...] = (
 
 
 def _ladder() -> tuple[RematPolicy, ...]:
-    """All named policies, and the fraction one half, unless a named policy has that share."""
+    """Named policies that do not offload, and one half, unless a named one has that share."""
     half = fraction_policy(0.5)
     named = any(policy.min_cut_share == half.min_cut_share for policy in POLICIES)
-    return tuple(sorted((*POLICIES, *[half] * (not named)), key=lambda policy: policy.rank))
+    staying = [policy for policy in POLICIES if policy.least_offloaded is None]
+    return tuple(sorted((*staying, *[half] * (not named)), key=lambda policy: policy.rank))
 
 
 LADDER = _ladder()
 """What ``remat="auto"`` tries, by rank: from least recomputation to least memory.
 
-Named policies are included automatically. No two have the same rank.
+Named policies are included automatically, but for those that offload: `planning.offloading` tries
+them beside it, since their time depends on the device's link. No two have the same rank.
 """
 
 

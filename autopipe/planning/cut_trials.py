@@ -24,6 +24,7 @@ from autopipe.passes.remat_policies import LADDER
 from autopipe.passes.split import estimate_stages
 from autopipe.planning.estimate_errors import corrections_for, underestimated_bytes
 from autopipe.planning.fitting import FittedCut, fit_policies, memory_limit_error
+from autopipe.planning.offloading import try_offloading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -191,7 +192,11 @@ class CutTrials:
         make: Callable[[Sequence[RematPolicy]], Candidate] = partial(
             self.search.candidate, split, self.sizes
         )
-        found = self._cuts[cut] = fit_policies(make, ladders, start, climb=not self.any_plan)
+        found = fit_policies(make, ladders, start, climb=not self.any_plan)
+        if fixed is None and limits is not None:
+            able = [model.host_link is not None for model in self.search.models]
+            found = try_offloading(make, found, able)
+        self._cuts[cut] = found
         if found.chosen.fits:
             self._fitting.append(found)
         else:

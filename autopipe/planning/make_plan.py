@@ -10,6 +10,7 @@ from autopipe.passes.cost import (
     PeakBytes,
     StageBytes,
     cost_of_stage,
+    offloaded_bytes,
     peak_bytes,
     peak_saved_bytes,
     recomputes,
@@ -70,7 +71,6 @@ def make_plan(
     early = order.waiting([recomputes(stage) for stage in phased[distinct[0]].stages])
     scheduled = order.scheduled(len(sizes), early_recompute=early)
     in_flight = scheduled.in_flight()
-    actions = [[a for row in scheduled.devices for a in row if a.stage == k] for k in range(K)]
     by_chunk = {(k, m): nbytes[k, s] for k in range(K) for m, s in enumerate(sizes)}
     modules = modules_by_stage(split)
     plan = Plan(
@@ -90,11 +90,10 @@ def make_plan(
                 stage,
                 modules[stage.index],
                 [phased[s] for s in distinct],
-                max(nbytes[stage.index, s].saved for s in distinct),
+                [nbytes[stage.index, s] for s in distinct],
                 timers[stage.index],
                 options,
                 in_flight[stage.index],
-                peak_saved_bytes(actions[stage.index], by_chunk),
             )
             for stage in split.stages
         ),
@@ -107,8 +106,9 @@ def make_plan(
         notes=notes_of(split, options),
     )
     capacity = _queue_capacity(split, phased[distinct[0]], scheduled)
-    peaks = peak_bytes(plan.timeline, K, sizes, nbytes, split.routes, capacity)
-    saved = [peak_saved_bytes(row, by_chunk) for row in scheduled.devices]
+    away = plan.away(scheduled)
+    peaks = peak_bytes(plan.timeline, K, sizes, nbytes, split.routes, capacity, away)
+    saved = peak_saved_bytes(scheduled, by_chunk, away)
     plan = _with_peaks(plan, peaks, saved, options.limits)
     plan.verify()
     return plan
@@ -150,14 +150,17 @@ def _queue_capacity(
 
 
 def _with_peaks(
-    plan: Plan, peaks: PeakBytes, saved: Sequence[int], limits: Sequence[int] | None
+    plan: Plan, peaks: PeakBytes, saved: PeakBytes, limits: Sequence[int] | None
 ) -> Plan:
-    """The plan with its peaks; `saved` and `limits` are per device."""
+    """The plan with its peaks; `limits` are per device."""
     homes = plan.order.homes
-    stages = [replace(s, peak_bytes=n) for s, n in zip(plan.stages, peaks.stages, strict=True)]
+    stages = [
+        replace(stage, peak_bytes=most, peak_saved_bytes=kept)
+        for stage, most, kept in zip(plan.stages, peaks.stages, saved.stages, strict=True)
+    ]
     totals = tuple(
         DeviceTotal(
-            peak_saved_bytes=saved[d],
+            peak_saved_bytes=saved.devices[d],
             memory_bytes=peak
             + sum(s.static_bytes for home, s in zip(homes, stages, strict=True) if home == d),
             limit_bytes=None if limits is None else limits[d],
@@ -176,7 +179,8 @@ def _stage_bytes(phased: Phased, k: int, options: Options) -> StageBytes:
     messages = shared_messages(phased, options.stage_devices, k)
     nbytes = stage_bytes(phased.stages[k], messages)
     if phased.differentiated:
-        return nbytes
+        away = offloaded_bytes(phased, options.stage_devices, k)
+        return nbytes._replace(offloaded=away)
     # Inference saves nothing.
     return StageBytes(0, nbytes.forward, 0, 0, nbytes.received, {})
 
@@ -193,13 +197,12 @@ def _stage(
     stage: StageGraph,
     modules: str,
     phased: Sequence[Phased],
-    saved_bytes: int,
+    nbytes: Sequence[StageBytes],
     timer: StageTimer,
     options: Options,
     in_flight: int,
-    peak_saved: int,
 ) -> StagePlan:
-    """Plan one stage; `phased` is by size, the largest first."""
+    """Plan one stage; `phased` and `nbytes` are by size, the largest first."""
     k, size = stage.index, phased[0].size
     cost = cost_of_stage(split, stage, size)
     return StagePlan(
@@ -211,7 +214,10 @@ def _stage(
         remat=phased[0].remat[k].name,
         parameters=tuple(i.target for i in stage.held if i.kind is InputKind.PARAMETER),
         flops=at_batch(cost.flops, size),
-        times=tuple(_times(split, cut, k, timer, in_flight) for cut in phased),
+        times=tuple(
+            _times(split, cut, k, timer, in_flight, own.offloaded)
+            for cut, own in zip(phased, nbytes, strict=True)
+        ),
         parameter_bytes=cost.parameter_bytes,
         gradient_bytes=cost.gradient_bytes,
         optimizer_bytes=cost.optimizer_bytes,
@@ -220,15 +226,18 @@ def _stage(
         ),
         shared_copy_bytes=cost.shared_copy_bytes,
         activation_bytes=at_batch(cost.activation_bytes, size),
-        saved_bytes=saved_bytes,
+        saved_bytes=max(own.saved for own in nbytes),
+        offloaded_bytes=max(own.offloaded for own in nbytes),
         in_flight=in_flight,
-        peak_saved_bytes=peak_saved,
+        peak_saved_bytes=0,
         peak_bytes=0,
         limit_bytes=None,
     )
 
 
-def _times(split: Split, cut: Phased, k: int, timer: StageTimer, in_flight: int) -> Times:
+def _times(
+    split: Split, cut: Phased, k: int, timer: StageTimer, in_flight: int, offloaded: int
+) -> Times:
     """Seconds of a micro-batch on a stage, and of transfers from and to the stage before it."""
     seconds = timer.seconds(cut.stages[k], in_flight)
     routes = [r for r in split.routes.values() if r.kind == "activation"]
@@ -242,7 +251,8 @@ def _times(split: Split, cut: Phased, k: int, timer: StageTimer, in_flight: int)
         return timer.link.seconds(sum(nbytes)) if nbytes else 0.0
 
     issue = timer.call_seconds * timer.calls(cut.stages[k])
-    return Times(*seconds, over(received), over(returned), issue)
+    away = timer.host_seconds(offloaded) if timer.host_seconds and offloaded else 0.0
+    return Times(*seconds, over(received), over(returned), issue, away)
 
 
 def _gather_seconds(split: Split, sizes: Sequence[int], timers: Sequence[StageTimer]) -> float:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+from autopipe.passes.remat_policies import parse_policy
 from autopipe.passes.schedule import (
     DeviceSchedule,
+    Offload,
     Scheduled,
     Timeline,
+    offloads,
     schedule_for,
     schedule_of_rows,
     scheduled_from_lists,
@@ -130,7 +133,30 @@ class PlanData:
         def delay(letter: str, source: int, to: int, m: int) -> float:
             return times(to, m).receive if letter == "F" else times(source, m).send_gradients
 
-        return simulate_actions(scheduled, measured or duration, delay)
+        def copy(stage: int, m: int) -> float:
+            return times(stage, m).offload
+
+        away = self.away(scheduled)
+        return simulate_actions(scheduled, measured or duration, delay, away, copy)
+
+    def away(self, scheduled: Scheduled) -> tuple[tuple[Offload, ...], ...]:
+        """What each device offloads to the host under a schedule of these stages.
+
+        Args:
+            scheduled: the schedule.
+
+        Returns:
+            As `offloads`; () if no stage's policy offloads.
+        """
+        policies = {s.remat: parse_policy(s.remat) for s in self.stages}
+        offloading = {name for name, p in policies.items() if p and p.least_offloaded is not None}
+        stages = {k for k, s in enumerate(self.stages) if s.remat in offloading}
+        return offloads(scheduled, stages) if stages else ()
+
+    @cached_property
+    def offload_counts(self) -> Counter[int]:
+        """Stage → how many of its micro-batches wait on the host in a step."""
+        return Counter(c.stage for row in self.timeline.copies for c in row if c.out)
 
     @property
     def recomputes_early(self) -> tuple[int, ...]:

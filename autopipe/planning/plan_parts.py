@@ -98,6 +98,7 @@ class Times:
         send_gradients: the same for their gradients, to the previous stage.
         issue: in which the host's process issues its operator calls; 0 where that is not known. The
             stages of all devices share the process.
+        offload: of a copy of what the stage offloads, to the host or back; 0 if that is nothing.
     """
 
     forward: float
@@ -107,6 +108,7 @@ class Times:
     receive: float
     send_gradients: float = field(metadata=json_name("give_back"))
     issue: float = 0.0
+    offload: float = 0.0
 
     @property
     def work(self) -> float:
@@ -152,8 +154,10 @@ class StagePlan:
         shared_copy_bytes: of its copies of parameters that other stages own.
         activation_bytes: new memory that its forward allocates.
         saved_bytes: saved by one micro-batch from forward to backward.
+        offloaded_bytes: the part of these that is on the host meanwhile, of micro-batches that the
+            schedule gives time to.
         in_flight: number of micro-batches whose tensors are saved at once, at most.
-        peak_saved_bytes: saved by all of them.
+        peak_saved_bytes: saved by all of them, on the device.
         peak_bytes: peak of the memory that a step uses beyond `static_bytes`: saved tensors, queued
             messages, temporaries of a phase, and accumulated gradients (which are assumed to be
             freed before the next forward, as `zero_grad` does).
@@ -181,6 +185,7 @@ class StagePlan:
     peak_saved_bytes: int
     peak_bytes: int
     limit_bytes: int | None
+    offloaded_bytes: int = 0
 
     @property
     def planned_device(self) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from autopipe.planning.plan_parts import Crossing, StagePlan
 
-FORMAT, VERSION = "autopipe plan", 7
+FORMAT, VERSION = "autopipe plan", 8
 
 MOST_STAGES = 1024
 """Stages of a plan in a file."""
@@ -211,6 +211,8 @@ def _verify_stage(stage: StagePlan, where: str, distinct: int) -> None:
     for name, value in facts:
         if isinstance(value, (int, float)):
             require(value >= 0, f"{name} is negative", found=str(value))
+    within = stage.offloaded_bytes <= stage.saved_bytes
+    require(within, f"{where} offloads more than it saves", found=str(stage.offloaded_bytes))
     policies = f"one of {', '.join(policy_options())}"
     known = parse_policy(stage.remat) is not None
     problem = f"{where}.remat is an unknown policy"

@@ -75,6 +75,7 @@ def measured_timers(
                 model.link,
                 measured.seconds,
                 measured.copying,
+                model.host_link.seconds if model.host_link else None,
             )
     return tuple(timers[device] for device in of_stages)
 

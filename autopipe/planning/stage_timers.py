@@ -22,6 +22,8 @@ class StageTimer(NamedTuple):
         seconds: returns the seconds of a stage's phases for one micro-batch, given the number of
             micro-batches in flight.
         copy_seconds: returns the seconds that copying a number of bytes takes.
+        host_seconds: returns the seconds that copying a number of bytes to the host takes, or back;
+            None: the device's memory is the host's.
         call_seconds: in which the host's process issues an operator call of the stage; 0 where
             times contain it, or nothing is known of it.
         calls: returns how many calls a micro-batch makes at a stage.
@@ -31,6 +33,7 @@ class StageTimer(NamedTuple):
     link: Link
     seconds: Callable[[StagePhases, int], PhaseSeconds]
     copy_seconds: Callable[[int], float]
+    host_seconds: Callable[[int], float] | None
     call_seconds: float = 0.0
     calls: Callable[[StagePhases], int] = operator_calls
 
@@ -49,6 +52,7 @@ def modeled_timers(models: Sequence[Device], backend: str = "eager") -> tuple[St
             model.link,
             lambda stage, in_flight: phase_seconds(stage, model),
             lambda nbytes: model.seconds(0, 2 * nbytes, "memory", "fp32"),
+            model.host_link.seconds if model.host_link else None,
             0.0 if backend == "inductor" else model.call_seconds,
             replayed_calls if backend == "cudagraphs" else operator_calls,
         )

@@ -99,6 +99,18 @@ def _policies_differ(rows: Sequence[StageRow]) -> bool:
     return len({row.stage.remat for row in rows}) > 1
 
 
+def _some_offload(rows: Sequence[StageRow]) -> bool:
+    return any(row.stage.offloaded_bytes for row in rows)
+
+
+def _offloaded(row: StageRow) -> str:
+    """Micro-batches that wait on the host, bytes of each, and how long a copy of them takes."""
+    seconds = row.stage.times[0].offload
+    time = f" in {row.seconds(seconds)}" if seconds else ""
+    count = row.plan.offload_counts[row.index]
+    return f"{count} × {format_bytes(row.stage.offloaded_bytes)}{time}" if count else "-"
+
+
 def _sent_in_total(row: StageRow) -> str:
     """Each tensor once, shared parameters included."""
     return format_bytes(row.plan.boundary_bytes(row.index))
@@ -144,6 +156,7 @@ STAGE_COLUMNS: tuple[Column[StageRow], ...] = (
     Column("sends", _sent_in_total, shown="text"),
     Column("sends", lambda r: format_bytes(r.plan.sent_bytes(r.index)), shown="page"),
     Column("saves", lambda r: f"{r.stage.in_flight} × {format_bytes(r.stage.saved_bytes)}"),
+    Column("offloads", _offloaded, when=_some_offload),
     Column("memory", _memory_and_limit, shown="text"),
     Column("remat", lambda r: r.stage.remat, shown="text", when=_policies_differ),
 )

@@ -22,8 +22,13 @@ class PipelineMemory(SavedBytesCounter):
 
     def _repr_html_(self) -> str:
         caption = "Bytes saved between forward and backward"
-        headings = ("stage", "now", "peak", "by samples in a micro-batch")
-        return notebook_table(caption, headings, self._rows())
+        headings = ["stage", "now", "peak", "by samples in a micro-batch"]
+        rows = [[*row] for row in self._rows()]
+        if any(host.peak for host in self.hosts):
+            headings.append("peak on the host")
+            for row, host in zip(rows, self.hosts, strict=True):
+                row.append(format_bytes(host.peak))
+        return notebook_table(caption, headings, rows)
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         return [

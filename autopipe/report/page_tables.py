@@ -28,7 +28,8 @@ def stage_table(facts: PageData) -> str:
     caption = (
         f"Stages. Counts, times and bytes are those of a micro-batch of {max(facts.plan.sizes)}; "
         "saves: how many micro-batches are kept at once, and what one keeps from forward to "
-        "backward."
+        "backward; offloads: how many wait in the host's memory, what of one, and the time of a "
+        "copy."
     )
     return html_table(caption, STAGE_COLUMNS, stage_rows(facts.plan))
 

@@ -11,6 +11,8 @@ It does not use models, graphs or passes. Read in this order:
     `mailbox`     bounded queues between workers
     `backpressure`  senders wait for the devices of receivers
     `transfer`    `WorkerDevice`; copies between devices, ordered by events
+    `saved_values`  what stages have saved for backwards
+    `offload`     copies of saved values to the host's memory and back
     `caller_streams`  the order between workers and the caller's streams
     `backends`    everything that depends on the device type: streams, events, timing
     `microbatch`  sizes of micro-batches; cut a batch, combine results

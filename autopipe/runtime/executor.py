@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from autopipe import interrupts
@@ -18,6 +17,7 @@ from .gradient_sums import GradientSums
 from .mailbox import AbortError, Mailbox
 from .memory import plain_parts, without_rest
 from .random import MicroBatchContext
+from .saved_values import SavedValues
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .memory import SavedBytes, SavedBytesCounter
+    from .memory import SavedBytesCounter
     from .program import Program
 
     EnterModes = Callable[[], AbstractContextManager[None]]
@@ -73,8 +73,7 @@ class Run:
     destinations: Mapping[str, torch.device] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._saved: dict[tuple[int, int], tuple[list[Tensor], SavedBytes | None]] = {}
-        self._parts: dict[tuple[int, int], int] = {}
+        self._saved = SavedValues(self.program, self.state_tensors, self.memory)
         self._workers = self.program.workers
         self._mailbox = Mailbox()
         self._fed: dict[int, dict[int, dict[int, int]]] = {}  # see `SavedBytesCounter.add`
@@ -172,7 +171,7 @@ class Run:
     @property
     def saved(self) -> dict[tuple[int, int], list[Tensor]]:
         """(stage, micro-batch) → the activations that are saved for its backward."""
-        return {key: tensors for key, (tensors, _) in self._saved.items()}
+        return self._saved.tensors
 
     def drop(self) -> None:
         """Free saved activations, results and gradients."""
@@ -282,22 +281,19 @@ class Run:
 
     def save(self, stage: int, m: int, tensors: list[Tensor]) -> None:
         """Save activations of a micro-batch for its backward, or for the next part of it."""
-        part = self._parts[stage, m] = self._parts.get((stage, m), -1) + 1
-        nbytes = self.memory.add(
-            self.program,
-            stage,
-            self.program.sizes[m],
-            tensors,
-            chain.from_iterable(self.state_tensors),
-            self._fed.get(m, {}),
-            part,
-        )
-        self._saved[stage, m] = (tensors, nbytes)
+        self._saved.add(stage, m, tensors, self._fed.get(m, {}))
 
     def pop_saved(self, stage: int, m: int) -> list[Tensor]:
         """Remove and return the saved activations of a micro-batch."""
-        tensors, _ = self._saved.pop((stage, m), ([], None))
-        return tensors
+        return self._saved.pop(stage, m)
+
+    def offload(self, stage: int, m: int) -> None:
+        """Start to copy the saved activations of a micro-batch to the host."""
+        self._saved.offload(stage, m)
+
+    def fetch(self, stage: int, m: int) -> None:
+        """Start to copy them back to the stage's device."""
+        self._saved.fetch(stage, m)
 
     def accumulate(self, parameter: str, stage: int, gradient: Tensor) -> None:
         """Add a micro-batch's gradient; called in the order of micro-batches."""

@@ -67,7 +67,11 @@ def stage_error(
             if function:
                 stage = int(function.group(1))
                 microbatch = frame.tb_frame.f_locals.get("m")
-            elif stage is not None:
+            elif stage is None:
+                copied = frame.tb_next.tb_frame if frame.tb_next is not None else None
+                if copied is not None and copied.f_code.co_name in ("offload", "fetch"):
+                    stage, microbatch = copied.f_locals.get("stage"), copied.f_locals.get("m")
+            else:
                 phase = code.co_name.split("_")[0]
                 node, source = _node_at(filename, frame.tb_lineno)
         frame = frame.tb_next

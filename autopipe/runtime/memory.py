@@ -122,6 +122,7 @@ class SavedBytesCounter:
     Attributes:
         stages: a `StageMemory` for each stage.
         devices: a `StageMemory` for each device: of all its stages at the same time.
+        hosts: a `StageMemory` for each stage: what it has offloaded to the host.
     """
 
     homes: tuple[int, ...] = ()
@@ -143,10 +144,11 @@ class SavedBytesCounter:
         self.homes = tuple(homes)
         self.stages = [StageMemory() for _ in homes]
         self.devices = [StageMemory() for _ in set(homes)]
+        self.hosts = [StageMemory() for _ in homes]
 
     def reset(self) -> None:
         """Reset the peaks to the bytes saved now."""
-        for part in (*self.stages, *self.devices):
+        for part in (*self.stages, *self.devices, *self.hosts):
             part.peak = part.now
 
     def add(
@@ -198,3 +200,21 @@ class SavedBytesCounter:
             self.stages[stage].add(saved_bytes)
             self.devices[self.homes[stage]].add(saved_bytes)
         return saved_bytes
+
+    def divide(self, stage: int, here: int, away: int) -> tuple[SavedBytes, SavedBytes]:
+        """Count anew what a micro-batch saves, when a part of it leaves its device or returns.
+
+        Args:
+            stage: the stage that saves.
+            here: bytes on the stage's device.
+            away: bytes on the host.
+
+        Returns:
+            Both, which count until the caller drops them.
+        """
+        one, two = SavedBytes(here), SavedBytes(away)
+        with self._lock:
+            self.stages[stage].add(one)
+            self.devices[self.homes[stage]].add(one)
+            self.hosts[stage].add(two)
+        return one, two

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class Program:
         filename: the name under which `linecache` has the source.
         symbols: per micro-batch size, the values of the symbolic sizes in the code, in its order.
         queues: (value, receiving stage) → messages that may be in transit at once.
+        offloaded: (micro-batch size, stage) → indices of the saved tensors that may be offloaded.
+        least_offloaded: bytes of the smallest that is.
         shares_core: whether CPU workers are faster on one core: see `cores_per_worker`.
     """
 
@@ -43,6 +45,8 @@ class Program:
     filename: str
     symbols: Mapping[int, tuple[int, ...]]
     queues: Mapping[tuple[str, int], int]
+    offloaded: Mapping[tuple[int, int], Sequence[int]] = field(default_factory=dict)
+    least_offloaded: int = 0
     shares_core: bool = False
 
     @property

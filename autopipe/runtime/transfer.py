@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .backends import Event, GraphPool, Stream
 
 
+HOST = torch.device("cpu")
+
+
 class SentTensor(NamedTuple):
     """A tensor on its receiver's device, and the event after which it may be read (None: now)."""
 
@@ -52,25 +55,27 @@ class Lane:
         self.out = self._source.new_stream(source)
         self.into = self._target.new_stream(target)
 
-    def copy(self, tensor: Tensor, after: Iterable[Event]) -> SentTensor:
+    def copy(self, tensor: Tensor, after: Iterable[Event], *, lasting: bool = False) -> SentTensor:
         """Start to copy a tensor.
 
         Args:
             tensor: on the lane's source.
-            after: events, on the source, that the copy must wait for.
+            after: events that the copy must wait for, on the source; from the host, on the target.
+            lasting: whether nobody writes to the tensor until the copy has ended.
 
         Returns:
             The copy on the lane's target; it may not have ended.
         """
-        if self.out is not None:
+        first = self.out or self.into
+        if first is not None:
             for event in after:
-                self.out.wait_event(event)
+                first.wait_event(event)
         with ExitStack() as stack:
             for backend, stream in ((self._target, self.into), (self._source, self.out)):
                 if stream is not None:
                     stack.enter_context(backend.use_stream(stream))
             # From pinned memory a copy runs by itself; its owner may overwrite it meanwhile.
-            on_its_own = self.out is not None or not tensor.is_pinned()
+            on_its_own = lasting or self.out is not None or not tensor.is_pinned()
             moved = tensor.to(self.target, non_blocking=on_its_own)
             if self.out is not None:
                 self._source.record_use(tensor, self.out)
@@ -102,6 +107,15 @@ class WorkerDevice:
         self.compute = self.backend.new_stream(device)
         self.thread = KeptThread()
         self._lanes: dict[tuple[torch.device, torch.device], Lane] = {}
+
+    @cached_property
+    def host_lanes(self) -> tuple[Lane, Lane]:
+        """The lanes to and from the host for what is offloaded, and for nothing else.
+
+        They are not among `streams`: what they copy is the runtime's own, so nobody waits for them
+        at the end of a run.
+        """
+        return Lane(self.device, HOST), Lane(HOST, self.device)
 
     def lane(self, source: torch.device, target: torch.device) -> Lane:
         """The lane for copies that this worker starts from one device to another."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from autopipe.errors import VerifyError
 from autopipe.passes.graph import quoted
 from autopipe.passes.ir import B, phase_functions
-from autopipe.passes.schedule import Action
+from autopipe.passes.schedule import Action, offloads
 
 from .generated import Generated
 from .parted_functions import parted_function
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from autopipe.passes.ir import GraphPart, Groups, Phased
-    from autopipe.passes.schedule import Scheduled
+    from autopipe.passes.schedule import Offload, Scheduled
 
 HEADER = '''\
 """{title}"""
@@ -68,14 +68,15 @@ def codegen(
     for stage in first.stages:
         used = {letters for (k, _), row in groups.items() if k == stage.index for letters in row}
         parts += stage_calls(first.split, stage, used)
+    leaving = {k for k, policy in enumerate(first.remat) if policy.least_offloaded is not None}
+    away = offloads(scheduled, leaving)
     programs: dict[str, list[str]] = {}
     for direction, rows in _passes(scheduled).items():
         programs[direction] = []
         for i, row in enumerate(rows):
             if row:
-                calls = [
-                    f"{verb(a.phase)}_{a.stage}(run, {a.microbatch}, {computes[a]})" for a in row
-                ]
+                start = len(scheduled.devices[i]) - len(row) if direction == "backward" else 0
+                calls = _driver_calls(row, start, away[i], computes)
                 name = f"device_{i}_{direction}"
                 programs[direction].append(name)
                 parts.append("\n    ".join([f"def {name}(run):", *calls]) + "\n")
@@ -83,6 +84,29 @@ def codegen(
     result = Generated("\n\n".join(parts), **functions_of, parts=tuple(compilable or ()))
     result.verify()
     return result
+
+
+def _driver_calls(
+    row: Sequence[Action], start: int, away: Sequence[Offload], computes: Mapping[Action, str]
+) -> list[str]:
+    """What one device's function calls.
+
+    Args:
+        row: its actions.
+        start: index of the first among all actions of the device.
+        away: what is offloaded there.
+        computes: the function of each action.
+    """
+    left = {o.after: f"run.offload({o.stage}, {o.microbatch})" for o in away}
+    fetched: dict[int, list[str]] = {}
+    for o in sorted(away, key=lambda o: o.reader):
+        fetched.setdefault(o.before, []).append(f"run.fetch({o.stage}, {o.microbatch})")
+    calls = []
+    for i, a in enumerate(row, start):
+        calls += fetched.get(i, [])
+        calls.append(f"{verb(a.phase)}_{a.stage}(run, {a.microbatch}, {computes[a]})")
+        calls += [left[i]] if i in left else []
+    return calls
 
 
 def _verify_forwards(scheduled: Scheduled) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "run": {"context", "pop_saved", "receive", "return_to_caller", "save", "send", "state"}
-    | {"update_buffer"},
+    | {"fetch", "offload", "update_buffer"},
     "ctx": {"accumulate", "draw", "in_suggested_format", "watched", "with_grad"},
     "args": {"clear"},
     "torch": {"tensor"},

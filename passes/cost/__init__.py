@@ -17,6 +17,7 @@ Read the files in this order:
     `phase_time`      seconds of F, R, B and W of a traced stage
     `message_memory`  what arrives in one piece of memory
     `phase_memory`    bytes that one micro-batch occupies at a traced stage
+    `offloaded`       which saved values may be offloaded to the host, and their bytes
     `peak_memory`     peak bytes of each stage during one training step
 """
 
@@ -26,6 +27,7 @@ from .at_lengths import costed_at, stage_costs
 from .message_memory import shared_messages
 from .meta_run import BoundCall, operand_values, tensor_leaves, tensor_operands, work_key
 from .node_costs import CallSeconds, annotate, call_seconds, recomputed_calls
+from .offloaded import least_offloaded, leaving_values, offloaded_bytes
 from .peak_memory import PeakBytes, peak_bytes, peak_saved_bytes
 from .phase_memory import StageBytes, stage_bytes
 from .phase_time import (
@@ -49,7 +51,10 @@ __all__ = [
     "call_seconds",
     "cost_of_stage",
     "costed_at",
+    "least_offloaded",
+    "leaving_values",
     "mean_op_seconds",
+    "offloaded_bytes",
     "operand_values",
     "operator_calls",
     "peak_bytes",

@@ -6,23 +6,29 @@ its own, its results are kept for B. A message from another stage occupies memor
 it is sent until the stage uses it. Only the earliest arrival of a message is known, so the
 runtime's queues are counted as full. The caller's inputs count as the caller's memory until they
 are used. Where several stages have a part of a parameter's gradient, the parts are added at its
-owner after the last action, when nothing is saved any more.
+owner after the last action, when nothing is saved any more. What is offloaded does not count from
+when its memory is free until memory for it is allocated again.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from math import inf
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from autopipe.passes.ir import CALLER
+from autopipe.passes.schedule import Action, Move, Span, called_moves, memory_moves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from autopipe.passes.ir import Route
-    from autopipe.passes.schedule import Action, Span, Timeline
+    from autopipe.passes.schedule import Offload, Scheduled, Timeline
 
     from .phase_memory import StageBytes
+
+
+StepT = TypeVar("StepT", Action, Span)
 
 
 class PeakBytes(NamedTuple):
@@ -59,6 +65,7 @@ def peak_bytes(
     nbytes: Mapping[tuple[int, int], StageBytes],
     routes: Mapping[str, Route],
     capacity: Callable[[int, int], int],
+    away: Sequence[Sequence[Offload]] = (),
 ) -> PeakBytes:
     """Return the peak bytes of each stage and of each device.
 
@@ -70,13 +77,17 @@ def peak_bytes(
         nbytes: by stage and micro-batch size.
         routes: of the values between stages.
         capacity: (from, to) → how many messages of one kind the runtime queues.
+        away: for each device what is offloaded to the host; (): nothing.
     """
-    actions: list[list[Span]] = [[] for _ in range(stages)]
-    for row in line.spans:
-        for span in row:
-            actions[span.action.stage].append(span)
+    devices = []
+    for device, row in enumerate(line.spans):
+        starts = [span.start for span in row]
+        moves = memory_moves(away[device], starts, line.copies[device]) if away else ()
+        devices.append(_with_moves(row, moves))
+    actions = [_of_stage(devices, k) for k in range(stages)]
     first = [
-        min((s.end for s in own if "B" in s.action.phase), default=float("inf")) for own in actions
+        min((s.end for s in own if isinstance(s, Span) and "B" in s.action.phase), default=inf)
+        for own in actions
     ]
     ordered = sorted(routes.values(), key=lambda route: route.source)
     activations = [route for route in ordered if route.kind == "activation"]
@@ -96,10 +107,10 @@ def peak_bytes(
         ),
         tuple(
             max(
-                _peak(row, chunks, of_micro_batch, waiting),
+                _peak(own, chunks, of_micro_batch, waiting),
                 _adding({span.action.stage for span in row}, sums, routes, chunks),
             )
-            for row in line.spans
+            for own, row in zip(devices, line.spans, strict=True)
         ),
     )
 
@@ -153,18 +164,41 @@ def _waiting(
     return found
 
 
+def _with_moves(row: Sequence[StepT], moves: Sequence[Move]) -> list[StepT | Move]:
+    """A device's actions with the moves between them."""
+    found: list[StepT | Move] = []
+    rest = [*moves]
+    for i, one in enumerate(row):
+        while rest and rest[0].before <= i:
+            found.append(rest.pop(0))
+        found.append(one)
+    return found
+
+
+def _stage_of(step: Span | Action | Move) -> int:
+    return step.action.stage if isinstance(step, Span) else step.stage
+
+
+def _of_stage(rows: Sequence[Sequence[StepT | Move]], k: int) -> list[StepT | Move]:
+    """The actions and moves of one stage."""
+    return [step for row in rows for step in row if _stage_of(step) == k]
+
+
 def _peak(
-    actions: Sequence[Span],
+    actions: Sequence[Span | Move],
     chunks: int,
     nbytes: Mapping[tuple[int, int], StageBytes],
     waiting: Sequence[Sequence[_Waiting]],
 ) -> int:
     """The peak while actions run, of one stage or of all stages of a device."""
-    stages = sorted({span.action.stage for span in actions})
+    stages = sorted({_stage_of(step) for step in actions})
     held = _Held(nbytes)
     peak = 0
     left = {(k, forward): chunks for k in stages for forward in (True, False)}
     for span in actions:
+        if isinstance(span, Move):
+            held.move(span)
+            continue
         k, phase = span.action.stage, span.action.phase
         if phase == "F" or "B" in phase:
             left[k, phase == "F"] -= 1
@@ -181,18 +215,41 @@ def _peak(
 
 
 def peak_saved_bytes(
-    actions: Iterable[Action], nbytes: Mapping[tuple[int, int], StageBytes]
-) -> int:
+    scheduled: Scheduled,
+    nbytes: Mapping[tuple[int, int], StageBytes],
+    away: Sequence[Sequence[Offload]] = (),
+) -> PeakBytes:
     """Return the most bytes that micro-batches save at once between their phases.
 
+    What is offloaded counts until its copy to the host begins, and again from when the copy back
+    does.
+
     Args:
-        actions: of one stage, or of all stages of a device, in order.
+        scheduled: what each device runs.
         nbytes: by stage and micro-batch.
+        away: for each device what is offloaded; (): nothing.
     """
+    rows = [
+        _with_moves(row, called_moves(away[device]) if away else ())
+        for device, row in enumerate(scheduled.devices)
+    ]
+    return PeakBytes(
+        tuple(_peak_saved(_of_stage(rows, k), nbytes) for k in range(scheduled.stages)),
+        tuple(_peak_saved(row, nbytes) for row in rows),
+    )
+
+
+def _peak_saved(
+    steps: Sequence[Action | Move], nbytes: Mapping[tuple[int, int], StageBytes]
+) -> int:
+    """The most bytes that are saved at once, of one stage or of all stages of a device."""
     held = _Held(nbytes)
     peak = 0
-    for action in actions:
-        held.while_running(action, first=False)
+    for step in steps:
+        if isinstance(step, Move):
+            held.move(step)
+        else:
+            held.while_running(step, first=False)
         peak = max(peak, held.total)
     return peak
 
@@ -204,6 +261,13 @@ class _Held:
         self.total = 0
         self._nbytes = nbytes
         self._of: Counter[tuple[int, int]] = Counter()
+
+    def move(self, move: Move) -> None:
+        """Something leaves the device, or returns."""
+        at = move.stage, move.microbatch
+        change = self._nbytes[at].offloaded * (-1 if move.leaves else 1)
+        self._of[at] += change
+        self.total += change
 
     def while_running(self, action: Action, *, first: bool) -> int:
         """Return the peak bytes while an action runs; `total` is then what is saved after it.

@@ -44,6 +44,7 @@ class StageBytes(NamedTuple):
         recompute: peak while R runs as an action of its own.
         recomputed: what is then saved for B and W.
         sums: size of the sum of each parameter gradient that the stage adds up, by the parameter.
+        offloaded: the part of `saved` that is on the host between an offload and a fetch.
     """
 
     saved: int
@@ -58,6 +59,7 @@ class StageBytes(NamedTuple):
     recompute: int = 0
     recomputed: int = 0
     sums: Mapping[str, int] = MappingProxyType({})
+    offloaded: int = 0
 
 
 _Memory = Mapping[fx.Node, Mapping[Hashable, int]]

@@ -14,6 +14,7 @@ Files, in reading order:
 - `device_schedule`: a kind for K devices: where each stage is, and the `Scheduled` of any M.
 - `build`: the name of a kind and sizes → `Scheduled`.
 - `queues`: the sizes of the queues between stages, with which a schedule runs to its end.
+- `offloading`: which micro-batches leave their device after F, and before what they return.
 - `simulator`: `Scheduled` and times → `Timeline`, with peak memory.
 - `timeline`: a simulated or measured step: its checks, Gantt chart and trace file.
 - `clock`: `Scheduled` as a table, a column for each unit of time.
@@ -30,6 +31,7 @@ from .clock import clock_table
 from .csv_format import read_schedule, write_schedule
 from .device_schedule import DeviceSchedule
 from .kinds import DEFAULT_KIND, KINDS
+from .offloading import Move, Offload, called_moves, memory_moves, offloads
 from .queues import Queue, StageMessages, queue_sizes
 from .schedule_kind import ScheduleKind
 from .simulator import simulate, simulate_actions
@@ -42,15 +44,20 @@ __all__ = [
     "KINDS",
     "Action",
     "DeviceSchedule",
+    "Move",
+    "Offload",
     "Queue",
     "ScheduleKind",
     "Scheduled",
     "Span",
     "StageMessages",
     "Timeline",
+    "called_moves",
     "check_unit",
     "clock_table",
     "is_own",
+    "memory_moves",
+    "offloads",
     "queue_sizes",
     "read_schedule",
     "schedule",

@@ -20,6 +20,7 @@ from autopipe.errors import OptionError, shown
 
 from .actions import Scheduled, dependencies
 from .build import check_size, find_kind, schedule
+from .offloading import Copy, DeviceCopies, Offload
 from .timeline import Span, Timeline
 
 Times = float | Sequence[float]
@@ -156,6 +157,8 @@ def simulate_actions(
     scheduled: Scheduled,
     duration: Callable[[str, int, int], float],
     delay: Callable[[str, int, int, int], float],
+    away: Sequence[Sequence[Offload]] = (),
+    copy: Copy = lambda stage, m: 0.0,
 ) -> Timeline:
     """As `simulate_schedule`, with times that may differ between micro-batches.
 
@@ -165,6 +168,8 @@ def simulate_actions(
         delay: time of a transfer to another device, from the letter of the phase that computes the
             value ("F" or "B"), the stage where that ran, the stage that needs it, and the
             micro-batch.
+        away: for each device what is offloaded to the host; (): nothing.
+        copy: time of a copy to the host, or back.
 
     Raises:
         VerifyError: the schedule is not valid.
@@ -177,9 +182,11 @@ def simulate_actions(
     }
     ends: dict[tuple[str, int, int], float] = {}
     spans: list[list[Span]] = [[] for _ in scheduled.devices]
+    lanes = [DeviceCopies(own, copy) for own in away or [()] * len(spans)]
     for device, action in order:
         phase, own, m = action.phase, action.stage, action.microbatch
-        start = spans[device][-1].end if spans[device] else 0.0
+        index = len(spans[device])
+        start = lanes[device].start_of(index, spans[device][-1].end if index else 0.0)
         for letter, stage in waits[phase, own]:
             ready = ends[letter, stage, m]
             if home[stage] != home[own]:
@@ -187,6 +194,7 @@ def simulate_actions(
             start = max(start, ready)
         end = start + duration(phase, own, m)
         spans[device].append(Span(action, start, end))
+        lanes[device].ended(index, end)
         for letter in phase:
             ends[letter, own, m] = end
     longest = max(row[-1].end - row[0].start for row in spans if row)
@@ -196,6 +204,7 @@ def simulate_actions(
         bubble=max(0.0, 1 - work / longest) if longest else 0.0,
         spans=tuple(map(tuple, spans)),
         in_flight=scheduled.in_flight(),
+        copies=tuple(tuple(lane.copies) for lane in lanes) if away else (),
     )
 
 

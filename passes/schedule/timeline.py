@@ -11,6 +11,7 @@ from itertools import pairwise
 from autopipe.errors import OptionError, VerifyError
 
 from .actions import Action, Scheduled
+from .offloading import HostCopy
 
 _COLUMNS = 88  # of the chart; 100 with the label
 
@@ -21,6 +22,7 @@ _COLOURS = {
     "R": "thread_state_iowait",
     "W": "rail_idle",
 }
+_COPY = "thread_state_runnable"
 _WAIT = "grey"
 
 
@@ -73,6 +75,8 @@ class Timeline:
             `simulator.peak_bytes` counts them; None if `saved_bytes` was not given.
         pause: (start, end) of the caller's own time between the last forward and the first other
             action (the loss, autograd); None where the step runs in one go, and if simulated.
+        copies: for each device its copies to the host and back, if something is offloaded and the
+            step is simulated.
     """
 
     makespan: float
@@ -81,6 +85,7 @@ class Timeline:
     in_flight: tuple[int, ...]
     peak_bytes: tuple[float, ...] | None = None
     pause: tuple[float, float] | None = None
+    copies: tuple[tuple[HostCopy, ...], ...] = ()
 
     @property
     def pause_length(self) -> float:
@@ -177,6 +182,13 @@ class Timeline:
                 for start, end in span.waits:
                     times = (start * microseconds, end * microseconds)
                     events.append(_event("wait", "wait", _WAIT, times, here, {}))
+        for device, copies in enumerate(self.copies):
+            for out in (True, False):
+                own = [copy for copy in copies if copy.out == out]
+                here = {"pid": process, "tid": len(self.spans) + 1 + 2 * device + out}
+                name = f"device {device} {'to' if out else 'from'} the host"
+                events += [{**_named("thread_name", name, process), **here}] * bool(own)
+                events += [_copy_event(copy, microseconds, here) for copy in own]
         if self.pause is not None:
             here = {"pid": process, "tid": len(self.spans)}
             events.append({**_named("thread_name", "caller", process), **here})
@@ -245,6 +257,14 @@ def trace_file(events: Sequence[dict[str, object]]) -> str:
 def _named(what: str, name: str, process: int) -> dict[str, object]:
     """An event that names a process or a thread."""
     return {"name": what, "ph": "M", "args": {"name": name}, "pid": process, "tid": 0}
+
+
+def _copy_event(copy: HostCopy, microseconds: float, here: dict[str, object]) -> dict[str, object]:
+    """The event of a copy to the host, or back."""
+    what = "offload" if copy.out else "fetch"
+    args = {"stage": copy.stage, "microbatch": copy.microbatch}
+    times = (copy.start * microseconds, copy.end * microseconds)
+    return _event(f"{what} {copy.stage}.{copy.microbatch}", what, _COPY, times, here, args)
 
 
 def _event(

@@ -23,6 +23,7 @@ from autopipe.passes.remat_policies import (
     LADDER,
     MIN_CUT,
     NONE,
+    OFFLOAD,
     POLICIES,
     JointValues,
     NodeT,
@@ -46,6 +47,7 @@ HALF = fraction_policy(0.5)
         ("full", FULL),
         ("none", NONE),
         ("min-cut", MIN_CUT),
+        ("offload", OFFLOAD),
         (0.5, HALF),
         ("0.5", HALF),
         (1, fraction_policy(1.0)),
@@ -77,7 +79,8 @@ def test_policies_are_equal_if_their_options_are() -> None:
 
 
 def test_the_ladder_goes_from_least_recomputation_to_least_memory() -> None:
-    assert {*POLICIES} <= {*LADDER}
+    assert {*POLICIES} - {OFFLOAD} <= {*LADDER}
+    assert OFFLOAD not in LADDER, "its time depends on the device: see planning/offloading.py"
     assert LADDER[0] == NONE
     assert LADDER[-1] == FULL
     op = OpEstimate(autograd_bytes=12, min_cut_bytes=8, is_cheap=False)
@@ -109,8 +112,18 @@ def test_a_fraction_is_tried_unless_a_policy_with_a_name_saves_that_share(
         monkeypatch.setattr(remat_policies, "POLICIES", policies)
         ladder = remat_policies._ladder()
         assert [p for p in ladder if p.min_cut_share == 0.5] == [tried]
-        assert {*unnamed} <= {*ladder}
+        assert {*unnamed} - {OFFLOAD} <= {*ladder}
         assert [p.rank for p in ladder] == sorted({p.rank for p in ladder})
+
+
+def test_offloading_saves_what_none_saves_but_not_on_the_device() -> None:
+    op = OpEstimate(autograd_bytes=12, min_cut_bytes=8, is_cheap=True)
+    assert OFFLOAD.saved_bytes(op) == OFFLOAD.recomputed_share(op) == 0
+    values = JointValues({"x", "relu"}, {"x"}, lambda budget: set())
+    assert OFFLOAD.select(values) == NONE.select(values)
+    assert OFFLOAD.saves_received == NONE.saves_received
+    assert [p for p in POLICIES if p.least_offloaded is not None] == [OFFLOAD]
+    assert LADDER[0].rank < OFFLOAD.rank < LADDER[1].rank
 
 
 def test_each_policy_selects_its_values() -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import autopipe
+from tests.support.offloading import offload_all
 from tests.support.simulated import Machine, simulated
 from tests.support.simulated.engine import on_streams, run_backward
 from tests.support.simulated.failing import fail_and_go_on
@@ -151,10 +152,33 @@ def timed(machine: Machine, devices: list[str]) -> Scenario:
     return run
 
 
+def offloading(machine: Machine) -> Scenario:
+    """Many micro-batches on one device: how much of what they save is there at once."""
+    pipe = autopipe.compile(MaskFirst(WIDTH), ["lazy:0"], MICRO_BATCHES, remat="offload")
+    x, mask = torch.ones(2 * MICRO_BATCHES, WIDTH), torch.ones(2 * MICRO_BATCHES, WIDTH)
+
+    def run(patch: pytest.MonkeyPatch) -> list[str]:
+        for _ in range(2):
+            gc.collect()
+            machine.rest()
+            pipe(x, mask).sum().backward()
+        (worker,) = pipe._programs.last[1].program.workers
+        set_of_one = next(iter(pipe.memory.stages[0].per_microbatch.values()))
+        into = worker.host_lanes[1].into
+        assert into is not None
+        assert worker.compute is not None
+        found = ["fetched tensors fill a device"] * (into.memory.peak > 3 * set_of_one)
+        most = 4 * set_of_one + worker.compute.memory.now  # gradients; they live on
+        return found + ["saved tensors fill a device"] * (worker.compute.memory.peak > most)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def laboratory() -> Iterator[tuple[Machine, list[Scenario]]]:
     """A machine, and scenarios on it, of which the ones that find most come first."""
     patch = pytest.MonkeyPatch()
+    offload_all(patch)
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), simulated(patch, 6, cost, Judge(patch)) as machine:
         warnings.simplefilter("ignore")
@@ -169,6 +193,8 @@ def laboratory() -> Iterator[tuple[Machine, list[Scenario]]]:
             training(machine, "tied", two, "cpu", "forward on side", frozen=True),
             inference(machine, two),
             dropped(machine),
+            training(machine, "tied", two, "cpu", "side", remat="offload"),
+            offloading(machine),
             timed(machine, ["lazy:0"]),
             timed(machine, ["lazy:0", "lazy:1", SLOW]),
             failing(machine, two, "lazy:5"),

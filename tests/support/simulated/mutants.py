@@ -33,6 +33,7 @@ MODULES = (
     "autopipe.runtime.caller_streams",
     "autopipe.runtime.backpressure",
     "autopipe.runtime.executor",
+    "autopipe.runtime.offload",
     "autopipe.compiled",
     "autopipe.pipeline_call",
 )
