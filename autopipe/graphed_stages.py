@@ -71,6 +71,13 @@ class StageGrapher:
             if pool is None:
                 self._note(f"stage {stage.index}: a {worker.device.type} device has no graphs")
                 continue
+            policy = phased.remat[stage.index]
+            if policy.least_offloaded is not None:
+                self._note(
+                    f"stage {stage.index}: what it saves leaves the device (remat={policy.name!r}),"
+                    " and a graph's memory stays"
+                )
+                continue
             kinds = [kind for kind in KINDS if f"{kind}_{stage.index}" in names]
             graphs = StageGraphs(_described(stage, kinds), worker, pool, _WatchOps, self._note)
             for kind in kinds:

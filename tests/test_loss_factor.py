@@ -1,6 +1,7 @@
 """By what factor gradients are larger than others, and what becomes of it.
 
-The calls themselves, of autopipe/step_call.py: `tests/system/test_schedules.py`.
+Covers passes/_torch_foreach.py. The calls themselves, of autopipe/step_call.py:
+`tests/system/test_schedules.py`.
 """
 
 from __future__ import annotations

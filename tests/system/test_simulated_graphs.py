@@ -358,6 +358,17 @@ def test_after_a_failed_step(direction: str, monkeypatch: pytest.MonkeyPatch) ->
         check(machine, [])
 
 
+def test_a_stage_that_offloads_has_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated(monkeypatch, 6) as machine:
+        remat = ["none", "offload"]
+        pair = Pair(machine, "chain", ["lazy:0", "lazy:1"], remat=remat, **GRAPHS)
+        steps(machine, pair, monkeypatch)
+        assert machine.counts["captures"] == 2 * CHUNKS
+        assert "stage 1: what it saves leaves the device (remat='offload')" in (
+            pair.pipes[1].explain()
+        )
+
+
 def test_without_graphs_on_the_cpu() -> None:
     torch.manual_seed(0)
     model = NETS["chain"](WIDTH)

@@ -177,8 +177,10 @@ def test_the_plan_knows_the_memory_of_a_host_that_is_far_ahead(
             peaks[remat] = found[0]
             more[remat] = [n - planned for n, planned in zip(found, plan, strict=True)]
     # No plan counts what the caller gives and gets. The last micro-batch that is offloaded is there
-    # for longer here than on a GPU, whose allocator asks whether the copy has ended.
+    # for longer here than on a GPU, whose allocator asks whether the copy has ended. How many
+    # messages of a queue are there depends on how the threads run: none in one run, all in another.
+    messages = 2 * (2 * 4 * WIDTH)
     for stage, none, offload in zip(pipe.plan.stages, more["none"], more["offload"], strict=True):
-        assert offload <= none + 2 * 4 * WIDTH + stage.offloaded_bytes
+        assert offload <= none + messages + stage.offloaded_bytes
     if schedule == "gpipe" or devices == "four":
         assert peaks["offload"] <= DEEP[schedule] * peaks["none"]
