@@ -128,6 +128,7 @@ class OpObserver:
     def __init__(self, seen: Observed, device: torch.device, arguments: Sequence[Tensor]) -> None:
         self._seen, self._device = seen, device
         self._given = {id(x) for x in arguments}
+        self._constants: dict[int, Tensor] = {}  # on the host, the same in each replay
 
     def __call__(self, op: Any, inputs: Sequence[Any], results: Sequence[Any]) -> None:
         """One operator has run.
@@ -147,11 +148,19 @@ class OpObserver:
         elif results and not tensors:
             self._seen.note(f"{op} returns a number to the host")
         elif tensors and not any(x.device == self._device for x in tensors):
-            self._seen.note(f"{op} computes on {tensors[0].device}, not on {self._device}")
+            if not self._is_constant(op, inputs):
+                self._seen.note(f"{op} computes on {tensors[0].device}, not on {self._device}")
+            self._constants |= {id(x): x for x in tensors}
         if schema.is_mutable and any(id(x) in self._given for x in inputs):
             self._seen.note(f"{op} writes to what the phase is given")
         if any(r.alias_info is None for r in schema.returns) or schema.is_mutable:
             self._seen.computes = True
+
+    def _is_constant(self, op: Any, inputs: Sequence[Any]) -> bool:
+        """Whether an operator of the host gives the same in each replay: it makes a number."""
+        read = (x for x in inputs if isinstance(x, Tensor))
+        is_random = torch.Tag.nondeterministic_seeded in op.tags
+        return not is_random and all(id(x) in self._constants for x in read)
 
 
 def _is_mask(value: Any) -> bool:

@@ -122,6 +122,14 @@ def test_the_gpu_can_be_used_after_a_capture_that_failed() -> None:
     with pytest.raises(RuntimeError), pool.capturing(pool.new_graph()):
         x.sum().item()
     assert x.sum().item() == 8
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["active_bytes.all.current"]
+    other = torch.zeros(1 << 20, device=GPU)
+    other.record_stream(torch.cuda.Stream())
+    del other
+    torch.cuda.synchronize()
+    torch.zeros(1, device=GPU)  # the allocator looks which memory is free
+    assert torch.cuda.memory_stats()["active_bytes.all.current"] <= before + 512
     graph = pool.new_graph()
     with pool.capturing(graph):
         y = x + 1

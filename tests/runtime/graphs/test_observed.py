@@ -75,6 +75,15 @@ def test_what_runs_on_another_device() -> None:
     assert seen.obstacle == "aten.tanh.default computes on cpu, not on cuda:0"
 
 
+def test_numbers_that_the_host_makes_are_constants() -> None:
+    """As those of ``torch.where(mask, x, 0.0)``; not what it draws, or computes from tensors."""
+    gpu = torch.device("meta")
+    with torch.device("cpu"):
+        assert observed(lambda x: torch.scalar_tensor(2.0) * torch.zeros(()), gpu).obstacle is None
+        assert "computes on cpu" in str(observed(lambda x: torch.rand(()), gpu).obstacle)
+        assert "computes on cpu" in str(observed(lambda x: torch.zeros(()) + x, gpu).obstacle)
+
+
 def test_views_compute_nothing() -> None:
     seen = observed(lambda x: x.t()[1:].reshape(-1, 1).detach())
     assert (seen.obstacle, seen.computes) == (None, True)  # this reshape copies
