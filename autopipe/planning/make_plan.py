@@ -228,6 +228,7 @@ def _stage(
         activation_bytes=at_batch(cost.activation_bytes, size),
         saved_bytes=max(own.saved for own in nbytes),
         offloaded_bytes=max(own.offloaded for own in nbytes),
+        kept_bytes=sum(nbytes[0].sums.values()) if options.backend == "cudagraphs" else 0,
         in_flight=in_flight,
         peak_saved_bytes=0,
         peak_bytes=0,

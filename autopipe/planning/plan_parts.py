@@ -163,6 +163,7 @@ class StagePlan:
             freed before the next forward, as `zero_grad` does).
         limit_bytes: what its device has for it: the device's limit without what other stages on
             it use at the device's peak; None: no limit was set.
+        kept_bytes: of the sums of gradients that CUDA graphs keep from step to step.
     """
 
     first: str | None
@@ -186,6 +187,7 @@ class StagePlan:
     peak_bytes: int
     limit_bytes: int | None
     offloaded_bytes: int = 0
+    kept_bytes: int = 0
 
     @property
     def planned_device(self) -> str:
@@ -222,7 +224,7 @@ class StagePlan:
     def static_bytes(self) -> int:
         """Memory in use whether a step runs or not."""
         own = self.parameter_bytes + self.optimizer_bytes
-        return own + self.buffer_bytes + self.shared_copy_bytes
+        return own + self.buffer_bytes + self.shared_copy_bytes + self.kept_bytes
 
     @property
     def memory_bytes(self) -> int:

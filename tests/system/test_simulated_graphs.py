@@ -129,6 +129,8 @@ def test_a_plan_counts_the_launches_of_a_micro_batch(monkeypatch: pytest.MonkeyP
             program = pipe._programs.last[1]
             (stage,) = program.lowered.phased[BATCH // chunks].stages
             calls.append(replayed_calls(stage))
+            (planned,) = pipe.plan.stages
+            assert planned.kept_bytes == sum(p.nbytes for p in pipe.parameters())
             assert pipe.plan.issue_seconds == pytest.approx(chunks * calls[-1] * CALL)
     assert calls[0] == calls[1]
     assert counts[5] - counts[2] == 2 * calls[0]

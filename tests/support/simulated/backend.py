@@ -106,3 +106,4 @@ def simulated(
     monkeypatch.setitem(BACKENDS, TYPE, SimulatedBackend(machine))
     with Simulation(machine):
         yield machine
+    machine.engine.shutdown()

@@ -12,7 +12,6 @@ on other devices are the default ones. It orders gradients by these streams only
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -81,19 +80,11 @@ def run_backward(
         loss.backward()
         return
     of_forward[device].wait_stream(callers[device])
-    failures: list[BaseException] = []
 
-    def guarded() -> None:
-        try:
-            with Simulation(machine):  # a mode is of one thread
-                engine()
-        except BaseException as error:
-            failures.append(error)
+    def simulating() -> None:
+        with Simulation(machine):  # a mode is of one thread
+            engine()
 
-    thread = threading.Thread(target=guarded)
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
+    machine.engine.submit(simulating).result()
     for d, stream in callers.items():
         stream.wait_stream(of_forward[d])

@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -77,6 +78,11 @@ class Machine:
     def side_streams(self) -> dict[torch.device, Stream]:
         """A stream on each device for callers that do not work on the default ones."""
         return {d: self.new_stream(d) for d in self.devices}
+
+    @cached_property
+    def engine(self) -> ThreadPoolExecutor:
+        """The thread in which autograd's engine runs a backward, the same one for each."""
+        return ThreadPoolExecutor(1)
 
     def default_stream(self, device: torch.device) -> Stream:
         """The stream on which threads work that have chosen none."""
