@@ -115,8 +115,10 @@ def multiplied(
 
 
 def on_device(factor: float | Tensor, like: Tensor) -> float | Tensor:
-    """A factor on the device of a tensor, in its dtype."""
-    return factor.to(like, non_blocking=True) if isinstance(factor, torch.Tensor) else factor
+    """A factor on the device of a tensor, in its dtype; the host waits for one of its own."""
+    if not isinstance(factor, torch.Tensor):
+        return factor
+    return factor.to(like, non_blocking=like.device.type != "cpu")
 
 
 def common_factor(given: Sequence[Tensor | None], arrived: Sequence[Tensor | None]) -> float | None:

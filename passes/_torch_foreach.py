@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def multiply_all_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
-    """Multiply tensors in place by a factor; the host does not wait for any device.
+    """Multiply tensors in place by a factor; the host waits for it only to multiply its own.
 
     Args:
         tensors: on any devices.
@@ -25,7 +25,7 @@ def multiply_all_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
     for (device, dtype, layout), group in groups.items():
         by = factor
         if isinstance(by, torch.Tensor):
-            by = by.to(device, dtype, non_blocking=True)
+            by = by.to(device, dtype, non_blocking=device.type != "cpu")
         if layout is torch.strided:
             torch._foreach_mul_(group, by)
         else:

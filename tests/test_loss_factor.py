@@ -113,3 +113,16 @@ def test_on_a_device_the_host_waits_until_the_factor_is_known(
         step(machine, pair, monkeypatch, 1024)
         assert factor.value == 1024
         assert machine.races == []
+
+
+@pytest.mark.parametrize("devices", [["lazy:0", "lazy:1"], ["cpu", "lazy:0"]])
+def test_gradients_of_the_host_wait_for_the_factor(
+    devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a batch on the host, and of parameters of a stage there."""
+    with simulated(monkeypatch, 2) as machine:
+        pair = Pair(machine, "loss", devices, schedule="1f1b")
+        for _ in range(3):  # the first finds the factor
+            for what, ours, truth in pair.step(monkeypatch, "cpu", "default"):
+                torch.testing.assert_close(ours, truth, msg=what)
+        assert machine.races == []

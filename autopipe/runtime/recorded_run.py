@@ -75,6 +75,13 @@ class RecordedRun(Run):
         action.arrived = action.waits[-1][1]
         return tensor
 
+    def pop_saved(self, stage: int, m: int) -> list[Tensor]:
+        """As `Run.pop_saved`; copies back from the host are waited for."""
+        if not self.program.offloaded.get((self.program.sizes[m], stage)):
+            return super().pop_saved(stage, m)
+        with self.waiting():
+            return super().pop_saved(stage, m)
+
     @contextmanager
     def waiting(self) -> Iterator[RecordedAction]:
         """Record that the thread's action waits while the context is open."""

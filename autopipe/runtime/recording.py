@@ -67,7 +67,8 @@ class RecordedTimes(NamedTuple):
         function: the generated function that ran it, such as "forward_0".
         microbatch: which.
         start, end: when it ran.
-        waits: (start, end) of each wait for a message, or for space in a queue.
+        waits: (start, end) of each wait for a message, for space in a queue, or for a copy from the
+            host of what was offloaded.
         arrived: when its last message had arrived; None: it received none.
         sent: when it began to send its last message; None: it sent none.
     """

@@ -55,12 +55,19 @@ def leaving_values(phased: Phased, devices: Sequence[torch.device], k: int) -> t
         route = routes[name]
         if route.output is not None or any(devices[to] == devices[k] for to in route.consumers):
             staying.append(result)
+    saved = _saved(phased, k)
     shared = {storage_id(x) for n in staying for x in _tensors(n)}
+    shared |= {storage_id(x) for n in saved for x in _tensors(n) if not _is_in_memory(x)}
     return tuple(
         i
-        for i, node in enumerate(_saved(phased, k))
+        for i, node in enumerate(saved)
         if all(storage_id(x) not in shared for x in _tensors(node))
     )
+
+
+def _is_in_memory(tensor: Tensor) -> bool:
+    """Whether its values are the numbers in its memory, not their conjugates or negatives."""
+    return not (tensor.is_conj() or tensor.is_neg())
 
 
 def offloaded_bytes(phased: Phased, devices: Sequence[torch.device], k: int) -> int:

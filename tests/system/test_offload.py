@@ -245,3 +245,40 @@ def test_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_messages_name_it() -> None:
     with pytest.raises(OptionError, match="offload"):
         autopipe.compile(Net(), 2, remat="offloaded")
+
+
+class Conjugates(nn.Module):
+    """Saves conjugates and negatives, which are flags of tensors and not numbers in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            z = torch.view_as_complex(layer(x).view(-1, 4, 2)).conj()
+            x = torch.view_as_real((z * z.imag.neg()).resolve_conj()).flatten(1)
+        return x.square().mean()
+
+
+def test_the_plan_knows_that_conjugates_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    offload_all(monkeypatch)
+    pipe = autopipe.compile(Conjugates(), ["cpu"] * 2, 6, remat="offload")
+    pipe(torch.randn(12, 8)).backward()
+    plan, memory = pipe.plan.stages, pipe.memory
+    assert [s.peak for s in memory.stages] == [s.peak_saved_bytes for s in plan]
+    assert [h.peak for h in memory.hosts] == [6 * s.offloaded_bytes for s in plan]
+
+
+def test_a_profile_knows_what_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy back that is late is no work of the backward: it is one more wait."""
+    offload_all(monkeypatch)
+    counts = {}
+    for remat in ("none", "offload"):
+        pipe = autopipe.compile(Net(), ["cpu"] * 2, 4, remat=remat)
+        with pipe.profile() as measured:
+            pipe(torch.randn(8, 8), torch.ones(8, 8)).backward()
+        (line,) = measured.steps
+        spans = [s for row in line.spans for s in row if "B" in s.action.phase]
+        counts[remat] = {(s.action.stage, s.action.microbatch): len(s.waits) for s in spans}
+    assert counts["offload"] == {key: count + 1 for key, count in counts["none"].items()}
