@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from autopipe.runtime.backends import GraphPool
     from autopipe.runtime.executor import Run
     from autopipe.runtime.random import MicroBatchContext
     from autopipe.runtime.transfer import WorkerDevice
@@ -86,7 +85,7 @@ class StageGraphs:
     Args:
         stage: what to know of its code.
         worker: where it runs.
-        pool: the worker's; captures graphs.
+        new_pool: makes the `GraphPool` of a slot.
         watch_ops: calls an `OpObserver` for every operator while its context is open.
         note: called with a text when a phase turns out to be one that cannot be captured.
     """
@@ -95,14 +94,14 @@ class StageGraphs:
         self,
         stage: GraphedStage,
         worker: WorkerDevice,
-        pool: GraphPool,
+        new_pool: Callable[[], Any],
         watch_ops: WatchOps,
         note: Callable[[str], None],
     ) -> None:
-        self._stage, self._worker, self._pool = stage, worker, pool
+        self._stage, self._worker = stage, worker
         self._watch_ops, self._note = watch_ops, note
         self._phases: dict[tuple[str, tuple[int, ...]], _Phase] = {}
-        self._slots, self._state = StageSlots(), StageState()
+        self._slots, self._state = StageSlots(new_pool), StageState()
         self._sums = KeptSums(stage.index, worker.device, stage.parameters)
         self._generators: dict[int, torch.Generator] = {}
         self._checked: weakref.ref[Run] | None = None
@@ -229,7 +228,7 @@ class StageGraphs:
         given: Sequence[Tensor],
     ) -> PhaseGraph | None:
         """Capture a phase for a slot; None if that fails, which is noted."""
-        device, seen, pool = self._worker.device, phase.seen, self._pool
+        device, seen, pool = self._worker.device, phase.seen, slot.pool
         for i in seen.draws:
             if i not in self._generators:
                 self._generators[i] = self._worker.backend.new_generator(device)
