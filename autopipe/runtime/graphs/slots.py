@@ -19,8 +19,8 @@ class Slot:
     """The graphs, and the memory, of one micro-batch at a time.
 
     Args:
-        pool: a `GraphPool`, of its graphs. They run in the order in which they are captured, and only so may one
-            use memory that another has freed: those of two slots run in any order.
+        pool: a `GraphPool`, of its graphs. They run in the order in which they are captured, and
+            only so may one use memory that another has freed: those of two slots run in any order.
 
     Attributes:
         pool: likewise.

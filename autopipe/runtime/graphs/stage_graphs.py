@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autopipe.errors import describe
+from autopipe.runtime.memory import plain_parts
 
 from .kept_sums import KeptSums
 from .observed import Observed, ObservingContext, OpObserver, memory_like
@@ -190,6 +191,8 @@ class StageGraphs:
         if phase.first is not None:
             return compute(ctx, arguments)
         seen = Observed(devices=[x.device for x in arguments])
+        if not all(map(plain_parts, arguments)):
+            seen.note("it is given a tensor whose memory is unknown, such as a sparse one")
         with self._watch_ops(OpObserver(seen, self._worker.device, arguments)):
             results = compute(ObservingContext(ctx, seen), arguments)
         phase.seen, phase.first = seen, weakref.ref(run)
