@@ -79,14 +79,14 @@ class Observed:
         draws: which of the stage's random ops it runs.
         sums: by the positions of parameters, the layouts of the gradients that it adds up.
         computes: whether it launches anything at all.
-        devices: of the tensors that it was called with.
+        devices: of the tensors that it returns; None for what is no tensor.
     """
 
     obstacle: str | None = None
     draws: dict[int, None] = field(default_factory=dict)
     sums: dict[int, TensorLayout] = field(default_factory=dict)
     computes: bool = False
-    devices: list[torch.device] = field(default_factory=list)
+    devices: list[torch.device | None] = field(default_factory=list)
 
     def note(self, obstacle: str) -> None:
         """Note why the phase cannot be captured; the first reason is kept."""
