@@ -82,7 +82,8 @@ class LossFactor:
         stream = backend_of(other.device).current_stream(other.device)
         if stream is None:  # the host has the numbers
             return None
-        ratio = other.reshape(()) / one.reshape(())
+        one, other = one.reshape(()), other.reshape(())
+        ratio = (other / one).masked_fill(other == one, 1)  # both are 0: the loss has the weight 0
         if self._late is None:
             self._late = ratio.to("cpu", non_blocking=True), stream.record_event()
         return ratio

@@ -15,6 +15,7 @@ from torch import Tensor
 from autopipe.loss_factor import LossFactor, common_factor, multiplied
 from tests.support.simulated import Machine, simulated
 from tests.support.simulated.engine import current, run_backward
+from tests.support.simulated.nets import NETS, Loss
 from tests.support.simulated.pairs import BATCH, WIDTH, Pair, host
 
 X = torch.tensor([0.5, 0.0, -2.0])
@@ -94,6 +95,30 @@ def step(machine: Machine, pair: Pair, patch: pytest.MonkeyPatch, scale: float) 
     for ours, truth in zip(*reversed(losses), strict=True):
         torch.testing.assert_close(ours, truth)
     return waits
+
+
+class Weighted(Loss):
+    """Its loss has a weight, a buffer."""
+
+    weight: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("weight", torch.tensor(1.0))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, mask) * self.weight
+
+
+def test_a_loss_whose_weight_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETS, "own", Weighted)
+    with simulated(monkeypatch, 2) as machine:
+        pair = Pair(machine, "own", ["lazy:0"] * 2, schedule="1f1b")
+        for weight in (1.0, 0.0, 0.0, 1.0):
+            for pipe in pair.pipes:
+                pipe.model.get_buffer("weight").fill_(weight)
+            step(machine, pair, monkeypatch, 1)
+            machine.rest()
 
 
 def test_on_a_device_the_host_waits_until_the_factor_is_known(

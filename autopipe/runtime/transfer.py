@@ -124,8 +124,7 @@ class WorkerDevice:
             self._lanes[key] = Lane(source, target)
         return self._lanes[key]
 
-    @cached_property
-    def graph_pool(self) -> GraphPool | None:
+    def new_graph_pool(self) -> GraphPool | None:
         """What captures graphs of its phases; None: its device has no graphs."""
         return self.backend.new_graph_pool(self.device)
 

@@ -54,7 +54,7 @@ class Graph(Protocol):
 
 
 class GraphPool(Protocol):
-    """Makes graphs whose temporary memory is the same: they run one after the other."""
+    """Makes graphs that may use what earlier ones have freed: they run in the captures' order."""
 
     def new_graph(self) -> Any:
         """A graph that has captured nothing."""
@@ -147,7 +147,7 @@ class Backend:
     # Graphs
 
     def new_graph_pool(self, device: torch.device) -> GraphPool | None:
-        """What captures the graphs of one worker; None: this type has no graphs."""
+        """What captures graphs that use the same memory; None: this type has no graphs."""
         return None
 
     # Random numbers

@@ -23,11 +23,11 @@ def capture_stream(device: torch.device) -> Any:
 
 
 class CudaGraphPool:
-    """Captures graphs of one worker.
+    """Captures graphs of one worker that are replayed in the order of their captures.
 
-    What another thread may launch meanwhile, on any other stream, is not captured. Memory of the
-    pool is used by replays only, which the worker queues in one stream: so graphs may be replayed
-    in any order, as long as what they return is held.
+    What another thread may launch meanwhile, on any other stream, is not captured. What a graph
+    returns may lie where an earlier one has had temporary values: a replay of that one overwrites
+    it, also while it is held.
 
     Args:
         device: of the worker.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autopipe.errors import UnsupportedError
+from autopipe.runtime.memory import plain_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,16 +45,25 @@ class TensorLayout(NamedTuple):
         return TensorLayout.of(torch.empty_like(like))
 
     def new(self, device: torch.device) -> Tensor:
-        """A tensor with this layout, without values."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+        """A tensor with this layout, without values, that may be written in any mode."""
+        with torch.inference_mode(False):
+            return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one piece of memory: neither sparse, nor a wrapper of others."""
+    parts = plain_parts(tensor)
+    return len(parts) == 1 and parts[0] is tensor
 
 
 def memory_like(tensor: Tensor) -> Tensor:
     """A tensor with the layout of another, into which its values can be copied.
 
     Raises:
-        UnsupportedError: several elements of it are one place in memory.
+        UnsupportedError: several elements of it are one place in memory, or it has none.
     """
+    if not is_plain(tensor):
+        raise UnsupportedError("a graph cannot receive a sparse tensor or a wrapper")
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     if any(stride == 0 and size > 1 for size, stride in sizes):
         raise UnsupportedError("a graph cannot receive an expanded tensor")
@@ -69,14 +79,14 @@ class Observed:
         draws: which of the stage's random ops it runs.
         sums: by the positions of parameters, the layouts of the gradients that it adds up.
         computes: whether it launches anything at all.
-        devices: of the tensors that it was called with.
+        devices: of the tensors that it returns; None for what is no tensor.
     """
 
     obstacle: str | None = None
     draws: dict[int, None] = field(default_factory=dict)
     sums: dict[int, TensorLayout] = field(default_factory=dict)
     computes: bool = False
-    devices: list[torch.device] = field(default_factory=list)
+    devices: list[torch.device | None] = field(default_factory=list)
 
     def note(self, obstacle: str) -> None:
         """Note why the phase cannot be captured; the first reason is kept."""

@@ -6,6 +6,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from autopipe.runtime.executor import Run
@@ -16,11 +18,17 @@ if TYPE_CHECKING:
 class Slot:
     """The graphs, and the memory, of one micro-batch at a time.
 
+    Args:
+        pool: a `GraphPool`, of its graphs. They run in the order in which they are captured, and
+            only so may one use memory that another has freed: those of two slots run in any order.
+
     Attributes:
+        pool: likewise.
         graphs: by the names of phases' functions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
         self.graphs: dict[str, PhaseGraph] = {}
         self._own: dict[int, Any] = {}
         self._lease: weakref.ref[_Lease] | None = None
@@ -59,9 +67,14 @@ class _Lease:
 
 
 class StageSlots:
-    """The slots of a stage, for each size of micro-batches."""
+    """The slots of a stage, for each size of micro-batches.
 
-    def __init__(self) -> None:
+    Args:
+        new_pool: makes the pool of a slot.
+    """
+
+    def __init__(self, new_pool: Callable[[], Any]) -> None:
+        self._new_pool = new_pool
         self._slots: dict[tuple[int, ...], list[Slot]] = {}
         self._leases: weakref.WeakKeyDictionary[Run, dict[int, _Lease]]
         self._leases = weakref.WeakKeyDictionary()
@@ -82,7 +95,7 @@ class StageSlots:
         if slot is None:
             if len(slots) >= len(run.program.sizes):
                 return None
-            slot = Slot()
+            slot = Slot(self._new_pool())
             slots.append(slot)
         self._leases.setdefault(run, {})[m] = slot.lease()
         return slot

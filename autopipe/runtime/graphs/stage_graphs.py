@@ -9,8 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from autopipe.errors import describe
+from autopipe.runtime.memory import plain_parts
 
 from .kept_sums import KeptSums
 from .observed import Observed, ObservingContext, OpObserver, memory_like
@@ -19,12 +21,11 @@ from .slots import StageSlots
 from .stage_state import StageState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, MutableMapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
 
-    from autopipe.runtime.backends import GraphPool
     from autopipe.runtime.executor import Run
     from autopipe.runtime.random import MicroBatchContext
     from autopipe.runtime.transfer import WorkerDevice
@@ -86,7 +87,7 @@ class StageGraphs:
     Args:
         stage: what to know of its code.
         worker: where it runs.
-        pool: the worker's; captures graphs.
+        new_pool: makes the `GraphPool` of a slot.
         watch_ops: calls an `OpObserver` for every operator while its context is open.
         note: called with a text when a phase turns out to be one that cannot be captured.
     """
@@ -95,16 +96,18 @@ class StageGraphs:
         self,
         stage: GraphedStage,
         worker: WorkerDevice,
-        pool: GraphPool,
+        new_pool: Callable[[], Any],
         watch_ops: WatchOps,
         note: Callable[[str], None],
     ) -> None:
-        self._stage, self._worker, self._pool = stage, worker, pool
+        self._stage, self._worker = stage, worker
         self._watch_ops, self._note = watch_ops, note
         self._phases: dict[tuple[str, tuple[int, ...]], _Phase] = {}
-        self._slots, self._state = StageSlots(), StageState()
+        self._slots, self._state = StageSlots(new_pool), StageState()
         self._sums = KeptSums(stage.index, worker.device, stage.parameters)
         self._generators: dict[int, torch.Generator] = {}
+        # In a graph, seeds of attention are on the device, which eager kernels expect on the host.
+        self._moved: MutableMapping[Tensor, torch.device] = WeakTensorKeyDictionary()
         self._checked: weakref.ref[Run] | None = None
         self._ended: weakref.WeakKeyDictionary[Run, int] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()  # two calls of a pipeline may run at once
@@ -158,12 +161,9 @@ class StageGraphs:
                     if kind == "forward":
                         self._slots.give_back(run, m)
                         slot = None
+        arguments[:] = [x.to(self._moved[x]) if x in self._moved else x for x in arguments]
         if slot is None:
             return self._eagerly(phase, run, compute, ctx, arguments)
-        # In a graph, seeds of attention are on the device, which eager kernels expect on the host.
-        for i, device in enumerate(phase.seen.devices):
-            if arguments[i].device != device:
-                arguments[i] = arguments[i].to(device)
         results = self._eagerly(phase, run, compute, ctx, arguments)
         # What is sent may be memory of the slot: a saved value, or a view of one.
         return [*map(copied, results[:sent]), *results[sent:]]
@@ -190,9 +190,12 @@ class StageGraphs:
         phase.threads.add(threading.get_ident())
         if phase.first is not None:
             return compute(ctx, arguments)
-        seen = Observed(devices=[x.device for x in arguments])
+        seen = Observed()
+        if not all(map(plain_parts, arguments)):
+            seen.note("it is given a tensor whose memory is unknown, such as a sparse one")
         with self._watch_ops(OpObserver(seen, self._worker.device, arguments)):
             results = compute(ObservingContext(ctx, seen), arguments)
+        seen.devices = [x.device if isinstance(x, torch.Tensor) else None for x in results]
         phase.seen, phase.first = seen, weakref.ref(run)
         if seen.obstacle is not None:
             self._explain(compute, seen.obstacle)
@@ -229,7 +232,7 @@ class StageGraphs:
         given: Sequence[Tensor],
     ) -> PhaseGraph | None:
         """Capture a phase for a slot; None if that fails, which is noted."""
-        device, seen, pool = self._worker.device, phase.seen, self._pool
+        device, seen, pool = self._worker.device, phase.seen, slot.pool
         for i in seen.draws:
             if i not in self._generators:
                 self._generators[i] = self._worker.backend.new_generator(device)
@@ -243,6 +246,9 @@ class StageGraphs:
             self._explain(compute, describe(error))
             return None
         slot.keep(compute.__name__, graph)
+        for x, place in zip(graph.results, seen.devices, strict=True):
+            if place is not None and x.device != place:
+                self._moved[x] = place
         return graph
 
     def _explain(self, compute: Compute, reason: str) -> None:

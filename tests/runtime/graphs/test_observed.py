@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
+from autopipe.errors import UnsupportedError
 from autopipe.graphed_stages import _WatchOps
 from autopipe.runtime.graphs.observed import (
     Observed,
@@ -132,3 +134,18 @@ def test_memory_like_a_tensor() -> None:
     assert TensorLayout.of(found) == TensorLayout.of(part)
     with pytest.raises(Exception, match="cannot receive an expanded tensor"):
         memory_like(X[0].expand(3, 4))
+
+
+def test_own_memory_is_written_in_any_mode() -> None:
+    """`torch.inference_mode` is over when another call of the same program runs."""
+    with torch.inference_mode():
+        own = memory_like(torch.ones(3))
+    with torch.no_grad():
+        own.copy_(torch.ones(3))
+    assert own.tolist() == [1, 1, 1]
+
+
+def test_what_is_not_one_piece_of_memory_has_nothing_like_it() -> None:
+    for tensor in (torch.eye(3).to_sparse(), TwoTensor(torch.ones(3), torch.ones(3))):
+        with pytest.raises(UnsupportedError, match="sparse tensor or a wrapper"):
+            memory_like(tensor)

@@ -26,7 +26,7 @@ SIZE = (2,)
 
 
 def test_a_slot_is_taken_and_given_back() -> None:
-    slots, one = StageSlots(), run()
+    slots, one = StageSlots(object), run()
     first = slots.take(one, 0, SIZE)
     second = slots.take(one, 1, SIZE)
     assert first is not None
@@ -36,10 +36,12 @@ def test_a_slot_is_taken_and_given_back() -> None:
     assert slots.of(one, 0) is None
     assert slots.take(one, 2, SIZE) is first
     assert slots.take(one, 0, (3,)) not in (first, second, None)
+    assert second is not None
+    assert first.pool is not second.pool  # they are replayed in any order
 
 
 def test_no_more_than_a_run_has_micro_batches() -> None:
-    slots, one, other = StageSlots(), run(), run()
+    slots, one, other = StageSlots(object), run(), run()
     taken = [slots.take(one, m, SIZE) for m in range(3)]
     assert slots.take(other, 0, SIZE) is None
     del one
@@ -48,7 +50,7 @@ def test_no_more_than_a_run_has_micro_batches() -> None:
 
 
 def test_cleared_slots_are_nobodys() -> None:
-    slots, one = StageSlots(), run()
+    slots, one = StageSlots(object), run()
     first = slots.take(one, 0, SIZE)
     slots.clear()
     assert slots.of(one, 0) is None
@@ -57,7 +59,7 @@ def test_cleared_slots_are_nobodys() -> None:
 
 
 def test_a_slot_owns_what_its_graphs_read_and_write() -> None:
-    slot = StageSlots().take(run(), 0, SIZE)
+    slot = StageSlots(object).take(run(), 0, SIZE)
     assert slot is not None
     given, result, other = (torch.ones(2) for _ in range(3))
     graph: Any = SimpleNamespace()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from autopipe.graphed_stages import _WatchOps
 from autopipe.runtime.graphs import GraphedStage, StageGraphs
-from autopipe.runtime.graphs.observed import Observed
+from autopipe.runtime.graphs.slots import Slot
 from autopipe.runtime.random import MicroBatchContext
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -31,8 +32,7 @@ class FakeRun:
 def stage_graphs(notes: list[str]) -> Any:
     stage = GraphedStage(0, {"forward": 1, "backward": 1}, (), frozenset({"backward"}))
     worker: Any = SimpleNamespace(device=CPU, compute=None)
-    pool: Any = None
-    return StageGraphs(stage, worker, pool, _WatchOps, notes.append)
+    return StageGraphs(stage, worker, object, _WatchOps, notes.append)
 
 
 def twice(ctx: Any, arguments: list[Tensor]) -> list[Tensor]:
@@ -55,15 +55,23 @@ def test_the_first_run_says_what_cannot_be_captured_and_where() -> None:
 
 def test_eager_kernels_get_what_they_expect_on_the_host() -> None:
     """A graph keeps the seeds of attention on the device, an eager forward on the host."""
-    graphs, run = stage_graphs([]), FakeRun()
-    (x,) = graphs._compute("backward", run, 0, twice, CTX, [torch.ones(2)])
+    graphs, run, seed = stage_graphs([]), FakeRun(), torch.ones(2)
+    (x,) = graphs._compute("forward", run, 0, twice, CTX, [seed])
     assert x.tolist() == [2, 2]
     (phase,) = graphs._phases.values()
     assert phase.seen.devices == [CPU]
-    graphs._slots.take(run, 0, (2,))
-    phase.seen = Observed(obstacle="some", devices=[META])
-    (x,) = graphs._compute("backward", run, 0, twice, CTX, [torch.ones(2)])
-    assert x.device == META
+    phase.seen.devices = [META]
+    slot = Slot(SimpleNamespace(new_graph=object, capturing=lambda graph: nullcontext()))
+    graph = graphs._captured(slot, phase, twice, CTX, [], [seed])
+    assert graph is not None
+
+    def backward(ctx: Any, arguments: list[Tensor]) -> list[Tensor]:
+        return arguments
+
+    for _ in range(2):  # also when it is looked at, and when another run has cleared the slots
+        (x,) = graphs._compute("backward", run, 0, backward, CTX, [*graph.results])
+        assert x.device == META
+        graphs._slots.take(run, 0, (2,))
 
 
 def test_what_is_sent_from_a_slot_is_a_copy() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from autopipe.runtime.graphs.stage_state import StageState, settings
 
@@ -64,3 +65,58 @@ def test_settings_of_torch_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings() != before
     assert not state.is_as_before([weight])
     assert state.is_as_before([weight])
+
+
+def test_precisions_of_either_interface_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has set the newer one (``fp32_precision``) cannot read the older one."""
+
+    class Newer:
+        fp32_precision, allow_fp16_accumulation = "tf32", False
+        allow_fp16_reduced_precision_reduction = allow_bf16_reduced_precision_reduction = True
+
+        @property
+        def allow_tf32(self) -> bool:
+            raise RuntimeError("a mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Newer())
+    before = settings()
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    assert settings() != before
+
+
+def test_what_inference_mode_makes_is_read_anew() -> None:
+    """Nobody counts the changes of such a tensor; and its copy is used in other modes."""
+    state = StageState()
+    with torch.inference_mode():
+        buffers = [torch.full((2,), float(n)) for n in range(2)]
+        for buffer in buffers:
+            state.is_as_before([buffer])
+        read = state.in_place([buffers[1]])
+        buffers[1].fill_(5)
+        state.refresh([buffers[1]])
+        assert read[0].tolist() == [5, 5]
+    with torch.no_grad():
+        state.refresh([torch.zeros(2)])
+    assert read[0].tolist() == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_sparse_tensor_is_nowhere(layout: torch.layout) -> None:
+    state, weight = StageState(), torch.ones(3)
+    tensors = [weight, torch.eye(3).to_sparse(layout=layout)]
+    assert state.is_as_before(tensors)
+    assert state.is_as_before(tensors)
+    assert not state.is_as_before([weight.clone(), tensors[1]])
+
+
+def test_a_wrapper_is_where_its_parts_are() -> None:
+    state, parts = StageState(), [torch.ones(3), torch.ones(3)]
+    for _ in range(3):
+        assert state.is_as_before([TwoTensor(*parts)])
+    for _ in range(3):
+        parts = [x.clone() for x in parts]
+        wrapper = TwoTensor(*parts)
+        assert not state.is_as_before([wrapper])
+        assert type(state.in_place([wrapper])[0]) is TwoTensor
+    assert state.is_as_before([TwoTensor(*parts)])

@@ -2,7 +2,7 @@
 
 As on CUDA, a captured operator does not run: what it returns holds no values before a replay. A
 replay is one launch in the current stream. It uses the memory that the capture saw, whoever has
-freed it since.
+freed it since. What a capture frees is used by the next ones of the same pool.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class SimulatedGraph:
         self._read: dict[int, tuple[weakref.ref[Block], str]] = {}
         self._made: dict[int, weakref.ref[Block]] = {}
         self._written: set[int] = set()
+        self._places: set[int] = set()
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         self.generators.append(generator)
@@ -112,6 +113,7 @@ class SimulatedGraph:
             if storage not in blocks:
                 blocks[storage] = block = Block(machine, None, str(op))
                 self._made[block.number] = weakref.ref(block)
+                self._places.add(self.pool.place(block, value.untyped_storage().nbytes(), value))
                 results[i] = value
             elif not is_view(op):
                 results[i] = value
@@ -156,8 +158,15 @@ class SimulatedGraph:
                 if block is not None:
                     block.access(stream.clock, stream, tick, "a graph", True)
             with _disable_current_modes():
+                self.pool.overwrite(self._places - {*self._live_places()})
                 for op in self.ops:
                     _run(op)
+
+    def _live_places(self) -> Iterator[int]:
+        """Where the blocks lie that this graph has made, and that are still held."""
+        for number in self._made:
+            if number in self.pool.live:
+                yield self.pool.live[number].place
 
 
 def _run(captured: Captured) -> None:
@@ -175,6 +184,18 @@ def _run(captured: Captured) -> None:
         value.copy_(found[i])
 
 
+class Placed(NamedTuple):
+    """A block that is held, in a pool.
+
+    Attributes:
+        place: one number for each place; two blocks have it only if one is freed.
+        values: what it holds.
+    """
+
+    place: int
+    values: Tensor
+
+
 class SimulatedGraphPool:
     """Captures the graphs of one worker.
 
@@ -186,7 +207,31 @@ class SimulatedGraphPool:
     def __init__(self, machine: Machine, device: torch.device) -> None:
         self.machine, self.device = machine, device
         self.default: list[torch.Generator] = []
+        self.live: dict[int, Placed] = {}
+        self._free: dict[int, list[int]] = {}
+        self._count = 0
         self._stream = machine.new_stream(device)
+
+    def place(self, block: Block, nbytes: int, values: Tensor) -> int:
+        """Give a block a place in the pool, a free one of its size if there is one."""
+        free, number = self._free.setdefault(nbytes, []), block.number
+        if not free:
+            self._count += 1
+        place = free.pop() if free else self._count
+        self.live[number] = Placed(place, values)
+
+        def released() -> None:
+            del self.live[number]
+            free.append(place)
+
+        weakref.finalize(block, released).atexit = False
+        return place
+
+    def overwrite(self, places: set[int]) -> None:
+        """A graph writes to what it had freed; another one's results may lie there."""
+        for placed in self.live.values():
+            if placed.place in places and placed.values.is_floating_point():
+                placed.values.fill_(float("nan"))
 
     def new_graph(self) -> SimulatedGraph:
         return SimulatedGraph(self)
