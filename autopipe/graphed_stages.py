@@ -67,8 +67,7 @@ class StageGrapher:
             names: what its source defines.
         """
         for stage, worker in zip(phased.stages, self._workers, strict=True):
-            new_pool = worker.new_graph_pool
-            if new_pool() is None:
+            if worker.captures is None:
                 self._note(f"stage {stage.index}: a {worker.device.type} device has no graphs")
                 continue
             policy = phased.remat[stage.index]
@@ -79,7 +78,8 @@ class StageGrapher:
                 )
                 continue
             kinds = [kind for kind in KINDS if f"{kind}_{stage.index}" in names]
-            graphs = StageGraphs(_described(stage, kinds), worker, new_pool, _WatchOps, self._note)
+            described, new_pool = _described(stage, kinds), worker.new_graph_pool
+            graphs = StageGraphs(described, worker, new_pool, _WatchOps, self._note)
             for kind in kinds:
                 name = f"{kind}_{stage.index}"
                 names[name] = graphs.wrapped(kind, names[name])

@@ -82,7 +82,8 @@ class LossFactor:
         stream = backend_of(other.device).current_stream(other.device)
         if stream is None:  # the host has the numbers
             return None
-        one, other = one.reshape(()), other.reshape(())
+        wide = torch.promote_types(other.dtype, torch.float32)  # 65536 is too much for float16
+        one, other = one.reshape(()).to(wide), other.reshape(()).to(wide)
         ratio = (other / one).masked_fill(other == one, 1)  # both are 0: the loss has the weight 0
         if self._late is None:
             self._late = ratio.to("cpu", non_blocking=True), stream.record_event()
@@ -107,19 +108,10 @@ def multiplied(
     Returns:
         All of them, those of inputs first.
     """
-    if in_place:
-        multiply_all_([g for g in parameters if g is not None], factor)
-    return tuple(
-        g if g is None or (in_place and i >= len(inputs)) else g * on_device(factor, g)
-        for i, g in enumerate((*inputs, *parameters))
-    )
-
-
-def on_device(factor: float | Tensor, like: Tensor) -> float | Tensor:
-    """A factor on the device of a tensor, in its dtype; the host waits for one of its own."""
-    if not isinstance(factor, torch.Tensor):
-        return factor
-    return factor.to(like, non_blocking=like.device.type != "cpu")
+    own = [g if g is None or in_place else g.clone() for g in parameters]
+    found = (*(None if g is None else g.clone() for g in inputs), *own)
+    multiply_all_([g for g in found if g is not None], factor)
+    return found
 
 
 def common_factor(given: Sequence[Tensor | None], arrived: Sequence[Tensor | None]) -> float | None:

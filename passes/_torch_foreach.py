@@ -25,9 +25,13 @@ def multiply_all_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
     for (device, dtype, layout), group in groups.items():
         by = factor
         if isinstance(by, torch.Tensor):
+            # With one dimension it keeps its own precision, as a number does.
+            is_half = dtype.itemsize == 2 and layout is torch.strided
+            dtype = torch.float32 if is_half else dtype
             by = by.to(device, dtype, non_blocking=device.type != "cpu")
-        if layout is torch.strided:
+            by = by.reshape(1) if is_half else by
+        if layout is torch.strided and group[0].dtype == dtype:
             torch._foreach_mul_(group, by)
         else:
             for tensor in group:
-                tensor.mul_(by)
+                (tensor if tensor.ndim else tensor.view(1)).mul_(by)

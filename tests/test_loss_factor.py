@@ -82,6 +82,18 @@ def test_gradients_are_multiplied(factor: float | Tensor, in_place: bool) -> Non
     assert same == ([False, True, True, True] if in_place else [False] * 4)
 
 
+@pytest.mark.parametrize("shape", [(3,), ()])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64])
+@pytest.mark.parametrize("factor", [65536.0, 1 / 3])
+def test_a_tensor_multiplies_as_a_number_does(
+    factor: float, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    gradient = torch.full(shape, 0.07).to(dtype)
+    found = multiplied([], [gradient.clone()], torch.tensor(factor), in_place=True)
+    assert found[0] is not None
+    assert torch.equal(found[0], gradient * factor)
+
+
 def step(machine: Machine, pair: Pair, patch: pytest.MonkeyPatch, scale: float) -> int:
     """How often the host waits in a step whose gradients are right."""
     losses = []

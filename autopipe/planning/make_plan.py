@@ -107,7 +107,9 @@ def make_plan(
     )
     capacity = _queue_capacity(split, phased[distinct[0]], scheduled)
     away = plan.away(scheduled)
-    peaks = peak_bytes(plan.timeline, K, sizes, nbytes, split.routes, capacity, away)
+    # On a CPU worker what is offloaded stays in the same memory.
+    freed = [[o for o in row if timers[o.stage].host_seconds is not None] for row in away]
+    peaks = peak_bytes(plan.timeline, K, sizes, nbytes, split.routes, capacity, freed)
     saved = peak_saved_bytes(scheduled, by_chunk, away)
     plan = _with_peaks(plan, peaks, saved, options.limits)
     plan.verify()

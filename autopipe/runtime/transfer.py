@@ -124,9 +124,15 @@ class WorkerDevice:
             self._lanes[key] = Lane(source, target)
         return self._lanes[key]
 
-    def new_graph_pool(self) -> GraphPool | None:
-        """What captures graphs of its phases; None: its device has no graphs."""
-        return self.backend.new_graph_pool(self.device)
+    @cached_property
+    def captures(self) -> Stream | None:
+        """The stream on which graphs of its phases are captured; None: its device has no graphs."""
+        return self.backend.new_capture_stream(self.device)
+
+    def new_graph_pool(self) -> GraphPool:
+        """What captures graphs of its phases."""
+        assert self.captures is not None
+        return self.backend.new_graph_pool(self.device, self.captures)
 
     def streams(self) -> Iterator[tuple[torch.device, Stream]]:
         """All streams that the worker uses, and their devices."""

@@ -56,6 +56,15 @@ def planned(
     )
 
 
+def test_on_a_cpu_nothing_is_freed() -> None:
+    """What is offloaded from a CPU worker stays in the same memory."""
+    none, offload = (planned(remat, [None] * 2) for remat in ("none", "offload"))
+    assert offload.stages[0].offloaded_bytes > 0
+    assert [t.memory_bytes for t in offload.totals] == [t.memory_bytes for t in none.totals]
+    moving = planned("offload", [500.0] * 2)
+    assert most_memory(moving) < most_memory(none)
+
+
 def most_memory(plan: Plan) -> int:
     return max(total.memory_bytes for total in plan.totals)
 

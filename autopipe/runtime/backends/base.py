@@ -146,9 +146,18 @@ class Backend:
 
     # Graphs
 
-    def new_graph_pool(self, device: torch.device) -> GraphPool | None:
-        """What captures graphs that use the same memory; None: this type has no graphs."""
+    def new_capture_stream(self, device: torch.device) -> Stream | None:
+        """A stream for the captures of one worker and for nothing else; None: no graphs here."""
         return None
+
+    def new_graph_pool(self, device: torch.device, stream: Stream) -> GraphPool:
+        """What captures graphs that use the same memory.
+
+        Args:
+            device: of the graphs.
+            stream: from `new_capture_stream`.
+        """
+        raise NotImplementedError(f"{self.type} has no graphs")
 
     # Random numbers
 

@@ -60,8 +60,15 @@ class CudaBackend(Backend):
     def synchronize(self, device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
-    def new_graph_pool(self, device: torch.device) -> GraphPool:
-        return CudaGraphPool(device)
+    def new_capture_stream(self, device: torch.device) -> Stream:
+        """Of a priority that nobody else asks for: torch has 32 streams of each, for all who ask.
+
+        What another thread launched on it during a capture would be captured, too.
+        """
+        return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def new_graph_pool(self, device: torch.device, stream: Stream) -> GraphPool:
+        return CudaGraphPool(device, stream)
 
     def default_generator(self, device: torch.device) -> torch.Generator:
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-@cache
-def capture_stream(device: torch.device) -> Any:
-    """The stream of a device on which graphs are captured, in turn.
-
-    Nothing else may run on it, or it would be captured, too. Torch has 32 streams for each device
-    and priority and gives them to all who ask; nobody else asks for this priority here.
-    """
-    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 class CudaGraphPool:
@@ -31,10 +20,12 @@ class CudaGraphPool:
 
     Args:
         device: of the worker.
+        stream: on which the worker's graphs are captured. It is the worker's own: cuBLAS has a
+            workspace for each stream, which captured products keep using.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, stream: Any) -> None:
+        self._device, self._stream = device, stream
         self._handle = torch.cuda.graph_pool_handle()
 
     def new_graph(self) -> Any:
@@ -44,8 +35,7 @@ class CudaGraphPool:
     def capturing(self, graph: Any) -> Iterator[None]:
         """Capture; only what the calling thread does can spoil it ("thread_local")."""
         torch.cuda.empty_cache()  # the pool needs memory of its own, and a capture cannot free any
-        stream = capture_stream(self._device)
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
             try:
                 yield

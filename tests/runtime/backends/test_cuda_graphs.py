@@ -31,12 +31,11 @@ class FakeGraph:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> CudaGraphPool:
     fake = cuda_graphs.torch.cuda
-    monkeypatch.setattr(cuda_graphs, "capture_stream", lambda device: f"a stream of {device}")
     monkeypatch.setattr(fake, "empty_cache", lambda: None)
     monkeypatch.setattr(fake, "graph_pool_handle", lambda: "a pool")
     monkeypatch.setattr(fake, "device", lambda device: nullcontext())
     monkeypatch.setattr(fake, "stream", lambda stream: nullcontext())
-    return CudaGraphPool(GPU)
+    return CudaGraphPool(GPU, "a stream")
 
 
 def test_only_what_the_capturing_thread_does_can_spoil_a_capture(pool: CudaGraphPool) -> None:
@@ -60,10 +59,16 @@ def test_an_end_that_fails_is_seen(pool: CudaGraphPool) -> None:
         pass
 
 
+def gpu_pool() -> Any:
+    backend = BACKENDS["cuda"]
+    stream = backend.new_capture_stream(GPU)
+    assert stream is not None
+    return backend.new_graph_pool(GPU, stream)
+
+
 @pytest.mark.gpu
 def test_a_replay_reads_the_same_memory_again() -> None:
-    pool = BACKENDS["cuda"].new_graph_pool(GPU)
-    assert pool is not None
+    pool = gpu_pool()
     x = torch.ones(8, device=GPU)
     (x * 2).sum()
     torch.cuda.synchronize()
@@ -80,8 +85,7 @@ def test_a_replay_reads_the_same_memory_again() -> None:
 @pytest.mark.parametrize("keyed", [True, False])
 def test_draws_are_those_of_a_seeded_generator(keyed: bool) -> None:
     """Also of operators that take no generator; two draws in one graph have a seed each."""
-    pool = BACKENDS["cuda"].new_graph_pool(GPU)
-    assert pool is not None
+    pool = gpu_pool()
     x = torch.full((1000,), 0.5, device=GPU)
     torch.bernoulli(x)
     default = torch.cuda.default_generators[0]
@@ -116,8 +120,7 @@ def test_draws_are_those_of_a_seeded_generator(keyed: bool) -> None:
 
 @pytest.mark.gpu
 def test_the_gpu_can_be_used_after_a_capture_that_failed() -> None:
-    pool = BACKENDS["cuda"].new_graph_pool(GPU)
-    assert pool is not None
+    pool = gpu_pool()
     x = torch.ones(8, device=GPU)
     with pytest.raises(RuntimeError), pool.capturing(pool.new_graph()):
         x.sum().item()

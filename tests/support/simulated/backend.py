@@ -57,8 +57,11 @@ class SimulatedBackend(Backend):
     def record_use(self, tensor: Tensor, stream: Any) -> None:
         tensor.record_stream(stream)
 
-    def new_graph_pool(self, device: torch.device) -> SimulatedGraphPool:
-        return SimulatedGraphPool(self.machine, device)
+    def new_capture_stream(self, device: torch.device) -> Stream:
+        return self.machine.new_stream(device)
+
+    def new_graph_pool(self, device: torch.device, stream: Any) -> SimulatedGraphPool:
+        return SimulatedGraphPool(self.machine, device, stream)
 
     def new_generator(self, device: torch.device) -> torch.Generator:
         return torch.Generator()

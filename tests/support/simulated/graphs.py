@@ -23,6 +23,7 @@ from .blocks import Block
 
 if TYPE_CHECKING:
     from .machine import Machine
+    from .streams import Stream
 
 NO_INTEGER = 1 << 40
 """What integers hold before a replay."""
@@ -202,15 +203,16 @@ class SimulatedGraphPool:
     Args:
         machine: where the worker is.
         device: its device.
+        stream: on which they are captured.
     """
 
-    def __init__(self, machine: Machine, device: torch.device) -> None:
+    def __init__(self, machine: Machine, device: torch.device, stream: Stream) -> None:
         self.machine, self.device = machine, device
         self.default: list[torch.Generator] = []
         self.live: dict[int, Placed] = {}
         self._free: dict[int, list[int]] = {}
         self._count = 0
-        self._stream = machine.new_stream(device)
+        self._stream = stream
 
     def place(self, block: Block, nbytes: int, values: Tensor) -> int:
         """Give a block a place in the pool, a free one of its size if there is one."""
