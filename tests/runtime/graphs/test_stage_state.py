@@ -57,14 +57,18 @@ def test_a_copy_has_the_new_shape() -> None:
     assert state.in_place([x])[0].tolist() == [0, 1, 2]
 
 
-def test_settings_of_torch_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_torch_count() -> None:
     state, weight = StageState(), torch.ones(3)
     state.is_as_before([weight])
     before = settings()
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
-    assert settings() != before
-    assert not state.is_as_before([weight])
-    assert state.is_as_before([weight])
+    was = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = not was
+    try:
+        assert settings() != before
+        assert not state.is_as_before([weight])
+        assert state.is_as_before([weight])
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = was
 
 
 def test_precisions_of_either_interface_count(monkeypatch: pytest.MonkeyPatch) -> None:
