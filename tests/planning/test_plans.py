@@ -90,7 +90,7 @@ KEYS = {
     " crossings begins repeated bound_seconds cut_seconds gather_seconds notes",
     "stage": "first modules calls device speeds remat parameters flops times parameter_bytes"
     " gradient_bytes optimizer_bytes buffer_bytes lent_bytes activation_bytes saved_bytes in_flight"
-    " peak_saved_bytes peak_bytes limit_bytes offloaded_bytes",
+    " peak_saved_bytes peak_bytes limit_bytes offloaded_bytes kept_bytes",
     "times": "forward recompute backward weight receive give_back issue offload",
     "crossing": "name kind looks source targets returned nbytes gradient",
 }
