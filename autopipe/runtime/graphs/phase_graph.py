@@ -114,7 +114,7 @@ def capture(
     """Capture a phase; nothing runs.
 
     Args:
-        pool: of its worker.
+        pool: of the slot.
         compute: the generated function.
         ctx: its context.
         state: the stage's state, in memory that stays.

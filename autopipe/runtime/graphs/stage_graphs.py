@@ -66,7 +66,6 @@ class _Phase:
 
     first: weakref.ref[Run] | None = None
     seen: Observed = field(default_factory=Observed)
-
     threads: set[int] = field(default_factory=set)
 
     def may_be_replayed(self, run: Run) -> bool:
